@@ -1,0 +1,52 @@
+"""Longreach: a context far longer than a model was trained on, without training it.
+
+    model, tokenizer = longreach.load("nano")
+    extension = longreach.extend(model, context=4096)
+    model.generate(...)
+
+Names are imported when they are first used, so that `longreach --help` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longreach.load import load as load
+    from longreach.methods import from_json as from_json
+    from longreach.methods.base import Method as Method
+    from longreach.methods.lm_infinite import LMInfinite as LMInfinite
+    from longreach.methods.selfextend import SelfExtend as SelfExtend
+    from longreach.methods.stock import Stock as Stock
+    from longreach.seam.extend import Extension as Extension
+    from longreach.seam.extend import extend as extend
+    from longreach.stream import stream as stream
+
+_HOMES = {
+    "load": "load", "extend": "seam.extend", "Extension": "seam.extend", "stream": "stream", "Method": "methods.base", "from_json": "methods",
+}
+
+try:
+    __version__ = version("longreach")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"longreach.{_HOMES[name]}"), name)
+    if not name.startswith("_"):
+        from longreach.methods import registry
+
+        for method in registry().values():
+            if method.__name__ == name:
+                return method
+    raise AttributeError(f"module 'longreach' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from longreach.methods import registry
+
+    return sorted({*globals(), *_HOMES, *(method.__name__ for method in registry().values())})

@@ -1,0 +1,133 @@
+"""The single dial: a declared context and a model's configuration -> a method and its parameters, with the reason.
+
+Knows configurations and the published rules; touches no weights. The decision is made once, at `extend()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from longreach.methods.base import Method
+from longreach.methods.selfextend import SelfExtend
+from longreach.methods.stock import Stock
+
+WINDOW_SHARE = 8  # neighbour window = trained window / 8; see docs/nano.md for the evidence
+WELL_TRAINED = (2, 3)  # only the lower two thirds of the trained positions are trusted (the authors' empirical rule)
+LARGEST_GROUP = 64  # the authors' range for group sizes ends here
+
+
+@dataclass(frozen=True)
+class Window:
+    """How many tokens a model was trained to read, after any scaling, and how that was read from its configuration."""
+
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the dial chose. `warning` is set when only the loose rule holds."""
+
+    method: Method
+    context: int
+    window: Window
+    reason: str
+    warning: str | None = None
+
+
+def trained_window(config: Any) -> Window:
+    """The effective trained window of a text configuration."""
+    largest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(largest, int) or largest < 1:
+        raise ValueError("the model's configuration has no max_position_embeddings; pass trained_window=N")
+    window = Window(largest, f"max_position_embeddings {largest}")
+    rope = rope_parameters(config)
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor")
+    original = rope.get("original_max_position_embeddings")
+    if factor and original and kind in ("yarn", "linear") and int(original * factor) > largest:
+        window = Window(int(original * factor), f"{kind} scaling: {original} x {factor:g}")
+    elif factor and not original and kind == "linear":
+        window = Window(int(largest * factor), f"linear scaling: {largest} x {factor:g}")
+    sliding = uniform_sliding_window(config)
+    if sliding is not None and sliding < window.tokens:
+        window = Window(sliding, f"sliding window of every layer, {sliding}: no layer was trained on a larger distance")
+    return window
+
+
+def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
+    """The rotary parameters of the full-attention layers, from the flat or the nested form."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if layer_type in rope and isinstance(rope[layer_type], dict):
+        return dict(rope[layer_type])
+    return dict(rope)
+
+
+def uniform_sliding_window(config: Any) -> int | None:
+    """The sliding window if every layer has it, else None."""
+    sliding = getattr(config, "sliding_window", None)
+    if not sliding or getattr(config, "use_sliding_window", True) is False:
+        return None
+    types = getattr(config, "layer_types", None)
+    return sliding if types is None or all(t == "sliding_attention" for t in types) else None
+
+
+def largest_distance_allowed(window: int) -> int:
+    return window * WELL_TRAINED[0] // WELL_TRAINED[1]
+
+
+def choose(window: Window, context: int) -> Choice:
+    """SelfExtend with the smallest group size that the rules allow; stock when the context fits anyway.
+
+    The rule of the authors: w + (N - w) / g <= 2/3 L, for only well-trained positions should be used. The loose rule: every
+    distance is below L. With w = L/8 rounded to a multiple of g.
+    """
+    if not isinstance(context, int) or isinstance(context, bool) or context < 1:
+        raise ValueError(f"context must be a positive number of tokens, not {context!r}; count the prompt and the new tokens")
+    length = window.tokens
+    if context <= length:
+        return Choice(Stock(), context, window, f"{context} tokens fit the trained window of {length} ({window.reason}): plain attention")
+    trusted = largest_distance_allowed(length)
+    loose: SelfExtend | None = None
+    for group in range(2, LARGEST_GROUP + 1):
+        method = SelfExtend(group, neighbour_window(length, group))
+        if method.window >= length:
+            break
+        if method.window + (context - method.window) / group <= trusted:
+            reason = (
+                f"{context} tokens exceed the trained window of {length} ({window.reason}): smallest group size whose largest distance, "
+                f"{method.window + (context - method.window) // group}, stays within 2/3 of it ({trusted})"
+            )
+            return Choice(method, context, window, reason)
+        if loose is None and (method.capacity(length) or 0) >= context:
+            loose = method
+    if loose is not None:
+        warning = (
+            f"context {context} needs distances beyond 2/3 of the trained window of {length}, where positions are poorly trained; "
+            f"a context of at most {furthest(length)} keeps within them"
+        )
+        method = SelfExtend(LARGEST_GROUP, neighbour_window(length, LARGEST_GROUP))
+        method = method if (method.capacity(length) or 0) >= context else loose
+        reason = f"{context} tokens exceed the trained window of {length} ({window.reason}): largest usual group size; all distances are trained ones"
+        return Choice(method, context, window, reason, warning)
+    most = SelfExtend(LARGEST_GROUP, neighbour_window(length, LARGEST_GROUP)).capacity(length)
+    raise ValueError(
+        f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
+        f"group size {LARGEST_GROUP}; declare at most that, choose a larger group with SelfExtend(group_size=...), or read a text of any length "
+        f"with LMInfinite(n_local={length}), which remembers only the last {length} tokens"
+    )
+
+
+def neighbour_window(length: int, group: int) -> int:
+    """L/8 rounded to a multiple of the group size, so that the far zone begins at distance w for every query."""
+    return max(1, round(length / WINDOW_SHARE / group)) * group
+
+
+def furthest(length: int) -> int:
+    """The largest context that the strict rule allows."""
+    best = length
+    for group in range(2, LARGEST_GROUP + 1):
+        window = neighbour_window(length, group)
+        if window < largest_distance_allowed(length):
+            best = max(best, (largest_distance_allowed(length) - window) * group + window)
+    return best

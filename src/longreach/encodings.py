@@ -1,0 +1,75 @@
+"""Rotary encodings: what one layer of a model does with a position, and how it is applied to a tensor.
+
+Knows frequencies, pairing and slices; not where they were read from (see `seam/rotary.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """Rotary encoding of one kind of layer.
+
+    inverse_frequencies: [r/2] fp64, radians per position; r of the head's dims are rotated.
+    scaling: factor on cos and sin (YaRN, LongRoPE), so logits of rotated dims carry its square.
+    pairing: "half" pairs dim a with a + r/2, "interleaved" pairs 2a with 2a + 1.
+    start: first rotated dim of the head. sign: -1 where the model rotates by minus the angle.
+    """
+
+    inverse_frequencies: torch.Tensor
+    scaling: float = 1.0
+    pairing: Literal["half", "interleaved"] = "half"
+    start: int = 0
+    sign: int = 1
+
+    @property
+    def width(self) -> int:
+        return 2 * self.inverse_frequencies.numel()
+
+    def table(self, positions: torch.Tensor) -> Table:
+        """cos and sin [T, r/2] in fp32 from fp64 angles, so that position 10^9 is as exact as position 10."""
+        angles = positions.double()[:, None] * self.inverse_frequencies.to(positions.device)[None, :]
+        if self.sign < 0:
+            angles = -angles
+        return Table((angles.cos() * self.scaling).float(), (angles.sin() * self.scaling).float(), self)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """cos and sin for given positions, ready to rotate any number of heads."""
+
+    cos: torch.Tensor  # [T, r/2] fp32
+    sin: torch.Tensor  # [T, r/2] fp32
+    rotary: Rotary
+
+    def slice(self, start: int, stop: int) -> Table:
+        return Table(self.cos[start:stop], self.sin[start:stop], self.rotary)
+
+    def rotate(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., T, D] -> the same shape and dtype, rotated in fp32 and cast once. `scale` [T] multiplies the result."""
+        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        r, start = self.rotary.width, self.rotary.start
+        if start:
+            out[..., :start] = x[..., :start]
+        if start + r < x.shape[-1]:
+            out[..., start + r :] = x[..., start + r :]
+        a, b = self._pairs(x[..., start : start + r].float())
+        out_a, out_b = self._pairs(out[..., start : start + r])
+        torch.mul(a, self.cos, out=out_a)
+        out_a.addcmul_(b, self.sin, value=-1)
+        torch.mul(b, self.cos, out=out_b)
+        out_b.addcmul_(a, self.sin)
+        if scale is not None:
+            out *= scale[:, None]
+        return out.to(x.dtype)
+
+    def _pairs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.rotary.pairing == "half":
+            half = self.rotary.width // 2
+            return x[..., :half], x[..., half:]
+        return x[..., 0::2], x[..., 1::2]

@@ -1,0 +1,193 @@
+"""The executor: one layer of one forward. Store the new keys, rotate, call the backend per segment, merge exactly.
+
+Knows a plan, a layout and tensors; not where they come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longreach import reference
+from longreach.backends import Backend
+from longreach.backends.tiles import Band
+from longreach.encodings import Rotary
+from longreach.merge import NEGATIVE_INFINITY, Merge
+from longreach.methods.base import Method
+from longreach.planner import Plan, Rows
+from longreach.segments import Constant, Layout, PositionMap, Retention, Segment, TopK, forms
+from longreach.store import LayerStore, Run
+
+RAW = Constant(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Everything that is fixed about one attention layer at `extend()`."""
+
+    index: int
+    method: Method
+    rotary: Rotary | None  # None: the layer encodes no positions
+    dense: bool = False  # compute the dense truth instead of segments
+    layout: Layout = field(init=False)
+    forms: dict[PositionMap, Retention] = field(init=False)  # the key forms its store holds
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", self.method.layout(self.index))
+        kept = {RAW: Retention(tail=None)} if self.dense else forms(self.layout)
+        object.__setattr__(self, "forms", kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What the model hands to one attention layer, besides q, k, v."""
+
+    scale: float
+    softcap: float | None = None
+    sink: torch.Tensor | None = None
+
+
+def execute(
+    layer: Layer, plan: Plan, store: LayerStore | None, backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
+) -> torch.Tensor:
+    """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads."""
+    out: torch.Tensor | None = None
+    for rows in plan.groups:
+        new_q, new_k, new_v = rows.take(q), rows.take(k), rows.take(v)
+        keys = {positions: _extend(layer, plan, store, rows, positions, new_k) for positions in layer.forms}
+        values = Run(new_v, 0) if store is None else store.values.extend(rows.rows, rows.start, new_v)
+        if layer.dense:
+            merged = _dense(layer, rows, new_q, keys[RAW], values, inputs)
+        else:
+            call = _Call(layer, plan, rows, backend, inputs, store, keys, values)
+            merged = call.run(new_q)
+        merged = merged.transpose(1, 2)  # [b, t, H, E]
+        if len(plan.groups) == 1 and rows.count == plan.columns and merged.shape[0] == q.shape[0]:
+            return merged.to(q.dtype).contiguous()
+        if out is None:
+            out = merged.new_zeros((q.shape[0], q.shape[2], *merged.shape[2:]), dtype=q.dtype)
+        out[rows.rows, rows.columns] = merged.to(q.dtype)
+    return q.new_zeros((q.shape[0], q.shape[2], q.shape[1], v.shape[3])) if out is None else out
+
+
+def _extend(layer: Layer, plan: Plan, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:
+    """Encode the new keys at `positions` and append them to their form."""
+    if layer.rotary is not None and (table := plan.table(layer.rotary, positions, rows.start, rows.count)) is not None:
+        new = table.rotate(new)
+    return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new)
+
+
+def _dense(layer: Layer, rows: Rows, q: torch.Tensor, keys: Run, values: Run, inputs: Inputs) -> torch.Tensor:
+    total = rows.start + rows.count
+    i = torch.arange(rows.start, total, device=q.device)
+    scale = layer.method.query_scale()
+    out, _ = reference.attention(
+        q, keys.slice(0, total), values.slice(0, total), layer.method.distances(i[:, None], torch.arange(total, device=q.device)[None, :]),
+        layer.rotary, inputs.scale, query_scale=None if scale is None else scale(i), softcap=inputs.softcap, sink=inputs.sink, late=layer.layout.late,
+    )
+    return out
+
+
+@dataclass
+class _Call:
+    """One layer, one group of rows."""
+
+    layer: Layer
+    plan: Plan
+    rows: Rows
+    backend: Backend
+    inputs: Inputs
+    store: LayerStore | None
+    keys: dict[PositionMap, Run]
+    values: Run
+
+    def run(self, q: torch.Tensor) -> torch.Tensor:
+        """q [b, H, t, D] -> [b, H, t, E] fp32."""
+        merge = Merge(self.rows.count)
+        rotated: dict[Any, torch.Tensor] = {}
+        for segment in self.layer.layout.segments:
+            self.segment(segment, q, merge, rotated)
+        if self.layer.layout.late is not None:
+            self.late(self.layer.layout.late, q, merge)
+        if merge.out is None:
+            merge.add(q.new_zeros((*q.shape[:3], self.values.data.shape[3])), q.new_full(q.shape[:3], NEGATIVE_INFINITY))
+        if self.inputs.sink is not None:
+            merge.sink(self.inputs.sink)
+        return merge.result()[0]
+
+    def query(self, segment: Segment, q: torch.Tensor) -> torch.Tensor:
+        """The queries at the segment's positions, scaled."""
+        start, count = self.rows.start, self.rows.count
+        scale = None
+        if segment.query_scale is not None:
+            scale = segment.query_scale(torch.arange(start, start + count, device=q.device)).float()
+        rotary = self.layer.rotary
+        table = None if rotary is None else self.plan.table(rotary, segment.query_positions, start, count)
+        if table is not None:
+            return table.rotate(q, scale)
+        return q if scale is None else (q.float() * scale[:, None]).to(q.dtype)
+
+    def segment(self, segment: Segment, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
+        visible, start, stop = segment.visible, self.rows.start, self.rows.start + self.rows.count
+        first = max(start, visible.first_query, visible.low)  # earlier queries see nothing here
+        last = stop if visible.last_query is None else min(stop, visible.last_query)
+        if first >= last:
+            return
+        from_key = 0 if visible.high is None else max(0, first - visible.high + 1)
+        to_key = last - visible.low
+        if visible.last_key is not None:
+            to_key = min(to_key, visible.last_key)
+        if from_key >= to_key:
+            return
+        key = (segment.query_positions, segment.query_scale)
+        if key not in rotated:
+            rotated[key] = self.query(segment, q)
+        pinned = visible.last_key is not None
+        out, lse = self.backend.attend(
+            rotated[key][:, :, first - start : last - start],
+            self.run_of(segment.key_positions, pinned, to_key).slice(from_key, to_key),
+            self.values_run(pinned, to_key).slice(from_key, to_key),
+            Band(first - from_key, visible.low, visible.high),
+            self.inputs.scale,
+            self.inputs.softcap,
+        )
+        merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, first - start)
+
+    def run_of(self, positions: PositionMap, pinned: bool, stop: int) -> Run:
+        if pinned and self.store is not None:
+            return self.store.keys[positions].pinned(self.rows.rows, stop)
+        return self.keys[positions]
+
+    def values_run(self, pinned: bool, stop: int) -> Run:
+        if pinned and self.store is not None:
+            return self.store.values.pinned(self.rows.rows, stop)
+        return self.values
+
+    def late(self, late: TopK, q: torch.Tensor, merge: Merge, rows_at_once: int = 64) -> None:
+        """The k best keys of the middle, chosen per query head, attended to with the scores that chose them."""
+        start, stop = self.rows.start, self.rows.start + self.rows.count
+        queries = q
+        rotary = self.layer.rotary
+        if rotary is not None and (table := self.plan.table(rotary, Constant(late.distance), start, self.rows.count)) is not None:
+            queries = table.rotate(q)
+        groups = q.shape[1] // self.values.data.shape[1]
+        first = stop - 1 if late.rows == "last" else start
+        for a in range(max(first, late.first_key + late.low + late.k - 1), stop, rows_at_once):
+            b = min(stop, a + rows_at_once)
+            keys = self.keys[RAW].slice(late.first_key, b - late.low).float()
+            values = self.values.slice(late.first_key, b - late.low)
+            i = torch.arange(a, b, device=q.device)[:, None]
+            j = torch.arange(late.first_key, b - late.low, device=q.device)[None, :]
+            block = queries[:, :, a - start : b - start].float().unflatten(1, (-1, groups))
+            logits = (block @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * self.inputs.scale
+            if self.inputs.softcap is not None:
+                logits = self.inputs.softcap * torch.tanh(logits / self.inputs.softcap)
+            logits = logits.masked_fill(i - j < late.low, NEGATIVE_INFINITY)
+            best = logits.topk(late.k, dim=-1)
+            lse = torch.logsumexp(best.values, -1)
+            chosen = values.repeat_interleave(groups, 1).float()[:, :, None].expand(-1, -1, b - a, -1, -1)
+            picked = chosen.gather(3, best.indices[..., None].expand(*best.indices.shape, values.shape[3]))
+            out = (torch.exp(best.values - lse[..., None])[..., None, :] @ picked)[..., 0, :]
+            merge.add(out, lse, a - start)

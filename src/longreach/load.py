@@ -1,0 +1,57 @@
+"""Loading a model: the embedded one, a Hub id or a local folder.
+
+Knows Transformers' loaders. Weights come from safetensors only, and code of a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EMBEDDED = "nano"
+
+
+def load(name: str = EMBEDDED, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None) -> tuple[Any, Any]:
+    """-> (model, tokenizer), in eval mode.
+
+    name    "nano", the id of a model on the Hugging Face Hub, or a folder with a model in the format of Transformers.
+    dtype   a torch dtype or its name; None is fp32 for nano and the checkpoint's own for every other model.
+    device  where the model goes; None is the CPU.
+
+    Raises ValueError, with the fix, if there is no such model or it has no safetensors.
+    """
+    dtype = parse_dtype(dtype)
+    if name == EMBEDDED and not Path(name).exists():
+        with as_file(files("longreach") / "nano") as folder:
+            if not (folder / "model.safetensors").exists():
+                raise ValueError("this installation lacks the files of nano; reinstall longreach, or pass a folder or a Hub id")
+            return _load(str(folder), dtype or torch.float32, device, "nano")
+    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"there is no folder {name!r}; pass a folder with config.json and *.safetensors, a Hub id such as 'owner/name', or 'nano'")
+    return _load(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, dtype, device, name)
+
+
+def _load(source: str, dtype: torch.dtype | None, device: str | torch.device | None, shown: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"could not load {shown!r}: {reason} -- pass a folder with config.json, tokenizer files and *.safetensors, or the id of a public model on the Hub"
+        ) from error
+    return model.to(device or "cpu").eval(), tokenizer
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    names = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}
+    if dtype not in names:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of: {', '.join(names)}")
+    return names[dtype]

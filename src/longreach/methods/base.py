@@ -1,0 +1,76 @@
+"""What a method is. A method is a frozen dataclass that answers "is `j` visible to `i`, and how far away is it?".
+
+Knows index arithmetic; no tensors of queries and keys, no models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from longreach.segments import Layout, LogScale
+
+
+class Method(ABC):
+    """Base of all methods; see `SelfExtend` for a complete example.
+
+    A subclass is a frozen dataclass. Its fields are its parameters: their names are the same in Python, on the command line
+    and in JSON, and `dataclasses.field(metadata={"help": ...})` describes them.
+    """
+
+    name: ClassVar[str]  # kebab-case, on the command line
+    paper: ClassVar[str]
+    recalls: ClassVar[str]  # what a user can expect it to remember, in plain words
+    bounded: ClassVar[bool] = False  # the store stops growing
+
+    @abstractmethod
+    def layout(self, layer: int = 0) -> Layout:
+        """The segments of a layer: what the fast path executes."""
+
+    @abstractmethod
+    def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        """The paper's definition, written without segments: effective distance fp64, NaN where `j` is hidden from `i`."""
+
+    def query_scale(self) -> LogScale | None:
+        """A factor on every query, or None."""
+        return None
+
+    def capacity(self, window: int) -> int | None:
+        """Largest number of tokens whose distances a model trained on `window` tokens has seen; None: no limit."""
+        return window
+
+    @property
+    def chunk_invariant(self) -> bool:
+        """Whether the result of a prompt is the same however it is cut into forwards."""
+        return True
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether the parameters make it plain attention."""
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"method": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    def __str__(self) -> str:
+        parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({parameters})"
+
+
+def hidden_to_nan(distance: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    return torch.where(visible, distance.double(), math.nan)
+
+
+def require(condition: bool, sentence: str) -> None:
+    """A user's parameter is checked here; the sentence contains the fix."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def require_integer(name: str, value: object, least: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(ok, f"{name} must be an integer of at least {least}, not {value!r}; pass {name.replace('_', '-')} {least} or more")

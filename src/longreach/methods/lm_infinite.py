@@ -1,0 +1,103 @@
+"""LM-Infinite (Han et al., NAACL 2024, arXiv 2308.16137): the last n_local keys and the first n_global, distance capped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+
+from longreach.methods.base import Method, hidden_to_nan, require, require_integer
+from longreach.segments import Constant, Identity, Layout, Segment, TopK, Visible
+
+
+@dataclass(frozen=True)
+class LMInfinite(Method):
+    """The Λ-shaped mask with a distance ceiling; constant memory, texts of any length.
+
+        visible:   i - j < n_local   or   j < n_global
+        distance:  min(i - j, distance_limit)
+
+    n_local         tokens seen at their true distance, >= 1; the paper uses the trained window.
+    n_global        first tokens that stay visible for ever; the paper finds 10 to 100 alike and 0 to break the model.
+    distance_limit  the ceiling; None is n_local, which is also what the official conversion calls force.
+    distance        "min" is the paper's; "constant" puts every global key beyond n_local at exactly distance_limit, as the official
+                    code does. They differ only when distance_limit > n_local.
+    top_k           re-attend to the `top_k` best hidden keys of the middle (an option of the paper, 5 there); 0 is off. It keeps
+                    every key, so the memory is no longer bounded.
+    top_k_distance  the one distance at which they are seen; None is half of distance_limit.
+    top_k_rows      "last": only the last query of each forward, as in the official code; "all": every query.
+    top_k_from_layer  first layer (from 0) that re-attends; the official code uses 4.
+
+    Raises ValueError for parameters out of range.
+    """
+
+    n_local: int = field(metadata={"help": "tokens seen at their true distance"})
+    n_global: int = field(default=10, metadata={"help": "first tokens that stay visible"})
+    distance_limit: int | None = field(default=None, metadata={"help": "distance ceiling; n_local if not given"})
+    distance: Literal["min", "constant"] = field(default="min", metadata={"help": "min (paper) or constant (official code)"})
+    top_k: int = field(default=0, metadata={"help": "hidden middle keys to re-attend to; 0 is off"})
+    top_k_distance: int | None = field(default=None, metadata={"help": "distance of those keys; half of distance_limit if not given"})
+    top_k_rows: Literal["last", "all"] = field(default="last", metadata={"help": "last (official) or all queries"})
+    top_k_from_layer: int = field(default=4, metadata={"help": "first layer that re-attends"})
+
+    name: ClassVar[str] = "lm-infinite"
+    paper: ClassVar[str] = "arXiv 2308.16137"
+    recalls: ClassVar[str] = "the last n_local tokens and the first few"
+
+    def __post_init__(self) -> None:
+        require_integer("n_local", self.n_local, 1)
+        require_integer("n_global", self.n_global, 0)
+        require_integer("top_k", self.top_k, 0)
+        require_integer("top_k_from_layer", self.top_k_from_layer, 0)
+        require(self.distance in ("min", "constant"), f"distance must be 'min' or 'constant', not {self.distance!r}")
+        require(self.top_k_rows in ("last", "all"), f"top_k_rows must be 'last' or 'all', not {self.top_k_rows!r}")
+        if self.distance_limit is not None:
+            require_integer("distance_limit", self.distance_limit, 1)
+        if self.top_k_distance is not None:
+            require_integer("top_k_distance", self.top_k_distance, 0)
+        require(
+            self.distance == "min" or self.limit >= self.n_local,
+            f"distance='constant' needs distance_limit >= n_local ({self.n_local}), not {self.limit}; raise it or use distance='min'",
+        )
+
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        return self.top_k == 0
+
+    @property
+    def limit(self) -> int:
+        return self.n_local if self.distance_limit is None else self.distance_limit
+
+    def layout(self, layer: int = 0) -> Layout:
+        n, limit = self.n_local, self.limit
+        segments = [Segment(Identity(), Identity(), Visible(0, min(n, limit)))]
+        if limit < n:
+            segments.append(Segment(Constant(limit), Constant(0), Visible(limit, n)))
+        if self.n_global:
+            capped_from = n if self.distance == "constant" else max(n, limit)
+            if capped_from > n:
+                segments.append(Segment(Identity(), Identity(), Visible(n, capped_from, last_key=self.n_global)))
+            segments.append(Segment(Constant(limit), Constant(0), Visible(capped_from, last_key=self.n_global)))
+        return Layout(tuple(segments), self._late(layer))
+
+    def _late(self, layer: int) -> TopK | None:
+        if not self.top_k or layer < self.top_k_from_layer:
+            return None
+        distance = self.limit // 2 if self.top_k_distance is None else self.top_k_distance
+        return TopK(self.top_k, distance, self.n_global, self.n_local, self.top_k_rows)
+
+    def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        visible = (j <= i) & ((i - j < self.n_local) | (j < self.n_global))
+        capped = (i - j).clamp(max=self.limit)
+        if self.distance == "constant":
+            capped = torch.where(i - j < self.n_local, i - j, self.limit)
+        return hidden_to_nan(capped, visible)
+
+    def capacity(self, window: int) -> int | None:
+        """Unlimited if no distance exceeds the trained ones: n_local - 1 when near, the limit for the first tokens."""
+        return None if min(self.n_local - 1, self.limit) < window and self.limit <= window else 0
+
+    @property
+    def chunk_invariant(self) -> bool:
+        return self.top_k == 0 or self.top_k_rows == "all"

@@ -1,0 +1,84 @@
+"""The plan of one forward: which rows hold which new tokens, and the rotation tables that all layers share.
+
+Knows lengths and indices; not queries, keys or models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from longreach.encodings import Rotary, Table
+from longreach.segments import Constant, PositionMap
+from longreach.store import Store
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the batch that move together: their new tokens have the indices start .. start + count."""
+
+    rows: slice
+    columns: slice | torch.Tensor  # where the new tokens lie among the columns of this forward
+    start: int
+    count: int
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, H, T, D] -> the real tokens of these rows."""
+        return x[self.rows, :, self.columns]
+
+
+@dataclass(eq=False)
+class Plan:
+    """What the planner decides once per forward and every layer reads. It travels as the model's `attention_mask`."""
+
+    groups: list[Rows]
+    real: torch.Tensor | None  # [B, T] on the CPU, None if every column is a real token
+    columns: int
+    device: torch.device
+    store: Store | None = None
+    _tables: dict[tuple[int, PositionMap, int, int], Table] = field(default_factory=dict)
+    _rotaries: list[Rotary] = field(default_factory=list)  # keeps the ids of the table keys alive
+
+    def table(self, rotary: Rotary, positions: PositionMap, start: int, count: int) -> Table | None:
+        """The rotation of `count` tokens from index `start`; None where it is the identity."""
+        if positions == Constant(0) and rotary.scaling == 1.0:
+            return None
+        key = (id(rotary), positions, start, count)
+        if key not in self._tables:
+            index = torch.arange(start, start + count, device=self.device)
+            self._tables[key] = rotary.table(positions(index))
+            self._rotaries.append(rotary)
+        return self._tables[key]
+
+    def contiguous(self) -> Plan:
+        return self
+
+
+def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, store: Store | None) -> Plan:
+    """mask [B, >= columns] bool or None. A token's index is its row's stored length plus its rank among the real new tokens."""
+    if store is not None:
+        store.open(rows)
+    lengths = store.lengths if store is not None else [0] * rows
+    real = None
+    if mask is not None:
+        if mask.shape[0] != rows or mask.shape[1] < columns:
+            raise ValueError(
+                f"attention_mask of shape {list(mask.shape)} does not cover {rows} rows of {columns} new tokens; pass one column per token seen so far"
+            )
+        new = mask[:, mask.shape[1] - columns :].bool().cpu()
+        real = None if bool(new.all()) else new
+    if real is None and len(set(lengths)) == 1:
+        groups = [Rows(slice(0, rows), slice(0, columns), lengths[0], columns)]
+    else:
+        groups = []
+        for row in range(rows):
+            where = torch.arange(columns) if real is None else real[row].nonzero()[:, 0]
+            if where.numel():
+                groups.append(Rows(slice(row, row + 1), _as_slice(where, device), lengths[row], where.numel()))
+    return Plan(groups, real, columns, device, store)
+
+
+def _as_slice(where: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
+    first, last = int(where[0]), int(where[-1])
+    return slice(first, last + 1) if last - first + 1 == where.numel() else where.to(device)

@@ -1,0 +1,88 @@
+"""The dense truth: distance matrix, visibility matrix, one softmax. Short, slow, and used by tests, `check` and benchmarks.
+
+Knows the definition of a method (`distances`), not its segments: no position maps, no merge, no store. A pair of rotary
+dims (a, b) of query and key at distance d contributes  (q_a k_a + q_b k_b) cos(d f) + (q_a k_b - q_b k_a) sin(d f).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from longreach.encodings import Rotary
+from longreach.segments import TopK
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    distance: torch.Tensor,
+    rotary: Rotary | None,
+    scale: float,
+    *,
+    query_scale: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sink: torch.Tensor | None = None,
+    late: TopK | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B, H, T, D], k [B, G, N, D], v [B, G, N, E] un-rotated; distance [T, N], NaN where hidden; query t has index N - T + t.
+
+    -> out [B, H, T, E] and the log-sum-exp [B, H, T], both fp64.
+    """
+    groups = q.shape[1] // k.shape[1]
+    q = q.double()
+    k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
+    if query_scale is not None:
+        q = q * query_scale.double()[:, None]
+    visible = ~distance.isnan()
+    logits = scores(q, k, distance.nan_to_num(0.0), rotary) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible, -math.inf)
+    if late is not None:
+        logits = _with_late(logits, q, k, visible, rotary, scale, softcap, late)
+    lse = torch.logsumexp(logits, dim=-1)
+    if sink is not None:
+        lse = torch.logaddexp(lse, sink.double().view(1, -1, 1))
+    weights = torch.exp(logits - lse[..., None]).nan_to_num(0.0)
+    return weights @ v, lse
+
+
+def scores(q: torch.Tensor, k: torch.Tensor, distance: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+    """Unscaled logits [B, H, T, N] of q [B, H, T, D] and k [B, H, N, D] at distance [T, N]."""
+    if rotary is None:
+        return q @ k.transpose(-1, -2)
+    start, width = rotary.start, rotary.width
+    plain = [slice(0, start), slice(start + width, None)]
+    logits = sum((q[..., s] @ k[..., s].transpose(-1, -2) for s in plain), torch.zeros((), dtype=q.dtype))
+    rotated_q, rotated_k = q[..., start : start + width], k[..., start : start + width]
+    for number, frequency in enumerate(rotary.inverse_frequencies.double().tolist()):
+        pair = (number, number + width // 2) if rotary.pairing == "half" else (2 * number, 2 * number + 1)
+        qa, qb = (rotated_q[..., dim, None] for dim in pair)
+        ka, kb = (rotated_k[..., None, :, dim] for dim in pair)
+        angle = rotary.sign * distance.double() * frequency
+        logits = logits + rotary.scaling**2 * ((qa * ka + qb * kb) * angle.cos() + (qa * kb - qb * ka) * angle.sin())
+    return logits
+
+
+def _with_late(
+    logits: torch.Tensor, q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, rotary: Rotary | None, scale: float,
+    softcap: float | None, late: TopK,
+) -> torch.Tensor:
+    """Give the k best hidden candidates of each query (or of the last query only) their logit at the one late distance."""
+    queries, keys = logits.shape[-2:]
+    i = torch.arange(keys - queries, keys)[:, None]
+    j = torch.arange(keys)[None, :]
+    candidate = ~visible & (j >= late.first_key) & (i - j >= late.low)
+    candidate &= candidate.sum(-1, keepdim=True) >= late.k
+    if late.rows == "last":
+        candidate &= i == keys - 1
+    middle = scores(q, k, torch.full_like(logits[0, 0], late.distance), rotary) * scale
+    if softcap is not None:
+        middle = softcap * torch.tanh(middle / softcap)
+    middle = middle.masked_fill(~candidate, -math.inf)
+    threshold = middle.topk(min(late.k, keys), dim=-1).values[..., -1:]
+    chosen = candidate & (middle >= threshold) & middle.isfinite()
+    return torch.where(chosen, middle, logits)

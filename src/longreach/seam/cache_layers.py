@@ -1,0 +1,101 @@
+"""Our store in the shape of a Transformers cache: placed into an empty `DynamicCache`, so that `generate` works unchanged.
+
+Knows Transformers' cache contract and the store; nothing about attention. `update` hands back the new keys and values as they are:
+the executor stores them, because only it knows which of them are real tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from longreach.store import Store
+
+
+class StoreLayer(CacheLayerMixin):
+    """One layer of the store. Layer 0 does what concerns all layers, for Transformers calls every layer in turn."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, store: Store, index: int) -> None:
+        super().__init__()
+        self.store = store
+        self.index = index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Buffers are allocated by the store when the first tokens arrive."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Slots seen (pads included), not tokens stored: Transformers derives positions and slices from it."""
+        return self.store.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.store.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in older releases
+
+    @property
+    def batch_size(self) -> int:
+        return self.store.rows or -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Negative: forget that many slots. Positive: the number of slots to keep, as older releases call it."""
+        if self.index == 0:
+            self.store.crop(-tokens_to_remove if tokens_to_remove <= 0 else max(0, self.store.seen - tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.index == 0 and self.store.rows:
+            self.store.select(torch.arange(self.store.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.index == 0 and self.store.rows:
+            self.store.select(indices if indices.dtype != torch.bool else indices.nonzero()[:, 0])
+
+    def reset(self) -> None:
+        if self.index == 0:
+            self.store.reset()
+
+    def offload(self) -> None:
+        raise ValueError("a Longreach cache cannot be offloaded; create the DynamicCache without offloading=True")
+
+    prefetch = offload
+
+
+def store_of(cache: object) -> Store | None:
+    """The store in a cache, if it is one of ours."""
+    layers = getattr(cache, "layers", None)
+    return layers[0].store if layers and isinstance(layers[0], StoreLayer) else None
+
+
+def place(cache: Cache | None, fresh: Store) -> tuple[Cache, Store]:
+    """A cache with our layers: ours as it is, an absent or empty `DynamicCache` filled in place. Raises for every other."""
+    if cache is None:
+        cache = DynamicCache()
+    if (store := store_of(cache)) is not None:
+        if store.owner is not fresh.owner:
+            raise ValueError("this cache was filled under another extension; pass a new DynamicCache() or past_key_values=None")
+        return cache, store
+    if type(cache) is not DynamicCache:
+        raise ValueError(f"a {type(cache).__name__} cannot hold un-rotated keys; pass past_key_values=None or an empty DynamicCache()")
+    if cache.offloading:
+        raise ValueError("a Longreach cache cannot be offloaded; create the DynamicCache without offloading=True")
+    if any(getattr(layer, "is_initialized", False) and layer.get_seq_length() for layer in cache.layers):
+        raise ValueError("this cache was filled without Longreach, so its keys are already rotated; pass a new DynamicCache() and the whole text")
+    cache.layer_class_to_replicate = None
+    cache.layers = [StoreLayer(fresh, index) for index in range(len(fresh.retentions))]
+    return cache, fresh

@@ -1,0 +1,497 @@
+"""extend(): attach a method to one model instance, and take it off again.
+
+The only room that knows Transformers' forward. Four pieces, all per instance and reversible: the identity in place of the rotary
+module, one attention function (the executor), one mask function under the same name (it returns the plan of the forward), and a
+forward pre-hook that places our store into the cache and opens the plan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from longreach import auto, planner
+from longreach.backends import Backend, backend_for
+from longreach.encodings import Rotary
+from longreach.executor import Inputs, Layer, execute
+from longreach.methods.base import Method
+from longreach.methods.stock import Stock
+from longreach.planner import Plan
+from longreach.seam import rotary as probe
+from longreach.seam.cache_layers import place
+from longreach.seam.rotary import IdentityRotary, Seen
+from longreach.store import Store
+
+logger = logging.getLogger("longreach")
+_numbers = itertools.count(1)  # one attention name per extension, so that two extended models do not meet
+
+PROBE_POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21, 30, 34, 41, 55)
+# Arguments of an attention call that we honour, or that do not change what attention computes.
+HONOURED = {"softcap", "s_aux", "sliding_window"}
+HARMLESS = {"position_ids", "use_cache", "output_router_logits", "cache_position", "output_attentions", "is_causal", "layer_type", "past_key_values"}
+UNSUPPORTED_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "recurrent", "chunked_attention", "indexed_attention"}
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Measured on this model at attach time, relative to the largest value."""
+
+    rotary: float  # q and k of every layer: our rotation against the model's own
+    logits: float  # 12 tokens: this engine with neutral parameters against the stock model
+
+    def __str__(self) -> str:
+        return f"rotation {self.rotary:.1e}, logits {self.logits:.1e} (largest relative difference to the stock model on {len(PROBE_POSITIONS)} tokens)"
+
+
+def extend(
+    model: PreTrainedModel,
+    method: Method | None = None,
+    *,
+    context: int | None = None,
+    trained_window: int | None = None,
+    backend: str = "auto",
+) -> Extension:
+    """Make `model` usable at a longer context, without training.
+
+    method          a method with its parameters; if None, the dial chooses one for `context`.
+    context         the largest number of tokens of a sequence, new tokens included. Longer input raises.
+    trained_window  overrides the trained window read from the configuration.
+    backend         "auto", or "reference" for the dense truth: slow, for checking.
+
+    Raises ValueError, with the fix, if the method cannot apply to this model or context.
+    """
+    return Extension(model, method, context=context, trained_window=trained_window, backend=backend)
+
+
+class Extension:
+    """A method attached to a model. `remove()` or the end of a `with` block takes it off; the model is then as before."""
+
+    def __init__(self, model: PreTrainedModel, method: Method | None, *, context: int | None, trained_window: int | None, backend: str) -> None:
+        if isinstance(method, int):
+            raise ValueError(f"pass a declared context by name: extend(model, context={method})")
+        if method is not None and not isinstance(method, Method):
+            raise ValueError(f"{method!r} is not a method; pass for example longreach.SelfExtend(group_size=8, window=64), or context=N alone")
+        if method is None and context is None:
+            raise ValueError("pass context=N, the number of tokens you want to use, or a method such as longreach.LMInfinite(n_local=512)")
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"backend must be 'auto' or 'reference', not {backend!r}")
+        self.model = model
+        self.base = find_base(model)
+        self.config = self.base.config
+        refuse_unsupported(self.config)
+        if trained_window is not None:
+            if trained_window < 1:
+                raise ValueError(f"trained_window must be a positive number of tokens, not {trained_window}")
+            self.window = auto.Window(trained_window, "given")
+        else:
+            self.window = auto.trained_window(self.config)
+        self.choice: auto.Choice | None = None
+        if method is None:
+            assert context is not None
+            self.choice = auto.choose(self.window, context)
+            method = self.choice.method
+        self.method = method
+        self.context = context
+        self.capacity = method.capacity(self.window.tokens)
+        self._check_capacity()
+        self._dense = backend == "reference"
+        self._local = threading.local()
+        self._warned = False
+        self._configs = [(config, config._attn_implementation_internal) for config in configs_of(model)]
+        self._name = f"longreach{next(_numbers)}"
+        self._hooks: list[Any] = []
+        self._attached = False
+        self._attach()
+        logger.info("%s", self.describe())
+
+    # -- attaching ------------------------------------------------------------------------------------------------------------
+
+    def _check_capacity(self) -> None:
+        if self.choice is not None and self.choice.warning:
+            warnings.warn(self.choice.warning, stacklevel=5)
+        if self.context is not None and self.capacity is not None and self.context > self.capacity:
+            raise ValueError(
+                f"{self.method} reaches {self.capacity} tokens on a trained window of {self.window.tokens}, less than the declared context of "
+                f"{self.context}; use extend(model, context={self.context}) to have the parameters chosen"
+            )
+
+    def _attach(self) -> None:
+        self._original = self.base.rotary_emb
+        self._identity = IdentityRotary(self._original)
+        self._identity.train(self._original.training)
+        AttentionInterface.register(self._name, self._attention)
+        AttentionMaskInterface.register(self._name, self._mask)
+        try:
+            with probe.evaluation(self.model):
+                self._probe()
+            self._hooks = [
+                self.base.register_forward_pre_hook(self._open, with_kwargs=True),
+                self.base.register_forward_hook(self._close),
+            ]
+            self._attached = True
+            with probe.evaluation(self.model):
+                self._measure()
+        except BaseException:
+            self.remove()
+            raise
+        self.layers = [Layer(i, m, self._rotary_for(i), self._dense) for i, m in enumerate(self._methods)]
+
+    def _use_our_attention(self) -> None:
+        self.model.set_attn_implementation(self._name)
+        if self.config._attn_implementation != self._name:
+            raise ValueError(
+                f"{type(self.base).__name__} does not use Transformers' attention interface, so no method can be attached to it; "
+                "use a model of a family listed by 'longreach check'"
+            )
+
+    def _probe(self) -> None:
+        """Read and verify every layer's rotary, and which layers slide."""
+        weight = next(self.model.parameters())
+        n = min(len(PROBE_POSITIONS), max(4, self.config.max_position_embeddings // 2))
+        positions = torch.tensor([[p % max(n, self.config.max_position_embeddings) for p in PROBE_POSITIONS[:n]]], device=weight.device)
+        generator = torch.Generator().manual_seed(0)
+        self._probe_ids = torch.randint(0, self.config.vocab_size, (1, n), generator=generator).to(weight.device)
+        inputs = {"input_ids": self._probe_ids, "position_ids": positions, "use_cache": False}
+        self._stock_logits = self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
+        self._use_our_attention()
+        self.base.rotary_emb = self._identity
+        turned, record = self._listen(inputs, keep_original=True)
+        raw, _ = self._listen(inputs, keep_original=False)
+        if len(raw) != self.config.num_hidden_layers or len(raw) != len(turned):
+            raise ValueError(
+                f"attention was seen in {len(raw)} of {self.config.num_hidden_layers} layers of {type(self.base).__name__}; "
+                "a model with other kinds of layers is not supported, use it without extend()"
+            )
+        tables = {key: (cos, sin) for key, cos, sin in record}
+        read = {key: probe.frequencies(self._original, key, weight, positions) for key in tables}
+        half = raw[0].q.dtype != torch.float32
+        self._keys: list[probe.Key] = []
+        self._rotaries: list[Rotary | None] = []
+        worst = 0.0
+        for index, (a, b) in enumerate(zip(raw, turned, strict=True)):
+            check_arguments(index, a)
+            key, found, difference = probe.match(a, b, tables, read)
+            if difference > (2e-2 if half else 1e-4):
+                raise ValueError(
+                    f"layer {index} of {type(self.base).__name__} applies its rotary in a way we do not know (off by {difference:.1e}); "
+                    "use the model without extend()"
+                )
+            worst = max(worst, difference)
+            self._keys.append(key)
+            self._rotaries.append(found)
+        if all(found is None for found in self._rotaries):
+            raise ValueError(f"no layer of {type(self.base).__name__} rotates its keys, so there are no positions to extend; use it as it is")
+        self._worst_rotary = worst
+        self._modules = [seen.module for seen in raw]
+        self._sliding = [window_of(self.config, index, seen) for index, seen in enumerate(raw)]
+        uniform = all(w is not None for w in self._sliding)
+        self._overrides_sliding = uniform and not isinstance(self.method, Stock)
+        self._methods = [self.method if w is None or self._overrides_sliding else Stock(w) for w in self._sliding]
+
+    def _listen(self, inputs: dict[str, Any], keep_original: bool) -> tuple[list[Seen], list[tuple[probe.Key, torch.Tensor, torch.Tensor]]]:
+        """One forward in which every attention layer reports its q and k and returns its values."""
+        self._local.seen = []
+        self._identity.record = [] if keep_original else None
+        try:
+            self.base(**inputs)
+            return self._local.seen, self._identity.record or []
+        finally:
+            self._local.seen = self._identity.record = None
+
+    def _measure(self) -> None:
+        """Logits of the engine with neutral parameters, at the frequencies the stock forward used, against the stock model."""
+        self.layers = [Layer(i, Stock(w), r) for i, (w, r) in enumerate(zip(self._sliding, self._rotaries, strict=True))]
+        logits = self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
+        difference = ((logits - self._stock_logits).abs().max() / self._stock_logits.abs().max().clamp_min(1e-30)).item()
+        half = next(self.model.parameters()).dtype != torch.float32
+        if not difference < (1e-1 if half else 1e-3):
+            raise ValueError(
+                f"with neutral parameters {type(self.base).__name__} differs from the stock model by {difference:.1e}; "
+                "its attention does something we do not know, use it without extend()"
+            )
+        self.exactness = Exactness(self._worst_rotary, difference)
+        del self._stock_logits
+
+    def _rotary_for(self, index: int) -> Rotary | None:
+        """A layer's rotary with its length-dependent frequencies fixed once, from the largest distance the method makes."""
+        found, key = self._rotaries[index], self._keys[index]
+        if found is None:
+            return None
+        kind = auto.rope_parameters(self.config, key or "full_attention").get("rope_type", "default")
+        if kind not in ("dynamic", "longrope"):
+            return found
+        reach = self._largest_distance(self._methods[index]) + 1
+        original = auto.rope_parameters(self.config, key or "full_attention").get("original_max_position_embeddings")
+        original = original or getattr(self.config, "original_max_position_embeddings", None) or self.config.max_position_embeddings
+        arguments = {} if key is None else {"layer_type": key}
+        device = found.inverse_frequencies.device
+        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](self.config, device, seq_len=max(int(reach), int(original) if kind == "dynamic" else 1), **arguments)
+        return Rotary(inverse.double(), float(scaling), found.pairing, found.start, found.sign)
+
+    def _largest_distance(self, method: Method) -> float:
+        n = self.context or method.capacity(self.window.tokens) or self.window.tokens
+        i = torch.tensor([max(0, n - 1)])
+        j = torch.arange(0, n) if n < 65536 else torch.cat([torch.arange(0, 1024), torch.arange(1024, n, 97), torch.arange(n - 1024, n)])
+        return method.distances(i, j).nan_to_num(0).max().item()
+
+    # -- one forward ----------------------------------------------------------------------------------------------------------
+
+    def new_store(self) -> Store:
+        return Store([layer.forms for layer in self.layers], self)
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the base model runs: place the store, plan the forward."""
+        if kwargs.get("output_attentions") or (kwargs.get("output_attentions") is None and getattr(self.config, "output_attentions", False)):
+            raise ValueError("attention weights are never formed, so output_attentions=True cannot be served; drop it or call remove() first")
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            raise ValueError("pass input_ids or inputs_embeds")
+        rows, columns = tokens.shape[:2]
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            raise ValueError("attention_mask must be the 2-D padding mask [batch, tokens seen so far]; 4-D, packed and prepared masks cannot be honoured")
+        store = None
+        use_cache = kwargs.get("use_cache")
+        if kwargs.get("past_key_values") is not None or (self.config.use_cache if use_cache is None else use_cache):
+            kwargs = {**kwargs}
+            kwargs["past_key_values"], store = place(kwargs.get("past_key_values"), self.new_store())
+        plan = planner.plan(rows, columns, mask, tokens.device, store)
+        self._check_length(max((g.start + g.count for g in plan.groups), default=0))
+        self._local.plan = plan
+        return args, kwargs
+
+    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After it ran: the new tokens count. A forward that raises leaves the lengths as they were."""
+        plan: Plan = self._local.plan
+        self._local.plan = None
+        if plan.store is not None:
+            plan.store.advance(plan.real, plan.columns)
+
+    def _check_length(self, tokens: int) -> None:
+        limit = self.capacity
+        if limit is None or tokens <= limit:
+            return
+        sentence = f"a sequence of {tokens} tokens exceeds the capacity of {limit} tokens of {self.method} on a trained window of {self.window.tokens}"
+        if self.context is not None:
+            raise ValueError(f"{sentence}; shorten it or call extend(model, context={tokens}) on the model as it was before")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{sentence}: distances beyond it were never trained. Use extend(model, context={tokens})", stacklevel=2)
+
+    def _mask(self, *, batch_size: int, q_length: int, use_vmap: bool = False, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
+        """Called by the model where it builds its masks, once per kind of layer: hands out the plan of this forward."""
+        if getattr(self._local, "seen", None) is not None:
+            return None
+        plan = getattr(self._local, "plan", None)
+        if plan is None:
+            raise ValueError("a mask was asked for outside a forward of the extended model; call the model itself, not its parts")
+        if use_vmap or not allow_is_causal_skip:
+            raise ValueError("packed sequences and custom masks cannot be honoured; pass one sequence per row with a 2-D attention_mask")
+        return plan
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The attention function that every layer calls. q, k [B, H, T, D] arrive un-rotated; k, v are the new tokens only."""
+        if getattr(self._local, "seen", None) is not None:
+            extra = {"softcap": softcap, "s_aux": s_aux, **kwargs}
+            self._local.seen.append(Seen(module, query.detach(), key.detach(), extra))
+            return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(1, 2).contiguous(), None
+        index = getattr(module, "layer_idx", None)
+        if not self._attached or index is None or index >= len(self._modules) or self._modules[index] is not module:
+            raise ValueError(
+                "this attention layer does not belong to the model that was extended; give each model its own config (copy.deepcopy) and extend it itself"
+            )
+        plan = attention_mask
+        if not isinstance(plan, Plan):
+            raise ValueError("the attention mask is not the plan of this forward; pass a 2-D padding mask or none")
+        if dropout:
+            raise ValueError("attention dropout is not supported; call model.eval()")
+        if self._identity.positions is not None:
+            check_positions(self._identity.positions, plan)
+            self._identity.positions = None
+        store = None if plan.store is None else plan.store.layers[index]
+        backend = self._backend(query)
+        inputs = Inputs(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, None if s_aux is None else s_aux.detach())
+
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return execute(self.layers[index], plan, store, backend, q, k, v, inputs)
+
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+            return _ForwardOnly.apply(query, key, value, run), None
+        return run(query, key, value), None
+
+    def _backend(self, query: torch.Tensor) -> Backend:
+        return backend_for(query.device, query.dtype)
+
+    # -- people -----------------------------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """What was attached, as plain data."""
+        weight = next(self.model.parameters())
+        ours = [i for i, m in enumerate(self._methods) if m is self.method]
+        return {
+            "method": self.method.to_json(),
+            "context": self.context,
+            "capacity": self.capacity,
+            "trained_window": self.window.tokens,
+            "trained_window_reason": self.window.reason,
+            "reason": self.choice.reason if self.choice else "given",
+            "warning": self.choice.warning if self.choice else None,
+            "recalls": self.method.recalls,
+            "layers": len(self._methods),
+            "layers_with_method": ours,
+            "layers_without_positions": [i for i, r in enumerate(self._rotaries) if r is None],
+            "sliding_window_overridden": self._overrides_sliding,
+            "backend": "dense reference" if self._dense else backend_for(weight.device, weight.dtype).name,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "exactness": {"rotary": self.exactness.rotary, "logits": self.exactness.logits},
+        }
+
+    def describe(self) -> str:
+        """Method, parameters, layers, capacity, backend and measured exactness, in words."""
+        r = self.report()
+        ours = r["layers_with_method"]
+        layers = f"all {r['layers']}" if len(ours) == r["layers"] else f"{len(ours)} of {r['layers']} ({ours}); the sliding ones as trained"
+        if r["sliding_window_overridden"]:
+            layers += f"; their sliding window of {self._sliding[0]} is replaced by the method"
+        if r["layers_without_positions"]:
+            layers += f"; layers without positions: {r['layers_without_positions']}"
+        lines = [
+            f"method      {self.method}",
+            f"recalls     {r['recalls']}",
+            f"window      {self.window.tokens} trained ({self.window.reason})",
+            f"context     {'not declared' if self.context is None else f'{self.context} tokens declared'}",
+            f"capacity    {'unlimited' if self.capacity is None else f'{self.capacity} tokens'}",
+            f"layers      {layers}",
+            f"backend     {r['backend']}, {r['dtype']}",
+            f"exactness   {self.exactness}",
+            f"reason      {r['reason']}",
+        ]
+        if r["warning"]:
+            lines.append(f"warning     {r['warning']}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Extension({self.method}, {'attached' if self._attached else 'removed'})"
+
+    def remove(self) -> None:
+        """Take the method off; the model is bit-identical to before. Safe to call twice."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if isinstance(self.base.rotary_emb, IdentityRotary) and self.base.rotary_emb is self._identity:
+            self.base.rotary_emb = self._original
+        for config, implementation in self._configs:
+            if config._attn_implementation_internal == self._name:
+                config._attn_implementation_internal = implementation
+        AttentionInterface._global_mapping.pop(self._name, None)
+        AttentionMaskInterface._global_mapping.pop(self._name, None)
+        self._attached = False
+
+    def __enter__(self) -> Extension:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Lets a forward run with gradients on; a backward pass raises, for the gradient through the merge would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Callable[..., torch.Tensor]) -> torch.Tensor:
+        return run(q, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise NotImplementedError("Longreach extends models at inference; call extension.remove() before training, or wrap the forward in torch.no_grad()")
+
+
+def find_base(model: nn.Module) -> Any:
+    """The text model that owns the rotary module. Raises if there is none, several, or one that is extended already."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
+        raise ValueError(f"{type(model).__name__} is not a Transformers model; load one with longreach.load(...) or AutoModelForCausalLM")
+    owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module) and hasattr(m, "config")]
+    if any(isinstance(owner.rotary_emb, IdentityRotary) for owner in owners):
+        raise ValueError("this model is extended already; call remove() on its extension first")
+    if getattr(model.config, "vision_config", None) is not None or len(owners) > 1:
+        raise ValueError(f"{type(model).__name__} is a multimodal wrapper; extend its text model, loaded as a causal language model")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; Longreach extends decoder-only causal language models")
+    if not owners or not hasattr(model, "generate") or not hasattr(owners[0].config, "num_hidden_layers"):
+        raise ValueError(
+            f"{type(model).__name__} has no rotary position module, so there are no rotary positions to extend; use a causal language model with RoPE"
+        )
+    return owners[0]
+
+
+def refuse_unsupported(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if found := kinds & UNSUPPORTED_LAYERS:
+        raise ValueError(f"the model has layers of type {', '.join(sorted(found))}, whose state has no positions to extend; use a full-attention model")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError("the model shares keys and values between layers, which the store does not follow; use a model without shared layers")
+
+
+def configs_of(model: nn.Module) -> Iterator[Any]:
+    """Every configuration that set_attn_implementation may write to, once."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found.setdefault(id(config), config)
+            for name in getattr(config, "sub_configs", ()):
+                if hasattr(sub := getattr(config, name, None), "_attn_implementation_internal"):
+                    found.setdefault(id(sub), sub)
+    return iter(found.values())
+
+
+def check_arguments(index: int, seen: Seen) -> None:
+    """Refuse an argument of the attention call that we would otherwise ignore."""
+    for name, value in seen.kwargs.items():
+        if name not in HONOURED | HARMLESS and value is not None and not isinstance(value, bool):
+            raise ValueError(f"layer {index} passes {name!r} to its attention, which Longreach does not honour; use the model without extend()")
+
+
+def window_of(config: Any, index: int, seen: Seen) -> int | None:
+    """The sliding window a layer was trained with, None for full attention."""
+    if isinstance(window := seen.kwargs.get("sliding_window"), int):
+        return window
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[index] == "sliding_attention":
+        return int(config.sliding_window)
+    return None
+
+
+def check_positions(position_ids: torch.Tensor, plan: Plan) -> None:
+    """Positions a caller passes are honoured only as what they usually are, the order of the tokens; anything else raises."""
+    if plan.columns == 1:
+        return
+    for rows in plan.groups:
+        columns = rows.columns
+        own = position_ids[rows.rows if position_ids.shape[0] > 1 else slice(0, 1)][:, columns]
+        if not bool((own[:, 1:] - own[:, :-1] == 1).all()):
+            raise ValueError("position_ids must count the tokens of each row one by one; leave them out (packed sequences cannot be honoured)")

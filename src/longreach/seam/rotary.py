@@ -1,0 +1,129 @@
+"""Reading a model's own rotary encoding: identity in its place, and a probe that verifies what we read, layer by layer.
+
+Two short forwards, one with the model's rotary and one with the identity, give every layer's q and k with and without rotation.
+The pairing, slice and sign that turn one into the other, with the model's own cos and sin, are the layer's facts. Support is
+therefore verified on the model at hand, not looked up in a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from longreach.encodings import Rotary
+
+Key = str | None  # the layer type a model passes to its rotary module, None where there is one set of frequencies
+
+
+class IdentityRotary(nn.Module):
+    """Stands in for a model's rotary module: cos = 1, sin = 0, so q and k reach attention un-rotated. Keeps the original."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.widths: dict[Key, int] = {}
+        self.record: list[tuple[Key, torch.Tensor, torch.Tensor]] | None = None  # filled while probing with the original
+        self.positions: torch.Tensor | None = None  # of the forward at hand, for the seam to check
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        key = args[0] if args else kwargs.get("layer_type")
+        if self.record is not None:
+            result = self.original(x, position_ids, *args, **kwargs)
+            if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, torch.Tensor) and t.dim() == 3 for t in result)):
+                raise ValueError(
+                    f"{type(self.original).__name__} does not return (cos, sin) of shape [batch, tokens, width]; "
+                    "this rotary encoding is not supported, use the model without extend()"
+                )
+            self.record.append((key, *result))
+            self.widths[key] = result[0].shape[-1]
+            return result
+        self.positions = position_ids
+        one = torch.ones((), dtype=x.dtype, device=x.device).expand(*position_ids.shape, self.widths[key])
+        return one, torch.zeros((), dtype=x.dtype, device=x.device).expand_as(one)
+
+
+@dataclass
+class Seen:
+    """What one attention layer received in a probe forward."""
+
+    module: nn.Module
+    q: torch.Tensor
+    k: torch.Tensor
+    kwargs: dict[str, Any] = field(repr=False)
+
+
+def frequencies(original: nn.Module, key: Key, dtype_like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The module's inverse frequencies fp64 and scaling, checked against its own cos and sin in fp32."""
+    prefix = "" if key is None else f"{key}_"
+    for name in (f"{prefix}inv_freq", "inv_freq"):
+        if isinstance(found := getattr(original, name, None), torch.Tensor):
+            break
+    else:
+        raise ValueError(f"{type(original).__name__} has no inverse frequencies that we can read; use the model without extend()")
+    scaling = getattr(original, f"{prefix}attention_scaling", getattr(original, "attention_scaling", 1.0))
+    inverse = found.detach().double()
+    args = () if key is None else (key,)
+    cos, sin = original(torch.zeros(1, 1, device=dtype_like.device, dtype=torch.float32), positions, *args)
+    angles = positions[0].double()[:, None] * inverse
+    n = inverse.numel()
+    # cat(f, f) and half width begin with all frequencies; repeat-interleave has each twice in a row
+    ours = (angles.cos() * scaling, angles.sin() * scaling)
+    for take in (lambda t: t[0, :, :n], lambda t: t[0, :, ::2]):
+        if all(take(t).shape == w.shape and torch.allclose(take(t).double(), w, atol=1e-4) for t, w in zip((cos, sin), ours, strict=True)):
+            return inverse, float(scaling)
+    raise ValueError(f"the cos and sin of {type(original).__name__} are not those of its inverse frequencies; use the model without extend()")
+
+
+def match(
+    raw: Seen, turned: Seen, tables: dict[Key, tuple[torch.Tensor, torch.Tensor]], encodings: dict[Key, tuple[torch.Tensor, float]]
+) -> tuple[Key, Rotary | None, float]:
+    """The rotary of one layer: (key, facts, largest relative difference of q and k). Facts None: the layer rotates nothing."""
+    if torch.equal(raw.q, turned.q) and torch.equal(raw.k, turned.k):
+        return None, None, 0.0
+    best: tuple[Key, Rotary | None, float] = (None, None, float("inf"))
+    for key, (cos, sin) in tables.items():
+        inverse, scaling = encodings[key]
+        width = 2 * inverse.numel()
+        pairings: tuple[Literal["half", "interleaved"], ...] = ("half", "interleaved")
+        for pairing in pairings:
+            for start in {0, raw.q.shape[-1] - width}:
+                for sign in (1, -1):
+                    if start < 0:
+                        continue
+                    rotary = Rotary(inverse, scaling, pairing, start, sign)
+                    difference = max(_difference(raw.q, turned.q, cos, sin, rotary), _difference(raw.k, turned.k, cos, sin, rotary))
+                    if difference < best[2]:
+                        best = (key, rotary, difference)
+    return best
+
+
+def _difference(raw: torch.Tensor, turned: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: Rotary) -> float:
+    """Rotate `raw` with the model's own cos and sin, in their dtype, and compare with what the model made of it."""
+    n, start = rotary.width // 2, rotary.start
+    interleaved_layout = cos.shape[-1] == 2 * n and bool((cos[..., 0] == cos[..., 1]).all()) and not bool((cos[..., 0] == cos[..., n]).all())
+    cos, sin = (t[:, None, :, ::2] if interleaved_layout else t[:, None, :, :n] for t in (cos, sin))
+    part = raw[..., start : start + 2 * n]
+    a, b = (part[..., :n], part[..., n:]) if rotary.pairing == "half" else (part[..., 0::2], part[..., 1::2])
+    sin = sin * rotary.sign
+    new = (a * cos - b * sin, b * cos + a * sin)
+    pairs = torch.cat(new, -1) if rotary.pairing == "half" else torch.stack(new, -1).flatten(-2)
+    result = torch.cat([raw[..., :start].to(pairs.dtype), pairs, raw[..., start + 2 * n :].to(pairs.dtype)], -1)
+    return ((result.float() - turned.float()).abs().max() / turned.float().abs().max().clamp_min(1e-30)).item()
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own flag is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -1,0 +1,225 @@
+"""The store: keys and values of real tokens, each key form only as long as a later query can need it.
+
+A form is "keys encoded at one position map". A row of the batch is its own sequence: its tokens lie at their true indices, pads
+are never stored. Knows buffers, lengths and rollback; not positions, models or caches of Transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from longreach.segments import PositionMap, Retention
+
+ROLLBACK = 128  # tokens a crop may always undo (assisted decoding)
+SLACK = 64  # tokens a bounded buffer takes before it moves its tail to the front
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive entries [B, H, n, D] of one form; entry 0 has index `start`."""
+
+    data: torch.Tensor
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.data.shape[2]
+
+    def slice(self, start: int, stop: int) -> torch.Tensor:
+        assert self.start <= start <= stop <= self.stop, f"indices {start}..{stop} are not in {self.start}..{self.stop}"
+        return self.data[:, :, start - self.start : stop - self.start]
+
+
+class Buffer:
+    """One form of keys, or the values, of all rows: the first `head` indices and the last `tail` (None: all).
+
+    The body is contiguous. If bounded it holds `tail + ROLLBACK + SLACK` entries at most: when it is full, its tail moves to the
+    front, once in SLACK tokens. If not, it grows by half of its size.
+    """
+
+    def __init__(self, retention: Retention, rows: int) -> None:
+        self.retention = retention
+        self.head: torch.Tensor | None = None  # [B, H, head, D]
+        self.body: torch.Tensor | None = None  # [B, H, capacity, D]
+        self.starts = [0] * rows  # index of the first entry of the body
+        self.ends = [0] * rows  # number of tokens of the row
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.head, self.body) if t is not None)
+
+    def pinned(self, rows: slice, stop: int) -> Run:
+        """The first indices, up to `stop`."""
+        assert self.head is not None
+        return Run(self.head[rows, :, : min(stop, self.retention.head)], 0)
+
+    def extend(self, rows: slice, start: int, new: torch.Tensor) -> Run:
+        """Store `new` [B, H, T, D] at indices start..start+T; -> a run with all entries that its own queries can see."""
+        self.rewind(rows, start)
+        if self.retention.head > start:
+            self._pin(rows, start, new)
+        stop = start + new.shape[2]
+        tail = self.retention.tail
+        if tail is None:
+            body = self._room(rows, start - self.starts[rows.start] + new.shape[2], new, None)
+            body[rows, :, start - self.starts[rows.start] : stop - self.starts[rows.start]] = new
+            self._set(rows, self.starts[rows.start], stop)
+            return Run(body[rows, :, : stop - self.starts[rows.start]], self.starts[rows.start])
+        if tail == 0:
+            self._set(rows, stop, stop)
+            return Run(new, start)
+        return self._extend_bounded(rows, start, new, tail)
+
+    def _extend_bounded(self, rows: slice, start: int, new: torch.Tensor, tail: int) -> Run:
+        keep, first, stop = tail + ROLLBACK, self.starts[rows.start], start + new.shape[2]
+        if stop - first <= keep + SLACK:
+            body = self._room(rows, stop - first, new, keep + SLACK)
+            body[rows, :, start - first : stop - first] = new
+            self._set(rows, first, stop)
+            return Run(body[rows, :, : stop - first], first)
+        if new.shape[2] <= SLACK:
+            assert self.body is not None
+            kept = max(first, start - keep)  # move the tail to the front, then append
+            self.body[rows, :, : start - kept] = self.body[rows, :, kept - first : start - first].clone()
+            self._set(rows, kept, start)
+            return self._extend_bounded(rows, start, new, tail)
+        seen = max(first, start - max(tail, keep - new.shape[2]))  # a long chunk: attend to a copy, keep its end
+        run = new if seen == start or self.body is None else torch.cat([self.body[rows, :, seen - first : start - first], new], dim=2)
+        kept = max(seen, stop - keep)
+        body = self._room(rows, stop - kept, new, keep + SLACK)
+        body[rows, :, : stop - kept] = run[:, :, kept - seen :]
+        self._set(rows, kept, stop)
+        return Run(run, seen)
+
+    def rewind(self, rows: slice, stop: int) -> None:
+        """Forget what is at index `stop` and later."""
+        for row in range(rows.start, rows.stop):
+            if self.ends[row] <= stop:
+                continue
+            tail = self.retention.tail
+            if tail and self.starts[row] > max(0, stop - tail + 1):
+                raise ValueError(
+                    f"cannot go back to token {stop}: this store keeps what a rollback of {ROLLBACK} tokens needs; crop less or start a new cache"
+                )
+            self.ends[row] = stop
+            self.starts[row] = min(self.starts[row], stop)
+
+    def select(self, index: torch.Tensor) -> None:
+        """Rows become rows `index` (beam search, expansion, selection)."""
+        rows = index.tolist()
+        if self.head is not None:
+            self.head = self.head.index_select(0, index.to(self.head.device))
+        if self.body is not None:
+            self.body = self.body.index_select(0, index.to(self.body.device))
+        self.starts, self.ends = [self.starts[r] for r in rows], [self.ends[r] for r in rows]
+
+    def _set(self, rows: slice, start: int, stop: int) -> None:
+        for row in range(rows.start, rows.stop):
+            self.starts[row], self.ends[row] = start, stop
+
+    def _pin(self, rows: slice, start: int, new: torch.Tensor) -> None:
+        if self.head is None:
+            self.head = new.new_zeros((len(self.starts), new.shape[1], self.retention.head, new.shape[3]))
+        stop = min(self.retention.head, start + new.shape[2])
+        self.head[rows, :, start:stop] = new[:, :, : stop - start]
+
+    def _room(self, rows: slice, needed: int, like: torch.Tensor, most: int | None) -> torch.Tensor:
+        """A body of at least `needed` entries per row."""
+        old = 0 if self.body is None else self.body.shape[2]
+        if self.body is None or needed > old:
+            size = max(needed + SLACK, old + old // 2)
+            size = size if most is None else min(size, most)
+            grown = like.new_zeros((len(self.starts), like.shape[1], size, like.shape[3]))
+            if self.body is not None:
+                grown[:, :, :old] = self.body
+            self.body = grown
+        return self.body
+
+
+@dataclass
+class LayerStore:
+    """The values and every key form of one layer."""
+
+    retentions: dict[PositionMap, Retention]
+    rows: int
+    keys: dict[PositionMap, Buffer] = field(init=False)
+    values: Buffer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = {positions: Buffer(kept, self.rows) for positions, kept in self.retentions.items()}
+        everything = Retention()
+        for kept in self.retentions.values():
+            everything = everything | kept
+        self.values = Buffer(everything, self.rows)
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        return [self.values, *self.keys.values()]
+
+
+class Store:
+    """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts."""
+
+    def __init__(self, retentions: list[dict[PositionMap, Retention]], owner: object) -> None:
+        self.owner = owner
+        self.retentions = retentions
+        self.layers: list[LayerStore] = []
+        self.lengths: list[int] = []
+        self.seen = 0
+        self._real: torch.Tensor | None = None  # [B, seen] which slots hold real tokens; None while all do
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers)
+
+    def open(self, rows: int) -> None:
+        if self.lengths and self.rows != rows:
+            raise ValueError(f"the cache holds {self.rows} rows but the input has {rows}; pass a batch of {self.rows} or start a new cache")
+        if not self.lengths:
+            self.lengths = [0] * rows
+            self.layers = [LayerStore(retention, rows) for retention in self.retentions]
+
+    def advance(self, real: torch.Tensor | None, columns: int) -> None:
+        """Count the tokens of a finished forward; `real` [B, T] on the CPU, None if all are."""
+        if real is not None and self._real is None:
+            self._real = torch.ones(self.rows, self.seen, dtype=torch.bool)
+        if self._real is not None:
+            self._real = torch.cat([self._real, torch.ones(self.rows, columns, dtype=torch.bool) if real is None else real], dim=1)
+        counts = [columns] * self.rows if real is None else real.sum(1).tolist()
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self.seen += columns
+
+    def crop(self, slots: int) -> None:
+        """Forget the last `slots` columns."""
+        slots = min(slots, self.seen)
+        if not slots:
+            return
+        lengths = [length - slots for length in self.lengths]
+        if self._real is not None:
+            lost = self._real[:, self.seen - slots :].sum(1).tolist()
+            lengths = [length - int(gone) for length, gone in zip(self.lengths, lost, strict=True)]
+        for layer in self.layers:
+            for buffer in layer.buffers:
+                for row, length in enumerate(lengths):
+                    buffer.rewind(slice(row, row + 1), length)
+        self.lengths, self.seen = lengths, self.seen - slots
+        if self._real is not None:
+            self._real = self._real[:, : self.seen]
+
+    def select(self, index: torch.Tensor) -> None:
+        for layer in self.layers:
+            for buffer in layer.buffers:
+                buffer.select(index)
+        self.lengths = [self.lengths[row] for row in index.tolist()]
+        if self._real is not None:
+            self._real = self._real[index.cpu()]
+
+    def reset(self) -> None:
+        self.layers, self.lengths, self.seen, self._real = [], [], 0, None

@@ -1,0 +1,86 @@
+"""Reading a text of any length in chunks: the loss of every token, or only the state at the end.
+
+Knows an extension and token ids. With a bounded method (LM-Infinite) memory is constant however long the text is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from longreach.seam.cache_layers import store_of
+from longreach.seam.extend import Extension
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one chunk of the stream gave.
+
+    start        index of its first token in the stream.
+    losses       [n] fp32 on the CPU, nats: -log p(token | all tokens before it). The very first token of a stream has NaN, nothing
+                 precedes it. None if losses were not asked for.
+    cache        the state after the chunk: hand it to `model.generate(..., past_key_values=cache)` to go on from here.
+    store_bytes  bytes allocated for keys and values.
+    """
+
+    start: int
+    losses: torch.Tensor | None
+    cache: Any
+    store_bytes: int
+
+
+def stream(extension: Extension, ids: torch.Tensor | Iterable[int], *, chunk_size: int = 512, losses: bool = True, cache: Any = None) -> Iterator[Chunk]:
+    """Feed `ids` (one sequence: a 1-D tensor or any iterable of ints, endless ones too) in chunks; yields a `Chunk` after each.
+
+    chunk_size  tokens of one forward, >= 1. Results do not depend on it for methods that are `chunk_invariant`.
+    losses      False skips the language-model head except for the last token of a chunk.
+    cache       the `cache` of an earlier chunk, to go on where it ended (its last token's successor has no loss then: NaN).
+
+    Raises ValueError if the method's capacity is passed: stream with a bounded method such as LMInfinite.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    if isinstance(ids, torch.Tensor):
+        if ids.dim() == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.dim() != 1:
+            raise ValueError(f"a stream is one sequence: pass a 1-D tensor of token ids, not one of shape {list(ids.shape)}")
+    model = extension.model
+    device = next(model.parameters()).device
+    if cache is None:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+    before = store_of(cache)
+    start = before.seen if before is not None else 0
+    last: torch.Tensor | None = None  # logits [V] that predict the next chunk's first token
+    tokens = _chunks(ids, chunk_size)
+    for chunk in tokens:
+        chunk = chunk.to(device)
+        with torch.no_grad():
+            logits = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=0 if losses else 1).logits[0].float()
+        found = None
+        if losses:
+            found = torch.full((chunk.numel(),), float("nan"))
+            if last is not None:
+                found[:1] = F.cross_entropy(last[None], chunk[:1]).cpu()
+            found[1:] = F.cross_entropy(logits[:-1], chunk[1:], reduction="none").cpu()
+        last = logits[-1].clone()
+        store = store_of(cache)
+        assert store is not None
+        yield Chunk(start, found, cache, store.nbytes)
+        start += chunk.numel()
+
+
+def _chunks(ids: torch.Tensor | Iterable[int], size: int) -> Iterator[torch.Tensor]:
+    if isinstance(ids, torch.Tensor):
+        yield from ids.split(size)
+        return
+    iterator = iter(ids)
+    while part := list(islice(iterator, size)):
+        yield torch.tensor(part, dtype=torch.long)
