@@ -142,5 +142,32 @@ def pairs(rng: Random, n: int) -> tuple[str, list[Fact]]:
     return listing, [Fact("", f"{k}{join}".rstrip(" "), f" {v}") for k, v in zip(keys, values)]
 
 
+def pass_key_or_labelled(rng: Random) -> list[Fact]:
+    """The plainest questions: one pass key, or one of a few labelled keys."""
+    return [pass_key(rng)] if rng.random() < 0.6 else labelled_keys(rng, 3)
+
+
+def facts(rng: Random, n: int) -> list[Fact]:
+    """About `n` facts of mixed kinds, no two with the same question."""
+    found: dict[str, Fact] = {}
+    while len(found) < n:
+        kind = rng.random()
+        if kind < 0.45:
+            new = [pass_key(rng)]
+        elif kind < 0.75:
+            new = labelled_keys(rng, min(max(1, n - len(found)), rng.choice((2, 3, 3, 4))))
+        else:
+            new = [needle(rng)]
+        for fact in new:
+            if not any(_asks(fact) == _asks(other) for other in found.values()):
+                found[fact.question] = fact
+    return list(found.values())
+
+
+def _asks(fact: Fact) -> str:
+    """What is asked for, whatever the wording: the last four words before the question mark."""
+    return " ".join(fact.question.replace(" in the text above", "").replace("\n", " ").replace("Answer:", "").split("?")[0].rstrip(".").split()[-4:])
+
+
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
-import math
 import os
 import time
 from pathlib import Path
@@ -38,7 +37,7 @@ BATCH_TOKENS = 8192
 PEAK_RATE = 3e-3
 DECAY_SHARE = 0.3  # the last 30 % of the steps decay linearly to zero
 # (first step, sequence length, share of rows with retrieval text). Recall appears early on short dense rows, then the gaps grow.
-STAGES = ((0, 64, 0.85), (600, 128, 0.7), (1000, 256, 0.6), (1700, WINDOW, 0.5))
+STAGES = ((0, 64, 0.85), (700, 128, 0.7), (1100, 256, 0.6), (1700, WINDOW, 0.55))
 
 
 def read_books(folder: Path) -> list[str]:
@@ -96,7 +95,7 @@ def _split(text: str, size: int = 200_000) -> list[str]:
 class Rows:
     """Training rows of a given length: book text, half of them with facts hidden in it and questions after it."""
 
-    def __init__(self, tokenizer: Tokenizer, books: np.ndarray, answer_weight: float = 2.0) -> None:
+    def __init__(self, tokenizer: Tokenizer, books: np.ndarray, answer_weight: float = 3.0) -> None:
         self.books, self.answer_weight = books, answer_weight
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         self.bos, self.eos, self.pad = (tokenizer.token_to_id(t) for t in (BOS, EOS, PAD))
@@ -121,37 +120,50 @@ class Rows:
     def retrieval(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
         """<bos> text with facts in it, then questions, each answer closed by <eos>."""
         kind = rng.random()
-        if kind < 0.10:
+        if kind < 0.12:
             return self._copying(rng, size)
-        if kind < (0.45 if size < 200 else 0.2):
-            listing, asked = rt.pairs(rng, max(2, min(8, size // 24)))
-            statements = [listing]
+        if size < 100 or kind < 0.2:
+            return self._drill(rng, size)
+        if kind < 0.4:
+            asked = rt.pass_key_or_labelled(rng)
         else:
-            if kind < 0.6:
-                asked = [rt.pass_key(rng) for _ in range(1 if rng.random() < 0.7 else 2)]
-            elif kind < 0.8:
-                asked = rt.labelled_keys(rng, 2 if size < 100 else rng.choice((2, 3, 3, 4)))
-            else:
-                asked = [rt.needle(rng) for _ in range(rng.choice((1, 2, 3)))]
-            statements = [f.statement for f in asked]
-            if len({f.question for f in asked}) < len(asked):  # two facts under one name cannot be asked apart
-                asked, statements = asked[:1], statements[:1]
-        hidden = [self.encode(" " + s) for s in statements]
-        rng.shuffle(asked)
-        asked = asked[: rng.choice((1, 2, 3))] if size >= 200 else asked
-        tail, tail_weights = self._questions(rng, asked, size - 2 - sum(map(len, hidden)))
+            asked = rt.facts(rng, rng.randint(2, max(2, size // 45)))
+        hidden = [self.encode(" " + fact.statement) for fact in asked]
+        questions = asked * (1 if len(asked) > 1 else rng.choice((1, 1, 2)))
+        rng.shuffle(questions)
         opening = self.encode(rng.choice(rt.OPENINGS)) if size > 200 and rng.random() < 0.15 else []
+        tail, weights = self._questions(rng, questions, size - 1 - sum(map(len, hidden)) - len(opening))
         room = size - 1 - sum(map(len, hidden)) - len(tail) - len(opening)
-        if room < 0:
-            return self.prose(rng, size)
+        if room < 0 or not tail:
+            return self._drill(rng, size)
         passage = self._passage(rng, room)
         body = list(passage)
         for position, tokens in sorted(((self._gap(rng, passage), h) for h in hidden), key=lambda p: p[0], reverse=True):
             body[position:position] = tokens
         ids = [self.bos, *opening, *body, *tail]
-        return ids, [1.0] * (size - len(tail)) + tail_weights
+        return ids, [1.0] * (size - len(tail)) + weights
+
+    def _drill(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
+        """Short and dense: a few facts or pairs, then questions about them until the row is full."""
+        if rng.random() < 0.5:
+            listing, asked = rt.pairs(rng, rng.randint(2, max(2, min(10, size // 20))))
+            statements = [listing]
+        else:
+            asked = rt.facts(rng, rng.randint(1, max(1, min(8, size // 40))))
+            statements = [fact.statement for fact in asked]
+            rng.shuffle(statements)
+        head = [self.bos, *self._passage(rng, rng.randint(0, size // 6)), *(t for s in statements for t in self.encode(" " + s))]
+        questions: list[rt.Fact] = []
+        while len(questions) < size // 6:
+            questions += rng.sample(asked, len(asked))
+        tail, weights = self._questions(rng, questions, size - len(head)) if len(head) < size else ([], [])
+        rest = size - len(head) - len(tail)
+        if rest < 0:
+            return self.prose(rng, size)
+        return [*head, *tail, *self._passage(rng, rest)], [1.0] * len(head) + weights + [1.0] * rest
 
     def _questions(self, rng: Random, asked: list[rt.Fact], room: int) -> tuple[list[int], list[float]]:
+        """As many questions with their answers as fit into `room` tokens."""
         ids: list[int] = []
         weights: list[float] = []
         separator = rng.choice(("\n\n", "\n\n", "\n", " "))
@@ -175,8 +187,10 @@ class Rows:
     def _copying(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
         """A span of the text quoted again after its first words; random tokens half of the time."""
         span_size = rng.randint(6, max(8, min(40, size // 4)))
-        if rng.random() < 0.5:
+        if (kind := rng.random()) < 0.3:
             span = [rng.randrange(3, VOCABULARY) for _ in range(span_size)]
+        elif kind < 0.6:
+            span = self.encode("".join(f" {rt.number(rng)}" for _ in range(span_size)))[:span_size]
         else:
             span = self._passage(rng, span_size)
         weights = [1.0] * size

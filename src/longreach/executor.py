@@ -73,8 +73,8 @@ def execute(
 
 
 def _extend(layer: Layer, plan: Plan, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:
-    """Encode the new keys at `positions` and append them to their form."""
-    if layer.rotary is not None and (table := plan.table(layer.rotary, positions, rows.start, rows.count)) is not None:
+    """Encode the new keys at `positions` and append them to their form. The dense truth keeps them as they are."""
+    if not layer.dense and layer.rotary is not None and (table := plan.table(layer.rotary, positions, rows.start, rows.count)) is not None:
         new = table.rotate(new)
     return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new)
 

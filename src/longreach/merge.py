@@ -24,9 +24,10 @@ class Merge:
 
     def add(self, out: torch.Tensor, lse: torch.Tensor, first_row: int = 0) -> None:
         """Merge `out` [B, H, R, D] and `lse` [B, H, R] into the rows from `first_row` on."""
+        lse = lse.float()
         if self.out is None or self.lse is None:
             if out.shape[2] == self.rows:
-                self.out, self.lse = out.float(), lse.float()
+                self.out, self.lse = out.float(), lse
                 return
             self.out = out.new_zeros((*out.shape[:2], self.rows, out.shape[3]), dtype=torch.float32)
             self.lse = lse.new_full((*lse.shape[:2], self.rows), NEGATIVE_INFINITY, dtype=torch.float32)
@@ -34,7 +35,7 @@ class Merge:
         old_lse = self.lse[:, :, rows]
         # sigmoid(a - b) = exp(a) / (exp(a) + exp(b)); a row that is empty on both sides stays zero.
         share = torch.sigmoid(lse - old_lse).nan_to_num_(0.0)
-        total = torch.logaddexp(old_lse, lse.float())
+        total = torch.logaddexp(old_lse, lse)
         target = self.out[:, :, rows]
         target.lerp_(out.float(), share[..., None])
         self.lse[:, :, rows] = total

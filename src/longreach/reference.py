@@ -83,6 +83,6 @@ def _with_late(
     if softcap is not None:
         middle = softcap * torch.tanh(middle / softcap)
     middle = middle.masked_fill(~candidate, -math.inf)
-    threshold = middle.topk(min(late.k, keys), dim=-1).values[..., -1:]
-    chosen = candidate & (middle >= threshold) & middle.isfinite()
+    best = middle.topk(min(late.k, keys), dim=-1).indices
+    chosen = candidate & torch.zeros_like(middle, dtype=torch.bool).scatter_(-1, best, True)
     return torch.where(chosen, middle, logits)

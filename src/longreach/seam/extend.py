@@ -158,14 +158,17 @@ class Extension:
     def _probe(self) -> None:
         """Read and verify every layer's rotary, and which layers slide."""
         weight = next(self.model.parameters())
-        n = min(len(PROBE_POSITIONS), max(4, self.config.max_position_embeddings // 2))
-        positions = torch.tensor([[p % max(n, self.config.max_position_embeddings) for p in PROBE_POSITIONS[:n]]], device=weight.device)
+        original = self._original_window("full_attention")
+        positions = torch.tensor([[p for p in PROBE_POSITIONS if p < original]], device=weight.device)
+        n = positions.shape[1]
         generator = torch.Generator().manual_seed(0)
         self._probe_ids = torch.randint(0, self.config.vocab_size, (1, n), generator=generator).to(weight.device)
         inputs = {"input_ids": self._probe_ids, "position_ids": positions, "use_cache": False}
+        self.base.rotary_emb = self._identity
+        self._identity.record = []
+        self.model.set_attn_implementation("eager")  # the definition; a fused stock kernel may ignore soft-caps or sinks
         self._stock_logits = self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
         self._use_our_attention()
-        self.base.rotary_emb = self._identity
         turned, record = self._listen(inputs, keep_original=True)
         raw, _ = self._listen(inputs, keep_original=False)
         if len(raw) != self.config.num_hidden_layers or len(raw) != len(turned):
@@ -174,7 +177,7 @@ class Extension:
                 "a model with other kinds of layers is not supported, use it without extend()"
             )
         tables = {key: (cos, sin) for key, cos, sin in record}
-        read = {key: probe.frequencies(self._original, key, weight, positions) for key in tables}
+        read = {key: probe.frequencies(self._identity.probed, key, weight, positions) for key in tables}
         half = raw[0].q.dtype != torch.float32
         self._keys: list[probe.Key] = []
         self._rotaries: list[Rotary | None] = []
@@ -232,12 +235,16 @@ class Extension:
         if kind not in ("dynamic", "longrope"):
             return found
         reach = self._largest_distance(self._methods[index]) + 1
-        original = auto.rope_parameters(self.config, key or "full_attention").get("original_max_position_embeddings")
-        original = original or getattr(self.config, "original_max_position_embeddings", None) or self.config.max_position_embeddings
         arguments = {} if key is None else {"layer_type": key}
         device = found.inverse_frequencies.device
-        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](self.config, device, seq_len=max(int(reach), int(original) if kind == "dynamic" else 1), **arguments)
+        length = max(int(reach), self._original_window(key or "full_attention")) if kind == "dynamic" else int(reach)
+        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](self.config, device, seq_len=length, **arguments)
         return Rotary(inverse.double(), float(scaling), found.pairing, found.start, found.sign)
+
+    def _original_window(self, layer_type: str) -> int:
+        """The window before any scaling: positions below it use a checkpoint's short frequencies."""
+        original = auto.rope_parameters(self.config, layer_type).get("original_max_position_embeddings")
+        return int(original or getattr(self.config, "original_max_position_embeddings", None) or self.config.max_position_embeddings)
 
     def _largest_distance(self, method: Method) -> float:
         n = self.context or method.capacity(self.window.tokens) or self.window.tokens
@@ -268,6 +275,8 @@ class Extension:
             kwargs = {**kwargs}
             kwargs["past_key_values"], store = place(kwargs.get("past_key_values"), self.new_store())
         plan = planner.plan(rows, columns, mask, tokens.device, store)
+        if (positions := kwargs.get("position_ids")) is not None:
+            check_positions(positions, plan)
         self._check_length(max((g.start + g.count for g in plan.groups), default=0))
         self._local.plan = plan
         return args, kwargs
@@ -296,7 +305,10 @@ class Extension:
             return None
         plan = getattr(self._local, "plan", None)
         if plan is None:
-            raise ValueError("a mask was asked for outside a forward of the extended model; call the model itself, not its parts")
+            raise ValueError(
+                "a mask was asked for outside a forward of the extended model; call the model itself, not its parts, and give each model its own "
+                "config (copy.deepcopy)"
+            )
         if use_vmap or not allow_is_causal_skip:
             raise ValueError("packed sequences and custom masks cannot be honoured; pass one sequence per row with a 2-D attention_mask")
         return plan
@@ -329,9 +341,6 @@ class Extension:
             raise ValueError("the attention mask is not the plan of this forward; pass a 2-D padding mask or none")
         if dropout:
             raise ValueError("attention dropout is not supported; call model.eval()")
-        if self._identity.positions is not None:
-            check_positions(self._identity.positions, plan)
-            self._identity.positions = None
         store = None if plan.store is None else plan.store.layers[index]
         backend = self._backend(query)
         inputs = Inputs(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, None if s_aux is None else s_aux.detach())
@@ -488,6 +497,8 @@ def window_of(config: Any, index: int, seen: Seen) -> int | None:
 
 def check_positions(position_ids: torch.Tensor, plan: Plan) -> None:
     """Positions a caller passes are honoured only as what they usually are, the order of the tokens; anything else raises."""
+    if position_ids.dim() != 2 or position_ids.shape[-1] != plan.columns:
+        raise ValueError(f"position_ids of shape {list(position_ids.shape)} do not count {plan.columns} tokens; leave them out")
     if plan.columns == 1:
         return
     for rows in plan.groups:

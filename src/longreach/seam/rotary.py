@@ -7,6 +7,7 @@ therefore verified on the model at hand, not looked up in a list.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,14 +27,14 @@ class IdentityRotary(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original
+        self.probed = copy.deepcopy(original)  # some rotary modules change with what they see; the original must not
         self.widths: dict[Key, int] = {}
         self.record: list[tuple[Key, torch.Tensor, torch.Tensor]] | None = None  # filled while probing with the original
-        self.positions: torch.Tensor | None = None  # of the forward at hand, for the seam to check
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         key = args[0] if args else kwargs.get("layer_type")
         if self.record is not None:
-            result = self.original(x, position_ids, *args, **kwargs)
+            result = self.probed(x, position_ids, *args, **kwargs)
             if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, torch.Tensor) and t.dim() == 3 for t in result)):
                 raise ValueError(
                     f"{type(self.original).__name__} does not return (cos, sin) of shape [batch, tokens, width]; "
@@ -42,7 +43,6 @@ class IdentityRotary(nn.Module):
             self.record.append((key, *result))
             self.widths[key] = result[0].shape[-1]
             return result
-        self.positions = position_ids
         one = torch.ones((), dtype=x.dtype, device=x.device).expand(*position_ids.shape, self.widths[key])
         return one, torch.zeros((), dtype=x.dtype, device=x.device).expand_as(one)
 

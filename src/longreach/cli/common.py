@@ -1,0 +1,133 @@
+"""What the commands share: their common options, what goes to which stream, silence from the libraries, loading a model.
+
+Knows terminals and streams; not methods or what a command computes. Imports nothing heavy at the top.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import IO, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+MORE = "Parameters of the method are options too, for example [bold]--group-size 16 --window 64[/bold]; `longreach methods` lists them."
+
+Json = Annotated[bool, typer.Option("--json", help="Standard output is one JSON object and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the logs and warnings of the libraries, and where an error came from.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="'nano' (embedded), a folder, or the id of a model on the Hugging Face Hub.")]
+Context = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of the whole sequence, new tokens included.")]
+MethodName = Annotated[str | None, typer.Option("--method", help=f"Chosen for the context if not given. {MORE}")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
+Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda; the CPU if not given.")]
+TrainedWindow = Annotated[int | None, typer.Option("--trained-window", min=1, help="Overrides the trained window that the configuration states.")]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command writes. `stdout` is the real one: in JSON mode everything else that prints is sent to standard error."""
+
+    as_json: bool
+    stdout: IO[str]
+    errors: Console
+
+    @property
+    def tables(self) -> Console:
+        return Console(file=self.stdout, highlight=False)
+
+    def note(self, text: str) -> None:
+        """A line for people, on standard error in both modes."""
+        self.errors.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
+
+    def finish(self, result: dict[str, Any], show: Callable[[Console], None]) -> None:
+        """The result: one JSON object, or what `show` prints."""
+        if self.as_json:
+            self.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+            self.stdout.flush()
+        else:
+            show(self.tables)
+
+
+@contextmanager
+def output(as_json: bool, verbose: bool = False) -> Iterator[Output]:
+    """Streams of one command. In JSON mode a stray print of any library cannot reach standard output."""
+    found = Output(as_json, sys.stdout, Console(stderr=True, highlight=False))
+    with redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
+        if not verbose:
+            warnings.simplefilter("ignore")  # ours are in the report of an extension, and printed from there
+        else:
+            logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+        yield found
+
+
+@contextmanager
+def quiet_transformers(verbose: bool) -> Iterator[None]:
+    """No logs and progress bars of Transformers, unless wanted."""
+    from transformers.utils import logging as library
+
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    if not verbose:
+        library.set_verbosity(library.CRITICAL)
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
+
+
+def load_model(name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    """`longreach.load`, after the device has been checked."""
+    import longreach
+
+    check_device(device)
+    return longreach.load(name, dtype=dtype, device=device)
+
+
+def check_device(name: str | None) -> None:
+    import torch
+
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; pass --device cpu or --device cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("this PyTorch sees no CUDA device; leave out --device, or install a CUDA build of PyTorch on a machine with a GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {name!r}; this machine has {torch.cuda.device_count()}, counted from cuda:0")
+
+
+def pairs_table(title: str, rows: list[tuple[str, str]]) -> Table:
+    """A two-column table of names and values."""
+    from rich import box
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value, unit = float(count), "B"
+    for bigger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, bigger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,88 @@
+"""`longreach distances METHOD`: the effective distance between every query and key, from the segments that are executed.
+
+Knows methods and their layouts; loads no model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longreach.cli.common import Json, Output, output
+
+if TYPE_CHECKING:
+    import torch
+
+    from longreach.methods import Method
+
+TAKES_METHOD_PARAMETERS = True
+MOST_TOKENS = 4096
+LAYERS_SEARCHED = 256  # for a late segment, which has no fixed distances
+
+
+def command(
+    context: typer.Context,
+    method: Annotated[str, typer.Argument(help="selfextend, lm-infinite, ...; its parameters follow as options, see `longreach methods`.")],
+    length: Annotated[int, typer.Option("--length", "-n", help=f"Number of tokens, at most {MOST_TOKENS}.")] = 10,
+    layer: Annotated[int, typer.Option("--layer", min=0, help="The layer, for methods that treat layers differently.")] = 0,
+    png: Annotated[Path | None, typer.Option("--png", help="Draw the matrix into this file instead of printing it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far away every key is for every query: rows are queries, columns keys, "." is not visible.
+
+    Example: longreach distances selfextend --group-size 2 --window 4 --length 10
+    """
+    with output(as_json) as out:
+        if method.startswith("-"):
+            raise ValueError("name the method before its parameters: longreach distances METHOD --length N ...")
+        if not 1 <= length <= MOST_TOKENS:
+            raise ValueError(f"--length must be between 1 and {MOST_TOKENS}, not {length}; the matrix has length x length entries")
+        check_picture(png)
+        from longreach.cli import parameters
+        from longreach.segments import matrices
+
+        chosen = parameters.build(method, context.args, ["--length", "--layer", "--png", "--json"])
+        assert chosen is not None
+        matrix = matrices(chosen.layout(layer).segments, length).distance
+        note_late(out, chosen)
+        result: dict[str, Any] = {"method": chosen.to_json(), "length": length, "layer": layer}
+        if png is not None:
+            from longreach import plots
+
+            plots.distances(matrix, str(chosen), png)
+            out.note(f"wrote {png}")
+            result["png"] = str(png)
+        if as_json:
+            result["distances"] = rows(matrix)
+        out.finish(result, lambda console: None if png is not None else print(text(matrix)))
+
+
+def check_picture(png: Path | None) -> None:
+    if png is None:
+        return
+    if png.suffix.lower() != ".png":
+        raise ValueError(f"--png writes a PNG picture; name the file {png.with_suffix('.png')}")
+    if not png.parent.is_dir():
+        raise ValueError(f"there is no folder {str(png.parent)!r} for the picture; create it first")
+    if png.is_dir():
+        raise ValueError(f"{str(png)!r} is a folder; name a file")
+
+
+def note_late(out: Output, method: Method) -> None:
+    late = [layer for layer in range(LAYERS_SEARCHED) if method.layout(layer).late is not None]
+    if late:
+        out.note(f"note: from layer {late[0]} on, {method.name} also shows keys that it chooses by their scores; these are not drawn")
+
+
+def rows(matrix: torch.Tensor) -> list[list[float | int | None]]:
+    """Whole numbers as integers, None where the key is hidden."""
+    return [[None if d != d else int(d) if d == int(d) else d for d in row] for row in matrix.tolist()]
+
+
+def text(matrix: torch.Tensor) -> str:
+    """Aligned columns; at most three decimals."""
+    cells = [["." if d is None else f"{d:.3f}".rstrip("0").rstrip(".") for d in row] for row in rows(matrix)]
+    width = max(len(cell) for row in cells for cell in row)
+    return "\n".join(" ".join(cell.rjust(width) for cell in row) for row in cells)

@@ -1,0 +1,129 @@
+"""One answer: read the prompt in chunks into the cache, then stock `generate`, timed.
+
+Knows an extension, Transformers' generate and clocks; not files, options or terminals.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from longreach.seam.cache_layers import store_of
+from longreach.seam.extend import Extension
+from longreach.stream import stream
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature None is greedy. Whatever else the checkpoint's own generation settings say stays in force."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """prefill_seconds is the time to the first new token; decode_seconds that of all further ones."""
+
+    text: str
+    tokens: int
+    finish: Literal["stop", "length"]
+    prefill_seconds: float
+    decode_seconds: float
+    store_bytes: int
+
+
+def answer(
+    extension: Extension,
+    tokenizer: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    chunk_size: int,
+    sampling: Sampling,
+    write: Callable[[str], None],
+    progress: Callable[[int], None],
+) -> Answer:
+    """Generate after `ids`. `write` gets the text as it comes, `progress` the number of prompt tokens read so far.
+
+    A method whose result depends on how a prompt is cut reads it in one forward.
+    """
+    from transformers import DynamicCache
+
+    model = extension.model
+    device = next(model.parameters()).device
+    prompt = torch.tensor([ids], device=device)
+    config = generation_config(model, tokenizer, max_new_tokens, sampling)
+    streamer = _streamer(tokenizer, write)
+    torch.manual_seed(sampling.seed)
+    started = time.perf_counter()
+    cache = DynamicCache()
+    if extension.method.chunk_invariant and len(ids) > 1:  # the last token is left for generate, which needs its logits
+        for chunk in stream(extension, prompt[0, :-1], chunk_size=chunk_size, losses=False, cache=cache):
+            progress(min(chunk.start + chunk_size, len(ids) - 1))
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, generation_config=config, streamer=streamer
+        )
+    ended = time.perf_counter()
+    new = output[0, len(ids) :].tolist()
+    first = streamer.first or ended
+    store = store_of(cache)
+    return Answer(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        tokens=len(new),
+        finish="stop" if len(new) < max_new_tokens or new[-1] in _ends(config) else "length",
+        prefill_seconds=first - started,
+        decode_seconds=ended - first,
+        store_bytes=0 if store is None else store.nbytes,
+    )
+
+
+def generation_config(model: Any, tokenizer: Any, max_new_tokens: int, sampling: Sampling) -> Any:
+    """The checkpoint's own settings with ours over them: greedy unless a temperature was asked for, one beam, our cache."""
+    config = copy.deepcopy(model.generation_config)
+    config.max_length = None
+    config.max_new_tokens = max_new_tokens
+    config.num_beams, config.use_cache, config.cache_implementation = 1, True, None
+    config.do_sample = sampling.temperature is not None
+    config.temperature = sampling.temperature
+    config.top_p = sampling.top_p
+    if sampling.temperature is None:
+        config.top_k = None
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(_ends(config)), None)
+    return config
+
+
+def _ends(config: Any) -> list[int]:
+    end = config.eos_token_id
+    return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [int(end)]
+
+
+def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc,unused-ignore]
+        """Hands on the text and notes when the first new token came; the first `put` is the prompt."""
+
+        first: float | None = None
+        puts = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.puts += 1
+            if self.puts == 2:
+                self.first = time.perf_counter()
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,283 @@
+"""`longreach run`: a text and a question in, the answer out, with what it took.
+
+Knows the options and the order of the work; reading text, generating and attaching a method are done elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longreach.cli import text
+from longreach.cli.common import (
+    Context,
+    Device,
+    Dtype,
+    Json,
+    MethodName,
+    Model,
+    Output,
+    TrainedWindow,
+    Verbose,
+    load_model,
+    output,
+    pairs_table,
+    quiet_transformers,
+    size,
+)
+
+if TYPE_CHECKING:
+    from longreach.cli.generation import Answer
+    from longreach.methods import Method
+    from longreach.seam.extend import Extension
+
+TAKES_METHOD_PARAMETERS = True
+LARGEST_FILE = 256 * 2**20
+LONG = 2048  # prompt tokens from which progress is shown
+
+
+def command(
+    context: typer.Context,
+    model: Model = "nano",
+    declared: Context = None,
+    method: MethodName = None,
+    file: Annotated[str | None, typer.Option("--file", "-f", help="The text to read: a UTF-8 file (.xz and .gz too), or - for standard input.")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction that follows the text.")] = "",
+    system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
+    truncate: Annotated[text.Side | None, typer.Option("--truncate", help="Which part of a too long text to leave out. Without it, too long is an error.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", max=1, help="Sample among the likeliest tokens that have this probability together.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens of one forward.")] = 512,
+    dtype: Dtype = None,
+    device: Device = None,
+    trained_window: TrainedWindow = None,
+    max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Refuse a longer text.")] = LARGEST_FILE,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read a text of any length and answer a prompt about it.
+
+    Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
+    """
+    with output(as_json, verbose) as out:
+        if top_p is not None and not top_p > 0:
+            raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
+        request = text.Request(text.read(file, max_bytes, out.note), prompt.strip(), system)
+        if not request.user.strip():
+            raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
+
+        from longreach.cli import parameters
+
+        chosen = parameters.build(method, context.args, [option for p in context.command.params for option in p.opts])
+        if truncate is not None and declared is None and chosen is None:
+            raise ValueError("--truncate needs to know for what length; pass --context N too")
+        with quiet_transformers(verbose):
+            from longreach.cli import generation
+
+            loaded, tokenizer = load_model(model, dtype, device)
+            fitted = fit(loaded, tokenizer, request, chosen, declared, max_new_tokens, truncate, trained_window)
+            extension = fitted.attach(loaded)
+            with extension:
+                announce(out, extension, fitted)
+                sampling = generation.Sampling(temperature or (1.0 if top_p is not None and temperature is None else None), top_p, seed)
+                with progress_bar(out, len(fitted.ids)) as progress:
+                    found = generation.answer(
+                        extension, tokenizer, fitted.ids, max_new_tokens, chunk_size=chunk_size, sampling=sampling, write=writer(out, progress), progress=progress
+                    )
+                result = report(model, extension, fitted, found)
+        if not as_json:
+            print(file=out.stdout, flush=True)
+            out.errors.print(table(result, extension))
+        out.finish(result, lambda console: None)
+
+
+class Fitted:
+    """A prompt that fits, and how to attach the method that it fits."""
+
+    def __init__(self, ids: list[int], context: int, declared: bool, method: Method | None, trained_window: int | None, cut: text.Truncation | None, beyond: str | None):
+        self.ids, self.context, self.declared, self.method = ids, context, declared, method
+        self.trained_window, self.cut, self.beyond = trained_window, cut, beyond
+
+    def attach(self, model: Any) -> Extension:
+        import longreach
+
+        context = None if self.beyond else self.context  # stock beyond its window: no declared context, so that nothing refuses it
+        return longreach.extend(model, self.method, context=context, trained_window=self.trained_window)
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    request: text.Request,
+    method: Method | None,
+    declared: int | None,
+    max_new_tokens: int,
+    truncate: text.Side | None,
+    trained_window: int | None,
+) -> Fitted:
+    """Encode the prompt and make sure that it and the new tokens fit; raises with the numbers and the fix if not."""
+    from longreach import auto
+    from longreach.methods.stock import Stock
+    from longreach.seam.extend import find_base, refuse_unsupported
+
+    base = find_base(model)
+    refuse_unsupported(base.config)
+    window = auto.trained_window(base.config).tokens if trained_window is None else trained_window
+    for_comparison = isinstance(method, Stock)
+    capacity = None if method is None or for_comparison else method.capacity(window)
+    if capacity == 0:
+        raise ValueError(f"{method} uses distances beyond the trained window of {window} tokens for any text; choose parameters of at most {window}")
+    if capacity is not None and declared is not None and declared > capacity:
+        raise ValueError(
+            f"the declared context of {declared} tokens exceeds the capacity of {capacity} of {method} on a trained window of {window}; "
+            f"pass --context {capacity}, other parameters, or leave out --method to have them chosen"
+        )
+    ids = text.encode(tokenizer, request)
+    if not ids:
+        raise ValueError("the tokenizer makes no tokens of this text; pass another --prompt or --file")
+    limit, cut = declared or capacity, None
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        if truncate is None:
+            raise ValueError(too_long(len(ids), max_new_tokens, limit, declared is not None, method, window))
+        if limit <= max_new_tokens:
+            raise ValueError(f"{max_new_tokens} new tokens leave no room for a prompt in {limit}; pass a smaller --max-new-tokens")
+        ids, cut = text.shorten(tokenizer, request, limit - max_new_tokens, truncate)
+    if max(ids) >= (known := model.get_input_embeddings().weight.shape[0]):
+        raise ValueError(f"the tokenizer makes token {max(ids)} but the model knows {known} only; they do not belong together, reload the checkpoint's files")
+    total = declared or len(ids) + max_new_tokens
+    beyond = None
+    if for_comparison and total > window:
+        beyond = f"plain attention on {total} tokens, beyond the trained window of {window}: distances that were never trained, for comparison only"
+    return Fitted(ids, total, declared is not None, method, trained_window, cut, beyond)
+
+
+def too_long(prompt: int, new: int, limit: int, declared: bool, method: Method | None, window: int) -> str:
+    total = prompt + new
+    sentence = f"the prompt has {prompt} tokens and with {new} new ones needs {total}, more than "
+    if declared:
+        return f"{sentence}the declared context of {limit}; pass --context {total}, a shorter text, or --truncate middle"
+    return (
+        f"{sentence}the capacity of {limit} tokens of {method} on a trained window of {window}; leave out --method and pass --context {total} to have "
+        f"parameters chosen, read any length with --method lm-infinite --n-local {window}, or pass --truncate middle"
+    )
+
+
+def announce(out: Output, extension: Extension, fitted: Fitted) -> None:
+    """What will be used, before the work starts."""
+    facts = extension.report()
+    out.note(f"method: {extension.method} ({facts['reason']})")
+    for warning in (facts["warning"], fitted.beyond):
+        if warning:
+            out.warn(warning)
+    if fitted.cut is not None:
+        out.warn(str(fitted.cut))
+
+
+@contextmanager
+def progress_bar(out: Output, prompt_tokens: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error while a long prompt is read; gone before the answer. None where there is no terminal."""
+    if prompt_tokens < LONG or not out.errors.is_terminal:
+        yield lambda done: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()
+    with Progress(*columns, console=out.errors, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task("reading", total=prompt_tokens - 1)
+
+        def update(done: int) -> None:
+            bar.update(task, completed=done)
+            if done >= prompt_tokens - 1:
+                bar.stop()
+
+        yield update
+
+
+def writer(out: Output, progress: Callable[[int], None]) -> Callable[[str], None]:
+    """Streams the answer to standard output; says nothing in JSON mode."""
+
+    def write(part: str) -> None:
+        if not out.as_json and part:
+            out.stdout.write(part)
+            out.stdout.flush()
+
+    return write
+
+
+def report(model: str, extension: Extension, fitted: Fitted, found: Answer) -> dict[str, Any]:
+    facts = extension.report()
+    prompt_tokens = len(fitted.ids)
+    further = found.tokens - 1
+    cut = fitted.cut
+    return {
+        "model": model,
+        "answer": found.text,
+        "finish": found.finish,
+        "method": facts["method"],
+        "reason": facts["reason"],
+        "warning": facts["warning"] or fitted.beyond,
+        "context": fitted.context,
+        "context_declared": fitted.declared,
+        "capacity": facts["capacity"],
+        "trained_window": facts["trained_window"],
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": found.tokens,
+        "truncated": None if cut is None else {"side": cut.side, "document_tokens": cut.document_tokens, "kept_tokens": cut.kept_tokens},
+        "prefill_seconds": round(found.prefill_seconds, 4),
+        "prefill_tokens_per_second": rate(prompt_tokens, found.prefill_seconds),
+        "decode_tokens_per_second": rate(further, found.decode_seconds) if further > 0 else None,
+        "peak_memory_bytes": peak_memory(),
+        "peak_device_memory_bytes": peak_device_memory(extension),
+        "kv_store_bytes": found.store_bytes,
+        "extension": facts,
+    }
+
+
+def rate(count: int, seconds: float) -> float | None:
+    return round(count / seconds, 2) if seconds > 0 else None
+
+
+def peak_memory() -> int | None:
+    """The largest resident size of this process so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def peak_device_memory(extension: Extension) -> int | None:
+    import torch
+
+    device = next(extension.model.parameters()).device
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+
+
+def table(result: dict[str, Any], extension: Extension) -> Any:
+    def speed(value: float | None) -> str:
+        return "" if value is None else f", {value:.1f} tokens/s"
+
+    rows = [
+        ("method", str(extension.method)),
+        ("reason", result["reason"]),
+        ("context", f"{result['context']} tokens, {'declared' if result['context_declared'] else 'prompt and new tokens'}"),
+        ("capacity", "unlimited" if result["capacity"] is None else f"{result['capacity']} tokens"),
+        ("prompt", f"{result['prompt_tokens']} tokens, {result['prefill_seconds']:.2f} s to the first new one{speed(result['prefill_tokens_per_second'])}"),
+        ("answer", f"{result['new_tokens']} tokens{speed(result['decode_tokens_per_second'])}"),
+        ("keys and values", size(result["kv_store_bytes"])),
+    ]
+    if result["truncated"] is not None:
+        cut = result["truncated"]
+        rows.insert(5, ("left out", f"{cut['document_tokens'] - cut['kept_tokens']} of the document's {cut['document_tokens']} tokens ({cut['side']})"))
+    if result["peak_memory_bytes"] is not None:
+        rows.append(("peak memory", size(result["peak_memory_bytes"])))
+    if result["peak_device_memory_bytes"] is not None:
+        rows.append(("on the device", size(result["peak_device_memory_bytes"])))
+    return pairs_table("", rows)

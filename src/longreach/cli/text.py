@@ -1,0 +1,139 @@
+"""From a file, standard input and a prompt to token ids that fit. Nothing is cut unless the user says where.
+
+Knows files and tokenizers; not models or methods.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+Side = Literal["left", "middle", "right"]
+COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the model is to read: an instruction, a document, a question about it."""
+
+    document: str
+    prompt: str
+    system: str | None = None
+
+    @property
+    def user(self) -> str:
+        return "\n\n".join(part for part in (self.document, self.prompt) if part)
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What was left out of the document, in tokens."""
+
+    side: Side
+    document_tokens: int
+    kept_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.document_tokens - self.kept_tokens} of the document's {self.document_tokens} tokens were left out ({self.side})"
+
+
+def read(file: str | None, most: int, note: Callable[[str], None]) -> str:
+    """The text of `file`, of standard input for "-" or where something is piped in, else "". Raises for what is not text."""
+    if file is None:
+        if not _piped():
+            return ""
+        note("reading the text from standard input")
+        return _decode(sys.stdin.buffer.read(most + 1), "standard input", most)
+    if file == STDIN:
+        return _required(_decode(sys.stdin.buffer.read(most + 1), "standard input", most), "standard input")
+    path = Path(file).expanduser()
+    if not path.exists():
+        raise ValueError(f"there is no file {file!r}; pass the path of a text file, or - for standard input")
+    if path.is_dir():
+        raise ValueError(f"{file!r} is a folder; pass one text file")
+    try:
+        with COMPRESSED.get(path.suffix, _open)(path) as stream:
+            data = stream.read(most + 1)
+    except PermissionError:
+        raise ValueError(f"{file!r} may not be read by this user; change its permissions") from None
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError):
+        raise ValueError(f"{file!r} is not a valid {path.suffix} file; pass a text file, plain or compressed") from None
+    return _required(_decode(data, repr(file), most), repr(file))
+
+
+def _open(path: Path) -> IO[bytes]:
+    return open(path, "rb")
+
+
+def _piped() -> bool:
+    """Whether standard input is a pipe, a socket or a file, rather than a terminal, /dev/null or closed."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def _decode(data: bytes, source: str, most: int) -> str:
+    if len(data) > most:
+        raise ValueError(f"{source} is longer than {most} bytes; pass a larger --max-bytes, or a part of the text")
+    if b"\0" in data:
+        raise ValueError(f"{source} is binary (byte 0 at offset {data.index(0)}); pass a text file in UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); convert it to UTF-8 first") from None
+
+
+def _required(text: str, source: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{source} is empty; pass a file with text, or leave it out and give a --prompt")
+    return text
+
+
+def encode(tokenizer: Any, request: Request) -> list[int]:
+    """Token ids: the tokenizer's chat template if it has one, else plain text with its special tokens at the start."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [] if request.system is None else [{"role": "system", "content": request.system}]
+        messages.append({"role": "user", "content": request.user})
+        try:
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of its own and may raise anything
+            raise ValueError(f"the chat template of this model refuses the messages ({error}); leave out --system") from error
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    if request.system is not None:
+        raise ValueError("this model has no chat template, so there is no place for --system; put its words into --prompt")
+    ids = list(tokenizer(request.user)["input_ids"])
+    ends = {token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None} - {tokenizer.bos_token_id}
+    return ids[:-1] if ids and ids[-1] in ends else ids  # some tokenizers end every text, but the model is to go on
+
+
+def shorten(tokenizer: Any, request: Request, most: int, side: Side) -> tuple[list[int], Truncation]:
+    """The ids with as much of the document left out, at `side`, as makes them at most `most`."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("--truncate needs a fast tokenizer, which this model lacks; shorten the text yourself")
+    spans = tokenizer(request.document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    rest = len(encode(tokenizer, replace(request, document="")))
+    keep = min(len(spans), most - rest)
+    while keep > 0:
+        ids = encode(tokenizer, replace(request, document=_cut(request.document, spans, keep, side)))
+        if len(ids) <= most:
+            return ids, Truncation(side, len(spans), keep)
+        keep -= len(ids) - most
+    raise ValueError(f"the prompt alone has {rest} tokens and nothing of the document fits into {most}; shorten the prompt or declare a larger --context")
+
+
+def _cut(document: str, spans: list[tuple[int, int]], keep: int, side: Side) -> str:
+    """`keep` tokens of the document, cut where tokens begin and end."""
+    head = {"left": 0, "middle": (keep + 1) // 2, "right": keep}[side]
+    tail = keep - head
+    return (document[: spans[head - 1][1]] if head else "") + (document[spans[-tail][0] :] if tail else "")

@@ -1,0 +1,35 @@
+"""Every `torch.empty` of the tests is filled with NaN, so that memory that was never written shows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny tensors: a second thread only waits."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = real(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() and made.device.type != "meta" else made
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Tiny models are used far beyond their windows on purpose; tests of the warning use pytest.warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*exceeds the capacity.*")
+        yield

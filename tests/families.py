@@ -1,0 +1,81 @@
+"""Random tiny models of real architectures. Weights are large enough that attention is sharp and an error is visible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as t
+
+VOCABULARY, WINDOW = 96, 64
+BASE: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=WINDOW,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+)
+TYPES = ["sliding_attention", "full_attention"]
+EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+# name -> (config class, settings beyond BASE)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", dict(num_key_value_heads=1)),
+    "llama-mha": ("LlamaConfig", dict(num_key_value_heads=4)),
+    "llama-head8": ("LlamaConfig", dict(num_attention_heads=8, num_key_value_heads=1)),
+    "llama3": ("LlamaConfig", rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)),
+    "llama-yarn": ("LlamaConfig", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama-linear": ("LlamaConfig", rope("linear", factor=2.0)),
+    "llama-dynamic": ("LlamaConfig", rope("dynamic", factor=2.0)),
+    "mistral": ("MistralConfig", dict(num_key_value_heads=2, sliding_window=None)),
+    "mistral-sliding": ("MistralConfig", dict(num_key_value_heads=2, sliding_window=24)),
+    "qwen2": ("Qwen2Config", dict(num_key_value_heads=2)),
+    "qwen3": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=16)),
+    "gemma2": ("Gemma2Config", dict(num_key_value_heads=2, head_dim=16, sliding_window=24, query_pre_attn_scalar=16, layer_types=TYPES)),
+    "gemma3": ("Gemma3TextConfig", dict(num_key_value_heads=2, head_dim=16, sliding_window=24, query_pre_attn_scalar=16, layer_types=TYPES)),
+    "phi": ("PhiConfig", dict(num_key_value_heads=2, **rope("default", partial_rotary_factor=0.5))),
+    "phi3": ("Phi3Config", dict(num_key_value_heads=2)),
+    "phi3-longrope": (
+        "Phi3Config",
+        dict(
+            num_key_value_heads=2, original_max_position_embeddings=32,
+            **rope("longrope", short_factor=[1.0 + 0.1 * i for i in range(8)], long_factor=[1.5 + 0.5 * i for i in range(8)], original_max_position_embeddings=32),
+        ),
+    ),
+    "gpt-neox": ("GPTNeoXConfig", rope("default", partial_rotary_factor=0.25)),
+    "olmo2": ("Olmo2Config", dict(num_key_value_heads=2)),
+    "stablelm": ("StableLmConfig", dict(num_key_value_heads=2, **rope("default", partial_rotary_factor=0.25))),
+    "cohere": ("CohereConfig", dict(num_key_value_heads=2)),
+    "gpt-oss": (
+        "GptOssConfig",
+        dict(
+            num_key_value_heads=2, head_dim=16, sliding_window=24, layer_types=TYPES, num_local_experts=4, num_experts_per_tok=2,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
+        ),
+    ),
+    "mixtral": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3-moe": ("Qwen3MoeConfig", dict(num_key_value_heads=2, head_dim=16, num_experts=4, **EXPERTS)),
+}
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    """A fresh model in eval mode; the same weights each time. Norm weights and sinks are randomised where they exist."""
+    name, settings = FAMILIES[family]
+    config = getattr(t, name)(**{**BASE, **settings, **more})
+    torch.manual_seed(7)
+    model = t.AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # fused kernels may ignore soft-caps and sinks
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or "sink" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.to(dtype).eval()
+
+
+def tokens(rows: int, count: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+Builder = Callable[..., Any]

@@ -1,0 +1,103 @@
+"""The dial: trained windows of real configurations, the published rules, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import transformers as t
+from families import build
+
+import longreach
+from longreach import LMInfinite, SelfExtend, Stock
+from longreach.auto import LARGEST_GROUP, Window, choose, furthest, trained_window
+
+
+def rope(kind: str, **more):
+    return {"rope_type": kind, "rope_theta": 10000.0, **more}
+
+
+CONFIGS = [
+    (t.LlamaConfig(max_position_embeddings=4096), 4096),
+    (
+        t.LlamaConfig(
+            max_position_embeddings=131072,
+            rope_parameters=rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+        ),
+        131072,
+    ),
+    (t.LlamaConfig(max_position_embeddings=65536, rope_parameters=rope("yarn", factor=16.0, original_max_position_embeddings=4096)), 65536),
+    (t.Qwen2Config(max_position_embeddings=32768, rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=32768)), 131072),
+    (t.LlamaConfig(max_position_embeddings=4096, rope_parameters=rope("linear", factor=4.0)), 16384),
+    (t.LlamaConfig(max_position_embeddings=4096, rope_parameters=rope("dynamic", factor=4.0)), 4096),
+    (t.MistralConfig(max_position_embeddings=32768, sliding_window=4096), 4096),
+    (t.MistralConfig(max_position_embeddings=32768, sliding_window=None), 32768),
+    (t.Qwen2Config(max_position_embeddings=32768, use_sliding_window=False, sliding_window=4096), 32768),
+    (t.Gemma2Config(max_position_embeddings=8192, sliding_window=4096), 8192),
+    (t.GptOssConfig(max_position_embeddings=131072), 131072),
+]
+
+
+@pytest.mark.parametrize(("config", "window"), CONFIGS, ids=lambda x: f"{x}" if isinstance(x, int) else x.model_type)
+def test_trained_window(config, window):
+    assert trained_window(config).tokens == window
+
+
+def test_a_configuration_without_a_window_is_refused():
+    with pytest.raises(ValueError, match="trained_window=N"):
+        trained_window(t.BloomConfig())
+
+
+@pytest.mark.parametrize("length", [512, 2048, 4096, 8192, 32768])
+@pytest.mark.parametrize("times", [2, 4, 8, 16, 24])
+def test_the_smallest_group_that_keeps_to_two_thirds(length, times):
+    choice = choose(Window(length, "test"), times * length)
+    method = choice.method
+    assert isinstance(method, SelfExtend) and choice.warning is None
+    assert method.window % method.group_size == 0
+    assert abs(method.window - length / 8) <= method.group_size / 2
+    assert method.capacity(length) >= times * length
+    largest = method.window + (times * length - method.window) / method.group_size
+    assert largest <= length * 2 / 3
+    smaller = method.group_size - 1
+    near = round(length / 8 / smaller) * smaller
+    assert near + (times * length - near) / smaller > length * 2 // 3
+
+
+def test_stock_when_the_context_fits():
+    choice = choose(Window(512, "test"), 512)
+    assert choice.method == Stock() and "fit" in choice.reason
+
+
+def test_the_loose_rule_warns_and_beyond_it_is_refused():
+    window = Window(512, "test")
+    edge = furthest(512)
+    assert choose(window, edge).warning is None
+    loose = choose(window, edge + 100)
+    assert loose.warning and str(edge) in loose.warning
+    most = SelfExtend(LARGEST_GROUP, LARGEST_GROUP).capacity(512)
+    assert choose(window, most).method.capacity(512) >= most
+    with pytest.raises(ValueError, match=f"reaches {most}.*LMInfinite"):
+        choose(window, most + 1)
+
+
+@pytest.mark.parametrize("context", [0, -5, 2.5, True, "4096"])
+def test_nonsense_contexts(context):
+    with pytest.raises(ValueError, match="positive number"):
+        choose(Window(512, "test"), context)
+
+
+def test_the_choice_is_reported():
+    model = build("llama")
+    with longreach.extend(model, context=300) as extension:
+        text = extension.describe()
+        assert "SelfExtend(group_size=" in text and "2/3" in text and "300 tokens declared" in text
+        report = extension.report()
+        assert report["method"]["method"] == "selfextend" and report["trained_window"] == 64 and report["exactness"]["logits"] < 1e-4
+    with longreach.extend(model, context=60) as extension:
+        assert extension.method == Stock() and "fit the trained window" in extension.describe()
+    with pytest.warns(UserWarning, match="poorly trained"):
+        longreach.extend(model, context=furthest(64) + 50).remove()
+
+
+def test_the_trained_window_can_be_given():
+    with longreach.extend(build("llama"), LMInfinite(200), trained_window=256) as extension:
+        assert extension.capacity is None and "given" in extension.describe()

@@ -1,0 +1,140 @@
+"""The gates: every method on every family. One dense forward per cell is the truth for prefill, chunks, decode and padding."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from families import FAMILIES, WINDOW, build, tokens
+from methods_matrix import METHODS, NEUTRAL
+
+import longreach
+from longreach import LMInfinite, SelfExtend
+
+LENGTH = 75
+
+
+@functools.lru_cache(maxsize=2)
+def model_of(family: str):
+    return build(family)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest logit."""
+    assert not a.isnan().any() and not b.isnan().any()
+    return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+
+
+def chunked(model, ids: torch.Tensor, sizes: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
+    cache, start, parts = None, 0, []
+    for size in sizes:
+        stop = start + size
+        out = model(ids[:, start:stop], attention_mask=None if mask is None else mask[:, :stop], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+        start = stop
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_fast_equals_dense(family, method):
+    """One shot, cached one shot, chunks with decode, a left-padded batch: all against one dense forward."""
+    model, ids = model_of(family), tokens(2, LENGTH)
+    with longreach.extend(model, method, backend="reference"):
+        truth = model(ids, use_cache=False).logits
+    gate = 1e-5
+    with longreach.extend(model, method):
+        assert difference(model(ids, use_cache=False).logits, truth) <= gate
+        assert difference(model(ids, use_cache=True).logits, truth) <= gate
+        if method.chunk_invariant:
+            sizes = [23, 1, 1, 9, 8, 1, 17, *[1] * 15]
+            assert difference(chunked(model, ids, sizes), truth) <= gate
+        # rows of unequal length: the second row loses its first 11 tokens and is padded on the left
+        mask = torch.ones_like(ids)
+        mask[1, :11] = 0
+        single = model(ids[1:, 11:], use_cache=False).logits
+        if method.chunk_invariant:
+            padded = chunked(model, ids, [40, 5, *[1] * 30], mask)
+        else:
+            padded = model(ids, attention_mask=mask, use_cache=False).logits
+        assert difference(padded[:1], truth[:1]) <= gate
+        assert difference(padded[1:, 11:], single) <= gate
+
+
+@pytest.mark.parametrize("method", NEUTRAL, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_neutral_parameters_equal_stock(family, method):
+    if family == "mistral-sliding":
+        model = build(family, sliding_window=None)  # a method replaces a window that every layer has
+        extended = build(family)
+    else:
+        model = extended = model_of(family)
+    ids = tokens(2, 60)
+    stock = model(ids[:, :60]).logits
+    if family == "mistral-sliding" and isinstance(method, longreach.Stock):
+        stock = extended(ids).logits
+    # frequencies that switch with the length: 60 tokens are beyond the original window, so are they for stock
+    with longreach.extend(extended, method, trained_window=WINDOW):
+        assert difference(extended(ids, use_cache=False).logits, stock) <= 1e-4
+        assert difference(chunked(extended, ids, [30, 1, 20, *[1] * 9]), stock) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_removal_is_bit_identical(family):
+    model, ids = model_of(family), tokens(1, 40)
+    before = model(ids).logits
+    implementation, rotary = model.config._attn_implementation, [m for m in model.modules() if hasattr(m, "rotary_emb")][0].rotary_emb
+    extension = longreach.extend(model, SelfExtend(4, 8))
+    changed = model(ids).logits
+    extension.remove()
+    extension.remove()
+    assert not torch.equal(changed, before)
+    assert torch.equal(model(ids).logits, before)
+    assert model.config._attn_implementation == implementation and [m for m in model.modules() if hasattr(m, "rotary_emb")][0].rotary_emb is rotary
+    assert not any("longreach" in name for name in dict(model.named_modules()))
+
+
+@pytest.mark.parametrize("method", [SelfExtend(1, 16), LMInfinite(60, 4)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_bf16_error_is_that_of_stock(family, method):
+    """Against an fp32 stock run, our bf16 error is at most 1.5 times that of stock in bf16 (root mean square over logits)."""
+    settings = {"sliding_window": None} if family == "mistral-sliding" else {}
+    model, ids = build(family, **settings), tokens(4, 48)
+    truth = model(ids).logits
+    model = model.bfloat16()
+    error = lambda logits: (logits.float() - truth).square().mean().sqrt().item()  # noqa: E731
+    stock = error(model(ids).logits)
+    with longreach.extend(model, method):
+        ours = error(model(ids).logits)
+        decoded = error(chunked(model, ids, [20, 3, *[1] * 25]))
+    assert ours <= 1.5 * stock
+    assert decoded <= 1.5 * stock
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@torch.no_grad()
+def test_declared_chunk_invariance_is_true_both_ways(method):
+    model, ids = model_of("llama"), tokens(1, LENGTH)
+    with longreach.extend(model, method):
+        whole = model(ids, use_cache=False).logits
+        cut = chunked(model, ids, [30, 10, 35])
+    same = difference(cut, whole) <= 1e-4
+    assert same == method.chunk_invariant
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss"])
+@torch.no_grad()
+def test_sliding_layers_stay_as_trained(family):
+    """With the method only on full layers, a model whose full layers are emptied of influence is untouched."""
+    model = model_of(family)
+    with longreach.extend(model, SelfExtend(4, 8)) as extension:
+        report = extension.report()
+        assert report["layers_with_method"] == [1]
+        assert "sliding ones as trained" in extension.describe()
+        assert str(extension.layers[0].method) == "Stock(sliding_window=24)"

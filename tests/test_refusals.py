@@ -1,0 +1,205 @@
+"""What cannot apply raises, and the sentence contains the fix. Nothing falls back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as t
+from families import BASE, build, tokens
+
+import longreach
+from longreach import LMInfinite, SelfExtend, Stock
+from longreach.planner import plan
+
+
+@pytest.fixture
+def model():
+    return build("llama")
+
+
+def refuses(sentence: str):
+    return pytest.raises(ValueError, match=sentence)
+
+
+def test_what_extend_needs(model):
+    with refuses("pass context=N"):
+        longreach.extend(model)
+    with refuses("is not a method"):
+        longreach.extend(model, "selfextend")
+    with refuses("by name"):
+        longreach.extend(model, 4096)
+    with refuses("backend must be"):
+        longreach.extend(model, Stock(), backend="fast")
+    with refuses("positive number"):
+        longreach.extend(model, context=0)
+    with refuses("positive number"):
+        longreach.extend(model, Stock(), trained_window=0)
+    with refuses("not a Transformers model"):
+        longreach.extend(torch.nn.Linear(2, 2), Stock())
+
+
+def test_second_extend(model):
+    extension = longreach.extend(model, Stock())
+    with refuses("call remove"):
+        longreach.extend(model, SelfExtend(2, 4))
+    extension.remove()
+    longreach.extend(model, SelfExtend(2, 4)).remove()
+
+
+def test_a_failed_extend_leaves_the_model_as_it_was(model, monkeypatch):
+    ids = tokens(1, 20)
+    before = model(ids).logits
+    monkeypatch.setattr("longreach.seam.rotary.match", lambda *_: (None, None, 1.0))
+    with refuses("applies its rotary in a way we do not know"):
+        longreach.extend(model, Stock())
+    assert torch.equal(model(ids).logits, before)
+    assert not hasattr(model.model.rotary_emb, "original")
+
+
+def test_a_context_beyond_the_parameters(model):
+    with refuses("reaches 100 tokens"):
+        longreach.extend(model, SelfExtend(2, 28), context=101)
+    with refuses("LMInfinite"):
+        longreach.extend(model, context=10**6)
+
+
+@torch.no_grad()
+def test_a_text_beyond_the_declared_context_raises_and_an_undeclared_one_warns(model):
+    with longreach.extend(model, context=100) as extension:
+        model(tokens(1, extension.capacity), use_cache=True)
+        with refuses(f"a sequence of {extension.capacity + 1} tokens exceeds the capacity"):
+            model(tokens(1, extension.capacity + 1))
+    with longreach.extend(model, SelfExtend(2, 28)), pytest.warns(UserWarning, match="exceeds the capacity of 100"):
+        model(tokens(1, 101))
+    with longreach.extend(model, Stock(), context=64), refuses("exceeds the capacity of 64"):
+        model.generate(tokens(1, 60), max_new_tokens=10)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mpt", "gptj"])
+def test_models_without_a_rotary_module(family):
+    size = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = {
+        "gpt2": lambda: t.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2),
+        "opt": lambda: t.OPTConfig(**size, ffn_dim=32, word_embed_proj_dim=32),
+        "bloom": lambda: t.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2),
+        "mpt": lambda: t.MptConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=2),
+        "gptj": lambda: t.GPTJConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=2, rotary_dim=8),
+    }[family]()
+    with refuses("rotary"):
+        longreach.extend(t.AutoModelForCausalLM.from_config(config), context=4096)
+
+
+def test_falcon_does_not_use_the_attention_interface():
+    config = t.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = t.AutoModelForCausalLM.from_config(config).eval()
+    before = model(tokens(1, 10)).logits
+    with refuses("attention interface"):
+        longreach.extend(model, Stock())
+    assert torch.equal(model(tokens(1, 10)).logits, before)
+
+
+def test_hybrid_linear_attention_models():
+    config = t.Qwen3NextConfig(
+        **{**BASE, "num_hidden_layers": 4}, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+    )  # fmt: skip
+    with refuses("linear_attention"):
+        longreach.extend(t.AutoModelForCausalLM.from_config(config), Stock())
+
+
+def test_multimodal_wrappers():
+    text = {k: v for k, v in BASE.items() if k != "initializer_range"}
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    config = t.LlavaConfig(text_config=t.LlamaConfig(**text), vision_config=t.CLIPVisionConfig(**vision), image_token_index=5)
+    with refuses("multimodal"):
+        longreach.extend(t.LlavaForConditionalGeneration(config), Stock())
+
+
+def test_encoder_decoders():
+    with refuses("encoder-decoder|rotary"):
+        longreach.extend(t.T5ForConditionalGeneration(t.T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), Stock())
+
+
+# -- forwards ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_foreign_caches(model):
+    ids = tokens(1, 20)
+    stock_cache = model(ids, use_cache=True).past_key_values
+    with longreach.extend(model, Stock()):
+        with refuses("already rotated"):
+            model(ids, past_key_values=stock_cache)
+        with refuses("StaticCache"):
+            model(ids, past_key_values=t.StaticCache(config=model.config, max_cache_len=64))
+        with refuses("offload"):
+            model(ids, past_key_values=t.DynamicCache(offloading=True))
+        own = model(ids, use_cache=True).past_key_values
+    with longreach.extend(model, Stock()), refuses("another extension"):
+        model(ids, past_key_values=own)
+
+
+def test_masks_and_positions(model):
+    ids = tokens(2, 8)
+    with longreach.extend(model, Stock()):
+        with refuses("2-D padding mask"):
+            model(ids, attention_mask=torch.ones(2, 1, 8, 8))
+        with refuses("does not cover"):
+            model(ids, attention_mask=torch.ones(2, 5))
+        with refuses("one by one"):
+            model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2))
+        with refuses("one by one"):
+            model(ids, position_ids=torch.arange(0, 16, 2)[None])
+        with refuses("leave them out"):
+            model(ids, position_ids=torch.arange(5)[None])
+        model(ids, position_ids=torch.arange(30, 38)[None])  # an offset changes no distance
+        with refuses("rows"):
+            model(ids[:1], past_key_values=model(ids, use_cache=True).past_key_values)
+
+
+def test_attention_weights_and_dropout(model):
+    ids = tokens(1, 8)
+    with longreach.extend(model, Stock()), refuses("output_attentions"):
+        model(ids, output_attentions=True)
+    dropping = build("llama", attention_dropout=0.1).train()
+    with longreach.extend(dropping, Stock()), refuses("eval"):
+        dropping(ids)
+    assert dropping.training and dropping.model.layers[0].training
+
+
+def test_backward_raises_and_forward_with_gradients_works(model):
+    ids = tokens(1, 20)
+    with longreach.extend(model, SelfExtend(2, 4)):
+        with torch.no_grad():
+            want = model(ids, use_cache=False).logits
+        loss = model(ids, labels=ids).loss
+        torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=0)
+        with pytest.raises(NotImplementedError, match="remove"):
+            loss.backward()
+    model(ids, labels=ids).loss.backward()
+
+
+def test_a_config_shared_by_two_models_is_noticed():
+    config = build("llama").config
+    first, second = (t.LlamaForCausalLM(config).eval() for _ in range(2))
+    with longreach.extend(first, SelfExtend(2, 4)):
+        with refuses("its own config"):
+            second(tokens(1, 8))
+        alone = t.LlamaForCausalLM(copy.deepcopy(build("llama").config)).eval()
+        alone(tokens(1, 8))
+
+
+def test_parts_of_a_model_are_not_called_alone(model):
+    with longreach.extend(model, LMInfinite(8, 2)):
+        hidden = model.get_input_embeddings()(tokens(1, 6))
+        positions = model.model.rotary_emb(hidden, torch.arange(6)[None])
+        with refuses("plan of this forward"):
+            model.model.layers[0](hidden, position_embeddings=positions)
+
+
+def test_planner_ranks_real_tokens_only():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
+    made = plan(4, 4, mask, torch.device("cpu"), None)
+    assert [(g.rows.start, g.start, g.count) for g in made.groups] == [(0, 0, 2), (1, 0, 4), (3, 0, 2)]
+    assert made.groups[0].columns == slice(2, 4) and made.groups[2].columns.tolist() == [0, 2]

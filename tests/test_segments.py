@@ -1,0 +1,176 @@
+"""Index arithmetic: segments against the papers' definitions, the published oracles, capacity by brute force."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from methods_matrix import METHODS
+
+from longreach import LMInfinite, SelfExtend, Stock, from_json
+from longreach.methods import registry
+from longreach.segments import Grouped, Identity, Layout, Retention, Segment, Visible, forms, matrices
+
+N = 61
+
+
+def rows(method: object, n: int) -> list[list[float | None]]:
+    distance = matrices(method.layout(9).segments, n).distance  # type: ignore[attr-defined]
+    return [[None if math.isnan(d) else round(d, 3) for d in row[: i + 1]] for i, row in enumerate(distance.tolist())]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_segments_give_the_distances_of_the_definition_and_show_each_pair_once(method):
+    """`matrices` raises when two segments show one pair."""
+    got = matrices(method.layout(0).segments, N).distance
+    i = torch.arange(N)
+    want = method.distances(i[:, None], i[None, :])
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_no_query_sees_the_future_and_every_query_sees_itself_at_distance_zero(method):
+    distance = matrices(method.layout(0).segments, N).distance
+    assert bool(distance.triu(1).isnan().sum() == N * N) or bool(distance[torch.ones(N, N).triu(1).bool()].isnan().all())
+    assert distance.diagonal().eq(0).all()
+
+
+def test_overlapping_segments_are_found():
+    with pytest.raises(AssertionError, match="another segment"):
+        matrices((Segment(Identity(), Identity(), Visible(0, 4)), Segment(Grouped(2), Grouped(2), Visible(3))), 8)
+
+
+ORACLE_SELFEXTEND_2_4 = """
+0
+1 0
+2 1 0
+3 2 1 0
+4 3 2 1 0
+4 4 3 2 1 0
+5 5 4 3 2 1 0
+5 5 4 4 3 2 1 0
+6 6 5 5 4 3 2 1 0
+6 6 5 5 4 4 3 2 1 0"""
+ORACLE_SELFEXTEND_3_4 = """
+0
+1 0
+2 1 0
+3 2 1 0
+4 3 2 1 0
+4 4 3 2 1 0
+5 5 5 3 2 1 0
+5 5 5 4 3 2 1 0
+5 5 5 4 4 3 2 1 0
+6 6 6 5 5 5 3 2 1 0"""
+ORACLE_LM_INFINITE = """
+0
+1 0
+2 1 0
+3 2 1 0
+4 3 2 1 0
+4 4 3 2 1 0
+4 4 . 3 2 1 0
+4 4 . . 3 2 1 0
+4 4 . . . 3 2 1 0
+4 4 . . . . 3 2 1 0"""
+
+
+def parse(oracle: str) -> list[list[float | None]]:
+    return [[None if cell == "." else float(cell) for cell in line.split()] for line in oracle.strip().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("method", "oracle"),
+    [
+        (SelfExtend(2, 4), ORACLE_SELFEXTEND_2_4),
+        (SelfExtend(3, 4), ORACLE_SELFEXTEND_3_4),
+        (LMInfinite(4, 2, distance_limit=4), ORACLE_LM_INFINITE),
+        (LMInfinite(4, 2), ORACLE_LM_INFINITE),
+    ],
+    ids=str,
+)
+def test_oracles(method, oracle):
+    assert rows(method, 10) == parse(oracle)
+
+
+def test_oracle_rows_of_variants():
+    assert rows(SelfExtend(3, 4, shift="true_division"), 10)[9] == [5.667, 5.667, 5.667, 4.667, 4.667, 4.667, 3, 2, 1, 0]
+    last = rows(SelfExtend(3, 5), 12)[9:]
+    assert last == parse("7 7 7 6 6 4 3 2 1 0\n7 7 7 6 6 6 4 3 2 1 0\n7 7 7 6 6 6 5 4 3 2 1 0")
+    paper = [row[:2] for row in rows(LMInfinite(4, 2, distance_limit=7), 10)[4:]]
+    assert paper == [[4, 3], [5, 4], [6, 5], [7, 6], [7, 7], [7, 7]]
+    official = [row[:2] for row in rows(LMInfinite(4, 2, distance_limit=7, distance="constant"), 10)[4:]]
+    assert official == [[7, 3], [7, 7], [7, 7], [7, 7], [7, 7], [7, 7]]
+
+
+def largest(method: SelfExtend, n: int) -> float:
+    i, j = torch.tensor([n - 1]), torch.arange(n)
+    return method.distances(i, j).nan_to_num(0).max().item()
+
+
+def test_selfextend_capacity_is_exact():
+    """The largest N whose largest distance stays below L, against brute force."""
+    for window in range(2, 24):
+        for near in range(1, window):
+            for group in range(1, 6):
+                method = SelfExtend(group, near)
+                capacity = method.capacity(window)
+                assert capacity == group * (window - near + near // group)
+                assert max(largest(method, n) for n in range(max(1, capacity - group), capacity + 1)) <= window - 1
+                assert largest(method, capacity + 1) == window
+
+
+@pytest.mark.parametrize(
+    ("window", "near", "group", "capacity"),
+    [(4096, 1024, 5, 16380), (4096, 1024, 6, 19452), (4096, 1024, 8, 25600), (8192, 1024, 6, 44028), (8192, 1024, 32, 230400), (2048, 512, 12, 18936)],
+)
+def test_published_capacities(window, near, group, capacity):
+    assert SelfExtend(group, near).capacity(window) == capacity
+
+
+def test_lm_infinite_capacity_is_unlimited_only_within_trained_distances():
+    assert LMInfinite(64).capacity(64) is None
+    assert LMInfinite(32, distance_limit=64).capacity(64) is None
+    assert LMInfinite(65).capacity(64) == 0
+    assert LMInfinite(32, distance_limit=65).capacity(64) == 0
+
+
+def test_forms_keep_only_what_a_later_query_needs():
+    assert forms(SelfExtend(8, 64).layout()) == {Grouped(8): Retention(tail=None), Identity(): Retention(tail=64)}
+    kept = forms(LMInfinite(64, 4).layout())
+    assert sorted(r.tail for r in kept.values()) == [0, 64]
+    assert max(r.head for r in kept.values()) == 4
+    assert any(r.tail is None for r in forms(LMInfinite(64, 4, top_k=2).layout(9)).values())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_json_round_trip(method):
+    assert from_json(method.to_json()) == method
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [({"method": "nope"}, "choose one of"), ({"method": "selfextend", "groups": 3}, "its parameters are"), ({"method": "selfextend", "group_size": 0, "window": 4}, "at least 1")],
+)
+def test_from_json_refuses(data, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        from_json(data)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SelfExtend(0, 4), lambda: SelfExtend(2, 0), lambda: SelfExtend(2.5, 4), lambda: SelfExtend(2, 4, shift="round"), lambda: SelfExtend(2, 4, log_scale=1),
+        lambda: SelfExtend(True, 4), lambda: LMInfinite(0), lambda: LMInfinite(4, -1), lambda: LMInfinite(4, distance="max"), lambda: LMInfinite(4, distance_limit=0),
+        lambda: LMInfinite(8, distance_limit=4, distance="constant"), lambda: LMInfinite(4, top_k_rows="some"), lambda: Stock(0), lambda: Layout(()),
+    ],
+)  # fmt: skip
+def test_bad_parameters_are_refused(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_registry_finds_every_method_file():
+    assert {"selfextend", "lm-infinite", "stock"} <= set(registry())
+    assert all(name == method.name and method.__doc__ for name, method in registry().items())

@@ -1,0 +1,116 @@
+"""Buffers and stores: what is kept, what a rollback undoes, how many bytes it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longreach import LMInfinite, SelfExtend
+from longreach.segments import Identity, Retention, forms
+from longreach.store import ROLLBACK, SLACK, Buffer, Store
+
+ONE = slice(0, 1)
+
+
+def entries(start: int, stop: int, rows: int = 1) -> torch.Tensor:
+    """Entry i holds the number i."""
+    return torch.arange(start, stop).float().view(1, 1, -1, 1).repeat(rows, 2, 1, 3)
+
+
+def holds(run) -> bool:
+    return torch.equal(run.data[0, 0, :, 0], torch.arange(run.start, run.stop).float())
+
+
+@pytest.mark.parametrize("tail", [None, 1, 10, 300])
+@pytest.mark.parametrize("chunks", [[1] * 700, [500, 1, 1, 1, 400, 64, 65, 1], [7] * 120, [1000], [3, 900, 2, 900]])
+def test_a_run_holds_all_that_its_queries_see(tail, chunks):
+    buffer, end = Buffer(Retention(head=4, tail=tail), 1), 0
+    for size in chunks:
+        run = buffer.extend(ONE, end, entries(end, end + size))
+        assert holds(run) and run.stop == end + size
+        assert run.start <= (0 if tail is None else max(0, end - tail + 1))
+        end += size
+        assert buffer.pinned(ONE, end).data[0, 0, :, 0].tolist() == list(range(min(4, end)))
+        if tail is not None:
+            assert buffer.body.shape[2] <= tail + ROLLBACK + SLACK
+
+
+@pytest.mark.parametrize("tail", [None, 10, 300])
+@pytest.mark.parametrize("back", [0, 1, 60, ROLLBACK])
+def test_rollback_of_the_declared_length_always_works(tail, back):
+    buffer = Buffer(Retention(tail=tail), 1)
+    end = 0
+    for size in (900, 1, 1, 30, 64, 1):
+        buffer.extend(ONE, end, entries(end, end + size))
+        end += size
+    buffer.rewind(ONE, end - back)
+    run = buffer.extend(ONE, end - back, entries(end - back, end - back + 5))
+    assert holds(run) and run.start <= (0 if tail is None else max(0, end - back - tail + 1))
+
+
+def test_rollback_beyond_what_is_kept_raises():
+    buffer = Buffer(Retention(tail=10), 1)
+    buffer.extend(ONE, 0, entries(0, 1000))
+    with pytest.raises(ValueError, match="crop less"):
+        buffer.rewind(ONE, 500)
+    short = Buffer(Retention(tail=10), 1)
+    short.extend(ONE, 0, entries(0, 100))
+    short.rewind(ONE, 0)  # nothing was dropped yet
+    assert holds(short.extend(ONE, 0, entries(0, 3)))
+
+
+def test_rows_move_alone():
+    buffer = Buffer(Retention(tail=20), 3)
+    buffer.extend(slice(0, 3), 0, entries(0, 15, rows=3))
+    buffer.extend(slice(1, 2), 15, entries(15, 600))
+    assert buffer.ends == [15, 600, 15]
+    assert holds(buffer.extend(slice(0, 1), 15, entries(15, 16)))
+    assert holds(buffer.extend(slice(1, 2), 600, entries(600, 601)))
+
+
+def test_select_reorders_rows():
+    buffer = Buffer(Retention(head=2), 2)
+    buffer.extend(slice(0, 1), 0, entries(0, 5))
+    buffer.extend(slice(1, 2), 0, entries(10, 17))
+    buffer.select(torch.tensor([1, 1, 0]))
+    assert buffer.ends == [7, 7, 5] and buffer.head[:, 0, 0, 0].tolist() == [10, 10, 0]
+
+
+def fill(method, tokens: int, chunk: int, heads: int = 2, width: int = 8) -> Store:
+    store = Store([forms(method.layout(0))], object())
+    store.open(1)
+    for start in range(0, tokens, chunk):
+        new = torch.zeros(1, heads, min(chunk, tokens - start), width)
+        for buffer in store.layers[0].buffers:
+            buffer.extend(ONE, start, new)
+        store.advance(None, new.shape[2])
+    return store
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 4096])
+def test_lm_infinite_bytes_are_constant_and_follow_the_formula(chunk):
+    per_entry = 2 * 8 * 4
+    bound = per_entry * (2 * (512 + ROLLBACK + SLACK) + 2 * 4)  # values and the near form: head or tail; the global form: head only
+    sizes = {fill(LMInfinite(512, 4), tokens, chunk).nbytes for tokens in (4096, 8192)}
+    assert len(sizes) == 1 and sizes.pop() == bound
+
+
+def test_selfextend_keeps_values_the_grouped_form_and_a_near_tail():
+    per_entry, tokens = 2 * 8 * 4, 8192
+    store = fill(SelfExtend(8, 256), tokens, tokens)
+    assert store.nbytes == per_entry * (2 * (tokens + SLACK) + 256 + ROLLBACK + SLACK)
+    assert store.layers[0].keys[Identity()].body.shape[2] == 256 + ROLLBACK + SLACK
+
+
+def test_store_counts_slots_and_tokens_apart():
+    store = Store([forms(SelfExtend(2, 4).layout(0))], object())
+    store.open(2)
+    store.advance(torch.tensor([[False, True, True], [True, True, True]]), 3)
+    store.advance(None, 2)
+    assert store.lengths == [4, 5] and store.seen == 5
+    store.crop(3)
+    assert store.lengths == [1, 2] and store.seen == 2
+    store.crop(1)
+    assert store.lengths == [0, 1]
+    with pytest.raises(ValueError, match="start a new cache"):
+        store.open(3)

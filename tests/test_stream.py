@@ -1,0 +1,70 @@
+"""Streaming: losses do not depend on the chunks, memory does not grow, generation can go on from the state."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import build, tokens
+
+import longreach
+from longreach import LMInfinite, SelfExtend, Stock
+from longreach.store import ROLLBACK, SLACK
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama", eos_token_id=None)
+
+
+@pytest.mark.parametrize("method", [LMInfinite(32, 4), SelfExtend(8, 16)], ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 17, 100, 1000])
+@torch.no_grad()
+def test_losses_are_those_of_one_forward(model, method, chunk_size):
+    ids = tokens(1, 300)
+    with longreach.extend(model, method) as extension:
+        logits = model(ids, use_cache=False).logits[0]
+        want = F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+        chunks = list(longreach.stream(extension, ids[0], chunk_size=chunk_size))
+        losses = torch.cat([c.losses for c in chunks])
+        assert losses[0].isnan() and [c.start for c in chunks] == list(range(0, 300, chunk_size))
+        torch.testing.assert_close(losses[1:], want, atol=1e-4, rtol=0)
+
+
+def test_memory_is_constant_on_an_endless_iterator(model):
+    endless = itertools.cycle(tokens(1, 997)[0].tolist())
+    with longreach.extend(model, LMInfinite(64, 4)) as extension:
+        sizes = []
+        for chunk in itertools.islice(longreach.stream(extension, endless, chunk_size=500), 8):
+            assert not chunk.losses[1:].isnan().any()
+            sizes.append(chunk.store_bytes)
+        layers, heads, width, item = 2, 1, 16, 4
+        assert set(sizes) == {layers * heads * width * item * (2 * (64 + ROLLBACK + SLACK) + 2 * 4)}
+
+
+@torch.no_grad()
+def test_the_state_goes_on(model):
+    ids = tokens(1, 200)
+    with longreach.extend(model, LMInfinite(32, 4)) as extension:
+        *_, last = longreach.stream(extension, ids[:, :150], chunk_size=64, losses=False)
+        assert last.losses is None
+        again = list(longreach.stream(extension, ids[0, 150:], chunk_size=64, cache=last.cache))
+        assert again[0].start == 150
+        whole = torch.cat([c.losses for c in longreach.stream(extension, ids[0])])
+        torch.testing.assert_close(again[0].losses[1:], whole[151:], atol=1e-4, rtol=0)
+        *_, state = longreach.stream(extension, ids[0, :199], chunk_size=64, losses=False)
+        answer = model.generate(ids, past_key_values=state.cache, max_new_tokens=5, do_sample=False)
+        assert torch.equal(answer, model.generate(ids, max_new_tokens=5, do_sample=False))
+
+
+def test_refusals(model):
+    with longreach.extend(model, Stock(), context=64) as extension:
+        with pytest.raises(ValueError, match="exceeds the capacity"):
+            list(longreach.stream(extension, tokens(1, 100)[0], chunk_size=30))
+        with pytest.raises(ValueError, match="chunk_size"):
+            next(longreach.stream(extension, [1], chunk_size=0))
+        with pytest.raises(ValueError, match="one sequence"):
+            next(longreach.stream(extension, tokens(2, 9)))
+        assert list(longreach.stream(extension, [])) == []
