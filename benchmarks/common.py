@@ -12,7 +12,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -125,6 +126,17 @@ class Ratio:
 
     def to_json(self) -> dict[str, float]:
         return {"of_medians": self.of_medians, "pairwise_median": self.pairwise}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Many small operations: on a busy machine every hand-over between threads costs a time slice."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def read_bandwidth(device: torch.device, size: int = 1 << 28) -> float:

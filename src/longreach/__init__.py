@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longreach.load import load as load
+    from longreach.loading import load as load
     from longreach.methods import from_json as from_json
     from longreach.methods.base import Method as Method
     from longreach.methods.lm_infinite import LMInfinite as LMInfinite
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from longreach.methods.stock import Stock as Stock
     from longreach.seam.extend import Extension as Extension
     from longreach.seam.extend import extend as extend
-    from longreach.stream import stream as stream
+    from longreach.streaming import stream as stream
 
 _HOMES = {
-    "load": "load", "extend": "seam.extend", "Extension": "seam.extend", "stream": "stream", "Method": "methods.base", "from_json": "methods",
+    "load": "loading", "extend": "seam.extend", "Extension": "seam.extend", "stream": "streaming", "Method": "methods.base", "from_json": "methods",
 }
 
 try:

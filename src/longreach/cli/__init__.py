@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except CommandLineError as error:
-        return _refuse(error.format_message(), as_json)  # type: ignore[attr-defined]
+        return _refuse(_with_fix(error, given), as_json)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `longreach methods | head -1`
@@ -76,6 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if as_json:
             print(json.dumps({"error": f"{type(error).__name__}: {_first_line(error)}"}))
         raise
+
+
+def _with_fix(error: Exception, given: list[str]) -> str:
+    """Typer's own sentence, and where to look."""
+    sentence = str(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
+    if given[0] in COMMANDS:
+        return f"{sentence}; see longreach {given[0]} --help"
+    return f"{sentence}; choose one of: {', '.join(COMMANDS)}"
 
 
 def memory_is_short(error: Exception) -> bool:

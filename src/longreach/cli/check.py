@@ -1,1 +1,187 @@
-def command() -> None: ...
+"""`longreach check`: exactness, capacity and parameters for one model, measured on it.
+
+Knows the options and the tables; the measurements are made in measurements.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from longreach.cli.common import (
+    Context,
+    Device,
+    Dtype,
+    Json,
+    MethodName,
+    Model,
+    Output,
+    TrainedWindow,
+    Verbose,
+    load_model,
+    output,
+    pairs_table,
+    quiet_transformers,
+)
+
+if TYPE_CHECKING:
+    from longreach.cli.measurements import Measurement
+    from longreach.methods import Method
+    from longreach.seam.extend import Extension
+
+TAKES_METHOD_PARAMETERS = True
+MULTIPLES = (2, 4, 8, 16, 32)
+FEWEST_TOKENS, MOST_TOKENS = 48, 2048
+FAILED = 1
+
+
+def command(
+    context: typer.Context,
+    model: Model = "nano",
+    declared: Context = None,
+    method: MethodName = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=FEWEST_TOKENS, max=MOST_TOKENS, help="Length of the measured input; the dense truth is slow.")
+    ] = 300,
+    dtype: Dtype = None,
+    device: Device = None,
+    trained_window: TrainedWindow = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure on a model how exact Longreach is, and show what it would choose. Exits with 1 if a gate fails.
+
+    Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
+    """
+    with output(as_json, verbose) as out:
+        from longreach.cli import parameters
+
+        chosen = parameters.build(method, context.args, [option for p in context.command.params for option in p.opts])
+        with quiet_transformers(verbose):
+            loaded, _ = load_model(model, dtype, device)
+            result = {"model": model, **examine(out, loaded, chosen, declared, tokens, trained_window)}
+        out.finish(result, lambda console: show(console, result))
+        if not result["passed"]:
+            raise typer.Exit(FAILED)
+
+
+def examine(out: Output, model: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None) -> dict[str, Any]:
+    """Everything about one model, as plain data. The model ends in fp32."""
+    from longreach import extend
+    from longreach.cli import measurements
+    from longreach.methods.stock import Stock
+
+    with extend(model, method or (None if declared else Stock()), context=declared, trained_window=trained_window) as extension:
+        facts = extension.report()
+        dial = list(choices(extension))
+        subject = method or (extension.method if declared else None)
+        rotation = measurements.rotation(extension)
+    found = [{"method": None, "measurements": [rotation, *own(out, model, min(tokens, facts["trained_window"]))]}]
+    for each in measurements.subjects(subject, tokens):
+        out.note(f"measuring {each} on {tokens} tokens")
+        found.append({"method": each, "measurements": measurements.consistency(model, each, measurements.random_ids(model, tokens))})
+    groups = [
+        {"method": None if g["method"] is None else g["method"].to_json(), "measurements": [m.to_json() for m in g["measurements"]]}
+        for g in found
+    ]
+    return {
+        "device": str(measurements.device_of(model)),
+        "tokens": tokens,
+        "extension": facts,
+        "dial": dial,
+        "groups": groups,
+        "passed": all(m["passed"] for g in groups for m in g["measurements"]),
+    }
+
+
+def own(out: Output, model: Any, tokens: int) -> list[Measurement]:
+    """The engine with neutral parameters: in the model's own precision if that is half, then in fp32, which the model is left in."""
+    import torch
+
+    from longreach.cli import measurements
+
+    ids = measurements.random_ids(model, tokens)
+    half = None
+    if next(model.parameters()).dtype != torch.float32:
+        out.note(f"measuring neutral parameters in {next(model.parameters()).dtype}, then everything in fp32")
+        half = measurements.half_precision(model, ids)
+        model.float()
+    found = [] if half is None else [measurements.half_ratio(*half, measurements.logits(model, ids))]
+    return found + measurements.neutral(model, ids)
+
+
+def choices(extension: Extension) -> Iterator[dict[str, Any]]:
+    """What the dial chooses for multiples of the trained window."""
+    from longreach import auto
+
+    window = extension.window
+    for times in MULTIPLES:
+        context = times * window.tokens
+        try:
+            choice = auto.choose(window, context)
+        except ValueError as error:
+            yield {"times": times, "context": context, "method": None, "capacity": None, "reason": None, "warning": None, "refusal": str(error)}
+            continue
+        yield {
+            "times": times,
+            "context": context,
+            "method": choice.method.to_json(),
+            "capacity": choice.method.capacity(window.tokens),
+            "reason": choice.reason,
+            "warning": choice.warning,
+            "refusal": None,
+        }
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from longreach.methods import from_json
+
+    facts = result["extension"]
+    ours, without = facts["layers_with_method"], facts["layers_without_positions"]
+    sliding = facts["layers"] - len(ours)
+    layers = f"{facts['layers']}: {len(ours)} with the method, {sliding} sliding as trained, {len(without)} without positions"
+    rows = [
+        ("trained window", f"{facts['trained_window']} tokens ({facts['trained_window_reason']})"),
+        ("layers", layers),
+        ("backend", f"{facts['backend']}, {facts['dtype']}, {result['device']}"),
+        ("looked at", str(from_json(facts["method"]))),
+        ("capacity", "unlimited" if facts["capacity"] is None else f"{facts['capacity']} tokens"),
+    ]
+    console.print(pairs_table(result["model"], rows))
+
+    dial = Table(title="what the dial chooses", title_justify="left", box=box.SIMPLE)
+    for column in ("context", "method", "capacity", "remark"):
+        dial.add_column(column, justify="right" if column == "capacity" else "left")
+    for row in result["dial"]:
+        name = "refused" if row["method"] is None else Text(brief(row["method"]))
+        remark = row["refusal"] or row["warning"] or ""
+        dial.add_row(f"{row['context']} ({row['times']}x)", name, "" if row["capacity"] is None else str(row["capacity"]), Text(remark))
+    console.print(dial)
+
+    gates = Table(title=f"measured (relative to the largest logit, fp32 unless said; {result['tokens']} tokens)", title_justify="left", box=box.SIMPLE)
+    for column in ("", "measurement", "value", "gate"):
+        gates.add_column(column, justify="right" if column in ("value", "gate") else "left")
+    for group in result["groups"]:
+        if group["method"] is not None:
+            gates.add_row("", Text(brief(group["method"]), style="bold"), "", "")
+        for m in group["measurements"]:
+            state = "skip" if m["value"] is None else "[green]pass[/green]" if m["passed"] else "[bold red]FAIL[/bold red]"
+            gates.add_row(state, Text(m["name"]), m["note"] if m["value"] is None else f"{m['value']:.2g}", f"{m['gate']:.2g}")
+    console.print(gates)
+    console.print("all gates pass" if result["passed"] else "[bold red]a gate fails: do not trust this model's answers under Longreach, and report it[/bold red]")
+
+
+def brief(method: dict[str, Any]) -> str:
+    """selfextend --group-size 8 --window 64: what one would type, without the defaults."""
+    from longreach.cli import parameters
+
+    known = parameters.of(parameters.find(method["method"]))
+    given = [f"{p.option} {method[p.name]}" for p in known if p.required or method[p.name] != p.default]
+    return " ".join([method["method"], *given])

@@ -40,10 +40,10 @@ def command(
         if not 1 <= length <= MOST_TOKENS:
             raise ValueError(f"--length must be between 1 and {MOST_TOKENS}, not {length}; the matrix has length x length entries")
         check_picture(png)
-        from longreach.cli import parameters
+        from longreach.cli.parameters import build
         from longreach.segments import matrices
 
-        chosen = parameters.build(method, context.args, ["--length", "--layer", "--png", "--json"])
+        chosen = build(method, context.args, ["--length", "--layer", "--png", "--json"])
         assert chosen is not None
         matrix = matrices(chosen.layout(layer).segments, length).distance
         note_late(out, chosen)
@@ -51,7 +51,7 @@ def command(
         if png is not None:
             from longreach import plots
 
-            plots.distances(matrix, str(chosen), png)
+            plots.distances(matrix, title(chosen), png)
             out.note(f"wrote {png}")
             result["png"] = str(png)
         if as_json:
@@ -74,6 +74,14 @@ def note_late(out: Output, method: Method) -> None:
     late = [layer for layer in range(LAYERS_SEARCHED) if method.layout(layer).late is not None]
     if late:
         out.note(f"note: from layer {late[0]} on, {method.name} also shows keys that it chooses by their scores; these are not drawn")
+
+
+def title(method: Method) -> str:
+    """The method and those of its parameters that are not the defaults."""
+    from longreach.methods import parameters
+
+    given = [f"{f.name}={value}" for f in parameters(type(method)) if (value := getattr(method, f.name)) != f.default]
+    return f"{type(method).__name__}({', '.join(given)})"
 
 
 def rows(matrix: torch.Tensor) -> list[list[float | int | None]]:

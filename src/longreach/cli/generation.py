@@ -15,7 +15,7 @@ import torch
 
 from longreach.seam.cache_layers import store_of
 from longreach.seam.extend import Extension
-from longreach.stream import stream
+from longreach.streaming import stream
 
 
 @dataclass(frozen=True)

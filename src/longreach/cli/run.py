@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -97,12 +98,17 @@ def command(
         out.finish(result, lambda console: None)
 
 
+@dataclass(frozen=True)
 class Fitted:
     """A prompt that fits, and how to attach the method that it fits."""
 
-    def __init__(self, ids: list[int], context: int, declared: bool, method: Method | None, trained_window: int | None, cut: text.Truncation | None, beyond: str | None):
-        self.ids, self.context, self.declared, self.method = ids, context, declared, method
-        self.trained_window, self.cut, self.beyond = trained_window, cut, beyond
+    ids: list[int]
+    context: int
+    declared: bool
+    method: Method | None  # None: the dial chooses
+    trained_window: int | None
+    cut: text.Truncation | None
+    beyond: str | None  # what to say where plain attention goes beyond its window
 
     def attach(self, model: Any) -> Extension:
         import longreach
