@@ -6,6 +6,7 @@ Knows nothing about attention. Facts name hardware and versions only: no host na
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import platform
 import shlex
@@ -163,3 +164,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
         return "  ".join([cells[0].ljust(len(first)), *others]).rstrip()
 
     return "\n".join([title, line(header), line(["-" * width for width in widths]), *(line(row) for row in rows)])
+
+
+def read_text(path: Path) -> str:
+    """A plain or .xz text file."""
+    data = path.read_bytes()
+    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")

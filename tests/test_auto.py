@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import transformers as t
-from families import build
 
 import longreach
+from families import build
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.auto import LARGEST_GROUP, Window, choose, furthest, trained_window
 

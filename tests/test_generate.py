@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import build, tokens
 from transformers import DynamicCache, GenerationConfig
 
 import longreach
+from families import build, tokens
 from longreach import LMInfinite, SelfExtend
 from longreach.seam.cache_layers import store_of
+
 
 def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     assert not a.isnan().any()

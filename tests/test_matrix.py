@@ -6,11 +6,11 @@ import functools
 
 import pytest
 import torch
-from families import FAMILIES, WINDOW, build, tokens
-from methods_matrix import METHODS, NEUTRAL
 
 import longreach
+from families import FAMILIES, WINDOW, build, tokens
 from longreach import LMInfinite, SelfExtend
+from methods_matrix import METHODS, NEUTRAL
 
 LENGTH = 75
 

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 import transformers as t
-from families import BASE, build, tokens
 
 import longreach
+from families import BASE, build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.planner import plan
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from methods_matrix import METHODS
 
 from longreach import LMInfinite, SelfExtend, Stock, from_json
 from longreach.methods import registry
 from longreach.segments import Grouped, Identity, Layout, Retention, Segment, Visible, forms, matrices
+from methods_matrix import METHODS
 
 N = 61
 

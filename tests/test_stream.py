@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build, tokens
 
 import longreach
+from families import build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.store import ROLLBACK, SLACK
 

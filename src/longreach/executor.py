@@ -74,7 +74,7 @@ def execute(
 
 def _extend(layer: Layer, plan: Plan, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:
     """Encode the new keys at `positions` and append them to their form. The dense truth keeps them as they are."""
-    if not layer.dense and layer.rotary is not None and (table := plan.table(layer.rotary, positions, rows.start, rows.count)) is not None:
+    if not layer.dense and layer.rotary is not None and (table := plan.table(layer.rotary, positions, rows.start, rows.count, new.device)) is not None:
         new = table.rotate(new)
     return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new)
 
@@ -124,7 +124,7 @@ class _Call:
         if segment.query_scale is not None:
             scale = segment.query_scale(torch.arange(start, start + count, device=q.device)).float()
         rotary = self.layer.rotary
-        table = None if rotary is None else self.plan.table(rotary, segment.query_positions, start, count)
+        table = None if rotary is None else self.plan.table(rotary, segment.query_positions, start, count, q.device)
         if table is not None:
             return table.rotate(q, scale)
         return q if scale is None else (q.float() * scale[:, None]).to(q.dtype)
@@ -170,7 +170,7 @@ class _Call:
         start, stop = self.rows.start, self.rows.start + self.rows.count
         queries = q
         rotary = self.layer.rotary
-        if rotary is not None and (table := self.plan.table(rotary, Constant(late.distance), start, self.rows.count)) is not None:
+        if rotary is not None and (table := self.plan.table(rotary, Constant(late.distance), start, self.rows.count, q.device)) is not None:
             queries = table.rotate(q)
         groups = q.shape[1] // self.values.data.shape[1]
         first = stop - 1 if late.rows == "last" else start

@@ -55,3 +55,10 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in names:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of: {', '.join(names)}")
     return names[dtype]
+
+
+def shipped_book() -> str:
+    """The excerpt of a public-domain book that comes with nano, which never saw it in training."""
+    import lzma
+
+    return lzma.decompress((files("longreach") / "nano" / "book.txt.xz").read_bytes()).decode("utf-8")

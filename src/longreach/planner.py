@@ -6,6 +6,7 @@ Knows lengths and indices; not queries, keys or models.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,18 +36,17 @@ class Plan:
     groups: list[Rows]
     real: torch.Tensor | None  # [B, T] on the CPU, None if every column is a real token
     columns: int
-    device: torch.device
     store: Store | None = None
-    _tables: dict[tuple[int, PositionMap, int, int], Table] = field(default_factory=dict)
+    _tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)
     _rotaries: list[Rotary] = field(default_factory=list)  # keeps the ids of the table keys alive
 
-    def table(self, rotary: Rotary, positions: PositionMap, start: int, count: int) -> Table | None:
-        """The rotation of `count` tokens from index `start`; None where it is the identity."""
+    def table(self, rotary: Rotary, positions: PositionMap, start: int, count: int, device: torch.device) -> Table | None:
+        """The rotation of `count` tokens from index `start`, shared by all layers on a device; None where it is the identity."""
         if positions == Constant(0) and rotary.scaling == 1.0:
             return None
-        key = (id(rotary), positions, start, count)
+        key = (id(rotary), positions, start, count, device)
         if key not in self._tables:
-            index = torch.arange(start, start + count, device=self.device)
+            index = torch.arange(start, start + count, device=device)
             self._tables[key] = rotary.table(positions(index))
             self._rotaries.append(rotary)
         return self._tables[key]
@@ -76,7 +76,7 @@ def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.devic
             where = torch.arange(columns) if real is None else real[row].nonzero()[:, 0]
             if where.numel():
                 groups.append(Rows(slice(row, row + 1), _as_slice(where, device), lengths[row], where.numel()))
-    return Plan(groups, real, columns, device, store)
+    return Plan(groups, real, columns, store)
 
 
 def _as_slice(where: torch.Tensor, device: torch.device) -> slice | torch.Tensor:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 
 
-
 @dataclass(frozen=True)
 class Identity:
     """Position = index."""

@@ -29,7 +29,7 @@ from longreach.cli.common import (
 
 if TYPE_CHECKING:
     from longreach.cli.measurements import Measurement
-    from longreach.methods import Method
+    from longreach.methods.base import Method
     from longreach.seam.extend import Extension
 
 TAKES_METHOD_PARAMETERS = True
@@ -79,14 +79,10 @@ def examine(out: Output, model: Any, method: Method | None, declared: int | None
         dial = list(choices(extension))
         subject = method or (extension.method if declared else None)
         rotation = measurements.rotation(extension)
-    found = [{"method": None, "measurements": [rotation, *own(out, model, min(tokens, facts["trained_window"]))]}]
+    groups = [group(None, [rotation, *own(out, model, min(tokens, facts["trained_window"]))])]
     for each in measurements.subjects(subject, tokens):
         out.note(f"measuring {each} on {tokens} tokens")
-        found.append({"method": each, "measurements": measurements.consistency(model, each, measurements.random_ids(model, tokens))})
-    groups = [
-        {"method": None if g["method"] is None else g["method"].to_json(), "measurements": [m.to_json() for m in g["measurements"]]}
-        for g in found
-    ]
+        groups.append(group(each, measurements.consistency(model, each, measurements.random_ids(model, tokens))))
     return {
         "device": str(measurements.device_of(model)),
         "tokens": tokens,
@@ -95,6 +91,10 @@ def examine(out: Output, model: Any, method: Method | None, declared: int | None
         "groups": groups,
         "passed": all(m["passed"] for g in groups for m in g["measurements"]),
     }
+
+
+def group(method: Method | None, found: list[Measurement]) -> dict[str, Any]:
+    return {"method": None if method is None else method.to_json(), "measurements": [m.to_json() for m in found]}
 
 
 def own(out: Output, model: Any, tokens: int) -> list[Measurement]:
@@ -157,25 +157,27 @@ def show(console: Console, result: dict[str, Any]) -> None:
     console.print(pairs_table(result["model"], rows))
 
     dial = Table(title="what the dial chooses", title_justify="left", box=box.SIMPLE)
-    for column in ("context", "method", "capacity", "remark"):
+    for column in ("context", "method", "capacity"):
         dial.add_column(column, justify="right" if column == "capacity" else "left")
     for row in result["dial"]:
         name = "refused" if row["method"] is None else Text(brief(row["method"]))
-        remark = row["refusal"] or row["warning"] or ""
-        dial.add_row(f"{row['context']} ({row['times']}x)", name, "" if row["capacity"] is None else str(row["capacity"]), Text(remark))
+        dial.add_row(f"{row['context']} ({row['times']}x)", name, "" if row["capacity"] is None else str(row["capacity"]))
     console.print(dial)
+    for row in result["dial"]:
+        if remark := row["refusal"] or row["warning"]:
+            console.print(Text(f"  {row['times']}x: {remark}"))
 
-    gates = Table(title=f"measured (relative to the largest logit, fp32 unless said; {result['tokens']} tokens)", title_justify="left", box=box.SIMPLE)
+    gates = Table(title=f"\nmeasured (relative to the largest logit, fp32 unless said; {result['tokens']} tokens)", title_justify="left", box=box.SIMPLE)
     for column in ("", "measurement", "value", "gate"):
         gates.add_column(column, justify="right" if column in ("value", "gate") else "left")
     for group in result["groups"]:
         if group["method"] is not None:
             gates.add_row("", Text(brief(group["method"]), style="bold"), "", "")
         for m in group["measurements"]:
-            state = "skip" if m["value"] is None else "[green]pass[/green]" if m["passed"] else "[bold red]FAIL[/bold red]"
+            state = "skip" if m["value"] is None and m["passed"] else "[green]pass[/green]" if m["passed"] else "[bold red]FAIL[/bold red]"
             gates.add_row(state, Text(m["name"]), m["note"] if m["value"] is None else f"{m['value']:.2g}", f"{m['gate']:.2g}")
     console.print(gates)
-    console.print("all gates pass" if result["passed"] else "[bold red]a gate fails: do not trust this model's answers under Longreach, and report it[/bold red]")
+    console.print("all gates pass" if result["passed"] else "[bold red]a gate fails: do not trust this model under Longreach, and report it[/bold red]")
 
 
 def brief(method: dict[str, Any]) -> str:

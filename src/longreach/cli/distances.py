@@ -15,7 +15,7 @@ from longreach.cli.common import Json, Output, output
 if TYPE_CHECKING:
     import torch
 
-    from longreach.methods import Method
+    from longreach.methods.base import Method
 
 TAKES_METHOD_PARAMETERS = True
 MOST_TOKENS = 4096

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 import torch
 
-from longreach.methods import Method
+from longreach.methods.base import Method
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
@@ -37,7 +39,9 @@ class Measurement:
         return self.value is None or self.value <= self.gate
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "value": self.value, "gate": self.gate, "passed": self.passed, "note": self.note}
+        finite = self.value is not None and isfinite(self.value)
+        note = self.note if finite or self.value is None else "not finite"
+        return {"name": self.name, "value": self.value if finite else None, "gate": self.gate, "passed": self.passed, "note": note}
 
 
 def random_ids(model: Any, count: int) -> torch.Tensor:
@@ -152,7 +156,7 @@ def chunks(model: Any, ids: torch.Tensor, whole: torch.Tensor) -> Measurement:
 
     cache, n = DynamicCache(), ids.shape[1]
     cuts = [0, 7, n // 3, n // 3 + 1, n]
-    parts = [logits(model, ids[:, a:b], cache=cache) for a, b in zip(cuts, cuts[1:])]
+    parts = [logits(model, ids[:, a:b], cache=cache) for a, b in pairwise(cuts)]
     return Measurement(CHUNKS, difference(torch.cat(parts, dim=1), whole), ITSELF)
 
 

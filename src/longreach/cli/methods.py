@@ -13,7 +13,7 @@ from rich.console import Console
 from longreach.cli.common import Json, output
 
 if TYPE_CHECKING:
-    from longreach.methods import Method
+    from longreach.methods.base import Method
 
 
 def command(as_json: Json = False) -> None:

@@ -12,7 +12,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from longreach.methods import Method, parameters, registry
+from longreach.methods import parameters, registry
+from longreach.methods.base import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,8 @@ def build(name: str | None, arguments: Sequence[str], command_options: Sequence[
             values[negated.name] = False
             continue
         if option not in known:
-            raise ValueError(_unknown(option, [*known, *command_options], f"{name} has no parameter {option}; its parameters are: {', '.join(known) or 'none'}"))
+            sentence = f"{name} has no parameter {option}; its parameters are: {', '.join(known) or 'none'}"
+            raise ValueError(_unknown(option, [*known, *command_options], sentence))
         values[known[option].name] = convert(option, known[option].annotation, text)
     if missing := [p for p in known.values() if p.required and p.name not in values]:
         raise ValueError(f"{name} needs {' and '.join(f'{p.option} ({p.help})' for p in missing)}; pass {' '.join(f'{p.option} N' for p in missing)}")

@@ -33,7 +33,7 @@ from longreach.cli.common import (
 
 if TYPE_CHECKING:
     from longreach.cli.generation import Answer
-    from longreach.methods import Method
+    from longreach.methods.base import Method
     from longreach.seam.extend import Extension
 
 TAKES_METHOD_PARAMETERS = True
@@ -50,7 +50,7 @@ def command(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction that follows the text.")] = "",
     system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
-    truncate: Annotated[text.Side | None, typer.Option("--truncate", help="Which part of a too long text to leave out. Without it, too long is an error.")] = None,
+    truncate: Annotated[text.Side | None, typer.Option("--truncate", help="What to leave out of a too long text. Without it, too long is an error.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", max=1, help="Sample among the likeliest tokens that have this probability together.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
@@ -89,7 +89,7 @@ def command(
                 sampling = generation.Sampling(temperature or (1.0 if top_p is not None and temperature is None else None), top_p, seed)
                 with progress_bar(out, len(fitted.ids)) as progress:
                     found = generation.answer(
-                        extension, tokenizer, fitted.ids, max_new_tokens, chunk_size=chunk_size, sampling=sampling, write=writer(out, progress), progress=progress
+                        extension, tokenizer, fitted.ids, max_new_tokens, chunk_size=chunk_size, sampling=sampling, write=writer(out), progress=progress
                     )
                 result = report(model, extension, fitted, found)
         if not as_json:
@@ -205,7 +205,7 @@ def progress_bar(out: Output, prompt_tokens: int) -> Iterator[Callable[[int], No
         yield update
 
 
-def writer(out: Output, progress: Callable[[int], None]) -> Callable[[str], None]:
+def writer(out: Output) -> Callable[[str], None]:
     """Streams the answer to standard output; says nothing in JSON mode."""
 
     def write(part: str) -> None:
