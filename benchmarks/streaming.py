@@ -87,7 +87,9 @@ def main() -> None:
         "loss_by_tenth": tenths, "plain_stock_loss_by_window": plain,
     }  # fmt: skip
     print(f"{method}: {args.tokens} tokens in {seconds:.0f} s ({args.tokens / seconds:,.0f} tokens/s), store sizes seen {sorted(sizes)}")
-    print(f"at {args.samples} sampled positions: LM-Infinite {ours.mean():.4f}, stock on a sliding window {stock.mean():.4f} ({result['difference_percent']:+.2f} %)")
+    print(
+        f"at {args.samples} sampled positions: LM-Infinite {ours.mean():.4f}, stock on a sliding window {stock.mean():.4f} ({result['difference_percent']:+.2f} %)"
+    )
     print(f"plain stock by window of {window}: {' '.join(f'{x:.2f}' for x in plain)}")
     write_json(args.out, result)
 

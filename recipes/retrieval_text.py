@@ -12,10 +12,30 @@ from random import Random
 
 # What a number can be called. One wording is held out: see HELD_OUT_NAME.
 NAMES = (
-    "pass key", "pass key", "pass key", "passkey", "password", "secret number", "secret code", "access code",
-    "code", "key", "code for the safe", "number of the room", "number of the ticket", "number of the house",
-    "key of the vault", "hidden number", "private code", "number of the account", "number of the letter",
-    "code of the lock", "sum in the ledger", "number on the card", "registration number", "page number",
+    "pass key",
+    "pass key",
+    "pass key",
+    "passkey",
+    "password",
+    "secret number",
+    "secret code",
+    "access code",
+    "code",
+    "key",
+    "code for the safe",
+    "number of the room",
+    "number of the ticket",
+    "number of the house",
+    "key of the vault",
+    "hidden number",
+    "private code",
+    "number of the account",
+    "number of the letter",
+    "code of the lock",
+    "sum in the ledger",
+    "number on the card",
+    "registration number",
+    "page number",
 )
 HELD_OUT_NAME = "magic number"
 
@@ -65,10 +85,22 @@ PLACES = (
     "office schoolroom parlour chapel boat cabin cave well orchard bakery theatre museum station inn"
 ).split()
 ACTIVITIES = (
-    "walk along the river", "eat fresh bread", "sit in the park on a sunny day", "listen to the bells", "watch the ships",
-    "visit the old market", "drink a cup of coffee", "climb the great tower", "hear the music in the square",
-    "read in the public library", "feed the birds", "look at the pictures", "buy flowers", "dance until midnight",
-    "row upon the lake", "eat a sandwich and rest under a tree",
+    "walk along the river",
+    "eat fresh bread",
+    "sit in the park on a sunny day",
+    "listen to the bells",
+    "watch the ships",
+    "visit the old market",
+    "drink a cup of coffee",
+    "climb the great tower",
+    "hear the music in the square",
+    "read in the public library",
+    "feed the birds",
+    "look at the pictures",
+    "buy flowers",
+    "dance until midnight",
+    "row upon the lake",
+    "eat a sandwich and rest under a tree",
 )
 
 # (statement, question, answer): the needle sentences. The last test-only form is HELD_OUT_NEEDLE.
@@ -80,9 +112,7 @@ NEEDLES = (
     ("The {object} belongs to {person}.", "Who owns the {object}?", " The {object} belongs to {person}."),
     ("{person} sold the {object} to {person2}.", "To whom did {person} sell the {object}?", " {person} sold the {object} to {person2}."),
 )
-HELD_OUT_NEEDLE = (
-    "{person} travelled to {city} with the {object}.", "What did {person} take to {city}?", " {person} travelled to {city} with the {object}."
-)
+HELD_OUT_NEEDLE = ("{person} travelled to {city} with the {object}.", "What did {person} take to {city}?", " {person} travelled to {city} with the {object}.")
 
 OPENINGS = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about the important information there.",
@@ -127,8 +157,12 @@ def labelled_keys(rng: Random, n: int) -> list[Fact]:
 
 def needle(rng: Random) -> Fact:
     words = dict(
-        person=rng.choice(PEOPLE), person2=rng.choice(PEOPLE), city=rng.choice(CITIES), object=rng.choice(OBJECTS),
-        place=rng.choice(PLACES), activity=rng.choice(ACTIVITIES),
+        person=rng.choice(PEOPLE),
+        person2=rng.choice(PEOPLE),
+        city=rng.choice(CITIES),
+        object=rng.choice(OBJECTS),
+        place=rng.choice(PLACES),
+        activity=rng.choice(ACTIVITIES),
     )
     return Fact(*(part.format(**words) for part in rng.choice(NEEDLES)))
 

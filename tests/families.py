@@ -10,8 +10,16 @@ import transformers as t
 
 VOCABULARY, WINDOW = 96, 64
 BASE: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=WINDOW,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=WINDOW,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.3,
 )
 TYPES = ["sliding_attention", "full_attention"]
 EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=32)
@@ -41,8 +49,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-longrope": (
         "Phi3Config",
         dict(
-            num_key_value_heads=2, original_max_position_embeddings=32,
-            **rope("longrope", short_factor=[1.0 + 0.1 * i for i in range(8)], long_factor=[1.5 + 0.5 * i for i in range(8)], original_max_position_embeddings=32),
+            num_key_value_heads=2,
+            original_max_position_embeddings=32,
+            **rope(
+                "longrope", short_factor=[1.0 + 0.1 * i for i in range(8)], long_factor=[1.5 + 0.5 * i for i in range(8)], original_max_position_embeddings=32
+            ),
         ),
     ),
     "gpt-neox": ("GPTNeoXConfig", rope("default", partial_rotary_factor=0.25)),
@@ -52,7 +63,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": (
         "GptOssConfig",
         dict(
-            num_key_value_heads=2, head_dim=16, sliding_window=24, layer_types=TYPES, num_local_experts=4, num_experts_per_tok=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=24,
+            layer_types=TYPES,
+            num_local_experts=4,
+            num_experts_per_tok=2,
             **rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
         ),
     ),

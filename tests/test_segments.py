@@ -151,7 +151,11 @@ def test_json_round_trip(method):
 
 @pytest.mark.parametrize(
     ("data", "sentence"),
-    [({"method": "nope"}, "choose one of"), ({"method": "selfextend", "groups": 3}, "its parameters are"), ({"method": "selfextend", "group_size": 0, "window": 4}, "at least 1")],
+    [
+        ({"method": "nope"}, "choose one of"),
+        ({"method": "selfextend", "groups": 3}, "its parameters are"),
+        ({"method": "selfextend", "group_size": 0, "window": 4}, "at least 1"),
+    ],
 )
 def test_from_json_refuses(data, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from longreach.streaming import stream as stream
 
 _HOMES = {
-    "load": "loading", "extend": "seam.extend", "Extension": "seam.extend", "stream": "streaming", "Method": "methods.base", "from_json": "methods",
+    "load": "loading",
+    "extend": "seam.extend",
+    "Extension": "seam.extend",
+    "stream": "streaming",
+    "Method": "methods.base",
+    "from_json": "methods",
 }
 
 try:

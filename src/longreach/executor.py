@@ -84,8 +84,16 @@ def _dense(layer: Layer, rows: Rows, q: torch.Tensor, keys: Run, values: Run, in
     i = torch.arange(rows.start, total, device=q.device)
     scale = layer.method.query_scale()
     out, _ = reference.attention(
-        q, keys.slice(0, total), values.slice(0, total), layer.method.distances(i[:, None], torch.arange(total, device=q.device)[None, :]),
-        layer.rotary, inputs.scale, query_scale=None if scale is None else scale(i), softcap=inputs.softcap, sink=inputs.sink, late=layer.layout.late,
+        q,
+        keys.slice(0, total),
+        values.slice(0, total),
+        layer.method.distances(i[:, None], torch.arange(total, device=q.device)[None, :]),
+        layer.rotary,
+        inputs.scale,
+        query_scale=None if scale is None else scale(i),
+        softcap=inputs.softcap,
+        sink=inputs.sink,
+        late=layer.layout.late,
     )
     return out
 

@@ -68,8 +68,14 @@ def scores(q: torch.Tensor, k: torch.Tensor, distance: torch.Tensor, rotary: Rot
 
 
 def _with_late(
-    logits: torch.Tensor, q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, rotary: Rotary | None, scale: float,
-    softcap: float | None, late: TopK,
+    logits: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    visible: torch.Tensor,
+    rotary: Rotary | None,
+    scale: float,
+    softcap: float | None,
+    late: TopK,
 ) -> torch.Tensor:
     """Give the k best hidden candidates of each query (or of the last query only) their logit at the one late distance."""
     queries, keys = logits.shape[-2:]

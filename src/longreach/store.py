@@ -100,9 +100,7 @@ class Buffer:
                 continue
             tail = self.retention.tail
             if tail and self.starts[row] > max(0, stop - tail + 1):
-                raise ValueError(
-                    f"cannot go back to token {stop}: this store keeps what a rollback of {ROLLBACK} tokens needs; crop less or start a new cache"
-                )
+                raise ValueError(f"cannot go back to token {stop}: this store keeps what a rollback of {ROLLBACK} tokens needs; crop less or start a new cache")
             self.ends[row] = stop
             self.starts[row] = min(self.starts[row], stop)
 
