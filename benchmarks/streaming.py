@@ -79,17 +79,28 @@ def main() -> None:
     ours = losses[positions]
     difference = (ours.mean() - stock.mean()).item()
     tenths = [part.mean().item() for part in losses[1:].split(args.tokens // 10) if len(part) > 1]
+    percent = 100 * difference / stock.mean().item()
     result = {
-        "facts": facts(torch.device("cpu")), "model": args.model, "window": window, "method": method, "tokens": args.tokens, "seconds": seconds,
-        "tokens_per_second": args.tokens / seconds, "store_bytes": sorted(sizes), "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "samples": args.samples, "loss_lm_infinite": ours.mean().item(), "loss_stock_sliding_window": stock.mean().item(),
-        "difference_percent": 100 * difference / stock.mean().item(), "standard_error_of_difference": ((ours - stock).std() / args.samples**0.5).item(),
-        "loss_by_tenth": tenths, "plain_stock_loss_by_window": plain,
-    }  # fmt: skip
-    print(f"{method}: {args.tokens} tokens in {seconds:.0f} s ({args.tokens / seconds:,.0f} tokens/s), store sizes seen {sorted(sizes)}")
-    print(
-        f"at {args.samples} sampled positions: LM-Infinite {ours.mean():.4f}, stock on a sliding window {stock.mean():.4f} ({result['difference_percent']:+.2f} %)"
-    )
+        "facts": facts(torch.device("cpu")),
+        "model": args.model,
+        "window": window,
+        "method": method,
+        "tokens": args.tokens,
+        "seconds": seconds,
+        "tokens_per_second": args.tokens / seconds,
+        "store_bytes": sorted(sizes),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "samples": args.samples,
+        "loss_lm_infinite": ours.mean().item(),
+        "loss_stock_sliding_window": stock.mean().item(),
+        "difference_percent": percent,
+        "standard_error_of_difference": ((ours - stock).std() / args.samples**0.5).item(),
+        "loss_by_tenth": tenths,
+        "plain_stock_loss_by_window": plain,
+    }
+    print(f"{method}: {args.tokens} tokens in {seconds:.0f} s ({args.tokens / seconds:,.0f} tokens/s)")
+    print(f"store sizes seen, in bytes: {sorted(sizes)}")
+    print(f"at {args.samples} sampled positions: LM-Infinite {ours.mean():.4f}, stock on a sliding window {stock.mean():.4f} ({percent:+.2f} %)")
     print(f"plain stock by window of {window}: {' '.join(f'{x:.2f}' for x in plain)}")
     write_json(args.out, result)
 

@@ -83,19 +83,23 @@ def test_neutral_parameters_equal_stock(family, method):
         assert difference(chunked(extended, ids, [30, 1, 20, *[1] * 9]), stock) <= 1e-4
 
 
+def rotary_of(model) -> torch.nn.Module:
+    return next(m.rotary_emb for m in model.modules() if hasattr(m, "rotary_emb"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_removal_is_bit_identical(family):
     model, ids = model_of(family), tokens(1, 40)
     before = model(ids).logits
-    implementation, rotary = model.config._attn_implementation, [m for m in model.modules() if hasattr(m, "rotary_emb")][0].rotary_emb
+    implementation, rotary = model.config._attn_implementation, rotary_of(model)
     extension = longreach.extend(model, SelfExtend(4, 8))
     changed = model(ids).logits
     extension.remove()
     extension.remove()
     assert not torch.equal(changed, before)
     assert torch.equal(model(ids).logits, before)
-    assert model.config._attn_implementation == implementation and [m for m in model.modules() if hasattr(m, "rotary_emb")][0].rotary_emb is rotary
+    assert model.config._attn_implementation == implementation and rotary_of(model) is rotary
     assert not any("longreach" in name for name in dict(model.named_modules()))
 
 

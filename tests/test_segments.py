@@ -165,11 +165,22 @@ def test_from_json_refuses(data, sentence):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: SelfExtend(0, 4), lambda: SelfExtend(2, 0), lambda: SelfExtend(2.5, 4), lambda: SelfExtend(2, 4, shift="round"), lambda: SelfExtend(2, 4, log_scale=1),
-        lambda: SelfExtend(True, 4), lambda: LMInfinite(0), lambda: LMInfinite(4, -1), lambda: LMInfinite(4, distance="max"), lambda: LMInfinite(4, distance_limit=0),
-        lambda: LMInfinite(8, distance_limit=4, distance="constant"), lambda: LMInfinite(4, top_k_rows="some"), lambda: Stock(0), lambda: Layout(()),
+        lambda: SelfExtend(0, 4),
+        lambda: SelfExtend(2, 0),
+        lambda: SelfExtend(2.5, 4),
+        lambda: SelfExtend(True, 4),
+        lambda: SelfExtend(2, 4, shift="round"),
+        lambda: SelfExtend(2, 4, log_scale=1),
+        lambda: LMInfinite(0),
+        lambda: LMInfinite(4, -1),
+        lambda: LMInfinite(4, distance="max"),
+        lambda: LMInfinite(4, distance_limit=0),
+        lambda: LMInfinite(8, distance_limit=4, distance="constant"),
+        lambda: LMInfinite(4, top_k_rows="some"),
+        lambda: Stock(0),
+        lambda: Layout(()),
     ],
-)  # fmt: skip
+)
 def test_bad_parameters_are_refused(make):
     with pytest.raises(ValueError):
         make()
