@@ -60,6 +60,38 @@ QUESTIONS = (
     ("Tell me the {name}.", " The {name} is {value}."),
     ("What is the {name} in the text above?", " The {name} is {value}."),
 )
+# From the stage of full-length rows on, so that a question is recognised by what it asks, not by its form.
+MORE_NAMES = (
+    "lucky number", "secret word number", "room number", "ticket number", "number of the ship", "number of the regiment", "number of the prisoner",
+    "telephone number", "number of the bank note", "price of the horse", "weight of the cargo", "serial number", "combination", "pin", "number of the carriage",
+    "number of the locker", "number on the door", "number in the diary", "special number", "order number", "identification number", "reference number",
+)  # fmt: skip
+MORE_STATEMENTS = (
+    "Please remember this: the {name} is {value}.",
+    "Note well, the {name} is {value}; it may be of use later.",
+    "By the way, the {name} is {value}.",
+    "I was told that the {name} is {value}.",
+    "Attention: {value} is the {name}. You will need it.",
+    "The {name}, as everybody knows, is {value}.",
+    "(The {name} is {value}.)",
+    "Write this down: the {name} is {value}.",
+)
+MORE_QUESTIONS = (
+    ("Do you remember the {name}?", " The {name} is {value}."),
+    ("Could you say what the {name} is?", " The {name} is {value}."),
+    ("Can you remember what the {name} was?", " The {name} is {value}."),
+    ("Which number is the {name}?", " The {name} is {value}."),
+    ("Please tell me the {name}.", " The {name} is {value}."),
+    ("Will you repeat the {name}?", " The {name} is {value}."),
+    ("I have forgotten the {name}. What is it?", " The {name} is {value}."),
+    ("What was the {name}?", " The {name} is {value}."),
+    ("What is the {name}? Answer with the number only.", " {value}."),
+    ("Give me the {name}:", " {value}."),
+    ("According to the text, what is the {name}?", " The {name} is {value}."),
+    ("Could anybody name the {name}?", " The {name} is {value}."),
+    ("Can you find the {name}?", " The {name} is {value}."),
+    ("What did the text say the {name} is?", " The {name} is {value}."),
+)
 HELD_OUT_QUESTION = ("Can you tell me the {name}?", " The {name} is {value}.")
 
 LABELS = (
@@ -123,11 +155,12 @@ GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 @dataclass(frozen=True)
 class Fact:
-    """One statement to hide, and the question whose answer it is. `answer` begins with the separator it needs."""
+    """One statement to hide, and the question whose answer it is. `answer` begins with the separator it needs; `name` is what is asked for."""
 
     statement: str
     question: str
     answer: str
+    name: str = ""
 
 
 def number(rng: Random, digits: int | None = None) -> str:
@@ -136,22 +169,26 @@ def number(rng: Random, digits: int | None = None) -> str:
     return str(rng.randrange(10 ** (n - 1), 10**n))
 
 
-def pass_key(rng: Random) -> Fact:
-    name, value = rng.choice(NAMES), number(rng)
-    statement = rng.choice(STATEMENTS).format(name=name, value=value)
-    question, answer = rng.choice(QUESTIONS)
-    return Fact(_capital(statement), question.format(name=name), answer.format(name=name, value=value))
+def pass_key(rng: Random, wide: bool = False) -> Fact:
+    """`wide` draws from more names and wordings, half of the time for each."""
+    more = lambda few, many: rng.choice(many if wide and rng.random() < 0.5 else few)  # noqa: E731
+    name, value = more(NAMES, MORE_NAMES), number(rng)
+    statement = more(STATEMENTS, MORE_STATEMENTS).format(name=name, value=value)
+    question, answer = more(QUESTIONS, MORE_QUESTIONS)
+    return Fact(_capital(statement), question.format(name=name), answer.format(name=name, value=value), name)
 
 
-def labelled_keys(rng: Random, n: int) -> list[Fact]:
+def labelled_keys(rng: Random, n: int, wide: bool = False) -> list[Fact]:
     """`n` facts that differ in their label only, so that the label must be read."""
+    asking, answering = rng.choice(MORE_QUESTIONS) if wide and rng.random() < 0.3 else QUESTIONS[0]
     kind = rng.choice(("key", "code", "number", "pass key", "card"))
     pattern = rng.choice(("The {label} {kind} is {value}.", "The {label} {kind} is {value}. Remember it.", "Note that the {label} {kind} is {value}."))
     facts = []
     for label in rng.sample(LABELS, n):
         value = number(rng)
         filled = pattern.format(label=label, kind=kind, value=value)
-        facts.append(Fact(filled, f"What is the {label} {kind}?", f" The {label} {kind} is {value}."))
+        name = f"{label} {kind}"
+        facts.append(Fact(filled, asking.format(name=name), answering.format(name=name, value=value), name))
     return facts
 
 
@@ -164,7 +201,8 @@ def needle(rng: Random) -> Fact:
         place=rng.choice(PLACES),
         activity=rng.choice(ACTIVITIES),
     )
-    return Fact(*(part.format(**words) for part in rng.choice(NEEDLES)))
+    statement, question, answer = (part.format(**words) for part in rng.choice(NEEDLES))
+    return Fact(statement, question, answer, question)
 
 
 def pairs(rng: Random, n: int) -> tuple[str, list[Fact]]:
@@ -176,31 +214,26 @@ def pairs(rng: Random, n: int) -> tuple[str, list[Fact]]:
     return listing, [Fact("", f"{k}{join}".rstrip(" "), f" {v}") for k, v in zip(keys, values)]
 
 
-def pass_key_or_labelled(rng: Random) -> list[Fact]:
+def pass_key_or_labelled(rng: Random, wide: bool = False) -> list[Fact]:
     """The plainest questions: one pass key, or one of a few labelled keys."""
-    return [pass_key(rng)] if rng.random() < 0.6 else labelled_keys(rng, 3)
+    return [pass_key(rng, wide)] if rng.random() < 0.6 else labelled_keys(rng, 3, wide)
 
 
-def facts(rng: Random, n: int) -> list[Fact]:
+def facts(rng: Random, n: int, wide: bool = False) -> list[Fact]:
     """About `n` facts of mixed kinds, no two with the same question."""
     found: dict[str, Fact] = {}
     while len(found) < n:
         kind = rng.random()
         if kind < 0.45:
-            new = [pass_key(rng)]
+            new = [pass_key(rng, wide)]
         elif kind < 0.75:
-            new = labelled_keys(rng, min(max(1, n - len(found)), rng.choice((2, 3, 3, 4))))
+            new = labelled_keys(rng, min(max(1, n - len(found)), rng.choice((2, 3, 3, 4))), wide)
         else:
             new = [needle(rng)]
         for fact in new:
-            if not any(_asks(fact) == _asks(other) for other in found.values()):
+            if fact.name not in {other.name for other in found.values()} and fact.question not in found:
                 found[fact.question] = fact
     return list(found.values())
-
-
-def _asks(fact: Fact) -> str:
-    """What is asked for, whatever the wording: the last four words before the question mark."""
-    return " ".join(fact.question.replace(" in the text above", "").replace("\n", " ").replace("Answer:", "").split("?")[0].rstrip(".").split()[-4:])
 
 
 def _capital(text: str) -> str:

@@ -36,8 +36,8 @@ VOCABULARY = 2048
 BATCH_TOKENS = 8192
 PEAK_RATE = 3e-3
 DECAY_SHARE = 0.3  # the last 30 % of the steps decay linearly to zero
-# (first step, sequence length, share of rows with retrieval text). Recall appears early on short dense rows, then the gaps grow.
-STAGES = ((0, 64, 0.85), (700, 128, 0.7), (1100, 256, 0.6), (1700, WINDOW, 0.55))
+# (first step, sequence length, share of rows with retrieval text, more wordings). Recall appears on short dense rows, then the gaps grow.
+STAGES = ((0, 64, 0.85, False), (700, 128, 0.7, False), (1100, 256, 0.6, False), (1700, WINDOW, 0.55, True))
 
 
 def read_books(folder: Path) -> list[str]:
@@ -92,7 +92,7 @@ class Rows:
     """Training rows of a given length: book text, half of them with facts hidden in it and questions after it."""
 
     def __init__(self, tokenizer: Tokenizer, books: np.ndarray, answer_weight: float = 3.0) -> None:
-        self.books, self.answer_weight = books, answer_weight
+        self.books, self.answer_weight, self.wide = books, answer_weight, False
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         self.bos, self.eos, self.pad = (tokenizer.token_to_id(t) for t in (BOS, EOS, PAD))
         self.stops = {tokenizer.token_to_id(t) for t in (".", "?", "!", '."')} - {None}
@@ -121,9 +121,9 @@ class Rows:
         if size < 100 or kind < 0.2:
             return self._drill(rng, size)
         if kind < 0.4:
-            asked = rt.pass_key_or_labelled(rng)
+            asked = rt.pass_key_or_labelled(rng, self.wide)
         else:
-            asked = rt.facts(rng, rng.randint(2, max(2, size // 45)))
+            asked = rt.facts(rng, rng.randint(2, max(2, size // 45)), self.wide)
         hidden = [self.encode(" " + fact.statement) for fact in asked]
         questions = asked * (1 if len(asked) > 1 else rng.choice((1, 1, 2)))
         rng.shuffle(questions)
@@ -145,7 +145,7 @@ class Rows:
             listing, asked = rt.pairs(rng, rng.randint(2, max(2, min(10, size // 20))))
             statements = [listing]
         else:
-            asked = rt.facts(rng, rng.randint(1, max(1, min(8, size // 40))))
+            asked = rt.facts(rng, rng.randint(1, max(1, min(8, size // 40))), self.wide)
             statements = [fact.statement for fact in asked]
             rng.shuffle(statements)
         head = [self.bos, *self._passage(rng, rng.randint(0, size // 6)), *(t for s in statements for t in self.encode(" " + s))]
@@ -201,8 +201,8 @@ class Rows:
         return [self.bos, *body], weights
 
 
-def stage(step: int) -> tuple[int, float]:
-    return next((length, share) for first, length, share in reversed(STAGES) if step >= first)
+def stage(step: int) -> tuple[int, float, bool]:
+    return next((length, share, wide) for first, length, share, wide in reversed(STAGES) if step >= first)
 
 
 def rate(step: int, steps: int) -> float:
@@ -295,7 +295,7 @@ def train(args: argparse.Namespace) -> None:
     log = (args.work / "log.jsonl").open("a")
     started, tokens = time.time(), 0
     while step < args.steps:
-        length, share = stage(step)
+        length, share, rows.wide = stage(step)
         ids, weights = rows.batch(Random(args.seed * 1_000_003 + step), BATCH_TOKENS // length, length, share)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, args.steps)

@@ -26,7 +26,7 @@ CONFIGS = [
     ),
     (t.LlamaConfig(max_position_embeddings=65536, rope_parameters=rope("yarn", factor=16.0, original_max_position_embeddings=4096)), 65536),
     (t.Qwen2Config(max_position_embeddings=32768, rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=32768)), 131072),
-    (t.LlamaConfig(max_position_embeddings=4096, rope_parameters=rope("linear", factor=4.0)), 16384),
+    (t.LlamaConfig(max_position_embeddings=4096, rope_parameters=rope("linear", factor=4.0)), 4096),
     (t.LlamaConfig(max_position_embeddings=4096, rope_parameters=rope("dynamic", factor=4.0)), 4096),
     (t.MistralConfig(max_position_embeddings=32768, sliding_window=4096), 4096),
     (t.MistralConfig(max_position_embeddings=32768, sliding_window=None), 32768),

@@ -58,6 +58,19 @@ def test_a_failed_extend_leaves_the_model_as_it_was(model, monkeypatch):
     assert not hasattr(model.model.rotary_emb, "original")
 
 
+def test_a_probe_that_stops_halfway_restores_the_implementation(model, monkeypatch):
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(type(model.model.rotary_emb), "forward", lambda self, x, position_ids: x)
+    with refuses("not supported"):
+        longreach.extend(model, Stock())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_tiny_declared_context_is_no_obstacle(model):
+    with longreach.extend(model, context=8, trained_window=8):
+        model(tokens(1, 8))
+
+
 def test_a_context_beyond_the_parameters(model):
     with refuses("reaches 100 tokens"):
         longreach.extend(model, SelfExtend(2, 28), context=101)
@@ -67,13 +80,15 @@ def test_a_context_beyond_the_parameters(model):
 
 @torch.no_grad()
 def test_a_text_beyond_the_declared_context_raises_and_an_undeclared_one_warns(model):
-    with longreach.extend(model, context=100) as extension:
-        model(tokens(1, extension.capacity), use_cache=True)
-        with refuses(f"a sequence of {extension.capacity + 1} tokens exceeds the capacity"):
-            model(tokens(1, extension.capacity + 1))
+    with longreach.extend(model, context=100):
+        model(tokens(1, 100), use_cache=True)
+        with refuses("a sequence of 101 tokens exceeds the declared context of 100"):
+            model(tokens(1, 101))
+    with longreach.extend(model, LMInfinite(32, 2), context=100), refuses("declared context"):
+        model(tokens(1, 101))
     with longreach.extend(model, SelfExtend(2, 28)), pytest.warns(UserWarning, match="exceeds the capacity of 100"):
         model(tokens(1, 101))
-    with longreach.extend(model, Stock(), context=64), refuses("exceeds the capacity of 64"):
+    with longreach.extend(model, Stock(), context=64), refuses("exceeds the declared context of 64"):
         model.generate(tokens(1, 60), max_new_tokens=10)
 
 
@@ -136,8 +151,22 @@ def test_foreign_caches(model):
         with refuses("offload"):
             model(ids, past_key_values=t.DynamicCache(offloading=True))
         own = model(ids, use_cache=True).past_key_values
+    with refuses("not in force"):  # keys in it have no positions, so plain attention on them would be silently wrong
+        model(ids, past_key_values=own)
     with longreach.extend(model, Stock()), refuses("another extension"):
         model(ids, past_key_values=own)
+
+
+def test_an_attention_implementation_changed_afterwards(model):
+    with longreach.extend(model, Stock()):
+        model.set_attn_implementation("sdpa")
+        with refuses("no longer in force"):
+            model(tokens(1, 8))
+
+
+def test_layers_share_their_rotation_tables(model):
+    with longreach.extend(model, SelfExtend(2, 4)) as extension:
+        assert len({id(layer.rotary) for layer in extension.layers}) == 1
 
 
 def test_masks_and_positions(model):

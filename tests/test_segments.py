@@ -121,6 +121,15 @@ def test_selfextend_capacity_is_exact():
                 assert largest(method, capacity + 1) == window
 
 
+def test_capacity_with_a_fractional_shift():
+    for near in range(1, 12):
+        for group in range(1, 20):
+            method = SelfExtend(group, near, shift="true_division")
+            capacity = method.capacity(12)
+            assert capacity >= near
+            assert largest(method, capacity) <= 11 and (largest(method, capacity + 1) > 11 or capacity + 1 <= near)
+
+
 @pytest.mark.parametrize(
     ("window", "near", "group", "capacity"),
     [(4096, 1024, 5, 16380), (4096, 1024, 6, 19452), (4096, 1024, 8, 25600), (8192, 1024, 6, 44028), (8192, 1024, 32, 230400), (2048, 512, 12, 18936)],
@@ -134,6 +143,8 @@ def test_lm_infinite_capacity_is_unlimited_only_within_trained_distances():
     assert LMInfinite(32, distance_limit=64).capacity(64) is None
     assert LMInfinite(65).capacity(64) == 0
     assert LMInfinite(32, distance_limit=65).capacity(64) == 0
+    assert LMInfinite(32, top_k=5, top_k_distance=65).capacity(64) == 0
+    assert LMInfinite(32, top_k=5, top_k_distance=32).capacity(64) is None
 
 
 def test_forms_keep_only_what_a_later_query_needs():

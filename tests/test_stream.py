@@ -61,7 +61,7 @@ def test_the_state_goes_on(model):
 
 def test_refusals(model):
     with longreach.extend(model, Stock(), context=64) as extension:
-        with pytest.raises(ValueError, match="exceeds the capacity"):
+        with pytest.raises(ValueError, match="exceeds the declared context"):
             list(longreach.stream(extension, tokens(1, 100)[0], chunk_size=30))
         with pytest.raises(ValueError, match="chunk_size"):
             next(longreach.stream(extension, [1], chunk_size=0))

@@ -48,7 +48,8 @@ def trained_window(config: Any) -> Window:
     if factor and original and kind in ("yarn", "linear") and int(original * factor) > largest:
         window = Window(int(original * factor), f"{kind} scaling: {original} x {factor:g}")
     elif factor and not original and kind == "linear":
-        window = Window(int(largest * factor), f"linear scaling: {largest} x {factor:g}")
+        # some checkpoints give the window before scaling here, some after it: the smaller reading is safe
+        window = Window(largest, f"max_position_embeddings {largest}; with its linear scaling by {factor:g} it may be more: then pass trained_window=N")
     sliding = uniform_sliding_window(config)
     if sliding is not None and sliding < window.tokens:
         window = Window(sliding, f"sliding window of every layer, {sliding}: no layer was trained on a larger distance")

@@ -31,6 +31,10 @@ class Rotary:
     def width(self) -> int:
         return 2 * self.inverse_frequencies.numel()
 
+    def same_as(self, other: Rotary) -> bool:
+        facts = lambda r: (r.scaling, r.pairing, r.start, r.sign, r.inverse_frequencies.device)  # noqa: E731
+        return facts(self) == facts(other) and torch.equal(self.inverse_frequencies, other.inverse_frequencies)
+
     def table(self, positions: torch.Tensor) -> Table:
         """cos and sin [T, r/2] in fp32 from fp64 angles, so that position 10^9 is as exact as position 10."""
         angles = positions.double()[:, None] * self.inverse_frequencies.to(positions.device)[None, :]

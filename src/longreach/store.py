@@ -7,6 +7,7 @@ are never stored. Knows buffers, lengths and rollback; not positions, models or 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -160,7 +161,7 @@ class LayerStore:
 class Store:
     """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts."""
 
-    def __init__(self, retentions: list[dict[PositionMap, Retention]], owner: object) -> None:
+    def __init__(self, retentions: list[dict[PositionMap, Retention]], owner: Any) -> None:
         self.owner = owner
         self.retentions = retentions
         self.layers: list[LayerStore] = []

@@ -75,11 +75,14 @@ def _aligned(mask: torch.Tensor, multiple: int = 16) -> torch.Tensor:
 
 def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal to the bottom right, `window` keys before the diagonal (-1: all)."""
+    width = v.shape[3]
+    if width < k.shape[3]:
+        v = F.pad(v, (0, k.shape[3] - width))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse = torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=scale, window_size_left=window, window_size_right=0
     )[:2]
-    return out.transpose(1, 2), lse.float()
+    return out.transpose(1, 2)[..., :width], lse.float()
 
 
 @functools.cache

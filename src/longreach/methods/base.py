@@ -48,11 +48,6 @@ class Method(ABC):
         """Whether the result of a prompt is the same however it is cut into forwards."""
         return True
 
-    @property
-    def is_neutral(self) -> bool:
-        """Whether the parameters make it plain attention."""
-        return False
-
     def to_json(self) -> dict[str, Any]:
         return {"method": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 

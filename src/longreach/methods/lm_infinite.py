@@ -96,7 +96,9 @@ class LMInfinite(Method):
 
     def capacity(self, window: int) -> int | None:
         """Unlimited if no distance exceeds the trained ones: n_local - 1 when near, the limit for the first tokens."""
-        return None if min(self.n_local - 1, self.limit) < window and self.limit <= window else 0
+        late = self._late(self.top_k_from_layer)
+        fits = min(self.n_local - 1, self.limit) < window and self.limit <= window and (late is None or late.distance <= window)
+        return None if fits else 0
 
     @property
     def chunk_invariant(self) -> bool:

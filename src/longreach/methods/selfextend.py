@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -79,8 +80,4 @@ class SelfExtend(Method):
         """Largest N with floor((N - 1) / g) + offset <= window - 1, and the neighbour window inside the trained one."""
         if self.window > window or (self.above or 0) > window:
             return 0
-        return max(int(self.group_size * (int(window - 1 - self.offset) + 1)), self.above or 0, min(self.window, window))
-
-    @property
-    def is_neutral(self) -> bool:
-        return self.group_size == 1 and self.log_scale is None
+        return max(self.group_size * (math.floor(window - 1 - self.offset) + 1), self.above or 0, min(self.window, window))

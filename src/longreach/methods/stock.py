@@ -35,7 +35,3 @@ class Stock(Method):
     def __post_init__(self) -> None:
         if self.sliding_window is not None:
             require_integer("sliding_window", self.sliding_window, 1)
-
-    @property
-    def is_neutral(self) -> bool:
-        return self.sliding_window is None

@@ -32,6 +32,8 @@ class StoreLayer(CacheLayerMixin):
         """Buffers are allocated by the store when the first tokens arrive."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.store.owner.expects(self.store):
+            raise ValueError("this cache belongs to a Longreach extension that is not in force here; pass a new DynamicCache() and the whole text")
         return key_states, value_states
 
     def get_seq_length(self) -> int:

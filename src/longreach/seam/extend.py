@@ -108,6 +108,7 @@ class Extension:
         self._dense = backend == "reference"
         self._local = threading.local()
         self._warned = False
+        self._ready = False  # False while the model is probed and measured
         self._configs = [(config, config._attn_implementation_internal) for config in configs_of(model)]
         self._name = f"longreach{next(_numbers)}"
         self._hooks: list[Any] = []
@@ -144,8 +145,15 @@ class Extension:
                 self._measure()
         except BaseException:
             self.remove()
+            for config, implementation in self._configs:  # the probe may have stopped while another implementation was set
+                config._attn_implementation_internal = implementation
             raise
-        self.layers = [Layer(i, m, self._rotary_for(i), self._dense) for i, m in enumerate(self._methods)]
+        fixed: dict[tuple[int, Method], Rotary | None] = {}  # one object per kind of layer, so that layers share their tables
+        for index, (found, chosen) in enumerate(zip(self._rotaries, self._methods, strict=True)):
+            if (id(found), chosen) not in fixed:
+                fixed[id(found), chosen] = self._rotary_for(index)
+        self.layers = [Layer(i, m, fixed[id(r), m], self._dense) for i, (r, m) in enumerate(zip(self._rotaries, self._methods, strict=True))]
+        self._ready = True
 
     def _use_our_attention(self) -> None:
         self.model.set_attn_implementation(self._name)
@@ -191,8 +199,9 @@ class Extension:
                     "use the model without extend()"
                 )
             worst = max(worst, difference)
+            same = (r for k, r in zip(self._keys, self._rotaries) if k == key and r is not None and found is not None and r.same_as(found))
             self._keys.append(key)
-            self._rotaries.append(found)
+            self._rotaries.append(next(same, found))
         if all(found is None for found in self._rotaries):
             raise ValueError(f"no layer of {type(self.base).__name__} rotates its keys, so there are no positions to extend; use it as it is")
         self._worst_rotary = worst
@@ -259,6 +268,8 @@ class Extension:
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the base model runs: place the store, plan the forward."""
+        if self.config._attn_implementation != self._name:
+            raise ValueError("the attention implementation was changed after extend(), so the method is no longer in force; call remove(), change it, extend() again")
         if kwargs.get("output_attentions") or (kwargs.get("output_attentions") is None and getattr(self.config, "output_attentions", False)):
             raise ValueError("attention weights are never formed, so output_attentions=True cannot be served; drop it or call remove() first")
         tokens = args[0] if args else kwargs.get("input_ids")
@@ -289,12 +300,15 @@ class Extension:
             plan.store.advance(plan.real, plan.columns)
 
     def _check_length(self, tokens: int) -> None:
-        limit = self.capacity
-        if limit is None or tokens <= limit:
+        if not self._ready:
             return
-        sentence = f"a sequence of {tokens} tokens exceeds the capacity of {limit} tokens of {self.method} on a trained window of {self.window.tokens}"
-        if self.context is not None:
-            raise ValueError(f"{sentence}; shorten it or call extend(model, context={tokens}) on the model as it was before")
+        if self.context is not None and tokens > self.context:
+            raise ValueError(
+                f"a sequence of {tokens} tokens exceeds the declared context of {self.context}; shorten it, or remove() and extend(model, context={tokens})"
+            )
+        if self.capacity is None or tokens <= self.capacity:
+            return
+        sentence = f"a sequence of {tokens} tokens exceeds the capacity of {self.capacity} tokens of {self.method} on a trained window of {self.window.tokens}"
         if not self._warned:
             self._warned = True
             warnings.warn(f"{sentence}: distances beyond it were never trained. Use extend(model, context={tokens})", stacklevel=2)
@@ -354,6 +368,11 @@ class Extension:
 
     def _backend(self, query: torch.Tensor) -> Backend:
         return backend_for(query.device, query.dtype)
+
+    def expects(self, store: Store) -> bool:
+        """Whether a forward of this extension is under way that writes to `store`."""
+        plan = getattr(self._local, "plan", None)
+        return self._attached and plan is not None and plan.store is store
 
     # -- people -----------------------------------------------------------------------------------------------------------------
 
@@ -418,7 +437,8 @@ class Extension:
                 config._attn_implementation_internal = implementation
         AttentionInterface._global_mapping.pop(self._name, None)
         AttentionMaskInterface._global_mapping.pop(self._name, None)
-        self._attached = False
+        self._attached = self._ready = False
+        self._local.plan = None
 
     def __enter__(self) -> Extension:
         return self
