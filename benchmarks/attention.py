@@ -161,7 +161,7 @@ class Ours:
         now = plan(1, count, None, k.device, self.store)
         layer = self.store.layers[0]
         for positions, buffer in layer.keys.items():
-            rotation = now.table(self.layer.rotary, positions, start, count) if self.layer.rotary is not None else None
+            rotation = now.table(self.layer.rotary, positions, start, count, k.device) if self.layer.rotary is not None else None
             buffer.extend(slice(0, 1), start, k if rotation is None else rotation.rotate(k))
         layer.values.extend(slice(0, 1), start, v)
         self.store.advance(None, count)

@@ -22,6 +22,7 @@ from longreach.cli.common import (
     TrainedWindow,
     Verbose,
     load_model,
+    method_of,
     output,
     pairs_table,
     quiet_transformers,
@@ -57,11 +58,9 @@ def command(
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
     with output(as_json, verbose) as out:
-        from longreach.cli import parameters
-
-        chosen = parameters.build(method, context.args, [option for p in context.command.params for option in p.opts])
+        chosen = method_of(context, method)
         with quiet_transformers(verbose):
-            loaded, _ = load_model(model, dtype, device)
+            loaded, _ = load_model(out, model, dtype, device)
             result = {"model": model, **examine(out, loaded, chosen, declared, tokens, trained_window)}
         out.finish(result, lambda console: show(console, result))
         if not result["passed"]:

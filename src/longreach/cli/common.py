@@ -12,11 +12,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import IO, Annotated, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from longreach.methods.base import Method
 
 MORE = "Parameters of the method are options too, for example [bold]--group-size 16 --window 64[/bold]; `longreach methods` lists them."
 
@@ -73,26 +77,41 @@ def output(as_json: bool, verbose: bool = False) -> Iterator[Output]:
 @contextmanager
 def quiet_transformers(verbose: bool) -> Iterator[None]:
     """No logs and progress bars of Transformers, unless wanted."""
+    import huggingface_hub  # noqa: F401  sets the level of its own logger when it is imported, so that comes first
     from transformers.utils import logging as library
 
-    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    level, hub_level, bars = library.get_verbosity(), hub.level, library.is_progress_bar_enabled()
     if not verbose:
         library.set_verbosity(library.CRITICAL)
+        hub.setLevel(logging.CRITICAL)
         library.disable_progress_bar()
     try:
         yield
     finally:
         library.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
             library.enable_progress_bar()
 
 
-def load_model(name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+def load_model(out: Output, name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
     """`longreach.load`, after the device has been checked."""
     import longreach
 
     check_device(device)
+    if name != "nano" and not Path(name).expanduser().exists():
+        out.note(f"loading {name} from the Hugging Face Hub or its local cache")
     return longreach.load(name, dtype=dtype, device=device)
+
+
+def method_of(context: typer.Context, name: str | None) -> Method | None:
+    """The method that the options name, with its parameters out of what Typer left over; None if it is to be chosen."""
+    if name is None and not context.args:
+        return None
+    from longreach.cli import parameters
+
+    return parameters.build(name, context.args, [option for parameter in context.command.params for option in parameter.opts])
 
 
 def check_device(name: str | None) -> None:

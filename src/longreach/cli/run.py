@@ -25,6 +25,7 @@ from longreach.cli.common import (
     TrainedWindow,
     Verbose,
     load_model,
+    method_of,
     output,
     pairs_table,
     quiet_transformers,
@@ -69,19 +70,16 @@ def command(
     with output(as_json, verbose) as out:
         if top_p is not None and not top_p > 0:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
+        chosen = method_of(context, method)
         request = text.Request(text.read(file, max_bytes, out.note), prompt.strip(), system)
         if not request.user.strip():
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
-
-        from longreach.cli import parameters
-
-        chosen = parameters.build(method, context.args, [option for p in context.command.params for option in p.opts])
         if truncate is not None and declared is None and chosen is None:
             raise ValueError("--truncate needs to know for what length; pass --context N too")
         with quiet_transformers(verbose):
             from longreach.cli import generation
 
-            loaded, tokenizer = load_model(model, dtype, device)
+            loaded, tokenizer = load_model(out, model, dtype, device)
             fitted = fit(loaded, tokenizer, request, chosen, declared, max_new_tokens, truncate, trained_window)
             extension = fitted.attach(loaded)
             with extension:

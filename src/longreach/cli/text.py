@@ -125,10 +125,12 @@ def shorten(tokenizer: Any, request: Request, most: int, side: Side) -> tuple[li
     rest = len(encode(tokenizer, replace(request, document="")))
     keep = min(len(spans), most - rest)
     while keep > 0:
-        ids = encode(tokenizer, replace(request, document=_cut(request.document, spans, keep, side)))
-        if len(ids) <= most:
-            return ids, Truncation(side, len(spans), keep)
-        keep -= len(ids) - most
+        shorter = _cut(request.document, spans, keep, side)
+        ids = encode(tokenizer, replace(request, document=shorter))
+        over = len(ids) - most
+        if over <= 0:
+            return ids, Truncation(side, len(spans), len(tokenizer(shorter, add_special_tokens=False)["input_ids"]))
+        keep -= over if over < keep else 1  # characters of several tokens may need one step less than they are over
     raise ValueError(f"the prompt alone has {rest} tokens and nothing of the document fits into {most}; shorten the prompt or declare a larger --context")
 
 
