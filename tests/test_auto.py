@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import transformers as t
 
@@ -73,10 +75,19 @@ def test_the_loose_rule_warns_and_beyond_it_is_refused():
     assert choose(window, edge).warning is None
     loose = choose(window, edge + 100)
     assert loose.warning and str(edge) in loose.warning
-    most = SelfExtend(LARGEST_GROUP, LARGEST_GROUP).capacity(512)
+    most = max(SelfExtend(g, max(1, round(64 / g)) * g).capacity(512) for g in range(1, LARGEST_GROUP + 1))
     assert choose(window, most).method.capacity(512) >= most
     with pytest.raises(ValueError, match=f"reaches {most}.*LMInfinite"):
         choose(window, most + 1)
+
+
+@pytest.mark.parametrize(("length", "context"), [(64, 2048), (24, 2000)])
+def test_a_refusal_names_what_can_be_reached(length, context):
+    with pytest.raises(ValueError, match="SelfExtend reaches") as refusal:
+        choose(Window(length, "test"), context)
+    most = int(str(refusal.value).split("SelfExtend reaches ")[1].split()[0])
+    with warnings.catch_warnings():
+        assert choose(Window(length, "test"), most).method.capacity(length) >= most > 4 * length
 
 
 @pytest.mark.parametrize("context", [0, -5, 2.5, True, "4096"])

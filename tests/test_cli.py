@@ -632,3 +632,14 @@ def test_generation_settings_of_a_checkpoint_do_not_decide_the_cache_or_sampling
     config = generation.generation_config(model, tokenizer(), 5, generation.Sampling())
     assert (config.do_sample, config.num_beams, config.cache_implementation, config.max_new_tokens) == (False, 1, None, 5)
     assert config.temperature is None and config.top_p is None and config.top_k is None
+
+
+def test_a_sentence_is_hidden_between_sentences():
+    from longreach.cli.text import Request, hide
+
+    text = "One is here. Two is here. Three is here. Four is here."
+    assert hide(text, "Key.", 0.0) == f"Key. {text}" and hide(text, "Key.", 1.0) == f"{text} Key."
+    assert hide(text, "Key.", 0.5) == "One is here. Two is here. Key. Three is here. Four is here."
+    assert hide("", "Key.", 0.5) == "Key."
+    assert hide("nosentences" * 100, "Key.", 0.5).replace(" Key. ", "") in ("nosentences" * 100, "Key. " + "nosentences" * 100)
+    assert Request(text, "What?", hidden=" Key. ", depth=1.0).user == f"{text} Key.\n\nWhat?"

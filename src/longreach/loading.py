@@ -35,17 +35,22 @@ def load(name: str = EMBEDDED, *, dtype: str | torch.dtype | None = None, device
 
 
 def _load(source: str, dtype: torch.dtype | None, device: str | torch.device | None, shown: str) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    where = torch.device(device or "cpu")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; pass device='cpu'")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"could not load {shown!r}: {reason} -- pass a folder with config.json, tokenizer files and *.safetensors, or the id of a public model on the Hub"
+            f"could not load {shown!r}: {reason} -- pass a folder with config.json, tokenizer files and *.safetensors, "
+            "or the id of a public model on the Hub"
         ) from error
-    return model.to(device or "cpu").eval(), tokenizer
+    return model.to(where).eval(), tokenizer
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -47,10 +47,15 @@ def command(
     model: Model = "nano",
     declared: Context = None,
     method: MethodName = None,
-    file: Annotated[str | None, typer.Option("--file", "-f", help="The text to read: a UTF-8 file (.xz and .gz too), or - for standard input.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--file", "-f", help="The text to read: a UTF-8 file (.xz and .gz too), - for standard input, or @book, an excerpt that comes with nano."),
+    ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction that follows the text.")] = "",
     system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
+    hide: Annotated[str | None, typer.Option("--hide", help="A sentence to hide in the text, to see whether it is found.")] = None,
+    depth: Annotated[float, typer.Option("--depth", min=0, max=1, help="Where to hide it: 0 is the beginning, 1 the end.")] = 0.5,
     truncate: Annotated[text.Side | None, typer.Option("--truncate", help="What to leave out of a too long text. Without it, too long is an error.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", max=1, help="Sample among the likeliest tokens that have this probability together.")] = None,
@@ -71,7 +76,7 @@ def command(
         if top_p is not None and not top_p > 0:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
         chosen = method_of(context, method)
-        request = text.Request(text.read(file, max_bytes, out.note), prompt.strip(), system)
+        request = text.Request(text.read(file, max_bytes, out.note), prompt.strip(), system, hide, depth)
         if not request.user.strip():
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
         if truncate is not None and declared is None and chosen is None:

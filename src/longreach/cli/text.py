@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 Side = Literal["left", "middle", "right"]
 COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
 STDIN = "-"
+BOOK = "@book"  # the excerpt that comes with nano
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,23 @@ class Request:
     document: str
     prompt: str
     system: str | None = None
+    hidden: str | None = None  # a sentence put into the document, to see whether it is found
+    depth: float = 0.5  # where: 0 is the beginning, 1 the end
 
     @property
     def user(self) -> str:
-        return "\n\n".join(part for part in (self.document, self.prompt) if part)
+        document = self.document if self.hidden is None else hide(self.document, self.hidden.strip(), self.depth)
+        return "\n\n".join(part for part in (document, self.prompt) if part)
+
+
+def hide(document: str, sentence: str, depth: float) -> str:
+    """The document with the sentence after the end of a sentence (or of a word) nearest before `depth` of its length."""
+    at = round(depth * len(document))
+    if 0 < at < len(document):
+        before = max(document.rfind(end, 0, at) + 1 for end in (". ", "? ", "! ", ".\n"))
+        at = before if at - before < 500 else max(document.rfind(" ", 0, at), 0)
+    head, tail = document[:at].rstrip(), document[at:].lstrip()
+    return " ".join(part for part in (head, sentence, tail) if part)
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,10 @@ def read(file: str | None, most: int, note: Callable[[str], None]) -> str:
         return _decode(sys.stdin.buffer.read(most + 1), "standard input", most)
     if file == STDIN:
         return _required(_decode(sys.stdin.buffer.read(most + 1), "standard input", most), "standard input")
+    if file == BOOK:
+        from longreach.loading import shipped_book
+
+        return shipped_book()
     path = Path(file).expanduser()
     if not path.exists():
         raise ValueError(f"there is no file {file!r}; pass the path of a text file, or - for standard input")

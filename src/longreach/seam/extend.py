@@ -120,7 +120,7 @@ class Extension:
 
     def _check_capacity(self) -> None:
         if self.choice is not None and self.choice.warning:
-            warnings.warn(self.choice.warning, stacklevel=5)
+            warnings.warn(self.choice.warning, stacklevel=4)
         if self.context is not None and self.capacity is not None and self.context > self.capacity:
             raise ValueError(
                 f"{self.method} reaches {self.capacity} tokens on a trained window of {self.window.tokens}, less than the declared context of "
@@ -160,7 +160,7 @@ class Extension:
         if self.config._attn_implementation != self._name:
             raise ValueError(
                 f"{type(self.base).__name__} does not use Transformers' attention interface, so no method can be attached to it; "
-                "use a model of a family listed by 'longreach check'"
+                "use a model whose attention goes through it (Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX and most newer ones)"
             )
 
     def _probe(self) -> None:
@@ -320,8 +320,8 @@ class Extension:
         plan = getattr(self._local, "plan", None)
         if plan is None:
             raise ValueError(
-                "a mask was asked for outside a forward of the extended model; call the model itself, not its parts, and give each model its own "
-                "config (copy.deepcopy)"
+                "a mask was asked for outside a forward of the extended model; leave out cache_implementation (static caches cannot be used), call the "
+                "model itself, not its parts, and give each model its own config (copy.deepcopy)"
             )
         if use_vmap or not allow_is_causal_skip:
             raise ValueError("packed sequences and custom masks cannot be honoured; pass one sequence per row with a 2-D attention_mask")
