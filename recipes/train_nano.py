@@ -35,7 +35,7 @@ WINDOW = 512
 VOCABULARY = 2048
 BATCH_TOKENS = 8192
 PEAK_RATE = 3e-3
-DECAY_SHARE = 0.3  # the last 30 % of the steps decay linearly to zero
+DECAY_SHARE = 0.45  # the last 45 % of the steps decay linearly to zero
 # (first step, sequence length, share of rows with retrieval text, more wordings). Recall appears on short dense rows, then the gaps grow.
 STAGES = ((0, 64, 0.85, False), (700, 128, 0.7, False), (1100, 256, 0.6, False), (1700, WINDOW, 0.55, True))
 
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder with train/ and validation/ books (*.txt.xz)")
     parser.add_argument("--work", type=Path, required=True, help="folder for tokens, checkpoints and the log")
     parser.add_argument("--export", type=Path, help="write the finished model to this folder")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--every", type=int, default=200, help="steps between measurements and checkpoints")
     parser.add_argument("--keep", type=int, nargs="*", default=[], help="steps whose checkpoint is kept under its own name")
