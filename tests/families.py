@@ -19,7 +19,7 @@ BASE: dict[str, Any] = dict(
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
-    initializer_range=0.3,
+    initializer_range=0.2,
 )
 TYPES = ["sliding_attention", "full_attention"]
 EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=32)

@@ -43,12 +43,14 @@ BANDS = [(0, None), (0, 1), (0, 7), (0, 16), (0, 63), (0, 64), (3, None), (20, N
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize("narrow", [0, 48], ids=["tiles", "masks"])
-def test_tiles_equal_dense(rows, columns, narrow, monkeypatch):
+@pytest.mark.parametrize("core", [2, 16, 1024])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_tiles_equal_dense(rows, columns, core, groups, monkeypatch):
     """Every band at several offsets: keys before, under and beyond the diagonal; rows that see nothing are (0, -inf)."""
-    monkeypatch.setattr(tiles, "NARROW", narrow)
-    q, k, v = qkv(rows, columns)
-    for (low, high), offset, tile in itertools.product(BANDS, (0, columns - rows, columns + 9, -3, 11), (1024, 13)):
+    monkeypatch.setattr(tiles, "LARGEST_CORE", core)
+    q, k, v = qkv(rows, columns, groups=groups)
+    q, k, v = (torch.cat([x, x.flip(2)]) for x in (q, k, v))  # a batch of two
+    for (low, high), offset, tile in itertools.product(BANDS, (0, columns - rows, columns + 9, -3, 11), (64, 7, 4, 1)):
         band = Band(offset, low, high)
         out, lse = tiles.attend(kernel, q, k, v, band, 0.25, rows_per_tile=tile)
         want, want_lse = dense(q, k, v, band, 0.25)

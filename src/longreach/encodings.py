@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+ROWS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
@@ -56,21 +58,30 @@ class Table:
 
     def rotate(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., T, D] -> the same shape and dtype, rotated in fp32 and cast once. `scale` [T] multiplies the result."""
-        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        r, start = self.rotary.width, self.rotary.start
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for a in range(0, x.shape[-2], ROWS_AT_ONCE):  # what is touched twice stays in the cache
+            rows = slice(a, a + ROWS_AT_ONCE)
+            self._rotate(x[..., rows, :], out[..., rows, :], rows, None if scale is None else scale[rows])
+        return out
+
+    def _rotate(self, x: torch.Tensor, target: torch.Tensor, rows: slice, scale: torch.Tensor | None) -> None:
+        """Write the rotation of `x`, whose positions are those of `rows`, into `target`."""
+        out = target if target.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        cos, sin, r, start = self.cos[rows], self.sin[rows], self.rotary.width, self.rotary.start
         if start:
             out[..., :start] = x[..., :start]
         if start + r < x.shape[-1]:
             out[..., start + r :] = x[..., start + r :]
         a, b = self._pairs(x[..., start : start + r].float())
         out_a, out_b = self._pairs(out[..., start : start + r])
-        torch.mul(a, self.cos, out=out_a)
-        out_a.addcmul_(b, self.sin, value=-1)
-        torch.mul(b, self.cos, out=out_b)
-        out_b.addcmul_(a, self.sin)
+        torch.mul(a, cos, out=out_a)
+        out_a.addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out_b)
+        out_b.addcmul_(a, sin)
         if scale is not None:
             out *= scale[:, None]
-        return out.to(x.dtype)
+        if out is not target:
+            target.copy_(out)
 
     def _pairs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.rotary.pairing == "half":

@@ -21,6 +21,7 @@ from longreach.segments import Constant, Layout, PositionMap, Retention, Segment
 from longreach.store import LayerStore, Run
 
 RAW = Constant(0)
+QUERIES_AT_ONCE = 4096  # bounds the memory for rotated queries and partial results, and keeps them in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,23 +54,20 @@ def execute(
     layer: Layer, plan: Plan, store: LayerStore | None, backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
 ) -> torch.Tensor:
     """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads."""
-    out: torch.Tensor | None = None
+    shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
+    out = q.new_empty(shape) if plan.real is None else q.new_zeros(shape)
     for rows in plan.groups:
-        new_q, new_k, new_v = rows.take(q), rows.take(k), rows.take(v)
+        new_k, new_v = rows.take(k), rows.take(v)
         keys = {positions: _extend(layer, plan, store, rows, positions, new_k) for positions in layer.forms}
         values = Run(new_v, 0) if store is None else store.values.extend(rows.rows, rows.start, new_v)
-        if layer.dense:
-            merged = _dense(layer, rows, new_q, keys[RAW], values, inputs)
-        else:
-            call = _Call(layer, plan, rows, backend, inputs, store, keys, values)
-            merged = call.run(new_q)
-        merged = merged.transpose(1, 2)  # [b, t, H, E]
-        if len(plan.groups) == 1 and rows.count == plan.columns and merged.shape[0] == q.shape[0]:
-            return merged.to(q.dtype).contiguous()
-        if out is None:
-            out = merged.new_zeros((q.shape[0], q.shape[2], *merged.shape[2:]), dtype=q.dtype)
-        out[rows.rows, rows.columns] = merged.to(q.dtype)
-    return q.new_zeros((q.shape[0], q.shape[2], q.shape[1], v.shape[3])) if out is None else out
+        at_once = rows.count if layer.dense or layer.layout.late is not None else QUERIES_AT_ONCE
+        for block in rows.blocks(at_once):
+            if layer.dense:
+                merged = _dense(layer, block, block.take(q), keys[RAW], values, inputs)
+            else:
+                merged = _Call(layer, plan, block, backend, inputs, store, keys, values).run(block.take(q))
+            out[block.rows, block.columns] = merged.transpose(1, 2).to(q.dtype)
+    return out
 
 
 def _extend(layer: Layer, plan: Plan, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:

@@ -47,8 +47,7 @@ def _load(source: str, dtype: torch.dtype | None, device: str | torch.device | N
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"could not load {shown!r}: {reason} -- pass a folder with config.json, tokenizer files and *.safetensors, "
-            "or the id of a public model on the Hub"
+            f"could not load {shown!r}: {reason} -- pass a folder with config.json, tokenizer files and *.safetensors, or the id of a public model on the Hub"
         ) from error
     return model.to(where).eval(), tokenizer
 

@@ -21,17 +21,23 @@ class Merge:
         self.rows = rows
         self.out: torch.Tensor | None = None  # [B, H, T, D] fp32
         self.lse: torch.Tensor | None = None  # [B, H, T] fp32
+        self.filled = 0  # rows before it were written
 
     def add(self, out: torch.Tensor, lse: torch.Tensor, first_row: int = 0) -> None:
         """Merge `out` [B, H, R, D] and `lse` [B, H, R] into the rows from `first_row` on."""
         lse = lse.float()
         if self.out is None or self.lse is None:
             if out.shape[2] == self.rows:
-                self.out, self.lse = out.float(), lse
+                self.out, self.lse, self.filled = out.float(), lse, self.rows
                 return
-            self.out = out.new_zeros((*out.shape[:2], self.rows, out.shape[3]), dtype=torch.float32)
-            self.lse = lse.new_full((*lse.shape[:2], self.rows), NEGATIVE_INFINITY, dtype=torch.float32)
+            self.out = out.new_empty((*out.shape[:2], self.rows, out.shape[3]), dtype=torch.float32)
+            self.lse = lse.new_full((*lse.shape[:2], self.rows), NEGATIVE_INFINITY)
         rows = slice(first_row, first_row + out.shape[2])
+        if first_row >= self.filled:  # the first part of these rows is taken over
+            self._fill(first_row)
+            self.out[:, :, rows], self.lse[:, :, rows], self.filled = out, lse, rows.stop
+            return
+        self._fill(rows.stop)
         old_lse = self.lse[:, :, rows]
         # sigmoid(a - b) = exp(a) / (exp(a) + exp(b)); a row that is empty on both sides stays zero.
         share = torch.sigmoid(lse - old_lse).nan_to_num_(0.0)
@@ -40,15 +46,24 @@ class Merge:
         target.lerp_(out.float(), share[..., None])
         self.lse[:, :, rows] = total
 
+    def _fill(self, stop: int) -> None:
+        """Rows up to `stop` that nothing was written to are empty."""
+        if stop > self.filled:
+            assert self.out is not None
+            self.out[:, :, self.filled : stop] = 0
+            self.filled = stop
+
     def sink(self, logit: torch.Tensor) -> None:
         """A learned logit per head [H] that takes part in the denominator only; once, after all segments."""
         assert self.out is not None and self.lse is not None
+        self._fill(self.rows)
         logit = logit.float().view(1, -1, 1)
         self.out *= torch.sigmoid(self.lse - logit)[..., None]
         self.lse = torch.logaddexp(self.lse, logit.expand_as(self.lse))
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.out is not None and self.lse is not None
+        self._fill(self.rows)
         return self.out, self.lse
 
 

@@ -5,6 +5,7 @@ Knows lengths and indices; not queries, keys or models.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,13 @@ class Rows:
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, T, D] -> the real tokens of these rows."""
         return x[self.rows, :, self.columns]
+
+    def blocks(self, size: int) -> Iterator[Rows]:
+        """The same rows in stretches of at most `size` tokens."""
+        for a in range(0, self.count, size):
+            b = min(self.count, a + size)
+            columns = self.columns[a:b] if isinstance(self.columns, torch.Tensor) else slice(self.columns.start + a, self.columns.start + b)
+            yield Rows(self.rows, columns, self.start + a, b - a)
 
 
 @dataclass(eq=False)

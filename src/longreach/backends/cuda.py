@@ -25,7 +25,7 @@ class CudaTiles:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if softcap is not None:
             return tiles.capped(q, k, v, band, scale, softcap)
-        return tiles.attend(kernel, q, k, v, band, scale, rows_per_tile=4096)
+        return tiles.attend(kernel, q, k, v, band, scale, rows_per_tile=128)
 
 
 class CudaWindow(CudaTiles):

@@ -1,9 +1,12 @@
-"""Bands cut into few large tiles that need no mask, for kernels that know only "all keys" and "causal square".
+"""Bands cut into few calls of a kernel that knows "all keys", "causal square" and "mask".
 
-The merge is exact for any partition of the keys, so a block of rows takes
-  - the near edge, a square on the diagonal: causal as it is,
-  - the middle, a rectangle in which every row sees every column,
-  - the far edge, a square in which row r sees columns >= r + 1: causal after reversing the order of rows and columns.
+The merge is exact for any partition of the keys, so
+  - rows that see back to the first column take a rectangle without a mask and a causal square on the diagonal;
+  - rows of a sliding band take, in tiles of many rows, the rectangle that all rows of the tile see, without a mask. What is left of the
+    tile lies before and behind it; side by side those columns are a narrower band again, which is computed with a small mask in
+    tiles of few rows. All tiles are the heads of one call, for their keys are overlapping views.
+Causal squares and reversed causal squares need no mask either, but the CPU kernel works on 256 rows at a time and wastes a quarter of
+a square of 1024; small masked tiles waste a sixteenth.
 
 Knows shapes and merging; the kernel is handed in.
 """
@@ -17,9 +20,9 @@ import torch
 
 from longreach.merge import NEGATIVE_INFINITY, Merge
 
-ROWS_PER_TILE = 1024  # rows of a sliding tile
-NARROW = 48  # bands narrower than this are cheaper with a mask
-MASKED_ROWS = 256
+ROWS_PER_TILE = 64  # rows of a masked tile
+LARGEST_CORE = 1024  # rows that share a rectangle without a mask
+MASKED_ROWS = 256  # rows of a masked call of odd shape
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class _Tiles:
     def growing(self, a: int, b: int) -> None:
         """Rows [a, b) see columns [0, diagonal + r]."""
         columns, e = self.k.shape[2], self.diagonal
-        full = min(b, max(a, columns - 1 - e))  # from here on every column is visible
+        full = min(b, max(a, columns - e))  # from here on every column is visible
         self.rectangle(full, b, 0, columns)
         if full - a == 1:
             self.rectangle(a, full, 0, e + a + 1)
@@ -95,31 +98,61 @@ class _Tiles:
 
     def sliding(self, a: int, b: int, width: int, rows_per_tile: int) -> None:
         """Rows [a, b) see the `width` columns that end at diagonal + r; all of them begin at column 1 or later."""
-        columns, e = self.k.shape[2], self.diagonal
-        inside = min(b, max(a, columns - e))  # from here on the diagonal is beyond the last column
-        if width < NARROW and inside - a > 1:
-            inside = a
-        step = min(width, rows_per_tile)
-        for p in range(a, inside, step):
-            rows = min(step, inside - p)
-            if rows == 1:
-                self.rectangle(p, p + 1, e + p - width + 1, e + p + 1)
-                continue
-            self.rectangle(p, p + rows, e + p, e + p + rows, causal=True)
-            self.rectangle(p, p + rows, e + p + rows - width, e + p)
-            self.far_edge(p, p + rows - 1, e + p - width + 1)
-        for p in range(inside, b, MASKED_ROWS):
+        inside = min(b, max(a, self.k.shape[2] - self.diagonal))  # from here on the diagonal is beyond the last column
+        large = min(LARGEST_CORE, 1 << max(0, (width // 4).bit_length() - 1))
+        if large >= 2 * rows_per_tile and large % rows_per_tile == 0 and inside - a >= large:
+            whole = a + (inside - a) // large * large
+            self.cored(a, whole, width, large, rows_per_tile)
+            a = whole
+        whole = a + (inside - a) // rows_per_tile * rows_per_tile
+        if whole > a:
+            start = self.diagonal + a - width + 1
+            keys = slice(start, start + (whole - a) + width - 1)
+            k, v = (x[:, :, keys].flatten(0, 1) for x in (self.k, self.v))
+            self.merge.add(*self.windows(self.q[:, :, a:whole], k, v, whole - a, width, rows_per_tile), a)
+        for p in range(whole, b, MASKED_ROWS):
             self.masked(p, min(b, p + MASKED_ROWS), width)
 
-    def far_edge(self, a: int, b: int, start: int) -> None:
-        """Row a + r sees columns [start + r, start + (b - a))."""
-        columns = slice(start, start + (b - a))
-        q, k, v = (x.flip(2) for x in (self.q[:, :, a:b], self.k[:, :, columns], self.v[:, :, columns]))
-        out, lse = self.kernel(q, k, v, self.scale, True)
-        self.merge.add(out.flip(2), lse.flip(2), a)
+    def cored(self, a: int, b: int, width: int, large: int, step: int) -> None:
+        """Rows [a, b) in tiles of `large` rows. What all rows of a tile see is one rectangle without a mask. The rest is `large` columns before
+        it and `large` - 1 behind it; side by side they are a band again, of width `large`: row r sees columns [r, r + large) of them."""
+        count, start = (b - a) // large, self.diagonal + a - width + 1
+        core, last = width - large, (count - 1) * large
+
+        def views(x: torch.Tensor, first: int, length: int) -> torch.Tensor:  # [B G, tiles, length, D]
+            return x[:, :, first : first + last + length].flatten(0, 1).unfold(1, length, large).transpose(2, 3)
+
+        q = self.q[:, :, a:b]
+        out, lse = self.kernel(*(self.folded(q, count, large), views(self.k, start + large, core), views(self.v, start + large, core)), self.scale)
+        self.merge.add(*self.unfolded(out, lse, q.shape, count, large), a)
+        k, v = (torch.cat([views(x, start, large), views(x, start + width, large - 1)], dim=2).flatten(0, 1) for x in (self.k, self.v))
+        self.merge.add(*self.windows(q, k, v, large, large, step), a)
+
+    def windows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int, width: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stretches of `rows` rows of q [B, H, n * rows, D] with their own keys [B G n, rows + width - 1, D]: row r of a stretch sees columns
+        [r, r + width). Tiles of `step` rows are the heads of one masked call, overlapping views of the keys theirs."""
+        span, tiles = step + width - 1, rows // step
+        folded = self.folded(q, q.shape[2] // step, step).unflatten(1, (-1, tiles)).flatten(0, 1)  # [B G n, tiles, g * step, D]
+        k, v = (x.unfold(1, span, step).transpose(2, 3) for x in (k, v))
+        row, column = torch.arange(step, device=q.device)[:, None], torch.arange(span, device=q.device)[None, :]
+        hidden = (column < row) | (column >= row + width)
+        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, NEGATIVE_INFINITY)
+        out, lse = self.kernel(folded, k, v, self.scale, False, mask.repeat(folded.shape[2] // step, 1))
+        return self.unfolded(out, lse, q.shape, q.shape[2] // step, step)
+
+    def folded(self, q: torch.Tensor, count: int, step: int) -> torch.Tensor:
+        """[B, H, count * step, D] -> [B G, count, g * step, D]: tiles become heads, the query heads of a group become rows. A view if g is 1."""
+        heads = self.k.shape[1]
+        q = q.unflatten(2, (count, step)).unflatten(1, (heads, -1)).transpose(2, 3)  # [B, G, count, g, step, D]
+        return q.reshape(q.shape[0] * heads, count, -1, q.shape[-1])
+
+    def unfolded(self, out: torch.Tensor, lse: torch.Tensor, shape: torch.Size, count: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, heads, groups = shape[0], self.k.shape[1], shape[1] // self.k.shape[1]
+        out = out.reshape(batch, heads, count, groups, step, -1).transpose(2, 3).reshape(batch, shape[1], shape[2], -1)
+        return out, lse.reshape(batch, heads, count, groups, step).transpose(2, 3).reshape(batch, shape[1], shape[2])
 
     def masked(self, a: int, b: int, width: int) -> None:
-        """Odd shapes and narrow bands: one call with a mask."""
+        """Rows of odd shape: one call with a mask."""
         start, stop = max(0, self.diagonal + a - width + 1), min(self.k.shape[2], self.diagonal + b)
         if start >= stop:
             return

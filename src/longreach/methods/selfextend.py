@@ -63,9 +63,9 @@ class SelfExtend(Method):
         first = self.above or 0
         far = Segment(Grouped(g, self.offset), Grouped(g), Visible(w, first_query=first), scale)
         if first <= w:
-            return Layout((far, near))
+            return Layout((near, far))
         early = Segment(Identity(), Identity(), Visible(w, last_query=first), scale)
-        return Layout((far, near, early))
+        return Layout((near, far, early))
 
     def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         exact = (i - j).double()
