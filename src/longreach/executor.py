@@ -72,8 +72,13 @@ def execute(
 
 def _extend(layer: Layer, plan: Plan, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:
     """Encode the new keys at `positions` and append them to their form. The dense truth keeps them as they are."""
-    if not layer.dense and layer.rotary is not None and (table := plan.table(layer.rotary, positions, rows.start, rows.count, new.device)) is not None:
-        new = table.rotate(new)
+    kept, count = layer.forms[positions], rows.count
+    if kept.tail == 0:  # only first tokens are ever seen in this form
+        count = min(count, max(0, kept.head - rows.start))
+        new = new[:, :, :count]
+    if not layer.dense and layer.rotary is not None and count:
+        table = plan.table(layer.rotary, positions, rows.start, count, new.device)
+        new = new if table is None else table.rotate(new)
     return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new)
 
 

@@ -78,7 +78,8 @@ class LMInfinite(Method):
             capped_from = n if self.distance == "constant" else max(n, limit)
             if capped_from > n:
                 segments.append(Segment(Identity(), Identity(), Visible(n, capped_from, last_key=self.n_global)))
-            segments.append(Segment(Constant(limit), Constant(0), Visible(capped_from, last_key=self.n_global)))
+            # distance `limit` between two constants: turning the few keys back costs less than turning every query forward
+            segments.append(Segment(Constant(0), Constant(-limit), Visible(capped_from, last_key=self.n_global)))
         return Layout(tuple(segments), self._late(layer))
 
     def _late(self, layer: int) -> TopK | None:
