@@ -56,7 +56,7 @@ def attend(
         tiles.growing(first, rows)
     else:
         width = band.high - band.low
-        split = min(rows, max(first, width - diagonal))  # rows before it see back to column 0
+        split = min(rows, max(first, width - 1 - diagonal))  # rows before it see fewer than `width` columns
         tiles.growing(first, split)
         tiles.sliding(split, rows, width, rows_per_tile)
     if tiles.merge.out is None:
@@ -97,7 +97,7 @@ class _Tiles:
             self.rectangle(a, full, e + a, e + full, causal=True)
 
     def sliding(self, a: int, b: int, width: int, rows_per_tile: int) -> None:
-        """Rows [a, b) see the `width` columns that end at diagonal + r; all of them begin at column 1 or later."""
+        """Rows [a, b) see the `width` columns that end at diagonal + r; all of them begin at column 0 or later."""
         inside = min(b, max(a, self.k.shape[2] - self.diagonal))  # from here on the diagonal is beyond the last column
         large = min(LARGEST_CORE, 1 << max(0, (width // 4).bit_length() - 1))
         if large >= 2 * rows_per_tile and large % rows_per_tile == 0 and inside - a >= large:
@@ -110,6 +110,9 @@ class _Tiles:
             keys = slice(start, start + (whole - a) + width - 1)
             k, v = (x[:, :, keys].flatten(0, 1) for x in (self.k, self.v))
             self.merge.add(*self.windows(self.q[:, :, a:whole], k, v, whole - a, width, rows_per_tile), a)
+        if whole + 1 == b == inside:  # one row needs no mask
+            self.rectangle(whole, b, self.diagonal + whole - width + 1, self.diagonal + b)
+            return
         for p in range(whole, b, MASKED_ROWS):
             self.masked(p, min(b, p + MASKED_ROWS), width)
 
