@@ -290,8 +290,14 @@ def measure(case: Case, name: str, rounds: int, device: torch.device, bandwidth:
     dtype, gate = DTYPES[name], Gate()
     small_gate(case, dtype, device, gate)
     entry: dict[str, Any] = {
-        "case": case.name, "dtype": name, "tokens": case.tokens, "method": case.method.to_json(), "backend": backend_for(device, dtype).name,
-        "heads": case.shape.heads, "kv_heads": case.shape.kv_heads, "head_size": case.shape.width,
+        "case": case.name,
+        "dtype": name,
+        "tokens": case.tokens,
+        "method": case.method.to_json(),
+        "backend": backend_for(device, dtype).name,
+        "heads": case.shape.heads,
+        "kv_heads": case.shape.kv_heads,
+        "head_size": case.shape.width,
     }
     timings: dict[str, Timing] = {}
     if not gate.failures:
@@ -302,9 +308,7 @@ def measure(case: Case, name: str, rounds: int, device: torch.device, bandwidth:
         return entry
     entry["timings"] = {contestant: timing.to_json() for contestant, timing in timings.items()}
     entry["ratios"] = {baseline: Ratio.of(timings["longreach"], timing).to_json() for baseline, timing in timings.items() if baseline != "longreach"}
-    entry["targets"] = {
-        baseline: {"at_most": most, "met": entry["ratios"][baseline]["of_medians"] <= most} for baseline, most in case.targets
-    }
+    entry["targets"] = {baseline: {"at_most": most, "met": entry["ratios"][baseline]["of_medians"] <= most} for baseline, most in case.targets}
     entry["limit"] = limit_of(case, dtype, timings, bandwidth)
     return entry
 
@@ -320,12 +324,20 @@ def limit_of(case: Case, dtype: torch.dtype, timings: dict[str, Timing], bandwid
         flops = 4 * pairs * case.shape.heads * case.shape.width
         bound = timings["sdpa"].median * pairs / stock_pairs
         return {
-            "pairs_per_head": pairs, "stock_pairs_per_head": stock_pairs, "flops": flops, "flops_per_second": flops / ours,
-            "stock_flops_per_second": flops * stock_pairs / pairs / timings["sdpa"].median, "bound_seconds": bound, "ours_over_bound": ours / bound,
+            "pairs_per_head": pairs,
+            "stock_pairs_per_head": stock_pairs,
+            "flops": flops,
+            "flops_per_second": flops / ours,
+            "stock_flops_per_second": flops * stock_pairs / pairs / timings["sdpa"].median,
+            "bound_seconds": bound,
+            "ours_over_bound": ours / bound,
         }
     read = decode_bytes(case.method, case.tokens, case.shape, dtype)
     return {
-        "bytes_read": read, "bytes_per_second": read / ours, "read_bandwidth": bandwidth, "bound_seconds": read / bandwidth,
+        "bytes_read": read,
+        "bytes_per_second": read / ours,
+        "read_bandwidth": bandwidth,
+        "bound_seconds": read / bandwidth,
         "ours_over_bound": ours * bandwidth / read,
     }
 
@@ -470,7 +482,11 @@ def kv_bytes(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
         if ours.store.nbytes != formula:
             failures.append(f"{method}: the store holds {ours.store.nbytes} bytes, the formula says {formula}")
         entry["stores"][method.name] = {
-            "method": method.to_json(), "bytes": ours.store.nbytes, "formula": formula, "stock_over_ours": stock / ours.store.nbytes, "bound": bound,
+            "method": method.to_json(),
+            "bytes": ours.store.nbytes,
+            "formula": formula,
+            "stock_over_ours": stock / ours.store.nbytes,
+            "bound": bound,
             "at_least": 7.5 if isinstance(method, LMInfinite) and not quick else None,
         }
         ours.fill(k[:, :, : SLACK + 1], v[:, :, : SLACK + 1])

@@ -23,8 +23,17 @@ from longreach.methods.base import Method
 
 WINDOW = 64
 SMALL: dict[str, Any] = dict(
-    vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=WINDOW, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
+    vocab_size=259,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=WINDOW,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    initializer_range=0.3,
 )
 CHAT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 
@@ -60,8 +69,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     wrapper = t.Gemma3Config(text_config={**SMALL, "head_dim": 8, "sliding_window": 24}, vision_config=vision, mm_tokens_per_image=4)
     found["multimodal"] = save(root / "multimodal", t.Gemma3ForConditionalGeneration(wrapper))
     hybrid = t.Qwen3NextConfig(
-        **SMALL, head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
-        linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+        **SMALL,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
     )
     found["hybrid"] = save(root / "hybrid", t.Qwen3NextForCausalLM(hybrid))
     return found

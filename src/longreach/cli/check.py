@@ -44,9 +44,7 @@ def command(
     model: Model = "nano",
     declared: Context = None,
     method: MethodName = None,
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=FEWEST_TOKENS, max=MOST_TOKENS, help="Length of the measured input; the dense truth is slow.")
-    ] = 300,
+    tokens: Annotated[int, typer.Option("--tokens", min=FEWEST_TOKENS, max=MOST_TOKENS, help="Length of the measured input; the dense truth is slow.")] = 300,
     dtype: Dtype = None,
     device: Device = None,
     trained_window: TrainedWindow = None,

@@ -68,9 +68,7 @@ def answer(
         for chunk in stream(extension, prompt[0, :-1], chunk_size=chunk_size, losses=False, cache=cache):
             progress(min(chunk.start + chunk_size, len(ids) - 1))
     with torch.no_grad():
-        output = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, generation_config=config, streamer=streamer
-        )
+        output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, generation_config=config, streamer=streamer)
     ended = time.perf_counter()
     new = output[0, len(ids) :].tolist()
     first = streamer.first or ended

@@ -269,7 +269,9 @@ class Extension:
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the base model runs: place the store, plan the forward."""
         if self.config._attn_implementation != self._name:
-            raise ValueError("the attention implementation was changed after extend(), so the method is no longer in force; call remove(), change it, extend() again")
+            raise ValueError(
+                "the attention implementation was changed after extend(), so the method is no longer in force; call remove(), change it, extend() again"
+            )
         if kwargs.get("output_attentions") or (kwargs.get("output_attentions") is None and getattr(self.config, "output_attentions", False)):
             raise ValueError("attention weights are never formed, so output_attentions=True cannot be served; drop it or call remove() first")
         tokens = args[0] if args else kwargs.get("input_ids")
