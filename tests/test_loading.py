@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import build
 
 import longreach
+from families import build
 from longreach.loading import parse_dtype, shipped_book
 
 

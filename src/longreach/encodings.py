@@ -53,9 +53,6 @@ class Table:
     sin: torch.Tensor  # [T, r/2] fp32
     rotary: Rotary
 
-    def slice(self, start: int, stop: int) -> Table:
-        return Table(self.cos[start:stop], self.sin[start:stop], self.rotary)
-
     def rotate(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., T, D] -> the same shape and dtype, rotated in fp32 and cast once. `scale` [T] multiplies the result."""
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
