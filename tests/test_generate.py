@@ -113,7 +113,8 @@ def test_sliding_models_decode_exactly(family):
     ids = tokens(2, 60)
     with longreach.extend(model, SelfExtend(3, 8)):
         assert torch.equal(model.generate(ids, max_new_tokens=NEW, do_sample=False), greedy_by_full_forwards(model, ids))
-        assert torch.equal(model.generate(ids[:1], max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=4), greedy_by_full_forwards(model, ids[:1]))
+        looked_up = model.generate(ids[:1], max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=4)
+        assert torch.equal(looked_up[:, : 60 + NEW], greedy_by_full_forwards(model, ids[:1]))  # older releases give one token more, stock too
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
