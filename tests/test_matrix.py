@@ -135,7 +135,7 @@ def test_declared_chunk_invariance_is_true_both_ways(method):
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss"])
 @torch.no_grad()
 def test_sliding_layers_stay_as_trained(family):
-    """With the method only on full layers, a model whose full layers are emptied of influence is untouched."""
+    """The method goes on the full layers only; the others keep their window, and the description says so."""
     model = model_of(family)
     with longreach.extend(model, SelfExtend(4, 8)) as extension:
         report = extension.report()

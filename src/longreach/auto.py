@@ -91,7 +91,7 @@ def choose(window: Window, context: int) -> Choice:
     trusted = largest_distance_allowed(length)
     loose: SelfExtend | None = None
     for group in range(2, LARGEST_GROUP + 1):
-        method = SelfExtend(group, neighbour_window(length, group))
+        method = usual(length, group)
         if method.window >= length:
             break
         if method.window + (context - method.window) / group <= trusted:
@@ -107,16 +107,21 @@ def choose(window: Window, context: int) -> Choice:
             f"context {context} needs distances beyond 2/3 of the trained window of {length}, where positions are poorly trained; "
             f"a context of at most {furthest(length)} keeps within them"
         )
-        largest = SelfExtend(LARGEST_GROUP, neighbour_window(length, LARGEST_GROUP))
+        largest = usual(length, LARGEST_GROUP)
         method = largest if (largest.capacity(length) or 0) >= context else loose
         reason = f"{context} tokens exceed the trained window of {length} ({window.reason}): largest usual group size; all distances are trained ones"
         return Choice(method, context, window, reason, warning)
-    most, group = max((SelfExtend(g, neighbour_window(length, g)).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
+    most, group = max((usual(length, g).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
     raise ValueError(
         f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
         f"group size {group}; declare at most that, choose a larger group with SelfExtend(group_size=...), or read a text of any length "
         f"with LMInfinite(n_local={length}) (--method lm-infinite --n-local {length}), which remembers only the last {length} tokens"
     )
+
+
+def usual(length: int, group: int) -> SelfExtend:
+    """The method that the dial considers for a group size."""
+    return SelfExtend(group, neighbour_window(length, group))
 
 
 def neighbour_window(length: int, group: int) -> int:

@@ -45,8 +45,7 @@ class Plan:
     real: torch.Tensor | None  # [B, T] on the CPU, None if every column is a real token
     columns: int
     store: Store | None = None
-    _tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)
-    _rotaries: list[Rotary] = field(default_factory=list)  # keeps the ids of the table keys alive
+    _tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)  # by id of the rotary, which its tables keep alive
 
     def table(self, rotary: Rotary, positions: PositionMap, start: int, count: int, device: torch.device) -> Table | None:
         """The rotation of `count` tokens from index `start`, shared by all layers on a device; None where it is the identity."""
@@ -56,7 +55,6 @@ class Plan:
         if key not in self._tables:
             index = torch.arange(start, start + count, device=device)
             self._tables[key] = rotary.table(positions(index))
-            self._rotaries.append(rotary)
         return self._tables[key]
 
     def contiguous(self) -> Plan:

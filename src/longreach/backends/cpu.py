@@ -8,7 +8,6 @@ the lse is dropped (the executor refuses a backward pass).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from longreach.backends import tiles
 from longreach.backends.tiles import Band
@@ -34,8 +33,7 @@ def kernel(
     assert not causal or q.shape[2] == k.shape[2], "causal is aligned to the top left, so only squares may use it"
     heads, rows, width = q.shape[1], q.shape[2], v.shape[3]
     groups = heads // k.shape[1]
-    if width < k.shape[3]:
-        v = F.pad(v, (0, k.shape[3] - width))
+    v = tiles.widened(v, k)
     fold = groups > 1 and rows <= FOLDED_ROWS and not causal and mask is None
     if fold:
         q = q.unflatten(1, (-1, groups)).flatten(2, 3)

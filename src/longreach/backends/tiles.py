@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from longreach.merge import NEGATIVE_INFINITY, Merge
 
@@ -62,6 +63,11 @@ def attend(
     if tiles.merge.out is None:
         return empty(q, v)
     return tiles.merge.result()
+
+
+def widened(v: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The values padded with zeros to the width of the keys, which fused kernels want; the caller crops the output again."""
+    return v if v.shape[3] == k.shape[3] else F.pad(v, (0, k.shape[3] - v.shape[3]))
 
 
 def empty(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
