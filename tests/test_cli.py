@@ -20,6 +20,7 @@ import longreach
 from longreach.cli import COMMANDS, build, generation, main, measurements, parameters, text
 from longreach.methods import registry
 from longreach.methods.base import Method
+from oracles import LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4
 
 WINDOW = 64
 SMALL: dict[str, Any] = dict(
@@ -257,43 +258,6 @@ class Fake(Method):
 
 
 # -- distances: the published matrices ------------------------------------------------------------------------------------------
-
-SELFEXTEND_2_4 = """
-0 . . . . . . . . .
-1 0 . . . . . . . .
-2 1 0 . . . . . . .
-3 2 1 0 . . . . . .
-4 3 2 1 0 . . . . .
-4 4 3 2 1 0 . . . .
-5 5 4 3 2 1 0 . . .
-5 5 4 4 3 2 1 0 . .
-6 6 5 5 4 3 2 1 0 .
-6 6 5 5 4 4 3 2 1 0
-"""
-SELFEXTEND_3_4 = """
-0 . . . . . . . . .
-1 0 . . . . . . . .
-2 1 0 . . . . . . .
-3 2 1 0 . . . . . .
-4 3 2 1 0 . . . . .
-4 4 3 2 1 0 . . . .
-5 5 5 3 2 1 0 . . .
-5 5 5 4 3 2 1 0 . .
-5 5 5 4 4 3 2 1 0 .
-6 6 6 5 5 5 3 2 1 0
-"""
-LM_INFINITE_4_2 = """
-0 . . . . . . . . .
-1 0 . . . . . . . .
-2 1 0 . . . . . . .
-3 2 1 0 . . . . . .
-4 3 2 1 0 . . . . .
-4 4 3 2 1 0 . . . .
-4 4 . 3 2 1 0 . . .
-4 4 . . 3 2 1 0 . .
-4 4 . . . 3 2 1 0 .
-4 4 . . . . 3 2 1 0
-"""
 
 
 @pytest.mark.parametrize(
