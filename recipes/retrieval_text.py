@@ -1,8 +1,10 @@
-"""Synthetic retrieval text: facts hidden in prose, and the questions that ask them back.
+"""Synthetic retrieval text: facts to hide in prose, and the questions that ask them back.
 
 Knows templates, words and random numbers. Knows nothing about tokens, lengths or models.
 
-Everything in `HELD_OUT_*` is kept away from training and is used by tests only.
+A question form decides the form of its answer, so that the right answer is one string. Names are put together from two lists
+and questions from many, so that a reader has to copy the name and to follow the question instead of knowing them by heart.
+Everything in `HELD_OUT_*` is kept away from training and serves tests only.
 """
 
 from __future__ import annotations
@@ -10,103 +12,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-# What a number can be called. One wording is held out: see HELD_OUT_NAME.
-NAMES = (
-    "pass key",
-    "pass key",
-    "pass key",
-    "passkey",
-    "password",
-    "secret number",
-    "secret code",
-    "access code",
-    "code",
-    "key",
-    "code for the safe",
-    "number of the room",
-    "number of the ticket",
-    "number of the house",
-    "key of the vault",
-    "hidden number",
-    "private code",
-    "number of the account",
-    "number of the letter",
-    "code of the lock",
-    "sum in the ledger",
-    "number on the card",
-    "registration number",
-    "page number",
-)
-HELD_OUT_NAME = "magic number"
-
-STATEMENTS = (
-    "The {name} is {value}. Remember it. {value} is the {name}.",
-    "The {name} is {value}. Remember it. {value} is the {name}.",
-    "The {name} is {value}.",
-    "The {name} is {value}. Do not forget it.",
-    "Remember that the {name} is {value}.",
-    "Here is something important: the {name} is {value}.",
-    "{value} is the {name}. Keep it in mind.",
-    "Let it be known that the {name} is {value}.",
-)
-HELD_OUT_STATEMENT = "Please note: the {name} is {value}; you will be asked for it."
-
-QUESTIONS = (
-    ("What is the {name}?", " The {name} is {value}."),
-    ("What is the {name}?", " The {name} is {value}."),
-    ("What is the {name}?\n", "The {name} is {value}."),
-    ("What is the {name}?", " {value}."),
-    ("Question: What is the {name}?\nAnswer:", " {value}."),
-    ("Tell me the {name}.", " The {name} is {value}."),
-    ("What is the {name} in the text above?", " The {name} is {value}."),
-)
-# From the stage of full-length rows on, so that a question is recognised by what it asks, not by its form.
-MORE_NAMES = (
-    "lucky number", "secret word number", "room number", "ticket number", "number of the ship", "number of the regiment", "number of the prisoner",
-    "telephone number", "number of the bank note", "price of the horse", "weight of the cargo", "serial number", "combination", "pin", "number of the carriage",
-    "number of the locker", "number on the door", "number in the diary", "special number", "order number", "identification number", "reference number",
+COMMON_NAMES = (
+    "pass key", "pass key", "pass key", "passkey", "password", "secret number", "secret code", "access code", "special number",
+    "code for the safe", "key of the vault", "number of the room", "pin", "passcode", "lucky number", "registration number", "page number",
 )  # fmt: skip
-MORE_STATEMENTS = (
-    "Please remember this: the {name} is {value}.",
-    "Note well, the {name} is {value}; it may be of use later.",
-    "By the way, the {name} is {value}.",
-    "I was told that the {name} is {value}.",
-    "Attention: {value} is the {name}. You will need it.",
-    "The {name}, as everybody knows, is {value}.",
-    "(The {name} is {value}.)",
-    "Write this down: the {name} is {value}.",
-)
-MORE_QUESTIONS = (
-    ("Do you remember the {name}?", " The {name} is {value}."),
-    ("Could you say what the {name} is?", " The {name} is {value}."),
-    ("Can you remember what the {name} was?", " The {name} is {value}."),
-    ("Which number is the {name}?", " The {name} is {value}."),
-    ("Please tell me the {name}.", " The {name} is {value}."),
-    ("Will you repeat the {name}?", " The {name} is {value}."),
-    ("I have forgotten the {name}. What is it?", " The {name} is {value}."),
-    ("What was the {name}?", " The {name} is {value}."),
-    ("What is the {name}? Answer with the number only.", " {value}."),
-    ("Give me the {name}:", " {value}."),
-    ("According to the text, what is the {name}?", " The {name} is {value}."),
-    ("Could anybody name the {name}?", " The {name} is {value}."),
-    ("Can you find the {name}?", " The {name} is {value}."),
-    ("What did the text say the {name} is?", " The {name} is {value}."),
-)
-HELD_OUT_QUESTION = ("Can you tell me the {name}?", " The {name} is {value}.")
-
 LABELS = (
     "red blue green yellow white black grey brown purple orange silver golden amber crimson scarlet violet pink "
     "north south east west upper lower inner outer first second third last left right front back old new little great "
-    "iron copper oak pine stone glass paper linen ivory pearl ruby emerald sapphire marble velvet leather wooden brass"
+    "iron copper oak pine stone glass paper linen ivory pearl ruby emerald sapphire marble velvet leather wooden brass "
+    "secret hidden private special lucky final main true general royal public winter summer morning evening holy English French"
 ).split()
+KINDS = (
+    "key", "code", "number", "pass key", "card", "ticket", "pin", "password", "passcode", "account", "price", "sum", "bill", "mark",
+    "figure", "total", "score", "combination", "page", "count", "debt", "licence",
+)  # fmt: skip
 PEOPLE = (
     "Alice Arthur Bertha Charles Clara Daniel Dora Edward Ellen Emily Felix Frank George Grace Harold Helen Henry Ida "
     "James Jane John Julia Laura Lewis Lucy Martha Mary Nora Oliver Oscar Paul Peter Philip Ralph Robert Rose Ruth Samuel "
     "Sarah Simon Sophia Stephen Susan Thomas Walter William"
 ).split()
 CITIES = (
-    "London Paris Rome Vienna Berlin Madrid Dublin Boston Chicago Venice Naples Geneva Athens Cairo Lisbon Moscow Oxford "
-    "Bristol Florence Genoa Milan Munich Prague Warsaw Stockholm Copenhagen Edinburgh Glasgow Liverpool Richmond Baltimore"
+    "London Paris Rome Vienna Berlin Madrid Dublin Boston Chicago Venice Naples Geneva Athens Cairo Lisbon Moscow Oxford Bristol "
+    "Florence Genoa Milan Munich Prague Warsaw Stockholm Copenhagen Edinburgh Glasgow Liverpool Richmond Baltimore San-Francisco New-York"
 ).split()
 OBJECTS = (
     "letter map ring watch book lamp knife coin hat coat picture sword box candle mirror pen bottle rope hammer clock "
@@ -117,34 +44,80 @@ PLACES = (
     "office schoolroom parlour chapel boat cabin cave well orchard bakery theatre museum station inn"
 ).split()
 ACTIVITIES = (
-    "walk along the river",
-    "eat fresh bread",
-    "sit in the park on a sunny day",
-    "listen to the bells",
-    "watch the ships",
-    "visit the old market",
-    "drink a cup of coffee",
-    "climb the great tower",
-    "hear the music in the square",
-    "read in the public library",
-    "feed the birds",
-    "look at the pictures",
-    "buy flowers",
-    "dance until midnight",
-    "row upon the lake",
-    "eat a sandwich and rest under a tree",
-)
+    "walk along the river", "eat fresh bread", "sit in the park on a sunny day", "listen to the bells", "watch the ships",
+    "drink a cup of coffee", "climb the great tower", "hear the music in the square", "feed the birds", "look at the pictures",
+    "buy flowers", "dance until midnight", "row upon the lake", "eat a sandwich and rest under a tree", "take the {object} to the {place}",
+    "see the old {place} and the {place2}", "buy a {label} {object}", "draw the {label} {place}", "look for a {object} in the {place}",
+)  # fmt: skip
+HELD_OUT_NAME = "magic number"
 
-# (statement, question, answer): the needle sentences. The last test-only form is HELD_OUT_NEEDLE.
-NEEDLES = (
-    ("{person} keeps the {object} in the {place}.", "Where does {person} keep the {object}?", " {person} keeps the {object} in the {place}."),
-    ("{person} hid the {object} in the {place}.", "Where did {person} hide the {object}?", " {person} hid the {object} in the {place}."),
-    ("The best thing to do in {city} is to {activity}.", "What is the best thing to do in {city}?", " The best thing to do in {city} is to {activity}."),
-    ("{person} was born in {city}.", "Where was {person} born?", " {person} was born in {city}."),
-    ("The {object} belongs to {person}.", "Who owns the {object}?", " The {object} belongs to {person}."),
-    ("{person} sold the {object} to {person2}.", "To whom did {person} sell the {object}?", " {person} sold the {object} to {person2}."),
+STATEMENTS = (
+    "The {name} is {value}. Remember it. {value} is the {name}.",
+    "The {name} is {value}. Remember it. {value} is the {name}.",
+    "The {name} is {value}. Remember it. {value} is the {name}.",
+    "The {name} is {value}.",
+    "The {name} is {value}.",
+    "The {name} is {value}. Do not forget it.",
+    "The {name} is {value}. Keep it in mind.",
+    "Remember that the {name} is {value}.",
+    "Please remember this: the {name} is {value}.",
+    "Here is something important: the {name} is {value}.",
+    "Let it be known that the {name} is {value}.",
+    "Note well, the {name} is {value}; it may be of use later.",
+    "By the way, the {name} is {value}.",
+    "I was told that the {name} is {value}.",
+    "The {name}, as everybody knows, is {value}.",
+    "(The {name} is {value}.)",
+    "Write this down: the {name} is {value}.",
+    "{value} is the {name}.",
+    "Attention: {value} is the {name}. You will need it.",
 )
-HELD_OUT_NEEDLE = ("{person} travelled to {city} with the {object}.", "What did {person} take to {city}?", " {person} travelled to {city} with the {object}.")
+HELD_OUT_STATEMENT = "Please note: the {name} is {value}; you will be asked for it."
+
+STANDARD_QUESTION = "What is the {name}?"
+SENTENCE, VALUE = " The {name} is {value}.", " {value}."
+LEADS = ("", "", "", "", "", "Now, ", "Question: ", "Well, ", "Then ", "And ", "Tell me, ", "Q: ")
+ASKING = (
+    "what is the {name}?", "what was the {name}?", "what is the {name} in the text above?", "what is the {name} mentioned in the text?",
+    "what is the {name} that was given above?", "what did the text say the {name} is?", "according to the text, what is the {name}?",
+    "do you remember the {name}?", "do you know the {name}?", "do you recall what the {name} is?", "could you say what the {name} is?",
+    "can you remember what the {name} was?", "can you find the {name}?", "can you repeat the {name}?", "can you name the {name}?",
+    "could you give me the {name}?", "could anybody name the {name}?", "will you repeat the {name}?", "would you tell us the {name}?",
+    "which number is the {name}?", "I have forgotten the {name}. What is it?", "who can say what the {name} is?", "may I ask what the {name} is?",
+    "tell me the {name}.", "please tell me the {name}.", "please give the {name}.", "say the {name}.", "repeat the {name}.", "name the {name}.",
+    "I want to know the {name}.", "I should like to hear the {name}.", "you read about the {name}. What is it?", "and the {name}?", "the {name}?",
+    "how does the {name} read?", "find the {name} in the text.", "try to remember the {name}.", "what number is the {name}?",
+)  # fmt: skip
+# (question, answer) forms that ask for the value alone.
+SHORT_FORMS = (
+    ("Question: What is the {name}?\nAnswer:", VALUE),
+    ("Q: What is the {name}?\nA:", VALUE),
+    ("What is the {name}? Answer with the number only.", VALUE),
+    ("Give me the {name}:", VALUE),
+    ("The {name} is", VALUE),
+    ("The {name} is", VALUE),
+)
+HELD_OUT_QUESTION = "Can you tell me the {name}?"
+
+# (statement, question); the answer is the statement.
+NEEDLES = (
+    ("{person} keeps the {object} in the {place}.", "Where does {person} keep the {object}?"),
+    ("{person} hid the {object} in the {place}.", "Where did {person} hide the {object}?"),
+    ("{person} lost the {object} near the {place}.", "Where did {person} lose the {object}?"),
+    ("The {label} {object} lies in the {place}.", "Where is the {label} {object}?"),
+    ("The best thing to do in {city} is to {activity}.", "What is the best thing to do in {city}?"),
+    ("The best thing to do in {city} is {activity}.", "What is the best thing to do in {city}?"),
+    ("The first thing to do in {city} is to {activity}.", "What should one do first in {city}?"),
+    ("{person} was born in {city}.", "Where was {person} born?"),
+    ("{person} came from {city} with {person2}.", "Who came from {city}?"),
+    ("The {label} {object} belongs to {person}.", "Who owns the {label} {object}?"),
+    ("{person} sold the {object} to {person2}.", "To whom did {person} sell the {object}?"),
+    ("{person} bought a {label} {object} in {city}.", "What did {person} buy in {city}?"),
+    ("{person} gave {person2} a {label} {object}.", "What did {person} give {person2}?"),
+    ("In the {place} {person} found a {object}.", "What did {person} find in the {place}?"),
+    ("{person} likes to {activity}.", "What does {person} like?"),
+)
+HELD_OUT_NEEDLE = ("{person} travelled to {city} with the {object}.", "What did {person} take to {city}?")
 
 OPENINGS = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about the important information there.",
@@ -160,79 +133,91 @@ class Fact:
     statement: str
     question: str
     answer: str
-    name: str = ""
+    name: str
 
 
 def number(rng: Random, digits: int | None = None) -> str:
-    """A number without a leading zero: five digits mostly, else three to seven."""
-    n = digits or (5 if rng.random() < 0.65 else rng.choice((3, 4, 6, 7)))
+    """A number without a leading zero: five digits mostly, else two to seven."""
+    n = digits or (5 if rng.random() < 0.65 else rng.choice((2, 3, 4, 6, 7)))
     return str(rng.randrange(10 ** (n - 1), 10**n))
 
 
-def pass_key(rng: Random, wide: bool = False) -> Fact:
-    """`wide` draws from more names and wordings, half of the time for each."""
-    more = lambda few, many: rng.choice(many if wide and rng.random() < 0.5 else few)  # noqa: E731
-    name, value = more(NAMES, MORE_NAMES), number(rng)
-    statement = more(STATEMENTS, MORE_STATEMENTS).format(name=name, value=value)
-    question, answer = more(QUESTIONS, MORE_QUESTIONS)
-    return Fact(_capital(statement), question.format(name=name), answer.format(name=name, value=value), name)
+def value_of(rng: Random, name: str, statement: str, digits: int | None = None, standard: float = 0.35) -> Fact:
+    """A named number; `standard` is the share of questions in the standard form."""
+    value = number(rng, digits)
+    kind = rng.random()
+    if kind < standard:
+        question, answer = STANDARD_QUESTION, SENTENCE
+    elif kind < standard + 0.2:
+        question, answer = rng.choice(SHORT_FORMS)
+    else:
+        question, answer = _capital(rng.choice(LEADS) + rng.choice(ASKING)), SENTENCE
+    filled = _capital(statement.format(name=name, value=value))
+    return Fact(filled, question.format(name=name), answer.format(name=name, value=value), name)
 
 
-def labelled_keys(rng: Random, n: int, wide: bool = False) -> list[Fact]:
-    """`n` facts that differ in their label only, so that the label must be read."""
-    asking, answering = rng.choice(MORE_QUESTIONS) if wide and rng.random() < 0.3 else QUESTIONS[0]
-    kind = rng.choice(("key", "code", "number", "pass key", "card"))
-    pattern = rng.choice(("The {label} {kind} is {value}.", "The {label} {kind} is {value}. Remember it.", "Note that the {label} {kind} is {value}."))
-    facts = []
-    for label in rng.sample(LABELS, n):
-        value = number(rng)
-        filled = pattern.format(label=label, kind=kind, value=value)
-        name = f"{label} {kind}"
-        facts.append(Fact(filled, asking.format(name=name), answering.format(name=name, value=value), name))
-    return facts
+def composed_name(rng: Random) -> str:
+    kind = rng.random()
+    if kind < 0.6:
+        return f"{rng.choice(LABELS)} {rng.choice(KINDS)}"
+    return f"{rng.choice(KINDS)} {rng.choice(('of', 'for', 'on', 'in'))} the {rng.choice(OBJECTS + PLACES)}"
 
 
-def needle(rng: Random) -> Fact:
-    words = dict(
-        person=rng.choice(PEOPLE),
-        person2=rng.choice(PEOPLE),
-        city=rng.choice(CITIES),
-        object=rng.choice(OBJECTS),
-        place=rng.choice(PLACES),
-        activity=rng.choice(ACTIVITIES),
+def pass_key(rng: Random, standard: float = 0.35) -> Fact:
+    name = rng.choice(COMMON_NAMES) if rng.random() < 0.5 else composed_name(rng)
+    return value_of(rng, name, rng.choice(STATEMENTS), standard=standard)
+
+
+def standard_pass_key(rng: Random) -> Fact:
+    """What the demonstration asks."""
+    return value_of(rng, "pass key", STATEMENTS[0], digits=5, standard=1.0)
+
+
+def held_out_pass_key(rng: Random) -> Fact:
+    value, name = number(rng, 5), HELD_OUT_NAME
+    return Fact(
+        _capital(HELD_OUT_STATEMENT.format(name=name, value=value)), HELD_OUT_QUESTION.format(name=name), SENTENCE.format(name=name, value=value), name
     )
-    statement, question, answer = (part.format(**words) for part in rng.choice(NEEDLES))
-    return Fact(statement, question, answer, question)
+
+
+def labelled_keys(rng: Random, n: int, standard: float = 0.6) -> list[Fact]:
+    """`n` facts that differ in their label only, so that the label must be read."""
+    kind, statement = rng.choice(KINDS), rng.choice(STATEMENTS[3:])
+    return [value_of(rng, f"{label} {kind}", statement, standard=standard) for label in rng.sample(LABELS, n)]
+
+
+def needle(rng: Random, form: tuple[str, str] | None = None) -> Fact:
+    words = {
+        "person": rng.choice(PEOPLE), "person2": rng.choice(PEOPLE), "city": rng.choice(CITIES).replace("-", " "), "object": rng.choice(OBJECTS),
+        "place": rng.choice(PLACES), "place2": rng.choice(PLACES), "label": rng.choice(LABELS),
+    }  # fmt: skip
+    words["activity"] = rng.choice(ACTIVITIES).format(**words)
+    statement, question = (part.format(**words) for part in form or rng.choice(NEEDLES))
+    return Fact(statement, question, " " + statement, question)
 
 
 def pairs(rng: Random, n: int) -> tuple[str, list[Fact]]:
     """A short list of `n` key-value pairs as one statement, and one fact per pair."""
     keys = rng.sample(LABELS + [p.lower() for p in PEOPLE] + OBJECTS + PLACES, n)
-    values = [number(rng, rng.choice((2, 3, 4, 5))) if rng.random() < 0.7 else rng.choice(OBJECTS) for _ in keys]
+    values = [number(rng, rng.choice((2, 3, 4, 5))) if rng.random() < 0.8 else rng.choice(OBJECTS) for _ in keys]
     join, end = rng.choice(((": ", "\n"), (" = ", "; "), (" is ", ". "), (" - ", ", ")))
     listing = end.join(f"{k}{join}{v}" for k, v in zip(keys, values)) + end.rstrip(" ")
-    return listing, [Fact("", f"{k}{join}".rstrip(" "), f" {v}") for k, v in zip(keys, values)]
+    return listing, [Fact("", f"{k}{join}".rstrip(" "), f" {v}", k) for k, v in zip(keys, values)]
 
 
-def pass_key_or_labelled(rng: Random, wide: bool = False) -> list[Fact]:
-    """The plainest questions: one pass key, or one of a few labelled keys."""
-    return [pass_key(rng, wide)] if rng.random() < 0.6 else labelled_keys(rng, 3, wide)
-
-
-def facts(rng: Random, n: int, wide: bool = False) -> list[Fact]:
-    """About `n` facts of mixed kinds, no two with the same question."""
+def facts(rng: Random, n: int) -> list[Fact]:
+    """`n` facts of mixed kinds, no two of one name."""
     found: dict[str, Fact] = {}
     while len(found) < n:
         kind = rng.random()
-        if kind < 0.45:
-            new = [pass_key(rng, wide)]
+        if kind < 0.4 or n - len(found) < 2:
+            new = [pass_key(rng)]
         elif kind < 0.75:
-            new = labelled_keys(rng, min(max(1, n - len(found)), rng.choice((2, 3, 3, 4))), wide)
+            new = labelled_keys(rng, min(n - len(found), rng.choice((2, 3, 3, 4, 5))))
         else:
             new = [needle(rng)]
         for fact in new:
-            if fact.name not in {other.name for other in found.values()} and fact.question not in found:
-                found[fact.question] = fact
+            found.setdefault(fact.name, fact)
     return list(found.values())
 
 

@@ -1,0 +1,97 @@
+"""What a model like nano can do inside its window: questions of every kind, answered greedily, and the loss on prose.
+
+Knows rows of tokens and a model that maps ids to logits. Used along the training and for the card.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import retrieval_text as rt
+from training_rows import Rows
+
+
+def pairs(rng: Random) -> list[rt.Fact]:
+    """Six key-value pairs, the first fact being the one asked; the listing is its statement."""
+    listing, facts = rt.pairs(rng, 6)
+    asked = rng.choice(facts)
+    return [rt.Fact(listing, asked.question, asked.answer, asked.name)]
+
+
+# The first fact of a list is asked; all of them are hidden.
+KINDS: dict[str, Callable[[Random], list[rt.Fact]]] = {
+    "pass key, standard wording": lambda rng: [rt.standard_pass_key(rng)],
+    "pass key, all trained wordings": lambda rng: [rt.pass_key(rng)],
+    "pass key, held-out wording": lambda rng: [rt.held_out_pass_key(rng)],
+    "one of three labelled keys": lambda rng: rt.labelled_keys(rng, 3, standard=1.0),
+    "needle sentence": lambda rng: [rt.needle(rng)],
+    "needle sentence, held-out form": lambda rng: [rt.needle(rng, rt.HELD_OUT_NEEDLE)],
+    "one of six key-value pairs": pairs,
+}
+
+
+def trial(rows: Rows, books: np.ndarray, kind: str, rng: Random, length: int, depth: float | None = None) -> tuple[list[int], int]:
+    """-> ids of `length` tokens (more, if the facts alone are longer) ending in the answer, and the length of the answer."""
+    facts = KINDS[kind](rng)
+    hidden = [rows.encode(" " + fact.statement) for fact in facts]
+    question, answer = rows.encode("\n\n" + facts[0].question), rows.encode(facts[0].answer)
+    room = max(0, length - 1 - sum(map(len, hidden)) - len(question) - len(answer))
+    start = rng.randrange(len(books) - room)
+    prose = books[start : start + room].tolist()
+    gaps = [rows.gap(rng, prose) if depth is None else round(depth * room) for _ in hidden]
+    order = sorted(range(len(hidden)), key=lambda i: (gaps[i], rng.random()), reverse=True)
+    for i in order:
+        prose[gaps[i] : gaps[i]] = hidden[i]
+    return [rows.bos, *prose, *question, *answer], len(answer)
+
+
+@torch.no_grad()
+def found(model: Any, trials: list[tuple[list[int], int]], size: int = 16) -> list[bool]:
+    """Whether greedy decoding gives the whole answer, for every trial. Rows are padded at their end, which no earlier token sees."""
+    result = []
+    for first in range(0, len(trials), size):
+        part = trials[first : first + size]
+        longest = max(len(ids) for ids, _ in part)
+        batch = torch.zeros(len(part), longest, dtype=torch.long)
+        for row, (ids, _) in enumerate(part):
+            batch[row, : len(ids)] = torch.tensor(ids)
+        device = next(model.parameters()).device
+        guesses = model(batch.to(device), use_cache=False).logits.argmax(-1).cpu()
+        result += [guesses[row, len(ids) - n - 1 : len(ids) - 1].tolist() == ids[-n:] for row, (ids, n) in enumerate(part)]
+    return result
+
+
+@torch.no_grad()
+def prose_loss(model: Any, rows: Rows, books: np.ndarray, length: int, tokens: int, seed: int = 1234, size: int = 16) -> float:
+    """Nats per token on passages of unseen books, <bos> first."""
+    rng, total, count = Random(seed), 0.0, max(1, tokens // length)
+    starts = [rng.randrange(len(books) - length) for _ in range(count)]
+    for first in range(0, count, size):
+        ids = torch.tensor([[rows.bos, *books[s : s + length].tolist()] for s in starts[first : first + size]], device=next(model.parameters()).device)
+        logits = model(ids[:, :-1], use_cache=False).logits.float()
+        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+    return total / (count * length)
+
+
+def abilities(model: Any, rows: Rows, books: np.ndarray, length: int, trials: int = 32, seed: int = 1234, tokens: int = 16384) -> dict[str, float]:
+    """Loss on unseen prose and the share of right answers by kind of question, at this length."""
+    result = {"loss": prose_loss(model, rows, books, length, tokens)}
+    for kind in KINDS:
+        rng = Random(f"{seed} {kind}")
+        result[kind] = sum(found(model, [trial(rows, books, kind, rng, length) for _ in range(trials)])) / trials
+    return result
+
+
+def interval(share: float, trials: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share."""
+    z = 1.96
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return middle - half, middle + half

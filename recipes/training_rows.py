@@ -1,0 +1,147 @@
+"""Rows of tokens that nano learns from: book text, with facts hidden in it and questions about them.
+
+Knows the tokenizer and the texts; knows nothing about models. A row is a function of the random generator it is given.
+Positions are true ones: a row begins with <bos> and is read from position 0.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+import retrieval_text as rt
+
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+
+
+class Rows:
+    """Rows of a given length, and the weight of the loss at each token.
+
+    An answer weighs `answer_weight`. A digit of a hidden fact weighs `digit_weight`: nobody can foresee it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, books: np.ndarray, answer_weight: float = 4.0, digit_weight: float = 0.25) -> None:
+        self.books, self.answer_weight, self.digit_weight = books, answer_weight, digit_weight
+        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        self.vocabulary = tokenizer.get_vocab_size()
+        self.bos, self.eos, self.pad = (tokenizer.token_to_id(t) for t in (BOS, EOS, PAD))
+        self.stops = {tokenizer.token_to_id(t) for t in (".", "?", "!", '."')} - {None}
+        self.digits = {tokenizer.token_to_id(str(d)) for d in range(10)}
+
+    def batch(self, rng: Random, count: int, length: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> ids [count, length + 1] int64 and weights [count, length + 1]; `share` of the rows hold facts."""
+        rows = [self.retrieval(rng, length + 1) if rng.random() < share else self.prose(rng, length + 1) for _ in range(count)]
+        ids, weights = zip(*rows)
+        return torch.tensor(ids), torch.tensor(weights)
+
+    def prose(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
+        return [self.bos, *self.passage(rng, size - 1)], [1.0] * size
+
+    def passage(self, rng: Random, size: int) -> list[int]:
+        if size > 40 and rng.random() < 0.03:
+            grass = self.encode(" " + rt.GRASS)
+            return (grass * (size // len(grass) + 1))[:size]
+        start = rng.randrange(len(self.books) - size)
+        return self.books[start : start + size].tolist()
+
+    def retrieval(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
+        kind = rng.random()
+        if kind < 0.1:
+            return self._copying(rng, size)
+        if size < 100 or kind < 0.2:
+            return self._drill(rng, size)
+        return self._document(rng, size)
+
+    def _document(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
+        """<bos> prose with facts in it; questions at the end, or anywhere after their fact. Each answer is closed by <eos>."""
+        kind = rng.random()
+        if kind < 0.25:
+            hidden = [rt.pass_key(rng)]
+        elif kind < 0.5:
+            hidden = rt.labelled_keys(rng, rng.choice((2, 3, 3, 4)))
+        else:
+            hidden = rt.facts(rng, rng.randint(2, max(2, size // 50)))
+        asked = rng.sample(hidden, rng.randint(1, len(hidden)))
+        opening = self.encode(rng.choice(rt.OPENINGS)) if size > 200 and rng.random() < 0.1 else []
+        statements = {fact.name: self._statement(fact) for fact in hidden}
+        questions = {fact.name: self._question(rng, fact) for fact in asked}
+        room = size - 1 - len(opening) - sum(len(ids) for ids, _ in (*statements.values(), *questions.values()))
+        if room < size // 5:
+            return self._drill(rng, size)
+        prose = self.passage(rng, room)
+        at_end = rng.random() < 0.6
+        pieces = []  # (position in the prose, order among those of one position, ids, weights)
+        for fact in hidden:
+            position = self.gap(rng, prose)
+            pieces.append((position, 0.0, *statements[fact.name]))
+            if fact.name in questions:
+                later = room if at_end else self.gap(rng, prose, position)
+                pieces.append((later, 1.0 + rng.random(), *questions[fact.name]))
+        ids, weights, last = [self.bos, *opening], [1.0] * (1 + len(opening)), 0
+        for position, _, tokens, token_weights in sorted(pieces, key=lambda p: p[:2]):
+            ids += prose[last:position] + tokens
+            weights += [1.0] * (position - last) + token_weights
+            last = position
+        return ids + prose[last:], weights + [1.0] * (room - last)
+
+    def _drill(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
+        """Short and dense: a few facts or pairs, then questions about them until the row is full."""
+        if rng.random() < 0.4:
+            listing, asked = rt.pairs(rng, rng.randint(2, max(2, min(12, size // 16))))
+            statements = [self._statement(rt.Fact(listing, "", "", ""))]
+        else:
+            n = rng.randint(1, max(1, min(8, size // 32)))
+            asked = rt.labelled_keys(rng, n) if n > 1 and rng.random() < 0.5 else rt.facts(rng, n)
+            statements = [self._statement(fact) for fact in asked]
+            rng.shuffle(statements)
+        opening = self.passage(rng, rng.randint(0, size // 6))
+        ids, weights = [self.bos, *opening], [1.0] * (1 + len(opening))
+        for tokens, token_weights in statements:
+            ids, weights = ids + tokens, weights + token_weights
+        if len(ids) + 8 > size:
+            return self.prose(rng, size)
+        while True:
+            for fact in rng.sample(asked, len(asked)):
+                tokens, token_weights = self._question(rng, fact)
+                if len(ids) + len(tokens) > size:
+                    rest = size - len(ids)
+                    return ids + self.passage(rng, rest), weights + [1.0] * rest
+                ids, weights = ids + tokens, weights + token_weights
+
+    def _statement(self, fact: rt.Fact) -> tuple[list[int], list[float]]:
+        ids = self.encode(" " + fact.statement)
+        return ids, [self.digit_weight if t in self.digits else 1.0 for t in ids]
+
+    def _question(self, rng: Random, fact: rt.Fact) -> tuple[list[int], list[float]]:
+        question = self.encode(rng.choice(("\n\n", "\n\n", "\n\n", "\n", " ")) + fact.question)
+        answer = [*self.encode(fact.answer), self.eos]
+        return question + answer, [1.0] * len(question) + [self.answer_weight] * len(answer)
+
+    def gap(self, rng: Random, prose: list[int], first: int = 0) -> int:
+        """A position from `first` on, at the end of a sentence near a uniformly drawn place."""
+        position = rng.randint(first, len(prose))
+        for shift in range(min(24, position - first)):
+            if prose[position - shift - 1] in self.stops:
+                return position - shift
+        return position
+
+    def _copying(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
+        """A span of the text quoted again: its first three tokens are the cue. Random tokens or numbers two times of three."""
+        span_size = rng.randint(6, max(8, min(40, size // 4)))
+        if (kind := rng.random()) < 0.3:
+            span = [rng.randrange(3, self.vocabulary) for _ in range(span_size)]
+        elif kind < 0.65:
+            span = self.encode("".join(f" {rt.number(rng)}" for _ in range(span_size)))[:span_size]
+        else:
+            span = self.passage(rng, span_size)
+        body, weights = self.passage(rng, size - 1), [1.0] * (size - 1)
+        first = rng.randrange(size - 2 * span_size)
+        second = rng.randrange(first + span_size, size - span_size)
+        body[first : first + span_size] = span
+        body[second : second + span_size] = span
+        weights[first : first + span_size] = [self.digit_weight] * span_size
+        weights[second + 3 : second + span_size] = [self.answer_weight] * (span_size - 3)
+        return [self.bos, *body], [1.0, *weights]
