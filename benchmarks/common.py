@@ -170,3 +170,19 @@ def read_text(path: Path) -> str:
     """A plain or .xz text file."""
     data = path.read_bytes()
     return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+
+
+def write_section(path: Path, name: str, content: str) -> None:
+    """Put `content` between the lines `<!-- begin NAME -->` and `<!-- end NAME -->` of a Markdown file."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{path.name} has no section {name}: it needs the lines {begin} and {end}")
+    part = path.with_name(path.name + ".part")
+    part.write_text(f"{before}{begin}\n{content.strip()}\n{end}{after}", encoding="utf-8")
+    os.replace(part, path)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))

@@ -69,6 +69,16 @@ def found(model: Any, trials: list[tuple[list[int], int]], size: int = 16) -> li
 
 
 @torch.no_grad()
+def copying(model: Any, rows: Rows, length: int, count: int = 32, seed: int = 0) -> float:
+    """Share of right tokens in the second half of <bos> + random tokens + the same again, from its second token on."""
+    rng, half = Random(seed), (length - 1) // 2
+    spans = [[rng.randrange(3, rows.vocabulary) for _ in range(half)] for _ in range(count)]
+    ids = torch.tensor([[rows.bos, *span, *span] for span in spans], device=next(model.parameters()).device)
+    guesses = model(ids, use_cache=False).logits[:, :-1].argmax(-1)
+    return guesses[:, half + 1 :].eq(ids[:, half + 2 :]).float().mean().item()
+
+
+@torch.no_grad()
 def prose_loss(model: Any, rows: Rows, books: np.ndarray, length: int, tokens: int, seed: int = 1234, size: int = 16) -> float:
     """Nats per token on passages of unseen books, <bos> first."""
     rng, total, count = Random(seed), 0.0, max(1, tokens // length)

@@ -31,28 +31,36 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from abilities import abilities
+from abilities import abilities, copying
+from initialisation import initialise
 from muon import Muon
 from training_rows import BOS, EOS, PAD, Rows
 
 WINDOW = 512
 VOCABULARY = 2048
-MATRIX_RATE, VECTOR_RATE = 0.02, 3e-3  # Muon for the matrices of the layers, AdamW for embeddings and norms
-DECAY_SHARE = 0.4  # the last 40 % of the steps decay linearly to zero
-STEPS = 2900
+MATRIX_RATE, VECTOR_RATE = 0.005, 3e-3  # Muon for the matrices of the layers, AdamW for embeddings and norms
+DECAY_SHARE = 0.45  # the last 45 % of the steps decay linearly to zero
+STEPS = 1900
 
 
 class Stage(NamedTuple):
-    """From `first` on: rows of `length` tokens, `tokens` of them a batch, a share of `retrieval` rows."""
+    """From `first` on: rows of `length` tokens, `tokens` of them a batch; the shares of the kinds of rows, the rest is prose."""
 
     first: int
     length: int
     tokens: int
-    retrieval: float
+    copying: float
+    drill: float
+    documents: float
 
 
-# Recall appears on short, dense rows; then the gaps grow to the whole window.
-STAGES = (Stage(0, 64, 4096, 0.9), Stage(700, 128, 4096, 0.85), Stage(1200, 256, 8192, 0.8), Stage(1600, WINDOW, 8192, 0.75))
+# Short, dense rows teach what a question is; then the gaps grow to the whole window.
+STAGES = (
+    Stage(0, 64, 4096, 0.2, 0.6, 0.1),
+    Stage(200, 128, 4096, 0.15, 0.35, 0.4),
+    Stage(500, 256, 4096, 0.1, 0.2, 0.6),
+    Stage(900, WINDOW, 8192, 0.08, 0.1, 0.7),
+)
 
 
 def read_books(folder: Path) -> list[str]:
@@ -147,7 +155,9 @@ def train(args: argparse.Namespace) -> None:
     print(f"{len(books):,} training tokens, {len(validation):,} validation tokens", flush=True)
     rows = Rows(tokenizer, books)
     torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(configuration(tokenizer)).to(device)
+    model = LlamaForCausalLM(configuration(tokenizer))
+    initialise(model)
+    model.to(device)
     model.config._attn_implementation = "sdpa"
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
@@ -170,9 +180,10 @@ def train(args: argparse.Namespace) -> None:
     columns = (TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress, (args.work / "log.jsonl").open("a") as log:
         bar = progress.add_task("training", total=args.steps, completed=step, state="")
-        while step < args.steps:
+        while step < args.steps and step != args.stop_after:
             now = stage(step)
-            ids, weights = rows.batch(Random(args.seed * 1_000_003 + step), now.tokens // now.length, now.length, now.retrieval)
+            rng = Random(args.seed * 1_000_003 + step)
+            ids, weights = rows.batch(rng, now.tokens // now.length, now.length, now.copying, now.drill, now.documents)
             ids, w = ids.to(device), weights[:, 1:].flatten().to(device)
             share = rate(step, args.steps)
             for optimizer, peak in zip(optimizers.values(), (MATRIX_RATE, VECTOR_RATE)):
@@ -189,9 +200,10 @@ def train(args: argparse.Namespace) -> None:
                 optimizer.zero_grad(set_to_none=True)
             step += 1
             progress.update(bar, completed=step, state=f"length {now.length}  loss {loss.item():.3f}")
-            if step % args.every == 0 or step == args.steps:
+            if step % args.every == 0 or step in (args.steps, args.stop_after):
                 model.eval()
                 report = {"step": step, "length": now.length, "train_loss": round(loss.item(), 4), "seconds": round(before + time.time() - started)}
+                report["copying"] = round(copying(model, rows, now.length), 4)
                 report |= {k: round(v, 4) for k, v in abilities(model, rows, validation, now.length).items()}
                 model.train()
                 progress.print(json.dumps(report)) if console.is_terminal else print(json.dumps(report), flush=True)
@@ -203,7 +215,7 @@ def train(args: argparse.Namespace) -> None:
                     temporary = path.with_suffix(".tmp")
                     torch.save(state, temporary)
                     os.replace(temporary, path)
-    if args.export:
+    if args.export and step == args.steps:
         export(model, tokenizer, args.export)
 
 
@@ -224,6 +236,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for tokens, checkpoints and the log")
     parser.add_argument("--export", type=Path, help="write the finished model to this folder")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--stop-after", type=int, help="stop at this step with a checkpoint, as if the run had been cut; start it again to go on")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--every", type=int, default=100, help="steps between measurements and checkpoints")

@@ -31,9 +31,11 @@ class Rows:
         self.stops = {tokenizer.token_to_id(t) for t in (".", "?", "!", '."')} - {None}
         self.digits = {tokenizer.token_to_id(str(d)) for d in range(10)}
 
-    def batch(self, rng: Random, count: int, length: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> ids [count, length + 1] int64 and weights [count, length + 1]; `share` of the rows hold facts."""
-        rows = [self.retrieval(rng, length + 1) if rng.random() < share else self.prose(rng, length + 1) for _ in range(count)]
+    def batch(self, rng: Random, count: int, length: int, copying: float, drill: float, documents: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> ids [count, length + 1] int64 and weights [count, length + 1]; the shares of the three kinds of rows, the rest is prose."""
+        kinds = (self.copying, self.drill, self.document, self.prose)
+        shares = (copying, drill, documents, 1 - copying - drill - documents)
+        rows = [make(rng, length + 1) for make in rng.choices(kinds, shares, k=count)]
         ids, weights = zip(*rows)
         return torch.tensor(ids), torch.tensor(weights)
 
@@ -47,15 +49,7 @@ class Rows:
         start = rng.randrange(len(self.books) - size)
         return self.books[start : start + size].tolist()
 
-    def retrieval(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
-        kind = rng.random()
-        if kind < 0.1:
-            return self._copying(rng, size)
-        if size < 100 or kind < 0.2:
-            return self._drill(rng, size)
-        return self._document(rng, size)
-
-    def _document(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
+    def document(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
         """<bos> prose with facts in it; questions at the end, or anywhere after their fact. Each answer is closed by <eos>."""
         kind = rng.random()
         if kind < 0.25:
@@ -70,7 +64,7 @@ class Rows:
         questions = {fact.name: self._question(rng, fact) for fact in asked}
         room = size - 1 - len(opening) - sum(len(ids) for ids, _ in (*statements.values(), *questions.values()))
         if room < size // 5:
-            return self._drill(rng, size)
+            return self.drill(rng, size)
         prose = self.passage(rng, room)
         at_end = rng.random() < 0.6
         pieces = []  # (position in the prose, order among those of one position, ids, weights)
@@ -87,7 +81,7 @@ class Rows:
             last = position
         return ids + prose[last:], weights + [1.0] * (room - last)
 
-    def _drill(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
+    def drill(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
         """Short and dense: a few facts or pairs, then questions about them until the row is full."""
         if rng.random() < 0.4:
             listing, asked = rt.pairs(rng, rng.randint(2, max(2, min(12, size // 16))))
@@ -128,20 +122,23 @@ class Rows:
                 return position - shift
         return position
 
-    def _copying(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
-        """A span of the text quoted again: its first three tokens are the cue. Random tokens or numbers two times of three."""
-        span_size = rng.randint(6, max(8, min(40, size // 4)))
-        if (kind := rng.random()) < 0.3:
+    def copying(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
+        """A span that comes again and again in the row, text between: from its second token on it can be foreseen."""
+        span_size = rng.randint(4, max(8, min(48, size // 4)))
+        if (kind := rng.random()) < 0.5:
             span = [rng.randrange(3, self.vocabulary) for _ in range(span_size)]
-        elif kind < 0.65:
+        elif kind < 0.75:
             span = self.encode("".join(f" {rt.number(rng)}" for _ in range(span_size)))[:span_size]
         else:
             span = self.passage(rng, span_size)
-        body, weights = self.passage(rng, size - 1), [1.0] * (size - 1)
-        first = rng.randrange(size - 2 * span_size)
-        second = rng.randrange(first + span_size, size - span_size)
-        body[first : first + span_size] = span
-        body[second : second + span_size] = span
-        weights[first : first + span_size] = [self.digit_weight] * span_size
-        weights[second + 3 : second + span_size] = [self.answer_weight] * (span_size - 3)
-        return [self.bos, *body], [1.0, *weights]
+        ids, weights = [self.bos], [1.0]
+        first = True
+        while len(ids) + span_size <= size:
+            ids += span
+            weights += [self.digit_weight] * span_size if first else [1.0, *[self.answer_weight] * (span_size - 1)]
+            gap = min(rng.randint(0, size // 3), size - len(ids))
+            ids += self.passage(rng, gap)
+            weights += [1.0] * gap
+            first = False
+        rest = size - len(ids)
+        return ids + self.passage(rng, rest), weights + [1.0] * rest

@@ -17,7 +17,8 @@ import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import longreach
-from longreach.cli import COMMANDS, build, generation, main, measurements, parameters, text
+from longreach import generation
+from longreach.cli import COMMANDS, build, main, measurements, parameters, text
 from longreach.methods import registry
 from longreach.methods.base import Method
 from oracles import LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4
@@ -617,7 +618,8 @@ def test_generation_settings_of_a_checkpoint_do_not_decide_the_cache_or_sampling
 
 
 def test_a_sentence_is_hidden_between_sentences():
-    from longreach.cli.text import Request, hide
+    from longreach.cli.text import Request
+    from longreach.evals.haystack import hide
 
     text = "One is here. Two is here. Three is here. Four is here."
     assert hide(text, "Key.", 0.0) == f"Key. {text}" and hide(text, "Key.", 1.0) == f"{text} Key."

@@ -69,7 +69,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def shipped_book() -> str:
-    """The excerpt of a public-domain book that comes with nano, which never saw it in training."""
+    """The public-domain book that comes with nano, which never saw it in training: Moby-Dick, complete."""
     import lzma
 
     return lzma.decompress((files("longreach") / "nano" / "book.txt.xz").read_bytes()).decode("utf-8")

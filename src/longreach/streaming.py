@@ -1,6 +1,6 @@
 """Reading a text of any length in chunks: the loss of every token, or only the state at the end.
 
-Knows an extension and token ids. With a bounded method (LM-Infinite) memory is constant however long the text is.
+Knows an extension (or a stock model, to compare with) and token ids. With a bounded method (LM-Infinite) memory is constant however long the text is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from longreach.seam.cache_layers import store_of
+from longreach.seam.cache_layers import cache_bytes
 from longreach.seam.extend import Extension
 
 
@@ -34,9 +34,12 @@ class Chunk:
     store_bytes: int
 
 
-def stream(extension: Extension, ids: torch.Tensor | Iterable[int], *, chunk_size: int = 512, losses: bool = True, cache: Any = None) -> Iterator[Chunk]:
+def stream(
+    extension: Extension | Any, ids: torch.Tensor | Iterable[int], *, chunk_size: int = 512, losses: bool = True, cache: Any = None
+) -> Iterator[Chunk]:
     """Feed `ids` (one sequence: a 1-D tensor or any iterable of ints, endless ones too) in chunks; yields a `Chunk` after each.
 
+    extension   what `extend` returned; or a model without an extension, which reads as stock Transformers does.
     chunk_size  tokens of one forward, >= 1. Results do not depend on it for methods that are `chunk_invariant`.
     losses      False skips the language-model head except for the last token of a chunk.
     cache       the `cache` of an earlier chunk, to go on where it ended (its last token's successor has no loss then: NaN).
@@ -50,14 +53,13 @@ def stream(extension: Extension, ids: torch.Tensor | Iterable[int], *, chunk_siz
             ids = ids[0]
         if ids.dim() != 1:
             raise ValueError(f"a stream is one sequence: pass a 1-D tensor of token ids, not one of shape {list(ids.shape)}")
-    model = extension.model
+    model = extension.model if isinstance(extension, Extension) else extension
     device = next(model.parameters()).device
     if cache is None:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-    before = store_of(cache)
-    start = before.seen if before is not None else 0
+    start = cache.get_seq_length()
     last: torch.Tensor | None = None  # logits [V] that predict the next chunk's first token
     tokens = _chunks(ids, chunk_size)
     for chunk in tokens:
@@ -71,9 +73,7 @@ def stream(extension: Extension, ids: torch.Tensor | Iterable[int], *, chunk_siz
                 found[:1] = F.cross_entropy(last[None], chunk[:1]).cpu()
             found[1:] = F.cross_entropy(logits[:-1], chunk[1:], reduction="none").cpu()
         last = logits[-1].clone()
-        store = store_of(cache)
-        assert store is not None
-        yield Chunk(start, found, cache, store.nbytes)
+        yield Chunk(start, found, cache, cache_bytes(cache))
         start += chunk.numel()
 
 

@@ -18,7 +18,9 @@ import typer
 
 # name -> module in this package whose function `command` it is; its docstring is the help. Order is that of --help.
 COMMANDS = {
+    "demo": "demo",
     "run": "run",
+    "chat": "chat",
     "methods": "methods",
     "distances": "distances",
     "check": "check",

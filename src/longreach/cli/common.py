@@ -22,6 +22,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from longreach.methods.base import Method
 
+LONG = 2048  # tokens from which progress is shown
 MORE = "Parameters of the method are options too, for example [bold]--group-size 16 --window 64[/bold]; `longreach methods` lists them."
 
 Json = Annotated[bool, typer.Option("--json", help="Standard output is one JSON object and nothing else.")]
@@ -114,6 +115,18 @@ def method_of(context: typer.Context, name: str | None) -> Method | None:
     return parameters.build(name, context.args, [option for parameter in context.command.params for option in parameter.opts])
 
 
+def check_picture(png: Path | None) -> None:
+    """Refuses a picture that could not be written, before any work is done."""
+    if png is None:
+        return
+    if png.suffix.lower() != ".png":
+        raise ValueError(f"--png writes a PNG picture; name the file {png.with_suffix('.png')}")
+    if not png.parent.is_dir():
+        raise ValueError(f"there is no folder {str(png.parent)!r} for the picture; create it first")
+    if png.is_dir():
+        raise ValueError(f"{str(png)!r} is a folder; name a file")
+
+
 def check_device(name: str | None) -> None:
     import torch
 
@@ -127,6 +140,41 @@ def check_device(name: str | None) -> None:
         raise ValueError("this PyTorch sees no CUDA device; leave out --device, or install a CUDA build of PyTorch on a machine with a GPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no device {name!r}; this machine has {torch.cuda.device_count()}, counted from cuda:0")
+
+
+@contextmanager
+def progress_bar(out: Output, prompt_tokens: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error while a long prompt is read; gone before the answer. None where there is no terminal."""
+    if prompt_tokens < LONG or not out.errors.is_terminal:
+        yield lambda done: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()
+    with Progress(*columns, console=out.errors, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task("reading", total=prompt_tokens - 1)
+
+        def update(done: int) -> None:
+            bar.update(task, completed=done)
+            if done >= prompt_tokens - 1:
+                bar.stop()
+
+        yield update
+
+
+def writer(out: Output) -> Callable[[str], None]:
+    """Streams the answer to standard output; says nothing in JSON mode."""
+
+    def write(part: str) -> None:
+        if not out.as_json and part:
+            out.stdout.write(part)
+            out.stdout.flush()
+
+    return write
+
+
+def rate(count: int, seconds: float) -> float | None:
+    return round(count / seconds, 2) if seconds > 0 else None
 
 
 def pairs_table(title: str, rows: list[tuple[str, str]]) -> Table:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli.common import Json, Output, output
+from longreach.cli.common import Json, Output, check_picture, output
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def command(
         if png is not None:
             from longreach import plots
 
-            plots.distances(matrix, title(chosen), png)
+            plots.distances(matrix, chosen.brief(), png)
             out.note(f"wrote {png}")
             result["png"] = str(png)
         if as_json:
@@ -59,29 +59,10 @@ def command(
         out.finish(result, lambda console: None if png is not None else print(text(matrix)))
 
 
-def check_picture(png: Path | None) -> None:
-    if png is None:
-        return
-    if png.suffix.lower() != ".png":
-        raise ValueError(f"--png writes a PNG picture; name the file {png.with_suffix('.png')}")
-    if not png.parent.is_dir():
-        raise ValueError(f"there is no folder {str(png.parent)!r} for the picture; create it first")
-    if png.is_dir():
-        raise ValueError(f"{str(png)!r} is a folder; name a file")
-
-
 def note_late(out: Output, method: Method) -> None:
     late = [layer for layer in range(LAYERS_SEARCHED) if method.layout(layer).late is not None]
     if late:
         out.note(f"note: from layer {late[0]} on, {method.name} also shows keys that it chooses by their scores; these are not drawn")
-
-
-def title(method: Method) -> str:
-    """The method and those of its parameters that are not the defaults."""
-    from longreach.methods import parameters
-
-    given = [f"{f.name}={value}" for f in parameters(type(method)) if (value := getattr(method, f.name)) != f.default]
-    return f"{type(method).__name__}({', '.join(given)})"
 
 
 def rows(matrix: torch.Tensor) -> list[list[float | int | None]]:

@@ -6,8 +6,6 @@ Knows the options and the order of the work; reading text, generating and attach
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,18 +26,19 @@ from longreach.cli.common import (
     method_of,
     output,
     pairs_table,
+    progress_bar,
     quiet_transformers,
+    rate,
     size,
+    writer,
 )
 
 if TYPE_CHECKING:
-    from longreach.cli.generation import Answer
+    from longreach.generation import Answer
     from longreach.methods.base import Method
     from longreach.seam.extend import Extension
 
 TAKES_METHOD_PARAMETERS = True
-LARGEST_FILE = 256 * 2**20
-LONG = 2048  # prompt tokens from which progress is shown
 
 
 def command(
@@ -49,7 +48,7 @@ def command(
     method: MethodName = None,
     file: Annotated[
         str | None,
-        typer.Option("--file", "-f", help="The text to read: a UTF-8 file (.xz and .gz too), - for standard input, or @book, an excerpt that comes with nano."),
+        typer.Option("--file", "-f", help="The text to read: a UTF-8 file (.xz and .gz too), - for standard input, or @book, a book that comes with nano."),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction that follows the text.")] = "",
     system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
@@ -64,7 +63,7 @@ def command(
     dtype: Dtype = None,
     device: Device = None,
     trained_window: TrainedWindow = None,
-    max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Refuse a longer text.")] = LARGEST_FILE,
+    max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Refuse a longer text.")] = text.LARGEST_FILE,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -82,7 +81,7 @@ def command(
         if truncate is not None and declared is None and chosen is None:
             raise ValueError("--truncate needs to know for what length; pass --context N too")
         with quiet_transformers(verbose):
-            from longreach.cli import generation
+            from longreach import generation
 
             loaded, tokenizer = load_model(out, model, dtype, device)
             fitted = fit(loaded, tokenizer, request, chosen, declared, max_new_tokens, truncate, trained_window)
@@ -92,7 +91,15 @@ def command(
                 sampling = generation.Sampling(temperature or (1.0 if top_p is not None and temperature is None else None), top_p, seed)
                 with progress_bar(out, len(fitted.ids)) as progress:
                     found = generation.answer(
-                        extension, tokenizer, fitted.ids, max_new_tokens, chunk_size=chunk_size, sampling=sampling, write=writer(out), progress=progress
+                        loaded,
+                        tokenizer,
+                        fitted.ids,
+                        max_new_tokens,
+                        extension=extension,
+                        chunk_size=chunk_size,
+                        sampling=sampling,
+                        write=writer(out),
+                        progress=progress,
                     )
                 result = report(model, extension, fitted, found)
         if not as_json:
@@ -188,37 +195,6 @@ def announce(out: Output, extension: Extension, fitted: Fitted) -> None:
         out.warn(str(fitted.cut))
 
 
-@contextmanager
-def progress_bar(out: Output, prompt_tokens: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error while a long prompt is read; gone before the answer. None where there is no terminal."""
-    if prompt_tokens < LONG or not out.errors.is_terminal:
-        yield lambda done: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()
-    with Progress(*columns, console=out.errors, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task("reading", total=prompt_tokens - 1)
-
-        def update(done: int) -> None:
-            bar.update(task, completed=done)
-            if done >= prompt_tokens - 1:
-                bar.stop()
-
-        yield update
-
-
-def writer(out: Output) -> Callable[[str], None]:
-    """Streams the answer to standard output; says nothing in JSON mode."""
-
-    def write(part: str) -> None:
-        if not out.as_json and part:
-            out.stdout.write(part)
-            out.stdout.flush()
-
-    return write
-
-
 def report(model: str, extension: Extension, fitted: Fitted, found: Answer) -> dict[str, Any]:
     facts = extension.report()
     prompt_tokens = len(fitted.ids)
@@ -246,10 +222,6 @@ def report(model: str, extension: Extension, fitted: Fitted, found: Answer) -> d
         "kv_store_bytes": found.store_bytes,
         "extension": facts,
     }
-
-
-def rate(count: int, seconds: float) -> float | None:
-    return round(count / seconds, 2) if seconds > 0 else None
 
 
 def peak_memory() -> int | None:

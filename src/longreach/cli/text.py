@@ -16,10 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from longreach.evals.haystack import hide, open_ended
+
 Side = Literal["left", "middle", "right"]
 COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
+LARGEST_FILE = 256 * 2**20
 STDIN = "-"
-BOOK = "@book"  # the excerpt that comes with nano
+BOOK = "@book"  # the book that comes with nano
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,6 @@ class Request:
     def user(self) -> str:
         document = self.document if self.hidden is None else hide(self.document, self.hidden.strip(), self.depth)
         return "\n\n".join(part for part in (document, self.prompt) if part)
-
-
-def hide(document: str, sentence: str, depth: float) -> str:
-    """The document with the sentence after the end of a sentence (or of a word) nearest before `depth` of its length."""
-    at = round(depth * len(document))
-    if 0 < at < len(document):
-        before = max(document.rfind(end, 0, at) + 1 for end in (". ", "? ", "! ", ".\n"))
-        at = before if at - before < 500 else max(document.rfind(" ", 0, at), 0)
-    head, tail = document[:at].rstrip(), document[at:].lstrip()
-    return " ".join(part for part in (head, sentence, tail) if part)
 
 
 @dataclass(frozen=True)
@@ -130,16 +123,12 @@ def encode(tokenizer: Any, request: Request) -> list[int]:
         return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     if request.system is not None:
         raise ValueError("this model has no chat template, so there is no place for --system; put its words into --prompt")
-    ids = list(tokenizer(request.user)["input_ids"])
-    ends = {token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None} - {tokenizer.bos_token_id}
-    return ids[:-1] if ids and ids[-1] in ends else ids  # some tokenizers end every text, but the model is to go on
+    return open_ended(tokenizer, tokenizer(request.user)["input_ids"])
 
 
 def shorten(tokenizer: Any, request: Request, most: int, side: Side) -> tuple[list[int], Truncation]:
     """The ids with as much of the document left out, at `side`, as makes them at most `most`."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError("--truncate needs a fast tokenizer, which this model lacks; shorten the text yourself")
-    spans = tokenizer(request.document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    spans = _spans(tokenizer, request.document)
     rest = len(encode(tokenizer, replace(request, document="")))
     keep = min(len(spans), most - rest)
     while keep > 0:
@@ -150,6 +139,25 @@ def shorten(tokenizer: Any, request: Request, most: int, side: Side) -> tuple[li
             return ids, Truncation(side, len(spans), len(tokenizer(shorter, add_special_tokens=False)["input_ids"]))
         keep -= over if over < keep else 1  # characters of several tokens may need one step less than they are over
     raise ValueError(f"the prompt alone has {rest} tokens and nothing of the document fits into {most}; shorten the prompt or declare a larger --context")
+
+
+def shorten_document(tokenizer: Any, document: str, most: int, side: Side) -> tuple[str, Truncation]:
+    """The document alone, with as much of it left out, at `side`, as makes it about `most` tokens and not more."""
+    spans = _spans(tokenizer, document)
+    keep = min(len(spans), most)
+    while keep > 0:
+        shorter = _cut(document, spans, keep, side)
+        tokens = len(tokenizer(shorter, add_special_tokens=False)["input_ids"])
+        if tokens <= most:
+            return shorter, Truncation(side, len(spans), tokens)
+        keep -= min(keep, tokens - most)
+    raise ValueError(f"nothing of the text fits into {most} tokens; declare a larger --context")
+
+
+def _spans(tokenizer: Any, document: str) -> list[tuple[int, int]]:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("--truncate needs a fast tokenizer, which this model lacks; shorten the text yourself")
+    return list(tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
 
 
 def _cut(document: str, spans: list[tuple[int, int]], keep: int, side: Side) -> str:

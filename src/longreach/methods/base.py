@@ -55,6 +55,11 @@ class Method(ABC):
         parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))  # type: ignore[arg-type]
         return f"{type(self).__name__}({parameters})"
 
+    def brief(self) -> str:
+        """The method and those of its parameters that are not the defaults."""
+        given = [f"{f.name}={value!r}" for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(given)})"
+
 
 def hidden_to_nan(distance: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     return torch.where(visible, distance.double(), math.nan)

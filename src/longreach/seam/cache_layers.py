@@ -84,6 +84,15 @@ def store_of(cache: object) -> Store | None:
     return layers[0].store if layers and isinstance(layers[0], StoreLayer) else None
 
 
+def cache_bytes(cache: Any) -> int:
+    """Bytes allocated for keys and values, in our store or in a stock cache."""
+    store = store_of(cache)
+    if store is not None:
+        return store.nbytes
+    tensors = (t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None)
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def place(cache: Cache | None, fresh: Store) -> tuple[Cache, Store]:
     """A cache with our layers: ours as it is, an absent or empty `DynamicCache` filled in place. Raises for every other."""
     if cache is None:

@@ -1,6 +1,6 @@
-"""One answer: read the prompt in chunks into the cache, then stock `generate`, timed.
+"""One answer: read the prompt in chunks into a cache, then stock `generate`, timed. A conversation hands the cache on.
 
-Knows an extension, Transformers' generate and clocks; not files, options or terminals.
+Knows a model, the extension it may have, Transformers' generate and clocks; not files, options or terminals.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from longreach.seam.cache_layers import store_of
+from longreach.seam.cache_layers import cache_bytes
 from longreach.seam.extend import Extension
 from longreach.streaming import stream
 
@@ -27,59 +27,75 @@ class Sampling:
     seed: int = 0
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True)
 class Answer:
-    """prefill_seconds is the time to the first new token; decode_seconds that of all further ones."""
+    """prefill_seconds is the time to the first new token; decode_seconds that of all further ones.
+
+    ids are the new tokens; `cache` holds the prompt and all of them but the last.
+    """
 
     text: str
-    tokens: int
+    ids: list[int]
     finish: Literal["stop", "length"]
     prefill_seconds: float
     decode_seconds: float
     store_bytes: int
+    cache: Any
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
 
 def answer(
-    extension: Extension,
+    model: Any,
     tokenizer: Any,
     ids: list[int],
     max_new_tokens: int,
     *,
-    chunk_size: int,
-    sampling: Sampling,
-    write: Callable[[str], None],
-    progress: Callable[[int], None],
+    extension: Extension | None = None,
+    chunk_size: int = 512,
+    sampling: Sampling = GREEDY,
+    cache: Any = None,
+    write: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Answer:
     """Generate after `ids`. `write` gets the text as it comes, `progress` the number of prompt tokens read so far.
 
-    A method whose result depends on how a prompt is cut reads it in one forward.
+    extension  the one in force on the model; None is the stock model, which reads the prompt in one forward. So does a method
+               whose result depends on how a prompt is cut.
+    cache      that of an earlier answer, to go on from: `ids` still is the whole sequence and begins with what the cache holds.
     """
     from transformers import DynamicCache
 
-    model = extension.model
-    device = next(model.parameters()).device
-    prompt = torch.tensor([ids], device=device)
+    prompt = torch.tensor([ids], device=next(model.parameters()).device)
     config = generation_config(model, tokenizer, max_new_tokens, sampling)
     streamer = _streamer(tokenizer, write)
     torch.manual_seed(sampling.seed)
     started = time.perf_counter()
-    cache = DynamicCache()
-    if extension.method.chunk_invariant and len(ids) > 1:  # the last token is left for generate, which needs its logits
-        for chunk in stream(extension, prompt[0, :-1], chunk_size=chunk_size, losses=False, cache=cache):
+    cache = DynamicCache() if cache is None else cache
+    known = cache.get_seq_length()
+    if known >= len(ids):
+        raise ValueError(f"the cache holds {known} tokens and the sequence only {len(ids)}; pass the whole sequence with something new at its end")
+    if extension is not None and extension.method.chunk_invariant and len(ids) - known > 1:  # the last token is left for generate, which needs its logits
+        for chunk in stream(extension, prompt[0, known:-1], chunk_size=chunk_size, losses=False, cache=cache):
             progress(min(chunk.start + chunk_size, len(ids) - 1))
     with torch.no_grad():
         output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, generation_config=config, streamer=streamer)
     ended = time.perf_counter()
     new = output[0, len(ids) :].tolist()
     first = streamer.first or ended
-    store = store_of(cache)
     return Answer(
         text=tokenizer.decode(new, skip_special_tokens=True),
-        tokens=len(new),
+        ids=new,
         finish="stop" if len(new) < max_new_tokens or new[-1] in _ends(config) else "length",
         prefill_seconds=first - started,
         decode_seconds=ended - first,
-        store_bytes=0 if store is None else store.nbytes,
+        store_bytes=cache_bytes(cache),
+        cache=cache,
     )
 
 

@@ -1,0 +1,161 @@
+"""A conversation over a document: what has been read stays in the cache, a question costs only its own tokens.
+
+Knows a tokenizer, generation and which tokens the cache holds; not files or terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longreach import generation
+from longreach.seam.extend import Extension
+from longreach.streaming import stream
+
+
+@dataclass
+class Conversation:
+    """A document and the turns about it.
+
+    With a chat template the document opens the first user message. Without one the sequence is the document, then questions and
+    answers between empty lines, exactly as the model has read and written them.
+
+    system      a system message; needs a chat template.
+    limit       tokens that the whole sequence may have, the answer included; None: no limit but the method's own.
+    extension   the one in force on the model; None is the stock model.
+    """
+
+    model: Any
+    tokenizer: Any
+    document: str = ""
+    system: str | None = None
+    limit: int | None = None
+    extension: Extension | None = None
+    chunk_size: int = 512
+    turns: list[tuple[str, generation.Answer]] = field(default_factory=list)
+    _cache: Any = None
+    _cached: list[int] = field(default_factory=list)  # the tokens that the cache holds
+
+    def __post_init__(self) -> None:
+        if self.system is not None and not self._has_template:
+            raise ValueError("this model has no chat template, so there is no place for a system message; put its words into the document or the question")
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def read(self, progress: Callable[[int], None] = lambda done: None) -> int:
+        """Read the document now, so that the first question is quick -> the number of its tokens.
+
+        A method whose result depends on how a prompt is cut reads it together with the first question instead.
+        """
+        ids = self._opening()
+        if self.extension is None or not self.extension.method.chunk_invariant or not ids:
+            return len(ids)
+        self._start(ids)
+        for chunk in stream(self.extension, torch.tensor(ids), chunk_size=self.chunk_size, losses=False, cache=self._cache):
+            progress(min(chunk.start + self.chunk_size, len(ids)))
+        self._cached = ids
+        return len(ids)
+
+    def ask(
+        self,
+        question: str,
+        max_new_tokens: int = 128,
+        *,
+        sampling: generation.Sampling = generation.GREEDY,
+        write: Callable[[str], None] = lambda text: None,
+    ) -> generation.Answer:
+        """The answer to a question, which becomes a turn. Raises ValueError if it does not fit any more."""
+        ids = self.sequence(question)
+        if self.limit is not None and len(ids) + max_new_tokens > self.limit:
+            raise ValueError(
+                f"with this question and {max_new_tokens} new tokens the conversation needs {len(ids) + max_new_tokens} tokens, more than its context of "
+                f"{self.limit}; forget the earlier turns (/reset), declare a larger context, or ask for fewer new tokens"
+            )
+        self._rewind(ids)
+        try:
+            found = generation.answer(
+                self.model,
+                self.tokenizer,
+                ids,
+                max_new_tokens,
+                extension=self.extension,
+                chunk_size=self.chunk_size,
+                sampling=sampling,
+                cache=self._cache,
+                write=write,
+            )
+        except BaseException:
+            self._start([])  # the cache may hold a part of this turn
+            raise
+        self._cache, self._cached = found.cache, ids + found.ids[:-1]
+        self.turns.append((question, found))
+        return found
+
+    def reset(self) -> None:
+        """Forget the turns and keep the document, which is read again with the next question."""
+        self.turns.clear()
+        self._start([])
+
+    def sequence(self, question: str) -> list[int]:
+        """The ids of everything so far and the question."""
+        if self._has_template:
+            return self._rendered(question)
+        ids = self._opening()
+        for asked, answer in self.turns:
+            ids = ids + self._encode_turn(asked, ids) + answer.ids
+        return ids + self._encode_turn(question, ids)
+
+    def _opening(self) -> list[int]:
+        """What every sequence begins with, whatever is asked: the ids up to the end of the document."""
+        if not self._has_template:
+            from longreach.evals.haystack import open_ended
+
+            return open_ended(self.tokenizer, self.tokenizer(self.document)["input_ids"])
+        one, other = self._rendered("a", alone=True), self._rendered("Why?", alone=True)
+        return one[: _common(one, other)] if self.document else []
+
+    def _encode_turn(self, question: str, before: list[int]) -> list[int]:
+        return list(self.tokenizer(("\n\n" if before and (self.document or self.turns) else "") + question, add_special_tokens=False)["input_ids"])
+
+    def _rendered(self, question: str, alone: bool = False) -> list[int]:
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        asked = [] if alone else self.turns
+        questions = [q for q, _ in asked] + [question]
+        if self.document:
+            questions[0] = f"{self.document}\n\n{questions[0]}"
+        for i, text in enumerate(questions):
+            messages.append({"role": "user", "content": text})
+            if i < len(asked):
+                messages.append({"role": "assistant", "content": asked[i][1].text})
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of its own and may raise anything
+            raise ValueError(f"the chat template of this model refuses the messages ({error}); leave out the system message") from error
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _rewind(self, ids: list[int]) -> None:
+        """Make the cache hold a beginning of `ids`: a template or a tokenizer may write an earlier answer differently than the model did."""
+        same = min(_common(self._cached, ids), len(ids) - 1)  # at least one token is left to be read
+        if self._cache is None or same == 0:
+            self._start([])
+        elif same < len(self._cached):
+            try:
+                self._cache.crop(same - len(self._cached))
+                self._cached = ids[:same]
+            except ValueError:  # farther back than the store can undo: read everything again
+                self._start([])
+
+    def _start(self, ids: list[int]) -> None:
+        from transformers import DynamicCache
+
+        self._cache, self._cached = DynamicCache(), list(ids)
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """The length of the longest common beginning."""
+    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
