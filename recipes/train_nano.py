@@ -40,7 +40,7 @@ WINDOW = 512
 VOCABULARY = 2048
 MATRIX_RATE, VECTOR_RATE = 0.005, 3e-3  # Muon for the matrices of the layers, AdamW for embeddings and norms
 DECAY_SHARE = 0.45  # the last 45 % of the steps decay linearly to zero
-STEPS = 1900
+STEPS = 2200
 
 
 class Stage(NamedTuple):
@@ -59,7 +59,7 @@ STAGES = (
     Stage(0, 64, 4096, 0.2, 0.6, 0.1),
     Stage(200, 128, 4096, 0.15, 0.35, 0.4),
     Stage(500, 256, 4096, 0.1, 0.2, 0.6),
-    Stage(900, WINDOW, 8192, 0.08, 0.1, 0.7),
+    Stage(900, WINDOW, 4096, 0.08, 0.1, 0.7),
 )
 
 

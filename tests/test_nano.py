@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import sys
+from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import longreach
-from longreach import LMInfinite
+from longreach import LMInfinite, generation
+from longreach.evals import haystack
 from longreach.loading import shipped_book
+
+QUESTION_ONLY = haystack.Wording(lead="")  # nano begins its answer itself
 
 
 @functools.lru_cache(maxsize=1)
@@ -20,28 +26,14 @@ def nano():
     return model, tokenizer, tokenizer.encode(shipped_book()[:150_000], add_special_tokens=False)
 
 
-def haystack(length: int, depth: float, key: str, seed: int) -> tuple[list[int], list[int]]:
-    """-> prompt and answer, `length` tokens together, with the key at `depth` of a passage that nano never saw."""
-    _, tokenizer, text = nano()
-    encode = lambda s: tokenizer.encode(s, add_special_tokens=False)  # noqa: E731
-    hidden, question = encode(f" The pass key is {key}. Remember it. {key} is the pass key."), encode("\n\nWhat is the pass key?")
-    answer = encode(f" The pass key is {key}.")
-    room = length - 1 - len(hidden) - len(question) - len(answer)
-    start = Random(seed).randrange(len(text) - room)
-    at = round(depth * room)
-    return [tokenizer.bos_token_id, *text[start : start + at], *hidden, *text[start + at : start + room], *question], answer
-
-
-@torch.no_grad()
-def found(length: int, depths: list[float], trials: int) -> float:
+def found(length: int, depths: list[float], trials: int, extension=None) -> float:
     """Share of keys that greedy decoding gives."""
-    model, _, _ = nano()
-    hits = []
-    for trial in range(trials):
-        for depth in depths:
-            prompt, answer = haystack(length, depth, str(Random(trial * 97 + int(depth * 100)).randrange(10000, 100000)), trial)
-            ids = torch.tensor([prompt + answer])
-            hits.append(model(ids, use_cache=False).logits[0, -len(answer) - 1 : -1].argmax(-1).tolist() == answer)
+    model, tokenizer, _ = nano()
+    hits, rng = [], Random(length)
+    for depth in depths * trials:
+        asked = haystack.trial(tokenizer, shipped_book(), length, depth, rng, wording=QUESTION_ONLY)
+        answer = generation.answer(model, tokenizer, asked.ids, 14, extension=extension).text
+        hits.append(haystack.number_in(answer) == asked.key)
     return sum(hits) / len(hits)
 
 
@@ -61,16 +53,41 @@ def test_pass_keys_inside_the_window_are_found():
     assert found(512, [0.0, 0.3, 0.6, 1.0], 4) >= 0.9
 
 
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [
+        ("pass key, all trained wordings", LEAST_TRAINED),
+        ("pass key, held-out wording", LEAST_HELD_OUT),
+        ("one of three labelled keys", LEAST_LABELLED),
+        ("needle sentence", LEAST_NEEDLE),
+        ("one of six key-value pairs", LEAST_PAIRS),
+    ],
+)
+def test_questions_inside_the_window_are_answered(kind, least):
+    """What the card says, on another book and with room for chance: 24 questions."""
+    recipes = str(Path(__file__).resolve().parent.parent / "recipes")
+    sys.path.insert(0, recipes)
+    try:
+        import abilities
+        from training_rows import Rows
+    finally:
+        sys.path.remove(recipes)
+    model, tokenizer, text = nano()
+    books = np.asarray(text, dtype=np.uint16)
+    rows, rng = Rows(tokenizer.backend_tokenizer, books), Random(kind)
+    assert sum(abilities.found(model, [abilities.trial(rows, books, kind, rng, 512) for _ in range(24)])) >= 24 * least
+
+
 def test_far_beyond_the_window_selfextend_finds_what_stock_does_not():
     """Four times the window, keys farther away than the window. The dial chooses the parameters."""
     model, _, _ = nano()
     depths = [0.05, 0.3, 0.6]
     stock = found(2048, depths, 3)
-    with longreach.extend(model, context=2048):
-        extended = found(2048, depths, 3)
-    with longreach.extend(model, LMInfinite(512, 4)):
-        local = found(2048, depths, 3)
-    assert stock <= 0.2 and extended >= 0.6 and local <= 0.2
+    with longreach.extend(model, context=2048) as extension:
+        extended = found(2048, depths, 3, extension)
+    with longreach.extend(model, LMInfinite(512, 4)) as extension:
+        local = found(2048, depths, 3, extension)
+    assert stock <= 0.2 and extended >= 0.7 and local <= 0.2
 
 
 @torch.no_grad()

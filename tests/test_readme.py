@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -24,19 +25,31 @@ def test_python_snippets_run(snippet):
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("longreach ")])
-def test_commands_run(command):
-    done = subprocess.run([sys.executable, "-m", "longreach.cli", *shlex.split(command)[1:]], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("longreach ", "echo "))])
+def test_commands_run(command, tmp_path):
+    done = subprocess.run(installed(command), shell=True, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    if number := re.search(r"--hide \"[^\"]*? is (\d+)", command):
+        assert number[1] in done.stdout
 
 
-def test_the_first_command_answers_from_far_beyond_the_window():
+def installed(command: str) -> str:
+    """The same command through the interpreter that runs the tests."""
+    return command.replace("longreach ", f"{shlex.quote(sys.executable)} -m longreach.cli ", 1)
+
+
+def test_the_first_command_shows_who_finds_what(tmp_path):
     first = COMMANDS[0].split(" && ", 1)[1]
-    done = subprocess.run([sys.executable, "-m", "longreach.cli", *shlex.split(first)[1:]], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(shlex.split(installed(f"{first} --json")), cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    key = re.search(r"key is (\d+)", first)
-    assert key and key[1] in done.stdout
+    result = json.loads(done.stdout)
+    far = {name: [r["found"] for r in result["trials"] if r["method"] == name and r["distance"] > result["window"]] for name in result["methods"]}
+    assert sum(far["selfextend"]) >= 0.7 * len(far["selfextend"]) > 0
+    assert sum(far["stock"]) <= 0.2 * len(far["stock"]) and sum(far["lm-infinite"]) <= 0.2 * len(far["lm-infinite"])
+    losses = result["loss"]["methods"]
+    assert losses["stock"][-1] > losses["selfextend"][-1] + 0.3 and losses["stock"][-1] > losses["lm-infinite"][15] + 0.3
+    assert (tmp_path / "longreach-demo.png").stat().st_size > 10_000
 
 
 def test_the_two_commands_come_first_and_agree_with_ci():
