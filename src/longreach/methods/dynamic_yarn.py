@@ -21,7 +21,7 @@ class DynamicYaRN(FrequencyMethod):
 
     beta_fast         turns from which a pair stays as it is, > beta_slow; 32 for Llama.
     beta_slow         turns up to which a pair is interpolated, > 0; 1 for Llama.
-    truncate          round the borders of the ramp to whole pairs, as the official code does.
+    truncate_ramp     round the borders of the ramp to whole pairs, as the official code does.
     attention_factor  > 0; None is the paper's 0.1 ln(factor) + 1.
 
     Raises ValueError for parameters out of range; extend() refuses a checkpoint whose rotary is scaled already, and a missing context.
@@ -29,7 +29,7 @@ class DynamicYaRN(FrequencyMethod):
 
     beta_fast: float = field(default=32.0, metadata={"help": "turns from which a pair stays as it is"})
     beta_slow: float = field(default=1.0, metadata={"help": "turns up to which a pair is interpolated"})
-    truncate: bool = field(default=True, metadata={"help": "round the borders of the ramp to whole pairs"})
+    truncate_ramp: bool = field(default=True, metadata={"help": "round the borders of the ramp to whole pairs"})
     attention_factor: float | None = field(default=None, metadata={"help": "factor on cos and sin; 0.1 ln(factor) + 1 if not given"})
 
     name: ClassVar[str] = "dynamic-yarn"
@@ -38,13 +38,13 @@ class DynamicYaRN(FrequencyMethod):
     needs_context: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require_ramp(self.beta_fast, self.beta_slow, self.truncate)
+        require_ramp(self.beta_fast, self.beta_slow, self.truncate_ramp)
         if self.attention_factor is not None:
             require_positive("attention_factor", self.attention_factor)
 
     def frequencies(self, rope: Rope) -> Frequencies:
         factor = max(1.0, rope.length / rope.window)
-        return YaRN(factor, self.beta_fast, self.beta_slow, self.truncate, self.attention_factor).frequencies(rope)
+        return YaRN(factor, self.beta_fast, self.beta_slow, self.truncate_ramp, self.attention_factor).frequencies(rope)
 
     def capacity(self, window: int) -> int | None:
         """No limit of its own: the frequencies follow the declared context."""

@@ -23,7 +23,7 @@ class YaRN(FrequencyMethod):
     factor            context / trained window, >= 1; 1 is plain attention.
     beta_fast         turns from which a pair stays as it is, > beta_slow; 32 for Llama.
     beta_slow         turns up to which a pair is interpolated, > 0; 1 for Llama.
-    truncate          round low and high to whole pairs, as the official code does.
+    truncate_ramp     round low and high to whole pairs, as the official code does.
     attention_factor  > 0; None is the paper's 0.1 ln(factor) + 1.
 
     Raises ValueError for parameters out of range; extend() refuses a checkpoint whose rotary is scaled already.
@@ -32,7 +32,7 @@ class YaRN(FrequencyMethod):
     factor: float = field(metadata={"help": "context / trained window"})
     beta_fast: float = field(default=32.0, metadata={"help": "turns from which a pair stays as it is"})
     beta_slow: float = field(default=1.0, metadata={"help": "turns up to which a pair is interpolated"})
-    truncate: bool = field(default=True, metadata={"help": "round the borders of the ramp to whole pairs"})
+    truncate_ramp: bool = field(default=True, metadata={"help": "round the borders of the ramp to whole pairs"})
     attention_factor: float | None = field(default=None, metadata={"help": "factor on cos and sin; 0.1 ln(factor) + 1 if not given"})
 
     name: ClassVar[str] = "yarn"
@@ -41,7 +41,7 @@ class YaRN(FrequencyMethod):
 
     def __post_init__(self) -> None:
         require_number("factor", self.factor, 1)
-        require_ramp(self.beta_fast, self.beta_slow, self.truncate)
+        require_ramp(self.beta_fast, self.beta_slow, self.truncate_ramp)
         if self.attention_factor is not None:
             require_positive("attention_factor", self.attention_factor)
 
@@ -51,7 +51,7 @@ class YaRN(FrequencyMethod):
             factor=self.factor,
             beta_fast=self.beta_fast,
             beta_slow=self.beta_slow,
-            truncate=self.truncate,
+            truncate=self.truncate_ramp,
             attention_factor=self.attention_factor,
         )
 
@@ -60,8 +60,8 @@ class YaRN(FrequencyMethod):
         return stretched(window, self.factor)
 
 
-def require_ramp(beta_fast: float, beta_slow: float, truncate: bool) -> None:
+def require_ramp(beta_fast: float, beta_slow: float, truncate_ramp: bool) -> None:
     require_positive("beta_fast", beta_fast)
     require_positive("beta_slow", beta_slow)
     require(beta_slow < beta_fast, f"beta_fast must be larger than beta_slow ({beta_slow:g}), not {beta_fast:g}; raise it")
-    require(isinstance(truncate, bool), f"truncate must be true or false, not {truncate!r}; leave it out for true")
+    require(isinstance(truncate_ramp, bool), f"truncate_ramp must be true or false, not {truncate_ramp!r}; leave it out for true")
