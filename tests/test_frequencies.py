@@ -205,6 +205,18 @@ def test_methods_of_positions_keep_the_scaling_of_a_checkpoint(family, method):
         assert rotary is not None and close(rotary.inverse_frequencies, inverse) and rotary.scaling == pytest.approx(scaling)
 
 
+@torch.no_grad()
+def test_the_description_says_what_was_done_to_the_frequencies():
+    model = build("llama")
+    with longreach.extend(model, DynamicYaRN(), context=4 * WINDOW) as extension:
+        said = extension.report()["frequencies"]
+        assert said["divided_by"] == [pytest.approx(1), pytest.approx(4, rel=1e-5)] and said["attention_factor"] == pytest.approx(1.13863, abs=1e-5)
+        assert "divided by 1 (fastest pair) to 4 (slowest pair), cos and sin times 1.1386" in extension.describe()
+    for family, method in (("llama", SelfExtend(2, 8)), ("llama-yarn", Stock())):
+        with longreach.extend(build(family), method) as extension:
+            assert extension.report()["frequencies"] is None and "divided by" not in extension.describe()
+
+
 # -- combinations -------------------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +281,13 @@ def test_contexts():
             assert extension.capacity == 500
 
 
-SCALINGS = [("llama3", "llama3 by 8"), ("llama-yarn", "yarn by 4"), ("llama-linear", "linear by 2"), ("llama-dynamic", "dynamic by 2"), ("phi3-longrope", "longrope")]
+SCALINGS = [
+    ("llama3", "llama3 by 8"),
+    ("llama-yarn", "yarn by 4"),
+    ("llama-linear", "linear by 2"),
+    ("llama-dynamic", "dynamic by 2"),
+    ("phi3-longrope", "longrope"),
+]
 
 
 @pytest.mark.parametrize("method", [PI(2.0), NTK(2.0), DynamicNTK(), NTKByParts(2.0), YaRN(2.0), DynamicYaRN(), Combined(PI(2.0), LMInfinite(8))], ids=str)
@@ -281,6 +299,12 @@ def test_a_scaled_checkpoint_is_not_scaled_again(family, kind, method):
     with pytest.raises(ValueError, match=rf"scaled already \({kind}.*such as SelfExtend or LMInfinite"):
         longreach.extend(model, method, context=60)
     assert torch.equal(model(ids).logits, before)
+
+
+def test_a_model_without_a_rotary_has_no_frequencies():
+    model = t.AutoModelForCausalLM.from_config(t.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2))
+    with pytest.raises(ValueError, match="no rotary position module"):
+        longreach.extend(model, YaRN(2.0))
 
 
 def test_frequencies_that_are_no_powers_of_the_base_are_refused():

@@ -366,8 +366,11 @@ class Extension:
         """What was attached, as plain data."""
         weight = next(self.model.parameters())
         ours = [i for i, m in enumerate(self._methods) if m is self.method]
+        rescaled = [i for i in ours if self.method.rescales and self._rotaries[i] is not None]
+        before, after = (self._rotaries[rescaled[0]], self.layers[rescaled[0]].rotary) if rescaled else (None, None)
         return {
             "method": self.method.to_json(),
+            "frequencies": None if before is None or after is None else frequencies.change(before, after),
             "context": self.context,
             "capacity": self.capacity,
             "trained_window": self.window.tokens,
@@ -404,6 +407,10 @@ class Extension:
             f"exactness   {self.exactness}",
             f"reason      {r['reason']}",
         ]
+        if r["frequencies"]:
+            fastest, slowest = r["frequencies"]["divided_by"]
+            factor = r["frequencies"]["attention_factor"]
+            lines.insert(2, f"frequencies divided by {fastest:.4g} (fastest pair) to {slowest:.4g} (slowest pair), cos and sin times {factor:.5g}")
         if r["warning"]:
             lines.append(f"warning     {r['warning']}")
         return "\n".join(lines)

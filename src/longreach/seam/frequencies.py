@@ -27,7 +27,9 @@ def fixed(config: Any, key: Key, found: Rotary, method: Method, window: auto.Win
     if method.rescales:
         refuse_scaled(method, kind, parameters)
         own = Frequencies(found.inverse_frequencies, found.scaling)
-        return found.at(method.frequencies(Rope(own, window.tokens, length, _Standard(config, parameters, own, window.tokens))))
+        new = method.frequencies(Rope(own, window.tokens, length, _Standard(config, parameters, own, window.tokens)))
+        assert new.inverse.shape == own.inverse.shape, f"{method.name} gives {new.inverse.numel()} frequencies for {own.inverse.numel()} pairs"
+        return found.at(new)
     if kind not in SWITCHING:
         return found
     arguments = {} if key is None else {"layer_type": key}
@@ -45,6 +47,12 @@ def refuse_scaled(method: Method, kind: str, parameters: dict[str, Any]) -> None
         f"the rotary of this model is scaled already ({kind}{f' by {factor:g}' if factor else ''}), and {method.name} would scale it again; use a method that "
         f"keeps its frequencies, such as SelfExtend or LMInfinite, or load the model with rope_type 'default' and its first trained window"
     )
+
+
+def change(before: Rotary, after: Rotary) -> dict[str, Any]:
+    """What a method did to the frequencies of a layer, from the fastest to the slowest pair, as plain data."""
+    ratio = before.inverse_frequencies / after.inverse_frequencies
+    return {"divided_by": [ratio[0].item(), ratio[-1].item()], "attention_factor": after.scaling}
 
 
 class _Standard:
