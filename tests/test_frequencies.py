@@ -54,6 +54,18 @@ def test_ntk_is_a_larger_base(factor, base):
     assert found.inverse[0] == 1 and math.isclose(found.inverse[-1], own()[-1] / factor, rel_tol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("window", "base", "reach"), [(2048, 1e4, [1.57, 2.46, 3.87, 6.08]), (4096, 1e4, [1.66, 2.75, 4.56, 7.57]), (8192, 5e5, [1.47, 2.16, 3.17, 4.67])]
+)
+def test_where_ntk_first_shows_an_angle_that_was_never_trained(window, base, reach):
+    """The table of the docs: a pair that makes no full turn in the window has seen no angle beyond window * frequency."""
+    before = own(base)
+    partial = before * window < 2 * math.pi
+    for factor, windows in zip((2.0, 4.0, 8.0, 16.0), reach, strict=True):
+        lengths = before[partial] * window / asked(NTK(factor), window, base=base).inverse[partial]
+        assert lengths.min().item() / window == pytest.approx(windows, abs=0.006)
+
+
 @pytest.mark.parametrize("length", [100, 4096, 4097, 16384])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_dynamic_ntk(factor, length):
@@ -150,6 +162,18 @@ def test_logits_equal_those_of_a_stock_model_with_the_same_rope_parameters(famil
         assert difference(chunked(plain, ids, [70, 1, 60, *[1] * 19]), stock) <= 1e-4
 
 
+@pytest.mark.parametrize(("method", "parameters"), [SAME[0], SAME[2]], ids=["pi", "yarn"])
+@torch.no_grad()
+def test_bf16_error_is_that_of_stock(method, parameters):
+    """Casting a model casts the frequencies that it holds too."""
+    stock, plain, ids = configured("llama", parameters), build("llama"), tokens(4, CONTEXT)
+    truth = stock(ids).logits
+    error = lambda logits: (logits.float() - truth).square().mean().sqrt().item()  # noqa: E731
+    stocks = error(stock.bfloat16()(ids).logits)
+    with longreach.extend(plain.bfloat16(), method, context=CONTEXT):
+        assert error(plain(ids).logits) <= 1.5 * stocks
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 @torch.no_grad()
 def test_sliding_layers_keep_their_own_frequencies(family):
@@ -169,6 +193,16 @@ def test_longrope_equals_stock_on_both_sides_of_the_window(length):
     ids, plain = tokens(2, length), build("llama")
     with longreach.extend(plain, LongRoPE(3.0, LONG, SHORT), context=length):
         assert difference(plain(ids).logits, configured("llama", parameters)(ids).logits) <= 1e-4
+
+
+@pytest.mark.parametrize("length", [32, 60])
+@torch.no_grad()
+def test_longrope_on_an_unscaled_phi3_equals_a_phi3_that_has_it(length):
+    ids, stock, plain = tokens(2, length), build("phi3-longrope"), build("phi3")
+    lists = stock.config.rope_parameters
+    method = LongRoPE(2.0, tuple(lists["long_factor"]), tuple(lists["short_factor"]))
+    with longreach.extend(plain, method, context=length, trained_window=32):
+        assert difference(plain(ids).logits, stock(ids).logits) <= 1e-4
 
 
 @torch.no_grad()
@@ -309,7 +343,7 @@ def test_a_model_without_a_rotary_has_no_frequencies():
 
 def test_frequencies_that_are_no_powers_of_the_base_are_refused():
     model = build("llama")
-    model.model.rotary_emb.inv_freq *= 1.5
+    model.model.rotary_emb.inv_freq *= 1.05
     with pytest.raises(ValueError, match="not powers of its rope_theta"):
         longreach.extend(model, YaRN(2.0))
 
