@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from longreach import LMInfinite, SelfExtend, Stock
+from longreach import NTK, PI, Combined, DynamicNTK, DynamicYaRN, LMInfinite, LongRoPE, NTKByParts, SelfExtend, Stock, YaRN
+from longreach.methods.base import Method
 
 METHODS = [
     SelfExtend(3, 8),
@@ -21,7 +22,52 @@ METHODS = [
     LMInfinite(9, 3, top_k=2, top_k_from_layer=1),
     Stock(),
     Stock(sliding_window=11),
+    PI(2.5),
+    NTK(4.0),
+    DynamicNTK(2.0),
+    NTKByParts(2.0, beta=4.0),
+    YaRN(2.0),
+    DynamicYaRN(attention_factor=1.3),
+    LongRoPE(2.0, tuple(1.0 + 0.2 * a for a in range(8))),
+    Combined(YaRN(2.0), LMInfinite(9, 3)),
+    Combined(LongRoPE(2.0, (1.0, 2.0, 2.5, 3.0)), LMInfinite(9, 3, distance_limit=14, top_k=2, top_k_from_layer=0, top_k_rows="all")),
+    Combined(DynamicNTK(), SelfExtend(2, 30, log_scale=32)),
 ]
 
 # What makes each method plain attention on up to 60 tokens.
-NEUTRAL = [SelfExtend(1, 8), SelfExtend(4, 60), SelfExtend(3, 8, above=60), LMInfinite(60, 3), LMInfinite(9, 60, distance_limit=60), Stock()]
+NEUTRAL = [
+    SelfExtend(1, 8),
+    SelfExtend(4, 60),
+    SelfExtend(3, 8, above=60),
+    LMInfinite(60, 3),
+    LMInfinite(9, 60, distance_limit=60),
+    Stock(),
+    PI(1.0),
+    NTK(1.0),
+    DynamicNTK(4.0),
+    NTKByParts(1.0),
+    YaRN(1.0),
+    DynamicYaRN(),
+    LongRoPE(1.0, (1.0,) * 8),
+    Combined(YaRN(1.0), SelfExtend(4, 60)),
+]
+
+SCALED = {"llama3", "llama-yarn", "llama-linear", "llama-dynamic", "phi3-longrope", "gpt-oss"}
+PAIRS = {"llama-head8": 4, "phi": 4, "gpt-neox": 2, "stablelm": 2}  # rotary pairs of a head; the other families have 8
+
+
+def refusal(family: str, method: Method) -> str | None:
+    """What `extend` says where the method cannot apply to the family; None where it has to be exact."""
+    if not method.rescales:
+        return None
+    if family in SCALED:
+        return "scaled already"
+    encoding = method.encoding if isinstance(method, Combined) else method
+    if isinstance(encoding, LongRoPE) and len(encoding.long_factor) != PAIRS.get(family, 8):
+        return "one number per pair"
+    return None
+
+
+def context(method: Method, length: int) -> int | None:
+    """The context to declare: only where the method cannot do without."""
+    return length if method.needs_context else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import longreach
 from longreach import generation
 from longreach.cli import COMMANDS, build, main, measurements, parameters, text
+from longreach.cli.check import brief
 from longreach.methods import registry
 from longreach.methods.base import Method
+from methods_matrix import METHODS
 from oracles import LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4
 
 WINDOW = 64
@@ -160,7 +163,7 @@ def test_version(run: Run) -> None:
         (["distances", "stock", "--length", 0], "between 1 and 4096"),
         (["distances", "stock", "--length", 5000], "between 1 and 4096"),
         (["distances", "--window", 4, "selfextend"], "name the method before its parameters"),
-        (["distances", "selfextnd"], "did you mean 'selfextend'? choose one of: lm-infinite, selfextend, stock"),
+        (["distances", "selfextnd"], "did you mean 'selfextend'? choose one of: "),
         (["distances", "selfextend"], "pass --group-size N --window N"),
         (["distances", "selfextend", "--group-size", 2], "selfextend needs --window"),
         (["distances", "selfextend", "--group-size", 0, "--window", 4], "at least 1"),
@@ -211,10 +214,46 @@ def test_methods_json_round_trips(run: Run) -> None:
         assert set(entry) == {"name", "class", "paper", "recalls", "bounded", "parameters", "doc"}
         assert all(set(p) == {"name", "option", "type", "default", "required", "help"} for p in entry["parameters"])
         assert all(p["help"] and p["option"] == "--" + p["name"].replace("_", "-") for p in entry["parameters"])
-        made = longreach.from_json({"method": entry["name"], **{p["name"]: 8 if p["required"] else p["default"] for p in entry["parameters"]}})
+        example = next(m for m in METHODS if m.name == entry["name"]).to_json()
+        made = longreach.from_json({**example, **{p["name"]: p["default"] for p in entry["parameters"] if not p["required"]}})
         assert type(made) is method and getattr(longreach, entry["class"]) is method
         assert longreach.from_json(json.loads(json.dumps(made.to_json()))) == made
-    assert {m["name"]: m["bounded"] for m in found} == {"lm-infinite": True, "selfextend": False, "stock": False}
+        assert entry["bounded"] == made.bounded or isinstance(made, longreach.Combined)  # which has no parts to answer for it
+    assert next(m["bounded"] for m in found if m["name"] == "lm-infinite")
+
+
+def test_a_parameter_may_be_a_method() -> None:
+    made = parameters.build("combined", ["--encoding", "yarn --factor 4", "--positions=lm-infinite --n-local 8"])
+    assert made == longreach.Combined(longreach.YaRN(4.0), longreach.LMInfinite(8))
+    assert brief(made.to_json()) == 'combined --encoding "yarn --factor 4.0" --positions "lm-infinite --n-local 8"'
+    assert parameters.build("combined", shlex.split(brief(made.to_json()))[1:]) == made
+    with pytest.raises(ValueError, match="yarn needs --factor"):
+        parameters.build("combined", ["--encoding", "yarn", "--positions", "stock"])
+    with pytest.raises(ValueError, match='pass --encoding "METHOD --parameter VALUE"'):
+        parameters.build("combined", ["--positions", "stock"])
+    with pytest.raises(ValueError, match="did you mean 'yarn'"):
+        parameters.build("combined", ["--encoding", "yarm", "--positions", "stock"])
+
+
+def test_longrope_lists_are_numbers_or_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "factors.json"
+    path.write_text("[1, 1.5]")
+    want = longreach.LongRoPE(2.0, (1.0, 1.5))
+    assert parameters.build("longrope", ["--factor", "2", "--long-factor", "1,1.5"]) == want
+    assert parameters.build("longrope", ["--factor", "2", "--long-factor", str(path)]) == want
+    assert brief(want.to_json()) == "longrope --factor 2.0 --long-factor 1.0,1.5"
+
+
+def test_frequency_methods_say_that_distances_are_not_all(run: Run) -> None:
+    found = run("distances", "pi", "--factor", "2", "--length", "3", "--json")
+    assert found.json["distances"] == [[0, None, None], [1, 0, None], [2, 1, 0]]
+    assert "changes the frequencies" in found.err
+
+
+def test_check_measures_a_frequency_method_itself(run: Run) -> None:
+    found = run("check", "--method", "dynamic-ntk", "--context", "2048", "--tokens", "60", "--json").json
+    assert found["passed"] and found["groups"][1]["method"] == longreach.DynamicNTK().to_json()
+    assert found["extension"]["capacity"] == 2048
 
 
 def test_methods_table(run: Run) -> None:

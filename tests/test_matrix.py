@@ -10,7 +10,7 @@ import torch
 import longreach
 from families import FAMILIES, WINDOW, build, tokens
 from longreach import LMInfinite, SelfExtend
-from methods_matrix import METHODS, NEUTRAL
+from methods_matrix import METHODS, NEUTRAL, context, refusal
 
 LENGTH = 75
 
@@ -37,16 +37,29 @@ def chunked(model, ids: torch.Tensor, sizes: list[int], mask: torch.Tensor | Non
     return torch.cat(parts, 1)
 
 
+def assert_refused(model, method, sentence: str, **arguments) -> None:
+    """`extend` raises with the reason, and the model stays as it was."""
+    ids = tokens(1, 20)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match=sentence):
+        longreach.extend(model, method, **arguments)
+    assert torch.equal(model(ids).logits, before)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_fast_equals_dense(family, method):
     """One shot, cached one shot, chunks with decode, a left-padded batch: all against one dense forward."""
     model, ids = model_of(family), tokens(2, LENGTH)
-    with longreach.extend(model, method, backend="reference"):
+    declared = context(method, LENGTH)
+    if sentence := refusal(family, method):
+        assert_refused(model, method, sentence, context=declared)
+        return
+    with longreach.extend(model, method, context=declared, backend="reference"):
         truth = model(ids, use_cache=False).logits
     gate = 1e-5
-    with longreach.extend(model, method):
+    with longreach.extend(model, method, context=declared):
         assert difference(model(ids, use_cache=False).logits, truth) <= gate
         assert difference(model(ids, use_cache=True).logits, truth) <= gate
         if method.chunk_invariant:
@@ -74,11 +87,15 @@ def test_neutral_parameters_equal_stock(family, method):
     else:
         model = extended = model_of(family)
     ids = tokens(2, 60)
+    declared = context(method, 60)
+    if sentence := refusal(family, method):
+        assert_refused(extended, method, sentence, context=declared, trained_window=WINDOW)
+        return
     stock = model(ids[:, :60]).logits
     if family == "mistral-sliding" and isinstance(method, longreach.Stock):
         stock = extended(ids).logits
     # frequencies that switch with the length: 60 tokens are beyond the original window, so are they for stock
-    with longreach.extend(extended, method, trained_window=WINDOW):
+    with longreach.extend(extended, method, context=declared, trained_window=WINDOW):
         assert difference(extended(ids, use_cache=False).logits, stock) <= 1e-4
         assert difference(chunked(extended, ids, [30, 1, 20, *[1] * 9]), stock) <= 1e-4
 
@@ -124,8 +141,9 @@ def test_bf16_error_is_that_of_stock(family, method):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @torch.no_grad()
 def test_declared_chunk_invariance_is_true_both_ways(method):
-    model, ids = model_of("llama"), tokens(1, LENGTH)
-    with longreach.extend(model, method):
+    family = "llama-head8" if refusal("llama", method) else "llama"
+    model, ids = model_of(family), tokens(1, LENGTH)
+    with longreach.extend(model, method, context=context(method, LENGTH)):
         whole = model(ids, use_cache=False).logits
         cut = chunked(model, ids, [30, 10, 35])
     same = difference(cut, whole) <= 1e-4

@@ -56,11 +56,11 @@ def test_pass_keys_inside_the_window_are_found():
 @pytest.mark.parametrize(
     ("kind", "least"),
     [
-        ("pass key, all trained wordings", LEAST_TRAINED),
-        ("pass key, held-out wording", LEAST_HELD_OUT),
-        ("one of three labelled keys", LEAST_LABELLED),
-        ("needle sentence", LEAST_NEEDLE),
-        ("one of six key-value pairs", LEAST_PAIRS),
+        ("pass key, all trained wordings", 0.85),
+        ("pass key, held-out wording", 0.8),
+        ("one of three labelled keys", 0.7),
+        ("needle sentence", 0.7),
+        ("one of six key-value pairs", 0.6),
     ],
 )
 def test_questions_inside_the_window_are_answered(kind, least):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ def recipe() -> Any:
         import training_rows
     finally:
         sys.path.pop(0)
-    return type("Recipe", (), {"text": retrieval_text, "rows": training_rows, "abilities": abilities, "muon": muon, "initialise": staticmethod(initialisation.initialise), "train": train_nano})
+    return SimpleNamespace(
+        text=retrieval_text, rows=training_rows, abilities=abilities, muon=muon, initialise=initialisation.initialise, train=train_nano
+    )
 
 
 @pytest.fixture(scope="module")

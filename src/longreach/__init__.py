@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from longreach.loading import load as load
     from longreach.methods import from_json as from_json
     from longreach.methods.base import Method as Method
+    from longreach.methods.combined import Combined as Combined
+    from longreach.methods.dynamic_ntk import DynamicNTK as DynamicNTK
+    from longreach.methods.dynamic_yarn import DynamicYaRN as DynamicYaRN
     from longreach.methods.lm_infinite import LMInfinite as LMInfinite
+    from longreach.methods.longrope import LongRoPE as LongRoPE
+    from longreach.methods.ntk import NTK as NTK
+    from longreach.methods.ntk_by_parts import NTKByParts as NTKByParts
+    from longreach.methods.pi import PI as PI
     from longreach.methods.selfextend import SelfExtend as SelfExtend
     from longreach.methods.stock import Stock as Stock
+    from longreach.methods.yarn import YaRN as YaRN
     from longreach.seam.extend import Extension as Extension
     from longreach.seam.extend import extend as extend
     from longreach.streaming import stream as stream

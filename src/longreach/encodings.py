@@ -5,12 +5,39 @@ Knows frequencies, pairing and slices; not where they were read from (see `seam/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 ROWS_AT_ONCE = 1024
+
+
+class Frequencies(NamedTuple):
+    """What a layer rotates with: [r/2] fp64 radians per position, and the factor on cos and sin (attention factor)."""
+
+    inverse: torch.Tensor
+    scaling: float = 1.0
+
+
+class Standard(Protocol):
+    """A rope type under its name in Transformers, at the base, width and trained window of one kind of layer."""
+
+    def __call__(self, rope_type: str, length: int | None = None, **parameters: Any) -> Frequencies: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """What a method is told about one kind of layer when it is asked for other frequencies.
+
+    own: those the model was trained with, unscaled. window: trained tokens.
+    length: the largest distance at the declared context plus one; frequencies that depend on the length are fixed from it.
+    """
+
+    own: Frequencies
+    window: int
+    length: int
+    standard: Standard
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +59,10 @@ class Rotary:
     @property
     def width(self) -> int:
         return 2 * self.inverse_frequencies.numel()
+
+    def at(self, frequencies: Frequencies) -> Rotary:
+        """The same pairing and slice with other frequencies."""
+        return replace(self, inverse_frequencies=frequencies.inverse, scaling=frequencies.scaling)
 
     def same_as(self, other: Rotary) -> bool:
         facts = lambda r: (r.scaling, r.pairing, r.start, r.sign, r.inverse_frequencies.device)  # noqa: E731

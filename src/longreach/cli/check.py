@@ -79,7 +79,7 @@ def examine(out: Output, model: Any, method: Method | None, declared: int | None
     groups = [group(None, [rotation, *own(out, model, min(tokens, facts["trained_window"]))])]
     for each in measurements.subjects(subject, tokens):
         out.note(f"measuring {each} on {tokens} tokens")
-        groups.append(group(each, measurements.consistency(model, each, measurements.random_ids(model, tokens))))
+        groups.append(group(each, measurements.consistency(model, each, measurements.random_ids(model, tokens), declared)))
     return {
         "device": str(measurements.device_of(model)),
         "tokens": tokens,
@@ -182,5 +182,12 @@ def brief(method: dict[str, Any]) -> str:
     from longreach.cli import parameters
 
     known = parameters.of(parameters.find(method["method"]))
-    given = [f"{p.option} {method[p.name]}" for p in known if p.required or method[p.name] != p.default]
+    given = [f"{p.option} {typed(method[p.name])}" for p in known if p.required or method[p.name] != p.default]
     return " ".join([method["method"], *given])
+
+
+def typed(value: Any) -> str:
+    """A value of a parameter as one would type it."""
+    if isinstance(value, dict):
+        return f'"{brief(value)}"'
+    return ",".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value)

@@ -47,6 +47,8 @@ def command(
         assert chosen is not None
         matrix = matrices(chosen.layout(layer).segments, length).distance
         note_late(out, chosen)
+        if chosen.rescales:
+            out.note(f"note: {chosen.name} changes the frequencies at which these distances are encoded, which is not drawn")
         result: dict[str, Any] = {"method": chosen.to_json(), "length": length, "layer": layer}
         if png is not None:
             from longreach import plots

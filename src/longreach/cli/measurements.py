@@ -86,8 +86,8 @@ def reaches_beyond_plain(method: Method, tokens: int) -> bool:
 
 
 def subjects(method: Method | None, tokens: int) -> list[Method]:
-    """The method itself if so few tokens reach into its far zone, else small stand-ins that have every zone."""
-    if method is not None and reaches_beyond_plain(method, tokens):
+    """The method itself if it has frequencies of its own or if so few tokens reach into its far zone, else small stand-ins that have every zone."""
+    if method is not None and (method.rescales or reaches_beyond_plain(method, tokens)):
         return [method]
     near = max(1, tokens // 6)
     return [SelfExtend(3, near), LMInfinite(near, n_global=min(4, near))]
@@ -124,11 +124,12 @@ def neutral(model: Any, ids: torch.Tensor) -> list[Measurement]:
     ]
 
 
-def consistency(model: Any, method: Method, ids: torch.Tensor) -> list[Measurement]:
-    """Fast against dense; decode, chunks and padding against one forward."""
-    with extend(model, method, backend="reference"):
+def consistency(model: Any, method: Method, ids: torch.Tensor, context: int | None = None) -> list[Measurement]:
+    """Fast against dense; decode, chunks and padding against one forward. `context` matters where frequencies depend on it."""
+    declared = max(context or 0, ids.shape[1]) if method.needs_context else None
+    with extend(model, method, context=declared, backend="reference"):
         dense = logits(model, ids)
-    with extend(model, method):
+    with extend(model, method, context=declared):
         fast = logits(model, ids)
         found = [Measurement(f"fast path against the dense truth, {ids.shape[1]} tokens", difference(fast, dense), FAST)]
         if method.chunk_invariant:

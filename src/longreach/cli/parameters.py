@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ def build(name: str | None, arguments: Sequence[str], command_options: Sequence[
             raise ValueError(_unknown(option, [*known, *command_options], sentence))
         values[known[option].name] = convert(option, known[option].annotation, text)
     if missing := [p for p in known.values() if p.required and p.name not in values]:
-        raise ValueError(f"{name} needs {' and '.join(f'{p.option} ({p.help})' for p in missing)}; pass {' '.join(f'{p.option} N' for p in missing)}")
+        meanings = " and ".join(f"{p.option} ({p.help})" for p in missing)
+        raise ValueError(f"{name} needs {meanings}; pass {' '.join(p.option + ' ' + _example(p.annotation, 'N') for p in missing)}")
     return method(**values)
 
 
@@ -128,6 +130,8 @@ def type_name(annotation: Any) -> str:
         return " | ".join(str(choice) for choice in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
         return f"{type_name(typing.get_args(annotation)[0])},..."
+    if _is_method(annotation):
+        return "method"
     return str(getattr(annotation, "__name__", annotation))
 
 
@@ -135,8 +139,15 @@ def _options(annotation: Any) -> tuple[Any, ...] | None:
     return typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else None
 
 
+def _is_method(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Method)
+
+
 def convert(option: str, annotation: Any, text: str | None) -> Any:
     """The text of an option as a value of its type; raises with the type it wants."""
+    if _is_method(annotation) and text and text.strip():
+        name, *arguments = shlex.split(text)
+        return build(name, arguments)
     if text is None:
         if annotation is bool:
             return True
@@ -176,9 +187,14 @@ def _convert(annotation: Any, text: str) -> Any:
     raise ValueError(text)
 
 
-def _example(annotation: Any) -> str:
+def _example(annotation: Any, number: str | None = None) -> str:
+    """A value to pass; `number` stands for every number."""
     if (options := _options(annotation)) is not None:
-        return _example(next(option for option in options if option is not types.NoneType))
+        return _example(next(option for option in options if option is not types.NoneType), number)
     if typing.get_origin(annotation) is Literal:
         return str(typing.get_args(annotation)[0])
-    return {int: "8", float: "0.5", bool: "true"}.get(annotation, "VALUE")
+    if typing.get_origin(annotation) is tuple:
+        return ",".join([_example(typing.get_args(annotation)[0], number)] * 2) + ",..."
+    if _is_method(annotation):
+        return '"METHOD --parameter VALUE"'
+    return (number if annotation in (int, float) else None) or {int: "8", float: "0.5", bool: "true"}.get(annotation, "VALUE")

@@ -36,4 +36,4 @@ def from_json(data: dict[str, Any]) -> Method:
     allowed = {f.name for f in parameters(known[name])}
     if unknown := set(data) - allowed:
         raise ValueError(f"{name} has no parameter {', '.join(sorted(unknown))}; its parameters are: {', '.join(sorted(allowed)) or 'none'}")
-    return known[name](**data)
+    return known[name](**{key: from_json(value) if isinstance(value, dict) else value for key, value in data.items()})

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from longreach.segments import Layout, LogScale
+from longreach.encodings import Frequencies, Rope
+from longreach.segments import PLAIN, Layout, LogScale
 
 
 class Method(ABC):
@@ -26,6 +27,8 @@ class Method(ABC):
     paper: ClassVar[str]
     recalls: ClassVar[str]  # what a user can expect it to remember, in plain words
     bounded: ClassVar[bool] = False  # the store stops growing
+    rescales: ClassVar[bool] = False  # its layers rotate with other frequencies than the model's own
+    needs_context: ClassVar[bool] = False  # which depend on the declared context
 
     @abstractmethod
     def layout(self, layer: int = 0) -> Layout:
@@ -39,6 +42,10 @@ class Method(ABC):
         """A factor on every query, or None."""
         return None
 
+    def frequencies(self, rope: Rope) -> Frequencies:
+        """What its layers rotate with; asked once per kind of layer, at `extend()`, if the method `rescales`."""
+        return rope.own
+
     def capacity(self, window: int) -> int | None:
         """Largest number of tokens whose distances a model trained on `window` tokens has seen; None: no limit."""
         return window
@@ -49,16 +56,43 @@ class Method(ABC):
         return True
 
     def to_json(self) -> dict[str, Any]:
-        return {"method": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"method": self.name, **{name: value.to_json() if isinstance(value, Method) else value for name, value in values.items()}}
 
     def __str__(self) -> str:
-        parameters = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        parameters = ", ".join(f"{f.name}={_brief(getattr(self, f.name))}" for f in dataclasses.fields(self))  # type: ignore[arg-type]
         return f"{type(self).__name__}({parameters})"
 
     def brief(self) -> str:
         """The method and those of its parameters that are not the defaults."""
-        given = [f"{f.name}={value!r}" for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default]  # type: ignore[arg-type]
+        given = [f"{f.name}={_brief(value)}" for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+class FrequencyMethod(Method):
+    """Base of the methods that see every earlier key at its true distance and rotate with other frequencies."""
+
+    rescales: ClassVar[bool] = True
+
+    def layout(self, layer: int = 0) -> Layout:
+        return Layout((PLAIN,))
+
+    def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return hidden_to_nan(i - j, j <= i)
+
+    @abstractmethod
+    def frequencies(self, rope: Rope) -> Frequencies: ...
+
+
+def stretched(window: int, factor: float) -> int:
+    """Tokens whose distances stay inside the trained window when divided by `factor`."""
+    return math.floor(factor * window + 1e-6)  # 1.1 * 10 is ten tokens and one, not a rounding error less
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > 8:
+        return f"({value[0]!r}, {value[1]!r}, ..., {value[-1]!r}: {len(value)} values)"
+    return str(value) if isinstance(value, Method) else repr(value)
 
 
 def hidden_to_nan(distance: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -74,3 +108,13 @@ def require(condition: bool, sentence: str) -> None:
 def require_integer(name: str, value: object, least: int) -> None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(ok, f"{name} must be an integer of at least {least}, not {value!r}; pass {name.replace('_', '-')} {least} or more")
+
+
+def require_number(name: str, value: object, least: float) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+    require(ok, f"{name} must be a number of at least {least:g}, not {value!r}; pass {name.replace('_', '-')} {least:g} or more")
+
+
+def require_positive(name: str, value: object) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    require(ok, f"{name} must be a number above 0, not {value!r}; leave it out for its default")

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longreach import auto, planner
 from longreach.backends import Backend, backend_for
@@ -28,6 +27,7 @@ from longreach.executor import Inputs, Layer, execute
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planner import Plan
+from longreach.seam import frequencies
 from longreach.seam import rotary as probe
 from longreach.seam.cache_layers import place
 from longreach.seam.rotary import IdentityRotary, Seen
@@ -103,7 +103,12 @@ class Extension:
             method = self.choice.method
         self.method = method
         self.context = context
-        self.capacity = method.capacity(self.window.tokens)
+        if method.needs_context and context is None:
+            raise ValueError(
+                f"{method.name} fixes its frequencies once for a whole sequence, from the declared context; pass context=N (--context N), "
+                "the prompt plus the new tokens"
+            )
+        self.capacity = context if method.needs_context else method.capacity(self.window.tokens)
         self._check_capacity()
         self._dense = backend == "reference"
         self._local = threading.local()
@@ -143,16 +148,12 @@ class Extension:
             self._attached = True
             with probe.evaluation(self.model):
                 self._measure()
+            self.layers = self._final_layers()
         except BaseException:
             self.remove()
             for config, implementation in self._configs:  # the probe may have stopped while another implementation was set
                 config._attn_implementation_internal = implementation
             raise
-        fixed: dict[tuple[int, Method], Rotary | None] = {}  # one object per kind of layer, so that layers share their tables
-        for index, (found, chosen) in enumerate(zip(self._rotaries, self._methods, strict=True)):
-            if (id(found), chosen) not in fixed:
-                fixed[id(found), chosen] = self._rotary_for(index)
-        self.layers = [Layer(i, m, fixed[id(r), m], self._dense) for i, (r, m) in enumerate(zip(self._rotaries, self._methods, strict=True))]
         self._ready = True
 
     def _use_our_attention(self) -> None:
@@ -166,7 +167,7 @@ class Extension:
     def _probe(self) -> None:
         """Read and verify every layer's rotary, and which layers slide."""
         weight = next(self.model.parameters())
-        original = self._original_window("full_attention")
+        original = frequencies.original_window(self.config, "full_attention")
         positions = torch.tensor([[p for p in PROBE_POSITIONS if p < original]], device=weight.device)
         n = positions.shape[1]
         generator = torch.Generator().manual_seed(0)
@@ -235,31 +236,14 @@ class Extension:
         self.exactness = Exactness(self._worst_rotary, difference)
         del self._stock_logits
 
-    def _rotary_for(self, index: int) -> Rotary | None:
-        """A layer's rotary with its length-dependent frequencies fixed once, from the largest distance the method makes."""
-        found, key = self._rotaries[index], self._keys[index]
-        if found is None:
-            return None
-        kind = auto.rope_parameters(self.config, key or "full_attention").get("rope_type", "default")
-        if kind not in ("dynamic", "longrope"):
-            return found
-        reach = self._largest_distance(self._methods[index]) + 1
-        arguments = {} if key is None else {"layer_type": key}
-        device = found.inverse_frequencies.device
-        length = max(int(reach), self._original_window(key or "full_attention")) if kind == "dynamic" else int(reach)
-        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](self.config, device, seq_len=length, **arguments)
-        return Rotary(inverse.double(), float(scaling), found.pairing, found.start, found.sign)
-
-    def _original_window(self, layer_type: str) -> int:
-        """The window before any scaling: positions below it use a checkpoint's short frequencies."""
-        original = auto.rope_parameters(self.config, layer_type).get("original_max_position_embeddings")
-        return int(original or getattr(self.config, "original_max_position_embeddings", None) or self.config.max_position_embeddings)
-
-    def _largest_distance(self, method: Method) -> float:
-        n = self.context or method.capacity(self.window.tokens) or self.window.tokens
-        i = torch.tensor([max(0, n - 1)])
-        j = torch.arange(0, n) if n < 65536 else torch.cat([torch.arange(0, 1024), torch.arange(1024, n, 97), torch.arange(n - 1024, n)])
-        return method.distances(i, j).nan_to_num(0).max().item()
+    def _final_layers(self) -> list[Layer]:
+        """Every layer with its method, and with what it rotates with while that is in force."""
+        fixed: dict[tuple[int, Method], Rotary | None] = {}  # one object per kind of layer, so that layers share their tables
+        for key, found, method in zip(self._keys, self._rotaries, self._methods, strict=True):
+            if (id(found), method) not in fixed:
+                rotary = None if found is None else frequencies.fixed(self.config, key, found, method, self.window, self.context)
+                fixed[id(found), method] = rotary
+        return [Layer(i, m, fixed[id(r), m], self._dense) for i, (r, m) in enumerate(zip(self._rotaries, self._methods, strict=True))]
 
     # -- one forward ----------------------------------------------------------------------------------------------------------
 
@@ -382,8 +366,11 @@ class Extension:
         """What was attached, as plain data."""
         weight = next(self.model.parameters())
         ours = [i for i, m in enumerate(self._methods) if m is self.method]
+        rescaled = [i for i in ours if self.method.rescales and self._rotaries[i] is not None]
+        before, after = (self._rotaries[rescaled[0]], self.layers[rescaled[0]].rotary) if rescaled else (None, None)
         return {
             "method": self.method.to_json(),
+            "frequencies": None if before is None or after is None else frequencies.change(before, after),
             "context": self.context,
             "capacity": self.capacity,
             "trained_window": self.window.tokens,
@@ -420,6 +407,10 @@ class Extension:
             f"exactness   {self.exactness}",
             f"reason      {r['reason']}",
         ]
+        if r["frequencies"]:
+            fastest, slowest = r["frequencies"]["divided_by"]
+            factor = r["frequencies"]["attention_factor"]
+            lines.insert(2, f"frequencies divided by {fastest:.4g} (fastest pair) to {slowest:.4g} (slowest pair), cos and sin times {factor:.5g}")
         if r["warning"]:
             lines.append(f"warning     {r['warning']}")
         return "\n".join(lines)
