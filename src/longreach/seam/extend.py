@@ -256,10 +256,7 @@ class Extension:
         return int(original or getattr(self.config, "original_max_position_embeddings", None) or self.config.max_position_embeddings)
 
     def _largest_distance(self, method: Method) -> float:
-        n = self.context or method.capacity(self.window.tokens) or self.window.tokens
-        i = torch.tensor([max(0, n - 1)])
-        j = torch.arange(0, n) if n < 65536 else torch.cat([torch.arange(0, 1024), torch.arange(1024, n, 97), torch.arange(n - 1024, n)])
-        return method.distances(i, j).nan_to_num(0).max().item()
+        return method.largest_distance(self.context or method.capacity(self.window.tokens) or self.window.tokens)
 
     # -- one forward ----------------------------------------------------------------------------------------------------------
 
