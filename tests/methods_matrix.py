@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longreach import LMInfinite, SelfExtend, Stock
+from longreach import STRING, BlockSelfExtend, DualChunk, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend, Stock, StreamingLLM
 
 METHODS = [
     SelfExtend(3, 8),
@@ -21,7 +21,32 @@ METHODS = [
     LMInfinite(9, 3, top_k=2, top_k_from_layer=1),
     Stock(),
     Stock(sliding_window=11),
+    StreamingLLM(9, 3),
+    StreamingLLM(9, 3, counting="chunkable"),
+    ReRoPE(8),
+    ReRoPE(7, log_scale=32),
+    LeakyReRoPE(8, 4),
+    LeakyReRoPE(7, 3, log_scale=32),
+    DualChunk(24),
+    DualChunk(24, preset="repository"),
+    DualChunk(7, chunk_length=4),
+    STRING(20, 5),
+    BlockSelfExtend(3, 12),
+    BlockSelfExtend(4, 4),
 ]
 
 # What makes each method plain attention on up to 60 tokens.
-NEUTRAL = [SelfExtend(1, 8), SelfExtend(4, 60), SelfExtend(3, 8, above=60), LMInfinite(60, 3), LMInfinite(9, 60, distance_limit=60), Stock()]
+NEUTRAL = [
+    SelfExtend(1, 8),
+    SelfExtend(4, 60),
+    SelfExtend(3, 8, above=60),
+    LMInfinite(60, 3),
+    LMInfinite(9, 60, distance_limit=60),
+    Stock(),
+    StreamingLLM(56, 3),
+    ReRoPE(60),
+    LeakyReRoPE(8, 1),
+    DualChunk(64),
+    STRING(8, 8),
+    BlockSelfExtend(1, 8),
+]

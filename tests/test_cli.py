@@ -20,7 +20,7 @@ import longreach
 from longreach.cli import COMMANDS, build, generation, main, measurements, parameters, text
 from longreach.methods import registry
 from longreach.methods.base import Method
-from oracles import LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4
+from oracles import BLOCK_SELFEXTEND_2_4, DUAL_CHUNK_7_4, LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4, STREAMING_3_2
 
 WINDOW = 64
 SMALL: dict[str, Any] = dict(
@@ -210,10 +210,10 @@ def test_methods_json_round_trips(run: Run) -> None:
         assert set(entry) == {"name", "class", "paper", "recalls", "bounded", "parameters", "doc"}
         assert all(set(p) == {"name", "option", "type", "default", "required", "help"} for p in entry["parameters"])
         assert all(p["help"] and p["option"] == "--" + p["name"].replace("_", "-") for p in entry["parameters"])
-        made = longreach.from_json({"method": entry["name"], **{p["name"]: 8 if p["required"] else p["default"] for p in entry["parameters"]}})
+        made = longreach.from_json({"method": entry["name"], **{p["name"]: 256 if p["required"] else p["default"] for p in entry["parameters"]}})
         assert type(made) is method and getattr(longreach, entry["class"]) is method
         assert longreach.from_json(json.loads(json.dumps(made.to_json()))) == made
-    assert {m["name"]: m["bounded"] for m in found} == {"lm-infinite": True, "selfextend": False, "stock": False}
+    assert {m["name"] for m in found if m["bounded"]} == {"lm-infinite", "streaming-llm"}
 
 
 def test_methods_table(run: Run) -> None:
@@ -267,6 +267,9 @@ class Fake(Method):
         ("selfextend --group-size 3 --window 4", SELFEXTEND_3_4),
         ("lm-infinite --n-local 4 --n-global 2", LM_INFINITE_4_2),
         ("lm-infinite --n-local 4 --n-global 2 --distance-limit 4", LM_INFINITE_4_2),
+        ("streaming-llm --n-recent 3 --n-sink 2", STREAMING_3_2),
+        ("dual-chunk --pretraining-length 7 --chunk-length 4", DUAL_CHUNK_7_4),
+        ("block-selfextend --group-size 2 --window 4", BLOCK_SELFEXTEND_2_4),
     ],
 )
 def test_distances_are_the_oracles(run: Run, arguments: str, oracle: str) -> None:
@@ -288,6 +291,10 @@ def test_distances_are_the_oracles(run: Run, arguments: str, oracle: str) -> Non
             ["7 7 7 6 6 4 3 2 1 0 . .", "7 7 7 6 6 6 4 3 2 1 0 .", "7 7 7 6 6 6 5 4 3 2 1 0"],
         ),
         ("stock --length 4", ["2 1 0 .", "3 2 1 0"]),
+        ("streaming-llm --n-recent 3 --n-sink 2 --counting chunkable --length 10", ["5 4 . . . . . 2 1 0"]),
+        ("rerope --window 4 --length 10", ["4 4 4 4 4 4 3 2 1 0"]),
+        ("leaky-rerope --window 4 --factor 2 --length 10", ["6.5 6 5.5 5 4.5 4 3 2 1 0"]),
+        ("string --shift 3 --local-window 1 --length 9", ["6 5 4 3 2 1 2 1 0"]),
     ],
 )
 def test_distances_last_rows(run: Run, arguments: str, rows: list[str]) -> None:
