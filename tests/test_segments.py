@@ -31,6 +31,19 @@ def test_segments_give_the_distances_of_the_definition_and_show_each_pair_once(m
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
+def test_segments_give_the_same_distances_far_along(method):
+    """Around index 10^9, for near keys and the first ones."""
+    i = torch.arange(10**9, 10**9 + N)[:, None]
+    j = torch.cat([torch.arange(30), torch.arange(10**9 - 100, 10**9 + N)])[None, :]
+    got = torch.full((N, j.shape[1]), math.nan, dtype=torch.float64)
+    for segment in method.layout(0).segments:
+        seen = segment.visible(i, j)
+        assert got[seen].isnan().all()
+        got = torch.where(seen, segment.query_positions(i) - segment.key_positions(j), got)
+    torch.testing.assert_close(got, method.distances(i, j), equal_nan=True, rtol=1e-12, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_no_query_sees_the_future_and_every_query_sees_itself_at_distance_zero(method):
     distance = matrices(method.layout(0).segments, N).distance
     assert bool(distance.triu(1).isnan().sum() == N * N) or bool(distance[torch.ones(N, N).triu(1).bool()].isnan().all())

@@ -33,7 +33,7 @@ class STRING(Method):
 
     name: ClassVar[str] = "string"
     paper: ClassVar[str] = "arXiv 2410.18745"
-    recalls: ClassVar[str] = "everything, up to the trained window and a third more"
+    recalls: ClassVar[str] = "everything, up to the trained window and somewhat beyond"
 
     def __post_init__(self) -> None:
         require_integer("shift", self.shift, 1)
