@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from longreach import NTK, PI, Combined, DynamicNTK, DynamicYaRN, LMInfinite, LongRoPE, NTKByParts, SelfExtend, Stock, YaRN
+from longreach import (
+    NTK,
+    PI,
+    STRING,
+    BlockSelfExtend,
+    Combined,
+    DualChunk,
+    DynamicNTK,
+    DynamicYaRN,
+    LeakyReRoPE,
+    LMInfinite,
+    LongRoPE,
+    NTKByParts,
+    ReRoPE,
+    SelfExtend,
+    Stock,
+    StreamingLLM,
+    YaRN,
+)  # fmt: skip
 from longreach.methods.base import Method
 
 METHODS = [
@@ -32,6 +50,18 @@ METHODS = [
     Combined(YaRN(2.0), LMInfinite(9, 3)),
     Combined(LongRoPE(2.0, (1.0, 2.0, 2.5, 3.0)), LMInfinite(9, 3, distance_limit=14, top_k=2, top_k_from_layer=0, top_k_rows="all")),
     Combined(DynamicNTK(), SelfExtend(2, 30, log_scale=32)),
+    StreamingLLM(9, 3),
+    StreamingLLM(9, 3, counting="chunkable"),
+    ReRoPE(8),
+    ReRoPE(7, log_scale=32),
+    LeakyReRoPE(8, 4),
+    LeakyReRoPE(7, 3, log_scale=32),
+    DualChunk(24),
+    DualChunk(24, preset="repository"),
+    DualChunk(7, chunk_length=4),
+    STRING(20, 5),
+    BlockSelfExtend(3, 12),
+    BlockSelfExtend(4, 4),
 ]
 
 # What makes each method plain attention on up to 60 tokens.
@@ -50,6 +80,12 @@ NEUTRAL = [
     DynamicYaRN(),
     LongRoPE(1.0, (1.0,) * 8),
     Combined(YaRN(1.0), SelfExtend(4, 60)),
+    StreamingLLM(56, 3),
+    ReRoPE(60),
+    LeakyReRoPE(8, 1),
+    DualChunk(64),
+    STRING(8, 8),
+    BlockSelfExtend(1, 8),
 ]
 
 SCALED = {"llama3", "llama-yarn", "llama-linear", "llama-dynamic", "phi3-longrope", "gpt-oss"}

@@ -24,7 +24,7 @@ from longreach.cli.check import brief
 from longreach.methods import registry
 from longreach.methods.base import Method
 from methods_matrix import METHODS
-from oracles import LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4
+from oracles import BLOCK_SELFEXTEND_2_4, DUAL_CHUNK_7_4, LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4, STREAMING_3_2
 
 WINDOW = 64
 SMALL: dict[str, Any] = dict(
@@ -163,7 +163,7 @@ def test_version(run: Run) -> None:
         (["distances", "stock", "--length", 0], "between 1 and 4096"),
         (["distances", "stock", "--length", 5000], "between 1 and 4096"),
         (["distances", "--window", 4, "selfextend"], "name the method before its parameters"),
-        (["distances", "selfextnd"], "did you mean 'selfextend'? choose one of: "),
+        (["distances", "selfextnd"], f"did you mean 'selfextend'? choose one of: {', '.join(registry())}"),
         (["distances", "selfextend"], "pass --group-size N --window N"),
         (["distances", "selfextend", "--group-size", 2], "selfextend needs --window"),
         (["distances", "selfextend", "--group-size", 0, "--window", 4], "at least 1"),
@@ -219,7 +219,7 @@ def test_methods_json_round_trips(run: Run) -> None:
         assert type(made) is method and getattr(longreach, entry["class"]) is method
         assert longreach.from_json(json.loads(json.dumps(made.to_json()))) == made
         assert entry["bounded"] == made.bounded or isinstance(made, longreach.Combined)  # which has no parts to answer for it
-    assert next(m["bounded"] for m in found if m["name"] == "lm-infinite")
+    assert {m["name"] for m in found if m["bounded"]} == {"lm-infinite", "streaming-llm"}
 
 
 def test_a_parameter_may_be_a_method() -> None:
@@ -307,6 +307,9 @@ class Fake(Method):
         ("selfextend --group-size 3 --window 4", SELFEXTEND_3_4),
         ("lm-infinite --n-local 4 --n-global 2", LM_INFINITE_4_2),
         ("lm-infinite --n-local 4 --n-global 2 --distance-limit 4", LM_INFINITE_4_2),
+        ("streaming-llm --n-recent 3 --n-sink 2", STREAMING_3_2),
+        ("dual-chunk --pretraining-length 7 --chunk-length 4", DUAL_CHUNK_7_4),
+        ("block-selfextend --group-size 2 --window 4", BLOCK_SELFEXTEND_2_4),
     ],
 )
 def test_distances_are_the_oracles(run: Run, arguments: str, oracle: str) -> None:
@@ -328,6 +331,10 @@ def test_distances_are_the_oracles(run: Run, arguments: str, oracle: str) -> Non
             ["7 7 7 6 6 4 3 2 1 0 . .", "7 7 7 6 6 6 4 3 2 1 0 .", "7 7 7 6 6 6 5 4 3 2 1 0"],
         ),
         ("stock --length 4", ["2 1 0 .", "3 2 1 0"]),
+        ("streaming-llm --n-recent 3 --n-sink 2 --counting chunkable --length 10", ["5 4 . . . . . 2 1 0"]),
+        ("rerope --window 4 --length 10", ["4 4 4 4 4 4 3 2 1 0"]),
+        ("leaky-rerope --window 4 --factor 2 --length 10", ["6.5 6 5.5 5 4.5 4 3 2 1 0"]),
+        ("string --shift 3 --local-window 1 --length 9", ["6 5 4 3 2 1 2 1 0"]),
     ],
 )
 def test_distances_last_rows(run: Run, arguments: str, rows: list[str]) -> None:
@@ -518,7 +525,7 @@ def test_bad_files(run: Run, folders: dict[str, str], tmp_path: Path, name: str,
         (["--prompt", "x", "--top-p", 1.5], "--top-p"),
         (["--prompt", "x", "--truncate", "top"], "--truncate"),
         (["--prompt", "x", "--truncate", "left"], "pass --context N too"),
-        (["--prompt", "x", "--group-size", 8], "is a parameter of a method; name the method too, for example --method selfextend"),
+        (["--prompt", "x", "--group-size", 8], "is a parameter of a method; name the method too: --method block-selfextend or --method selfextend"),
         (["--promt", "x"], "there is no option --promt; did you mean --prompt?"),
         (["--prompt", "x", "stray"], "unexpected argument 'stray'"),
         (["--prompt", "x", "--method", "magic"], "unknown method 'magic'"),

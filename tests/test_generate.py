@@ -8,7 +8,7 @@ from transformers import DynamicCache, GenerationConfig
 
 import longreach
 from families import build, tokens
-from longreach import LMInfinite, SelfExtend
+from longreach import BlockSelfExtend, DualChunk, LMInfinite, SelfExtend, StreamingLLM
 from longreach.seam.cache_layers import store_of
 
 
@@ -17,7 +17,15 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     assert ((a - b).abs().max() / b.abs().max()).item() <= 1e-5
 
 
-METHODS = [SelfExtend(3, 8), LMInfinite(9, 3), LMInfinite(9, 3, top_k=2, top_k_from_layer=0, top_k_rows="all"), SelfExtend(3, 8, above=20)]
+METHODS = [
+    SelfExtend(3, 8),
+    LMInfinite(9, 3),
+    LMInfinite(9, 3, top_k=2, top_k_from_layer=0, top_k_rows="all"),
+    SelfExtend(3, 8, above=20),
+    StreamingLLM(9, 3),
+    DualChunk(16),
+    BlockSelfExtend(3, 12),
+]
 NEW = 25
 NEVER = 10_000  # an end token that no model makes; older releases want one
 

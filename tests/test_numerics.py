@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from longreach import LMInfinite, SelfExtend, planner, reference
+from longreach import STRING, DualChunk, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend, StreamingLLM, planner, reference
 from longreach.backends import backend_for, tiles
 from longreach.backends.cpu import CpuBackend, kernel
 from longreach.backends.tiles import Band
@@ -192,6 +192,11 @@ GOLDEN = [
     (SelfExtend(2, 4), (4.45255095, 0.91670396), 2.50778465, (3.86650345, 0.72077395)),
     (SelfExtend(3, 4), (4.48455661, 0.88708894), 2.46709747, (3.80134344, 0.76543199)),
     (LMInfinite(4, 2, distance_limit=4), (5.69313327, 0.67575709), 1.78707701, (4.29930165, 0.60910452)),
+    (ReRoPE(4), (4.60022155, 0.92293917), 2.47466051, (4.09121898, 0.73497806)),
+    (LeakyReRoPE(4, 2), (4.48881221, 0.91593709), 2.49367563, (3.92464441, 0.71511044)),
+    (DualChunk(7, chunk_length=4), (4.48434243, 0.91918526), 2.47789985, (3.59439182, 0.67004828)),
+    (StreamingLLM(3, 2), (5.50580867, 0.65352225), 1.82053412, (4.14925430, 0.58784653)),
+    (STRING(3, 1), (4.47355626, 0.90536999), 2.44882411, (4.08696134, 0.71084140)),
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from longreach import LMInfinite, SelfExtend, Stock, from_json
 from longreach.methods import registry
-from longreach.segments import Grouped, Identity, Layout, Retention, Segment, Visible, forms, matrices
+from longreach.segments import Chunked, Grouped, Identity, Layout, Piece, Retention, Segment, Visible, forms, matrices
 from methods_matrix import METHODS
 from oracles import LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4
 
@@ -27,7 +27,20 @@ def test_segments_give_the_distances_of_the_definition_and_show_each_pair_once(m
     got = matrices(method.layout(0).segments, N).distance
     i = torch.arange(N)
     want = method.distances(i[:, None], i[None, :])
-    torch.testing.assert_close(got, want, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=0, atol=1e-12)  # a fractional position is a rounded one
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_segments_give_the_same_distances_far_along(method):
+    """Around index 10^9, for near keys and the first ones."""
+    i = torch.arange(10**9, 10**9 + N)[:, None]
+    j = torch.cat([torch.arange(30), torch.arange(10**9 - 100, 10**9 + N)])[None, :]
+    got = torch.full((N, j.shape[1]), math.nan, dtype=torch.float64)
+    for segment in method.layout(0).segments:
+        seen = segment.visible(i, j)
+        assert got[seen].isnan().all()
+        got = torch.where(seen, segment.query_positions(i) - segment.key_positions(j), got)
+    torch.testing.assert_close(got, method.distances(i, j), equal_nan=True, rtol=1e-12, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -119,6 +132,56 @@ def test_forms_keep_only_what_a_later_query_needs():
     assert sorted(r.tail for r in kept.values()) == [0, 64]
     assert max(r.head for r in kept.values()) == 4
     assert any(r.tail is None for r in forms(LMInfinite(64, 4, top_k=2).layout(9)).values())
+
+
+VISIBLE = [
+    Visible(),
+    Visible(0, 7),
+    Visible(5, 9),
+    Visible(4, last_key=3),
+    Visible(3, last_key=6, first_query=11),
+    Visible(0, 9, last_query=13),
+    Visible(0, 1, chunk=6),
+    Visible(1, 2, chunk=6),
+    Visible(2, chunk=6),
+    Visible(1, chunk=5, first_query=8, last_query=17),
+    Visible(1, 3, chunk=4, last_key=9),
+]
+
+
+@pytest.mark.parametrize("visible", VISIBLE, ids=str)
+@pytest.mark.parametrize(("start", "stop"), [(0, 31), (0, 1), (5, 6), (6, 7), (11, 12), (7, 23), (12, 18), (3, 4)])
+def test_pieces_are_the_visible_pairs_each_once(visible, start, stop):
+    i, j = torch.arange(stop)[:, None], torch.arange(stop)[None, :]
+    shown = torch.zeros(stop, stop, dtype=torch.int)
+    for piece in visible.pieces(start, stop):
+        assert start <= piece.first < piece.last <= stop and 0 <= piece.from_key < piece.to_key <= stop
+        behind = i - j
+        band = (behind >= piece.low) & (behind < (piece.high or stop + 1))
+        shown += band & (i >= piece.first) & (i < piece.last) & (j >= piece.from_key) & (j < piece.to_key)
+    assert torch.equal(shown, (visible(i, j) & (i >= start)).int())
+
+
+def test_a_decoded_token_takes_one_piece_per_segment():
+    assert list(Visible(0, 1, chunk=6).pieces(20, 21)) == [Piece(20, 21, 18, 21)]
+    assert list(Visible(1, 2, chunk=6).pieces(20, 21)) == [Piece(20, 21, 12, 18)]
+    assert list(Visible(2, chunk=6).pieces(20, 21)) == [Piece(20, 21, 0, 12)]
+    assert list(Visible(2, chunk=6).pieces(5, 12)) == []
+
+
+def test_chunked_positions():
+    index = torch.arange(12)
+    assert Chunked(5)(index).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert Chunked(5, shift=5, ceiling=7)(index).tolist() == [5, 6, 7, 7, 7, 5, 6, 7, 7, 7, 5, 6]
+    assert Chunked(4, stride=2)(index).tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_largest_distance_is_that_of_every_query_so_far(method):
+    i = torch.arange(N)
+    per_query = method.distances(i[:, None], i[None, :]).nan_to_num(0).max(dim=1).values
+    so_far = per_query.cummax(dim=0).values
+    assert [method.largest_distance(n) for n in range(1, N + 1)] == pytest.approx(so_far.tolist())
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

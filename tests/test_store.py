@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longreach import LMInfinite, SelfExtend
+from longreach import DualChunk, LMInfinite, SelfExtend, StreamingLLM
 from longreach.segments import Identity, Retention, forms
 from longreach.store import ROLLBACK, SLACK, Buffer, Store
 
@@ -93,6 +93,19 @@ def test_lm_infinite_bytes_are_constant_and_follow_the_formula(chunk):
     bound = per_entry * (2 * (512 + ROLLBACK + SLACK) + 2 * 4)  # values and the near form: head or tail; the global form: head only
     sizes = {fill(LMInfinite(512, 4), tokens, chunk).nbytes for tokens in (4096, 8192)}
     assert len(sizes) == 1 and sizes.pop() == bound
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 4096])
+@pytest.mark.parametrize(("counting", "near", "forms_of_sinks"), [("official", 513, 2), ("chunkable", 512, 1)])
+def test_streaming_llm_bytes_are_constant_and_follow_the_formula(chunk, counting, near, forms_of_sinks):
+    per_entry = 2 * 8 * 4
+    method = StreamingLLM(512, 4, counting=counting)
+    sizes = {fill(method, tokens, chunk).nbytes for tokens in (4096, 8192)}
+    assert sizes == {per_entry * (2 * (near + ROLLBACK + SLACK) + (1 + forms_of_sinks) * 4)}  # values hold the sinks too
+
+
+def test_dual_chunk_keeps_no_more_than_plain_attention():
+    assert fill(DualChunk(256), 8192, 8192).nbytes == 2 * 8 * 4 * 2 * (8192 + SLACK)
 
 
 def test_selfextend_keeps_values_the_grouped_form_and_a_near_tail():

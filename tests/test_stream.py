@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import longreach
 from families import build, tokens
-from longreach import LMInfinite, SelfExtend, Stock
+from longreach import LMInfinite, SelfExtend, Stock, StreamingLLM
 from longreach.store import ROLLBACK, SLACK
 
 
@@ -19,7 +19,7 @@ def model():
     return build("llama", eos_token_id=None)
 
 
-@pytest.mark.parametrize("method", [LMInfinite(32, 4), SelfExtend(8, 16)], ids=str)
+@pytest.mark.parametrize("method", [LMInfinite(32, 4), SelfExtend(8, 16), StreamingLLM(32, 4)], ids=str)
 @pytest.mark.parametrize("chunk_size", [1, 17, 100, 1000])
 @torch.no_grad()
 def test_losses_are_those_of_one_forward(model, method, chunk_size):
@@ -33,15 +33,24 @@ def test_losses_are_those_of_one_forward(model, method, chunk_size):
         torch.testing.assert_close(losses[1:], want, atol=1e-4, rtol=0)
 
 
-def test_memory_is_constant_on_an_endless_iterator(model):
+@pytest.mark.parametrize(
+    ("method", "entries"),
+    [
+        (LMInfinite(64, 4), 2 * (64 + ROLLBACK + SLACK) + 2 * 4),
+        (StreamingLLM(60, 4), 2 * (61 + ROLLBACK + SLACK) + 3 * 4),
+        (StreamingLLM(60, 4, counting="chunkable"), 2 * (60 + ROLLBACK + SLACK) + 2 * 4),
+    ],
+    ids=str,
+)
+def test_memory_is_constant_on_an_endless_iterator(model, method, entries):
     endless = itertools.cycle(tokens(1, 997)[0].tolist())
-    with longreach.extend(model, LMInfinite(64, 4)) as extension:
+    with longreach.extend(model, method) as extension:
         sizes = []
         for chunk in itertools.islice(longreach.stream(extension, endless, chunk_size=500), 8):
             assert not chunk.losses[1:].isnan().any()
             sizes.append(chunk.store_bytes)
         layers, heads, width, item = 2, 1, 16, 4
-        assert set(sizes) == {layers * heads * width * item * (2 * (64 + ROLLBACK + SLACK) + 2 * 4)}
+        assert set(sizes) == {layers * heads * width * item * entries}
 
 
 @torch.no_grad()

@@ -17,16 +17,22 @@ if TYPE_CHECKING:
     from longreach.loading import load as load
     from longreach.methods import from_json as from_json
     from longreach.methods.base import Method as Method
+    from longreach.methods.block_selfextend import BlockSelfExtend as BlockSelfExtend
     from longreach.methods.combined import Combined as Combined
+    from longreach.methods.dual_chunk import DualChunk as DualChunk
     from longreach.methods.dynamic_ntk import DynamicNTK as DynamicNTK
     from longreach.methods.dynamic_yarn import DynamicYaRN as DynamicYaRN
+    from longreach.methods.leaky_rerope import LeakyReRoPE as LeakyReRoPE
     from longreach.methods.lm_infinite import LMInfinite as LMInfinite
     from longreach.methods.longrope import LongRoPE as LongRoPE
     from longreach.methods.ntk import NTK as NTK
     from longreach.methods.ntk_by_parts import NTKByParts as NTKByParts
     from longreach.methods.pi import PI as PI
+    from longreach.methods.rerope import ReRoPE as ReRoPE
     from longreach.methods.selfextend import SelfExtend as SelfExtend
     from longreach.methods.stock import Stock as Stock
+    from longreach.methods.streaming_llm import StreamingLLM as StreamingLLM
+    from longreach.methods.string import STRING as STRING
     from longreach.methods.yarn import YaRN as YaRN
     from longreach.seam.extend import Extension as Extension
     from longreach.seam.extend import extend as extend

@@ -141,30 +141,20 @@ class _Call:
         return q if scale is None else (q.float() * scale[:, None]).to(q.dtype)
 
     def segment(self, segment: Segment, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
-        visible, start, stop = segment.visible, self.rows.start, self.rows.start + self.rows.count
-        first = max(start, visible.first_query, visible.low)  # earlier queries see nothing here
-        last = stop if visible.last_query is None else min(stop, visible.last_query)
-        if first >= last:
-            return
-        from_key = 0 if visible.high is None else max(0, first - visible.high + 1)
-        to_key = last - visible.low
-        if visible.last_key is not None:
-            to_key = min(to_key, visible.last_key)
-        if from_key >= to_key:
-            return
-        key = (segment.query_positions, segment.query_scale)
-        if key not in rotated:
-            rotated[key] = self.query(segment, q)
-        pinned = visible.last_key is not None
-        out, lse = self.backend.attend(
-            rotated[key][:, :, first - start : last - start],
-            self.run_of(segment.key_positions, pinned, to_key).slice(from_key, to_key),
-            self.values_run(pinned, to_key).slice(from_key, to_key),
-            Band(first - from_key, visible.low, visible.high),
-            self.inputs.scale,
-            self.inputs.softcap,
-        )
-        merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, first - start)
+        start = self.rows.start
+        key, pinned = (segment.query_positions, segment.query_scale), segment.visible.last_key is not None
+        for piece in segment.visible.pieces(start, start + self.rows.count):
+            if key not in rotated:
+                rotated[key] = self.query(segment, q)
+            out, lse = self.backend.attend(
+                rotated[key][:, :, piece.first - start : piece.last - start],
+                self.run_of(segment.key_positions, pinned, piece.to_key).slice(piece.from_key, piece.to_key),
+                self.values_run(pinned, piece.to_key).slice(piece.from_key, piece.to_key),
+                Band(piece.first - piece.from_key, piece.low, piece.high),
+                self.inputs.scale,
+                self.inputs.softcap,
+            )
+            merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
 
     def run_of(self, positions: PositionMap, pinned: bool, stop: int) -> Run:
         if pinned and self.store is not None:

@@ -7,7 +7,8 @@ Knows index arithmetic only: no tensors of queries and keys, no models. Indices 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -52,14 +53,39 @@ class Affine:
         return index.double() * self.scale + self.shift
 
 
-PositionMap = Identity | Constant | Grouped | Affine
+@dataclass(frozen=True)
+class Chunked:
+    """Place in the chunk plus `stride` for every chunk before it: min(index mod size + stride * floor(index / size) + shift, ceiling)."""
+
+    size: int
+    stride: int = 0
+    shift: int = 0
+    ceiling: int | None = None
+
+    def __call__(self, index: torch.Tensor) -> torch.Tensor:
+        position = index % self.size + self.stride * (index // self.size) + self.shift
+        return (position if self.ceiling is None else position.clamp(max=self.ceiling)).double()
+
+
+PositionMap = Identity | Constant | Grouped | Affine | Chunked
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous part of a segment: queries [first, last) against keys [from_key, to_key); of these, `i` sees `j` iff low <= i - j < high."""
+
+    first: int
+    last: int
+    from_key: int
+    to_key: int
+    low: int = 0
+    high: int | None = None
 
 
 @dataclass(frozen=True)
 class Visible:
-    """Key `j` is visible to query `i` iff `low <= i - j < high`, `j < last_key` and `first_query <= i < last_query`.
-
-    `None` means no limit. `low >= 0`, so every segment is causal.
+    """A band, in tokens or in chunks of `chunk` tokens. Key `j` is visible to query `i` iff `j <= i`,
+    `low <= floor(i / chunk) - floor(j / chunk) < high`, `j < last_key` and `first_query <= i < last_query`. `None` means no limit.
     """
 
     low: int = 0
@@ -67,11 +93,13 @@ class Visible:
     last_key: int | None = None
     first_query: int = 0
     last_query: int | None = None
+    chunk: int = 1
 
     def __call__(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        seen = (i - j >= self.low) & (i >= self.first_query)
+        behind = i // self.chunk - j // self.chunk
+        seen = (j <= i) & (behind >= self.low) & (i >= self.first_query)
         if self.high is not None:
-            seen = seen & (i - j < self.high)
+            seen = seen & (behind < self.high)
         if self.last_key is not None:
             seen = seen & (j < self.last_key)
         if self.last_query is not None:
@@ -81,8 +109,30 @@ class Visible:
     @property
     def reach(self) -> int | None:
         """How far back a query of this segment looks among keys that are not pinned at the start; None: to the first key."""
-        limits = [limit for limit in (self.high, self.last_query) if limit is not None]
+        limits = [limit for limit in (None if self.high is None else self.high * self.chunk, self.last_query) if limit is not None]
         return min(limits) if limits else None
+
+    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        """What the queries start .. stop see, as few contiguous parts as the band allows: one if it is in tokens, one per chunk if in chunks."""
+        first = max(start, self.first_query, self.low * self.chunk)  # earlier queries see nothing
+        last = stop if self.last_query is None else min(stop, self.last_query)
+        if first >= last:
+            return
+        if self.chunk == 1:
+            from_key = 0 if self.high is None else max(0, first - self.high + 1)
+            parts = [Piece(first, last, from_key, last - self.low, self.low, self.high)]
+        else:
+            parts = [self._of_chunk(number, first, last) for number in range(first // self.chunk, (last - 1) // self.chunk + 1)]
+        for part in parts:
+            to_key = part.to_key if self.last_key is None else min(part.to_key, self.last_key)
+            if part.from_key < to_key:
+                yield replace(part, to_key=to_key)
+
+    def _of_chunk(self, number: int, first: int, last: int) -> Piece:
+        """The queries of one chunk see whole chunks before it, and of their own what causality leaves."""
+        first, last = max(first, number * self.chunk), min(last, (number + 1) * self.chunk)
+        from_key = 0 if self.high is None else max(0, number - self.high + 1) * self.chunk
+        return Piece(first, last, from_key, min(last, (number - self.low + 1) * self.chunk))
 
 
 @dataclass(frozen=True)

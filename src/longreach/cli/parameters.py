@@ -118,7 +118,7 @@ def _unknown(option: str, known: Sequence[str], sentence: str | None = None) -> 
         owners = [name for name, method in registry().items() if option in {p.option for p in of(method)}]
         sentence = f"there is no option {option}"
         if owners:
-            sentence, hint = f"{option} is a parameter of a method", f"; name the method too, for example --method {owners[0]}"
+            sentence, hint = f"{option} is a parameter of a method", f"; name the method too: {' or '.join(f'--method {name}' for name in owners)}"
     return sentence + hint
 
 

@@ -50,6 +50,13 @@ class Method(ABC):
         """Largest number of tokens whose distances a model trained on `window` tokens has seen; None: no limit."""
         return window
 
+    def largest_distance(self, tokens: int) -> float:
+        """Largest distance in a text of `tokens` tokens. The last query has it, unless a method's distances shrink on the way."""
+        n = tokens
+        i = torch.tensor([max(0, n - 1)])
+        j = torch.arange(n) if n < 65536 else torch.cat([torch.arange(1024), torch.arange(1024, n, 97), torch.arange(n - 1024, n)])
+        return self.distances(i, j).nan_to_num(0).max().item()
+
     @property
     def chunk_invariant(self) -> bool:
         """Whether the result of a prompt is the same however it is cut into forwards."""

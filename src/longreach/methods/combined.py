@@ -65,6 +65,9 @@ class Combined(Method):
     def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return self.positions.distances(i, j)
 
+    def largest_distance(self, tokens: int) -> float:
+        return self.positions.largest_distance(tokens)
+
     def query_scale(self) -> LogScale | None:
         return self.positions.query_scale()
 

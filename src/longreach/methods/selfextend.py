@@ -76,6 +76,10 @@ class SelfExtend(Method):
     def query_scale(self) -> LogScale | None:
         return None if self.log_scale is None else LogScale(self.log_scale)
 
+    def largest_distance(self, tokens: int) -> float:
+        """The last query that `above` leaves ungrouped may look back further than the last of all."""
+        return max(super().largest_distance(tokens), min(tokens, self.above or 0) - 1)
+
     def capacity(self, window: int) -> int | None:
         """Largest N with floor((N - 1) / g) + offset <= window - 1, and the neighbour window inside the trained one."""
         if self.window > window or (self.above or 0) > window:

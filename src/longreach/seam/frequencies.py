@@ -21,7 +21,7 @@ SWITCHING = ("dynamic", "longrope")  # rope types that choose their frequencies 
 
 def fixed(config: Any, key: Key, found: Rotary, method: Method, window: auto.Window, context: int | None) -> Rotary:
     """The rotary of a layer under `method`, its length-dependent frequencies fixed from the largest distance the method makes."""
-    length = int(largest_distance(method, context or method.capacity(window.tokens) or window.tokens)) + 1
+    length = int(method.largest_distance(context or method.capacity(window.tokens) or window.tokens)) + 1
     parameters = auto.rope_parameters(config, key or "full_attention")
     kind = parameters.get("rope_type", "default")
     if method.rescales:
@@ -88,9 +88,3 @@ def original_window(config: Any, layer_type: str) -> int:
     original = auto.rope_parameters(config, layer_type).get("original_max_position_embeddings")
     return int(original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings)
 
-
-def largest_distance(method: Method, n: int) -> float:
-    """Of the last of `n` tokens to any it sees; long texts are sampled."""
-    i = torch.tensor([max(0, n - 1)])
-    j = torch.arange(0, n) if n < 65536 else torch.cat([torch.arange(0, 1024), torch.arange(1024, n, 97), torch.arange(n - 1024, n)])
-    return method.distances(i, j).nan_to_num(0).max().item()

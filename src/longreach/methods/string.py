@@ -1,0 +1,56 @@
+"""STRING (An et al., ICLR 2025, arXiv 2410.18745): far keys shifted onto the well-trained smaller distances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from longreach.methods.base import Method, require, require_integer
+from longreach.segments import Affine, Identity, Layout, Segment, Visible
+
+
+@dataclass(frozen=True)
+class STRING(Method):
+    """Shifted rotary positions, for better use of the trained window rather than for a longer one. Full visibility.
+
+        i - j <  shift:  d = i - j
+        i - j >= shift:  d = i - j - shift + local_window
+
+    The largest distances of a window are rare in training. The shift overwrites them with smaller, better trained ones; distances from
+    local_window to shift - 1 occur twice.
+
+    shift         true distance from which keys are shifted, >= 1. The paper uses L / 3 of the trained window L; L / 7 to L / 2 work there.
+    local_window  distance at which the shifted keys begin, so that nearer tokens are alone at theirs; 0 to shift. 128 in the paper, at
+                  least 32 is advised; equal to `shift` it is plain attention.
+
+    Raises ValueError for parameters out of range.
+    """
+
+    shift: int = field(metadata={"help": "true distance from which keys are shifted"})
+    local_window: int = field(default=128, metadata={"help": "distance at which the shifted keys begin"})
+
+    name: ClassVar[str] = "string"
+    paper: ClassVar[str] = "arXiv 2410.18745"
+    recalls: ClassVar[str] = "everything, up to the trained window and somewhat beyond"
+
+    def __post_init__(self) -> None:
+        require_integer("shift", self.shift, 1)
+        require_integer("local_window", self.local_window, 0)
+        require(
+            self.local_window <= self.shift,
+            f"local_window ({self.local_window}) must not exceed shift ({self.shift}), or distances would grow; pass local_window {self.shift} or less",
+        )
+
+    def layout(self, layer: int = 0) -> Layout:
+        near = Segment(Identity(), Identity(), Visible(0, self.shift))
+        return Layout((near, Segment(Affine(1, self.local_window - self.shift), Identity(), Visible(self.shift))))
+
+    def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        exact = (i - j).double()
+        return torch.where(j <= i, torch.where(i - j < self.shift, exact, exact - self.shift + self.local_window), torch.nan)
+
+    def capacity(self, window: int) -> int | None:
+        """Largest N with N - 1 - shift + local_window <= window - 1."""
+        return window if self.shift > window else window + self.shift - self.local_window
