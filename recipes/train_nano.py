@@ -40,7 +40,7 @@ WINDOW = 512
 VOCABULARY = 2048
 MATRIX_RATE, VECTOR_RATE = 0.005, 3e-3  # Muon for the matrices of the layers, AdamW for embeddings and norms
 DECAY_SHARE = 0.45  # the last 45 % of the steps decay linearly to zero
-STEPS = 2200
+STEPS = 2400
 
 
 class Stage(NamedTuple):
@@ -52,6 +52,8 @@ class Stage(NamedTuple):
     copying: float
     drill: float
     documents: float
+    single: float = 0.25  # share of the documents that hide one pass key
+    labelled: float = 0.25  # share of those whose keys differ by their label only
 
 
 # Short, dense rows teach what a question is; then the gaps grow to the whole window.
@@ -59,7 +61,7 @@ STAGES = (
     Stage(0, 64, 4096, 0.2, 0.6, 0.1),
     Stage(200, 128, 4096, 0.15, 0.35, 0.4),
     Stage(500, 256, 4096, 0.1, 0.2, 0.6),
-    Stage(900, WINDOW, 4096, 0.08, 0.1, 0.7),
+    Stage(900, WINDOW, 4096, 0.08, 0.1, 0.7, single=0.1, labelled=0.4),
 )
 
 
@@ -182,6 +184,7 @@ def train(args: argparse.Namespace) -> None:
         bar = progress.add_task("training", total=args.steps, completed=step, state="")
         while step < args.steps and step != args.stop_after:
             now = stage(step)
+            rows.single, rows.labelled = now.single, now.labelled
             rng = Random(args.seed * 1_000_003 + step)
             ids, weights = rows.batch(rng, now.tokens // now.length, now.length, now.copying, now.drill, now.documents)
             ids, w = ids.to(device), weights[:, 1:].flatten().to(device)

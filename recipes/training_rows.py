@@ -27,6 +27,7 @@ class Rows:
         self.books, self.answer_weight, self.digit_weight = books, answer_weight, digit_weight
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         self.vocabulary = tokenizer.get_vocab_size()
+        self.single = self.labelled = 0.25  # shares of the documents with one pass key, and with keys that differ by their label
         self.bos, self.eos, self.pad = (tokenizer.token_to_id(t) for t in (BOS, EOS, PAD))
         self.stops = {tokenizer.token_to_id(t) for t in (".", "?", "!", '."')} - {None}
         self.digits = {tokenizer.token_to_id(str(d)) for d in range(10)}
@@ -52,9 +53,9 @@ class Rows:
     def document(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
         """<bos> prose with facts in it; questions at the end, or anywhere after their fact. Each answer is closed by <eos>."""
         kind = rng.random()
-        if kind < 0.25:
+        if kind < self.single:
             hidden = [rt.pass_key(rng)]
-        elif kind < 0.5:
+        elif kind < self.single + self.labelled:
             hidden = rt.labelled_keys(rng, rng.choice((2, 3, 3, 4)))
         else:
             hidden = rt.facts(rng, rng.randint(2, max(2, size // 50)))
