@@ -157,7 +157,7 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nonsense"], "choose one of: run"),
+        (["nonsense"], "choose one of: demo, run, chat, methods, distances, check"),
         (["distances"], "see longreach distances --help"),
         (["distances", "stock", "--length", "x"], "--length"),
         (["distances", "stock", "--length", 0], "between 1 and 4096"),
@@ -215,7 +215,8 @@ def test_methods_json_round_trips(run: Run) -> None:
         assert all(set(p) == {"name", "option", "type", "default", "required", "help"} for p in entry["parameters"])
         assert all(p["help"] and p["option"] == "--" + p["name"].replace("_", "-") for p in entry["parameters"])
         example = next(m for m in METHODS if m.name == entry["name"]).to_json()
-        made = longreach.from_json({**example, **{p["name"]: p["default"] for p in entry["parameters"] if not p["required"]}})
+        required = {p["name"]: 256 if p["type"] in ("int", "float") else example[p["name"]] for p in entry["parameters"] if p["required"]}
+        made = longreach.from_json({"method": entry["name"], **required, **{p["name"]: p["default"] for p in entry["parameters"] if not p["required"]}})
         assert type(made) is method and getattr(longreach, entry["class"]) is method
         assert longreach.from_json(json.loads(json.dumps(made.to_json()))) == made
         assert entry["bounded"] == made.bounded or isinstance(made, longreach.Combined)  # which has no parts to answer for it
