@@ -50,17 +50,19 @@ def test_every_turn_equals_an_answer_to_the_whole_sequence(model: Any, method: A
             extension.remove()
 
 
-def test_a_question_costs_only_its_own_tokens(model: Any) -> None:
+@pytest.mark.parametrize("document", [DOCUMENT, ""])
+def test_a_question_costs_only_its_own_tokens(model: Any, document: str) -> None:
     made, fed = tokenizer(), []
     with longreach.extend(model, SelfExtend(8, 16)) as extension:
-        talk = Conversation(model, made, DOCUMENT, extension=extension)
+        talk = Conversation(model, made, document, extension=extension)
         read = talk.read()
         hook = model.model.register_forward_pre_hook(lambda m, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
         answers = [talk.ask(q, 8) for q in QUESTIONS]
         hook.remove()
-    assert read == len(made(DOCUMENT)["input_ids"])
+    assert read == len(made(document)["input_ids"])
     written = sum(len(a.ids) for a in answers)
-    assert sum(fed) == sum(len(f"\n\n{q}") for q in QUESTIONS) + written - 1  # the very last token is not read
+    between = 2 * (len(QUESTIONS) - (not document))
+    assert sum(fed) == sum(map(len, QUESTIONS)) + between + written - 1  # the very last token is not read
 
 
 def test_reset_forgets_the_turns_and_keeps_the_document(model: Any) -> None:

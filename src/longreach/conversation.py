@@ -105,10 +105,10 @@ class Conversation:
         """The ids of everything so far and the question."""
         if self._has_template:
             return self._rendered(question)
-        ids = self._opening()
+        ids, between = self._opening(), "\n\n" if self.document else ""
         for asked, answer in self.turns:
-            ids = ids + self._encode_turn(asked, ids) + answer.ids
-        return ids + self._encode_turn(question, ids)
+            ids, between = ids + self._encode(between + asked) + answer.ids, "\n\n"
+        return ids + self._encode(between + question)
 
     def _opening(self) -> list[int]:
         """What every sequence begins with, whatever is asked: the ids up to the end of the document."""
@@ -119,8 +119,8 @@ class Conversation:
         one, other = self._rendered("a", alone=True), self._rendered("Why?", alone=True)
         return one[: _common(one, other)] if self.document else []
 
-    def _encode_turn(self, question: str, before: list[int]) -> list[int]:
-        return list(self.tokenizer(("\n\n" if before and (self.document or self.turns) else "") + question, add_special_tokens=False)["input_ids"])
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _rendered(self, question: str, alone: bool = False) -> list[int]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -136,7 +136,7 @@ class Conversation:
             rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of its own and may raise anything
             raise ValueError(f"the chat template of this model refuses the messages ({error}); leave out the system message") from error
-        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return self._encode(rendered)
 
     def _rewind(self, ids: list[int]) -> None:
         """Make the cache hold a beginning of `ids`: a template or a tokenizer may write an earlier answer differently than the model did."""
