@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from families import FAMILIES
 from longreach import (
     NTK,
     PI,
@@ -87,6 +92,20 @@ NEUTRAL = [
     STRING(8, 8),
     BlockSelfExtend(1, 8),
 ]
+
+PRIMARY = (SelfExtend, LMInfinite, Stock)
+# One family for each thing that can differ: grouped heads, scaling, frequencies by length, sliding layers, soft-caps, partial and interleaved rotary, sinks.
+REPRESENTATIVE = {"llama", "llama-yarn", "llama-dynamic", "mistral-sliding", "gemma2", "phi", "cohere", "gpt-oss"}
+
+
+def cells(methods: list[Method]) -> list[Any]:
+    """Every family with every method; the other methods on the families that repeat a feature are slow (`pytest -m ""` runs all)."""
+    quick = lambda family, method: isinstance(method, PRIMARY) or family in REPRESENTATIVE  # noqa: E731
+    return [
+        pytest.param(family, method, id=f"{family}-{method}", marks=() if quick(family, method) else pytest.mark.slow)
+        for family in FAMILIES for method in methods
+    ]  # fmt: skip
+
 
 SCALED = {"llama3", "llama-yarn", "llama-linear", "llama-dynamic", "phi3-longrope", "gpt-oss"}
 PAIRS = {"llama-head8": 4, "phi": 4, "gpt-neox": 2, "stablelm": 2}  # rotary pairs of a head; the other families have 8

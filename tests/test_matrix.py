@@ -10,7 +10,7 @@ import torch
 import longreach
 from families import FAMILIES, WINDOW, build, tokens
 from longreach import LMInfinite, SelfExtend
-from methods_matrix import METHODS, NEUTRAL, context, refusal
+from methods_matrix import METHODS, NEUTRAL, cells, context, refusal
 
 LENGTH = 75
 
@@ -46,8 +46,7 @@ def assert_refused(model, method, sentence: str, **arguments) -> None:
     assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), cells(METHODS))
 @torch.no_grad()
 def test_fast_equals_dense(family, method):
     """One shot, cached one shot, chunks with decode, a left-padded batch: all against one dense forward."""
@@ -77,8 +76,7 @@ def test_fast_equals_dense(family, method):
         assert difference(padded[1:, 11:], single) <= gate
 
 
-@pytest.mark.parametrize("method", NEUTRAL, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), cells(NEUTRAL))
 @torch.no_grad()
 def test_neutral_parameters_equal_stock(family, method):
     if family == "mistral-sliding":
