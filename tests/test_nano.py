@@ -105,7 +105,7 @@ def test_beyond_the_window_both_methods_keep_the_loss_that_stock_loses():
         extended = loss(beyond)
     with longreach.extend(model, LMInfinite(512, 4)):
         local = loss(beyond)
-    assert stock > inside + 0.5
+    assert stock > extended + 0.1 and stock > local + 0.2  # at the same positions of the same text
     assert extended < inside + 0.35 and local < inside + 0.25
 
 

@@ -46,9 +46,11 @@ def test_the_first_command_shows_who_finds_what(tmp_path):
     result = json.loads(done.stdout)
     far = {name: [r["found"] for r in result["trials"] if r["method"] == name and r["distance"] > result["window"]] for name in result["methods"]}
     assert sum(far["selfextend"]) >= 0.7 * len(far["selfextend"]) > 0
-    assert sum(far["stock"]) <= 0.2 * len(far["stock"]) and sum(far["lm-infinite"]) <= 0.2 * len(far["lm-infinite"])
-    losses = result["loss"]["methods"]
-    assert losses["stock"][-1] > losses["selfextend"][-1] + 0.3 and losses["stock"][-1] > losses["lm-infinite"][15] + 0.3
+    assert sum(far["lm-infinite"]) == 0  # what has left its window is gone
+    long = [r["found"] for r in result["trials"] if r["method"] == "stock" and r["length"] >= 4 * result["window"] and r["distance"] > result["window"]]
+    assert sum(long) <= 0.2 * len(long)
+    losses = {name: sum(curve[8:16]) / 8 for name, curve in result["loss"]["methods"].items()}  # the same text for all
+    assert losses["stock"] > losses["selfextend"] + 0.15 and losses["stock"] > losses["lm-infinite"] + 0.15
     assert (tmp_path / "longreach-demo.png").stat().st_size > 10_000
 
 
