@@ -2,10 +2,10 @@
 
 Interpolated absolute discounting over the n-grams that are kept:
 
-    p_n(w | h) = max(c(h w) - D, 0) / c(h) + D N(h) / c(h) * p_{n-1}(w | h'),      p_0 = 1 / V
+    p_n(w | h) = [kept] (c(h w) - D) / c(h) + rest(h) * p_{n-1}(w | h'),      p_0 = 1 / V
 
-c counts occurrences, N(h) the different words seen after h, h' is h without its first token. Rare n-grams are left out, those of
-the highest order first, until the kept ones fit the given number.
+c counts occurrences in the whole text, h' is h without its first token, and rest(h) is what the kept n-grams leave of one. Rare
+n-grams are left out until the kept ones fit the given number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Order:
     counts: np.ndarray
     contexts: np.ndarray  # uint64, sorted
     totals: np.ndarray  # c(h)
-    kinds: np.ndarray  # N(h)
+    rest: np.ndarray  # rest(h)
 
 
 def pack(tokens: np.ndarray, n: int) -> np.ndarray:
@@ -44,14 +44,16 @@ class NGram:
         counted = [np.unique(pack(tokens, n), return_counts=True) for n in range(1, largest + 1)]
         least = next(k for k in range(1, 10**6) if sum(int((c >= (k if n else 1)).sum()) for n, (_, c) in enumerate(counted)) <= most)
         self.least = least
-        self.orders = [self._order(g[c >= (least if n else 1)], c[c >= (least if n else 1)]) for n, (g, c) in enumerate(counted)]
+        self.orders = [self._order(g, c, least if n else 1) for n, (g, c) in enumerate(counted)]
 
-    @staticmethod
-    def _order(grams: np.ndarray, counts: np.ndarray) -> Order:
+    def _order(self, grams: np.ndarray, counts: np.ndarray, least: int) -> Order:
+        all_contexts, first = np.unique(grams >> np.uint64(BITS), return_index=True)
+        all_totals = np.add.reduceat(counts, first)
+        grams, counts = grams[counts >= least], counts[counts >= least]
         contexts, first = np.unique(grams >> np.uint64(BITS), return_index=True)
-        totals = np.add.reduceat(counts, first) if len(first) else counts
-        kinds = np.diff(np.append(first, len(grams)))
-        return Order(grams, counts, contexts, totals, kinds)
+        totals = all_totals[np.searchsorted(all_contexts, contexts)]
+        kept = np.add.reduceat(counts - self.discount, first) if len(first) else counts
+        return Order(grams, counts, contexts, totals, 1 - kept / totals)
 
     @property
     def size(self) -> int:
@@ -66,10 +68,9 @@ class NGram:
             grams = pack(tokens, n)
             here = p[n - 1 :]
             at, seen = _find(order.contexts, grams >> np.uint64(BITS))
-            total, kinds = order.totals[at], order.kinds[at]
+            total, rest = order.totals[at], order.rest[at]
             at, known = _find(order.grams, grams)
-            count = np.where(known, order.counts[at], 0)
-            mixed = np.maximum(count - self.discount, 0.0) / total + self.discount * kinds / total * here
+            mixed = np.where(known, order.counts[at] - self.discount, 0.0) / total + rest * here
             p[n - 1 :] = np.where(seen, mixed, here)
         return -np.log(p)
 
