@@ -39,7 +39,7 @@ def command(
 ) -> None:
     """Stock, SelfExtend and LM-Infinite read one book: who finds a hidden key, who stays fluent, and what it costs.
 
-    The embedded model was trained on 512 tokens and has never seen the book. About a minute on two cores.
+    The embedded model was trained on 512 tokens and has never seen the book. A minute or two on two cores.
     """
     with output(as_json, verbose) as out:
         from longreach.demo import Plan
