@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import longreach
+from longreach.loading import shipped_book
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +41,7 @@ def recipe() -> Any:
 @pytest.fixture(scope="module")
 def rows(recipe: Any) -> Any:
     tokenizer = longreach.load("nano")[1].backend_tokenizer
-    books = np.asarray(tokenizer.encode(longreach.loading.shipped_book()[:200_000], add_special_tokens=False).ids, dtype=np.uint16)
+    books = np.asarray(tokenizer.encode(shipped_book()[:200_000], add_special_tokens=False).ids, dtype=np.uint16)
     return recipe.rows.Rows(tokenizer, books)
 
 
@@ -117,7 +118,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one(recipe: Any) -> N
 
 @pytest.mark.slow
 def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    text = longreach.loading.shipped_book()
+    text = shipped_book()
     for split, part in (("train", text[:300_000]), ("validation", text[300_000:400_000])):
         (tmp_path / "corpus" / split).mkdir(parents=True)
         (tmp_path / "corpus" / split / "a.txt.xz").write_bytes(lzma.compress(part.encode()))
