@@ -132,11 +132,7 @@ class Conversation:
             messages.append({"role": "user", "content": text})
             if i < len(asked):
                 messages.append({"role": "assistant", "content": asked[i][1].text})
-        try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of its own and may raise anything
-            raise ValueError(f"the chat template of this model refuses the messages ({error}); leave out the system message") from error
-        return self._encode(rendered)
+        return generation.chat_ids(self.tokenizer, messages, "leave out the system message")
 
     def _rewind(self, ids: list[int]) -> None:
         """Make the cache hold a beginning of `ids`: a template or a tokenizer may write an earlier answer differently than the model did."""

@@ -99,6 +99,15 @@ def answer(
     )
 
 
+def chat_ids(tokenizer: Any, messages: list[dict[str, str]], fix: str) -> list[int]:
+    """The ids of messages under the tokenizer's chat template, up to where the answer begins; `fix` is what helps where it refuses them."""
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own and may raise anything
+        raise ValueError(f"the chat template of this model refuses the messages ({error}); {fix}") from error
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
 def generation_config(model: Any, tokenizer: Any, max_new_tokens: int, sampling: Sampling) -> Any:
     """The checkpoint's own settings with ours over them: greedy unless a temperature was asked for, one beam, our cache."""
     config = copy.deepcopy(model.generation_config)

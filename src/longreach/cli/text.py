@@ -116,11 +116,9 @@ def encode(tokenizer: Any, request: Request) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         messages = [] if request.system is None else [{"role": "system", "content": request.system}]
         messages.append({"role": "user", "content": request.user})
-        try:
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of its own and may raise anything
-            raise ValueError(f"the chat template of this model refuses the messages ({error}); leave out --system") from error
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        from longreach.generation import chat_ids
+
+        return chat_ids(tokenizer, messages, "leave out --system")
     if request.system is not None:
         raise ValueError("this model has no chat template, so there is no place for --system; put its words into --prompt")
     return open_ended(tokenizer, tokenizer(request.user)["input_ids"])
