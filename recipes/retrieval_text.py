@@ -116,7 +116,33 @@ NEEDLES = (
     ("{person} gave {person2} a {label} {object}.", "What did {person} give {person2}?"),
     ("In the {place} {person} found a {object}.", "What did {person} find in the {place}?"),
     ("{person} likes to {activity}.", "What does {person} like?"),
+    ("{person} carried the {object} from the {place} to the {place2}.", "What did {person} carry to the {place2}?"),
+    ("{person} sent a {label} {object} to {city}.", "What did {person} send to {city}?"),
+    ("{person} left the {object} behind in {city}.", "What did {person} leave behind in {city}?"),
+    ("{person} and {person2} met in {city}.", "Where did {person} meet {person2}?"),
+    ("{person} paid for the {label} {object}.", "Who paid for the {label} {object}?"),
+    ("{person} sat in the {place} with {person2}.", "Who sat with {person2}?"),
+    ("{person} painted the {place} {label}.", "What did {person} paint?"),
+    ("{person} went to {city} to {activity}.", "Why did {person} go to {city}?"),
+    ("{person} asked {person2} for the {object}.", "What did {person} ask {person2} for?"),
+    ("{person} brought the {object} home from {city}.", "What did {person} bring from {city}?"),
+    ("{person} returned from {city} without the {object}.", "Who returned from {city}?"),
+    ("{person} broke the {object} of {person2}.", "Whose {object} did {person} break?"),
+    ("Behind the {place} stands a {label} {place2}.", "What stands behind the {place}?"),
+    ("The people of {city} love the {label} {object}.", "What do the people of {city} love?"),
+    ("The {object} of {person} is {label}.", "What is the {object} of {person} like?"),
+    ("There is a {label} {object} in the {place} of {city}.", "What is in the {place} of {city}?"),
 )
+# Numbers that nobody asks for: what a pass key must not be taken for.
+OTHER_NUMBERS = (
+    "In {year} {person} went to {city}.", "It was the {small}th of May, {year}.", "{person} was then {small} years old.", "That was in {year}.",
+    "The {label} {object} cost {number} pounds.", "There were {number} men in {city}.", "From {year} to {year2} nothing happened.", "CHAPTER {small}.",
+    "The road from {city} to the {place} is {number} miles long.", "{thousands} people live in {city}.", "The sum was {thousands} dollars.",
+    "(See page {number}.)", "The ship of {person} carried {number} tons.", "{person} lived in number {small}.", "The year is {year}.", "No. {number}.",
+    "The height of the tower is {number} feet.", "{person} had {number} sheep, {number2} goats and {small} cows.", "The letter was dated {small} June {year}.",
+    "It is {small} degrees in {city}.", "The war of {year} lasted {small} years.", "The {object} weighs {number} grains.", "{person} died in {year}.",
+    "The regiment lost {number} men and {number2} horses.", "At {small} o'clock {person} came back.", "The answer of {person} was {number}.",
+)  # fmt: skip
 HELD_OUT_NEEDLE = ("{person} travelled to {city} with the {object}.", "What did {person} take to {city}?")
 
 OPENINGS = (
@@ -186,14 +212,27 @@ def labelled_keys(rng: Random, n: int, standard: float = 0.6) -> list[Fact]:
     return [value_of(rng, f"{label} {kind}", statement, standard=standard) for label in rng.sample(LABELS, n)]
 
 
-def needle(rng: Random, form: tuple[str, str] | None = None) -> Fact:
-    words = {
-        "person": rng.choice(PEOPLE), "person2": rng.choice(PEOPLE), "city": rng.choice(CITIES).replace("-", " "), "object": rng.choice(OBJECTS),
-        "place": rng.choice(PLACES), "place2": rng.choice(PLACES), "label": rng.choice(LABELS),
+def other_number(rng: Random) -> str:
+    """A sentence with a number that no question asks for."""
+    words = _words(rng) | {
+        "year": str(rng.randint(1066, 1925)), "year2": str(rng.randint(1066, 1925)), "small": str(rng.randint(2, 99)),
+        "number": number(rng), "number2": number(rng), "thousands": f"{rng.randrange(1000, 10 ** rng.randint(4, 7)):,}",
     }  # fmt: skip
+    return rng.choice(OTHER_NUMBERS).format(**words)
+
+
+def needle(rng: Random, form: tuple[str, str] | None = None) -> Fact:
+    words = _words(rng)
     words["activity"] = rng.choice(ACTIVITIES).format(**words)
     statement, question = (part.format(**words) for part in form or rng.choice(NEEDLES))
     return Fact(statement, question, " " + statement, question)
+
+
+def _words(rng: Random) -> dict[str, str]:
+    return {
+        "person": rng.choice(PEOPLE), "person2": rng.choice(PEOPLE), "city": rng.choice(CITIES).replace("-", " "), "object": rng.choice(OBJECTS),
+        "place": rng.choice(PLACES), "place2": rng.choice(PLACES), "label": rng.choice(LABELS),
+    }  # fmt: skip
 
 
 def pairs(rng: Random, n: int) -> tuple[str, list[Fact]]:

@@ -40,7 +40,7 @@ WINDOW = 512
 VOCABULARY = 2048
 MATRIX_RATE, VECTOR_RATE = 0.005, 3e-3  # Muon for the matrices of the layers, AdamW for embeddings and norms
 DECAY_SHARE = 0.45  # the last 45 % of the steps decay linearly to zero
-STEPS = 2400
+STEPS = 4400
 
 
 class Stage(NamedTuple):
@@ -54,6 +54,7 @@ class Stage(NamedTuple):
     documents: float
     single: float = 0.25  # share of the documents that hide one pass key
     labelled: float = 0.25  # share of those whose keys differ by their label only
+    numbers: float = 0.25  # share of the passages drawn where a book has numbers, and of the documents with numbers that are not asked for
 
 
 # Short, dense rows teach what a question is; then the gaps grow to the whole window.
@@ -184,7 +185,7 @@ def train(args: argparse.Namespace) -> None:
         bar = progress.add_task("training", total=args.steps, completed=step, state="")
         while step < args.steps and step != args.stop_after:
             now = stage(step)
-            rows.single, rows.labelled = now.single, now.labelled
+            rows.single, rows.labelled, rows.numbers = now.single, now.labelled, now.numbers
             rng = Random(args.seed * 1_000_003 + step)
             ids, weights = rows.batch(rng, now.tokens // now.length, now.length, now.copying, now.drill, now.documents)
             ids, w = ids.to(device), weights[:, 1:].flatten().to(device)

@@ -28,9 +28,11 @@ class Rows:
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         self.vocabulary = tokenizer.get_vocab_size()
         self.single = self.labelled = 0.25  # shares of the documents with one pass key, and with keys that differ by their label
+        self.numbers = 0.0  # share of the passages drawn where a book has numbers, and of the documents with other numbers in them
         self.bos, self.eos, self.pad = (tokenizer.token_to_id(t) for t in (BOS, EOS, PAD))
         self.stops = {tokenizer.token_to_id(t) for t in (".", "?", "!", '."')} - {None}
         self.digits = {tokenizer.token_to_id(str(d)) for d in range(10)}
+        self.numbered = np.flatnonzero(np.isin(books, list(self.digits)))  # where the books have digits
 
     def batch(self, rng: Random, count: int, length: int, copying: float, drill: float, documents: float) -> tuple[torch.Tensor, torch.Tensor]:
         """-> ids [count, length + 1] int64 and weights [count, length + 1]; the shares of the three kinds of rows, the rest is prose."""
@@ -48,6 +50,8 @@ class Rows:
             grass = self.encode(" " + rt.GRASS)
             return (grass * (size // len(grass) + 1))[:size]
         start = rng.randrange(len(self.books) - size)
+        if size > 1 and len(self.numbered) and rng.random() < self.numbers:
+            start = min(max(0, int(rng.choice(self.numbered)) - rng.randrange(size)), len(self.books) - size)
         return self.books[start : start + size].tolist()
 
     def document(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
@@ -66,7 +70,7 @@ class Rows:
         room = size - 1 - len(opening) - sum(len(ids) for ids, _ in (*statements.values(), *questions.values()))
         if room < size // 5:
             return self.drill(rng, size)
-        prose = self.passage(rng, room)
+        prose = self._with_other_numbers(rng, room) if rng.random() < self.numbers else self.passage(rng, room)
         at_end = rng.random() < 0.6
         pieces = []  # (position in the prose, order among those of one position, ids, weights)
         for fact in hidden:
@@ -81,6 +85,17 @@ class Rows:
             weights += [1.0] * (position - last) + token_weights
             last = position
         return ids + prose[last:], weights + [1.0] * (room - last)
+
+    def _with_other_numbers(self, rng: Random, size: int) -> list[int]:
+        """A passage with sentences in it that have numbers nobody asks for, as many as come at most to half of it."""
+        others = [self.encode(" " + rt.other_number(rng)) for _ in range(rng.randint(1, max(1, size // 40)))]
+        while sum(map(len, others)) > size // 2:
+            others.pop()
+        prose = self.passage(rng, size - sum(map(len, others)))
+        for tokens in others:
+            position = self.gap(rng, prose)
+            prose[position:position] = tokens
+        return prose
 
     def drill(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
         """Short and dense: a few facts or pairs, then questions about them until the row is full."""
