@@ -1,0 +1,123 @@
+"""What a benchmark task is: samples made of prompt parts, a score, and rows of results.
+
+Knows tokenizers, texts and random numbers; not models, methods, runners or files of results. A sample is a function of
+(seed, length, index) alone, so that any order and any sharding gives the same samples.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, ClassVar, Literal
+
+Chat = Literal["off", "user_turn", "prefix"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The four parts of a prompt. Only `document` may be cut; `answer_prefix` is the beginning of the answer, given to the model."""
+
+    document: str
+    query: str = ""
+    prefix: str = ""
+    answer_prefix: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.prefix + self.document + self.query + self.answer_prefix
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its accepted answers.
+
+    meta  plain data that results are grouped by: length_target, depth (0 to 1), seed, ...
+    stop  strings that end an answer; "\\n" for tasks that want one line.
+    chat  how a chat template applies: not at all, the whole prompt as the user's turn, or the prefix only.
+    """
+
+    id: str
+    parts: Parts
+    references: tuple[str, ...]
+    max_new_tokens: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    chat: Chat = "off"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user chooses for a task.
+
+    lengths  total tokens of prompt and answer, one set of samples for each; () for tasks whose data have their own lengths.
+    depths   where in the document a fact lies, 0 to 1; for tasks that have a depth.
+    samples  per length (and per depth, where a task has depths).
+    text     text of the user to hide facts in; None for the task's own filler or the shipped book.
+    data     file or folder of the official data, for tasks that need it.
+    options  what only one task knows, by its own names; a task refuses a name that it does not know.
+    """
+
+    lengths: tuple[int, ...] = ()
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: int = 5
+    seed: int = 0
+    text: str | None = None
+    data: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task:
+    """A benchmark task: one class, one file in `evals/tasks/`. Subclasses set the class variables and define `samples` and `score`.
+
+    metric   the name of the main metric, a key of what `score` returns.
+    random   the score of guessing, in 0..1, where it is defined.
+    """
+
+    name: ClassVar[str]  # kebab-case, as on the command line
+    group: ClassVar[str] = ""  # the benchmark it belongs to, such as "ruler"; "" for a task of its own
+    version: ClassVar[str] = "1"
+    license: ClassVar[str] = ""
+    source: ClassVar[str] = ""  # paper or repository
+    needs_data: ClassVar[bool] = False
+    metric: ClassVar[str] = "accuracy"
+    random: ClassVar[float | None] = None
+    options: ClassVar[Mapping[str, Any]] = {}  # known options and their defaults
+
+    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        raise NotImplementedError
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        """Metrics of one answer, each in 0..1. Never raises on any string."""
+        raise NotImplementedError
+
+    def option(self, settings: Settings, name: str) -> Any:
+        if unknown := set(settings.options) - set(self.options):
+            raise ValueError(f"{self.name} has no option {', '.join(sorted(unknown))}; it knows {', '.join(self.options) or 'none'}")
+        return settings.options.get(name, self.options[name])
+
+
+def generator(settings: Settings, *key: Any) -> Random:
+    """The random numbers of one sample: a function of the seed and of what names the sample (task, length, depth, index)."""
+    return Random(":".join(map(str, (settings.seed, *key))))
+
+
+def tasks() -> dict[str, Task]:
+    """Every task by its name, found in the files of `evals/tasks/`."""
+    package = importlib.import_module("longreach.evals.tasks")
+    found: dict[str, Task] = {}
+    for module in sorted(m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")):
+        for value in vars(importlib.import_module(module)).values():
+            if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module and "name" in vars(value):
+                assert value.name not in found, f"two tasks are called {value.name}"
+                found[value.name] = value()
+    return dict(sorted(found.items()))
+
+
+def task(name: str) -> Task:
+    known = tasks()
+    if name not in known:
+        raise ValueError(f"there is no task {name!r}; choose one of {', '.join(known)}")
+    return known[name]
