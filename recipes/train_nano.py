@@ -40,7 +40,7 @@ WINDOW = 512
 VOCABULARY = 2048
 MATRIX_RATE, VECTOR_RATE = 0.005, 3e-3  # Muon for the matrices of the layers, AdamW for embeddings and norms
 DECAY_SHARE = 0.45  # the last 45 % of the steps decay linearly to zero
-STEPS = 3600
+STEPS = 3200
 
 
 class Stage(NamedTuple):
