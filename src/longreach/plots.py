@@ -65,7 +65,7 @@ def distances(matrix: torch.Tensor, title: str, path: str | Path, trained: int |
     _matrix(figure, panels[0], matrix, trained, fixed=pairs is None)
     if pairs is not None:
         _turns(panels[1], pairs)
-    _save(figure, path, PALETTE)
+    save(figure, path, PALETTE)
 
 
 def _matrix(figure: Any, axes: Any, matrix: torch.Tensor, trained: int | None, fixed: bool) -> None:
@@ -128,7 +128,7 @@ def _turns(axes: Any, pairs: Pairs) -> None:
     axes.legend(frameon=False, fontsize=8.5, loc="upper left")
 
 
-def _save(figure: Any, path: str | Path, colours: int | None = None) -> None:
+def save(figure: Any, path: str | Path, colours: int | None = None) -> None:
     """The whole picture or none; with `colours`, reduced to so many."""
     temporary = Path(f"{path}.tmp")
     if colours is None:
@@ -172,7 +172,7 @@ def reach(result: dict[str, Any], path: str | Path) -> None:
             side.set_visible(False)
     axes[1].set_ylabel("depth of the key in the text (%)", fontsize=9)
     figure.suptitle("Left: loss along a book.  Right: pass keys found (%), by length of the text and depth of the key", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _loss_curves(axis: Any, result: dict[str, Any]) -> None:
