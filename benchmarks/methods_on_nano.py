@@ -307,7 +307,8 @@ def options(window: int) -> argparse.Namespace:
     args = parser.parse_args()
     args.lengths = sorted(set(args.lengths))
     if wrong := [n for n in args.lengths if n < window or n % window]:
-        parser.error(f"--lengths must be multiples of the trained window of {window}, not {wrong[0]}; pass for example {max(1, round(wrong[0] / window)) * window}")
+        near = max(1, round(wrong[0] / window)) * window
+        parser.error(f"--lengths must be multiples of the trained window of {window}, not {wrong[0]}; pass for example {near}")
     args.keys = args.keys or [usual_keys(n, window) for n in args.lengths]
     args.keys = args.keys * len(args.lengths) if len(args.keys) == 1 else args.keys
     if len(args.keys) != len(args.lengths) or min(*args.keys, args.depths, args.texts) < 1:

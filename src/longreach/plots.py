@@ -6,6 +6,7 @@ Figures are drawn by the Agg canvas directly: no display, no global state of pyp
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from dataclasses import dataclass
@@ -19,41 +20,46 @@ COLOURS = {"stock": "#8a8a8a", "selfextend": "#1b6ca8", "lm-infinite": "#d9822b"
 NEAR_TO_FAR = ["#08306b", "#2171b5", "#6baed6", "#cfe1f2"]
 UNTRAINED = "#e6872d"
 MOST_CELLS = 512  # of a side of a drawn matrix; a larger one is sampled
-PALETTE = 64  # colours of a matrix picture, which keeps it small
+PALETTE = 256  # colours of a matrix picture, which keeps it small
 
 
 @dataclass(frozen=True)
 class Pairs:
     """The rotary pairs of a head, as trained and under a method: inverse frequencies [pairs], from the fastest to the slowest.
 
-    window, context: trained tokens, and those of the text.
+    window, context: trained tokens, and those of the text. largest: the largest distance in it.
     """
 
     own: torch.Tensor
     new: torch.Tensor
     window: int
     context: int
+    largest: float
     scaling: float = 1.0
 
-    def untrained(self, distance: int) -> torch.Tensor:
-        """[pairs]: whether the angle at a distance is beyond all that the pair met in training. A pair that made a full turn met every angle."""
-        largest = (self.window - 1) * self.own
-        return (largest < 2 * torch.pi) & (distance * self.new > largest * (1 + 1e-6))
+    @property
+    def reaches(self) -> torch.Tensor:
+        """[pairs]: the distance up to which the angles of a pair are trained ones. A pair that makes a full turn in the trained window met all."""
+        turned = self.window * self.own >= 2 * torch.pi
+        return torch.where(turned, torch.inf, self.window * self.own / self.new * (1 + 1e-6))
+
+    @property
+    def untrained(self) -> torch.Tensor:
+        """[pairs]: whether it meets an angle in the text that it did not meet in training."""
+        return self.largest > self.reaches
 
     @property
     def reach(self) -> int | None:
-        """The first distance with an untrained angle; None if no distance of the text has one."""
-        slow = (self.window - 1) * self.own < 2 * torch.pi
-        if not bool(slow.any()):
-            return None
-        first = int(((self.window - 1) * self.own / self.new)[slow].min().item() * (1 + 1e-6)) + 1
-        return first if first < self.context else None
+        """The largest distance with trained angles only; None if all distances of the text are."""
+        least = self.reaches.min().item()
+        return math.floor(least) if least < self.largest else None
 
 
 def distances(matrix: torch.Tensor, title: str, path: str | Path, trained: int | None = None, pairs: Pairs | None = None) -> None:
     """matrix [Q, K] of effective distances, NaN where hidden -> a PNG at `path`.
 
-    trained  distances from here on were never trained, and get a colour of their own; the colours below it then mean the same in every picture.
+    trained  distances above this were never trained and get a colour of their own; the colours up to it then mean the same in every picture. The
+             trained window itself, one more than the largest trained distance, is the ceiling that published methods allow themselves.
     pairs    for a method that changes frequencies: a second panel, how long a turn of every rotary pair is. `trained` is taken from it.
     """
     from matplotlib.figure import Figure
@@ -77,8 +83,8 @@ def _matrix(figure: Any, axes: Any, matrix: torch.Tensor, trained: int | None, f
     step = -(-n // MOST_CELLS)
     seen = matrix[::step, ::step]
     largest = seen.nan_to_num(0).max().item()
-    beyond = trained is not None and largest >= trained
-    top = trained - 1 if trained is not None and (fixed or beyond) else largest
+    beyond = trained is not None and largest > trained
+    top = trained if trained is not None and (fixed or beyond) else largest
     colours = LinearSegmentedColormap.from_list("distance", NEAR_TO_FAR).with_extremes(bad="white", over=UNTRAINED)
     edges = (-0.5, n - 0.5, n - 0.5, -0.5)
     image = axes.imshow(seen.numpy(), cmap=colours, vmin=0, vmax=max(top, 1), interpolation="nearest", origin="upper", extent=edges)
@@ -112,17 +118,18 @@ def _turns(axes: Any, pairs: Pairs) -> None:
     """The tokens of one full turn, by pair. What is above the line of the trained window never turned fully in training."""
     own, new = 2 * torch.pi / pairs.own, 2 * torch.pi / pairs.new
     index = torch.arange(len(own))
-    bad = pairs.untrained(pairs.context - 1)
+    bad = pairs.untrained
     axes.plot(index, own, color="#8a8a8a", lw=2, label="as trained")
-    axes.plot(index, new, color=NEAR_TO_FAR[1], lw=2, label="with the method")
+    scaled = f"; cos and sin times {pairs.scaling:.4g}" if pairs.scaling != 1 else ""
+    axes.plot(index, new, color=NEAR_TO_FAR[1], lw=2, label=f"with the method{scaled}")
     if bool(bad.any()):
-        label = f"meets untrained angles within {pairs.context} tokens"
-        axes.plot(index[bad], new[bad], color=UNTRAINED, ls="", marker="o", ms=5, label=label)
+        axes.plot(index[bad], new[bad], color=UNTRAINED, ls="", marker="o", ms=5, label="untrained angles in the text")
     for tokens, name in ((pairs.window, "trained window"), (pairs.context, "text")):
         axes.axhline(tokens, color="black", ls=":", lw=1)
         axes.annotate(f"{name}, {tokens}", (len(own) - 1, tokens), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", fontsize=8)
     axes.set_yscale("log")
-    axes.set_xlabel("rotary pair, from fast to slow" + (f"    (cos and sin times {pairs.scaling:.4g})" if pairs.scaling != 1 else ""))
+    axes.set_xlabel("rotary pair, from fast to slow")
+    axes.set_ylim(top=3 * max(own.max().item(), new.max().item()))
     axes.set_ylabel("tokens of one full turn")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8.5, loc="upper left")

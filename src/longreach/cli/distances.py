@@ -77,7 +77,7 @@ def pairs_of(method: Method, window: int, context: int, base: float, dims: int) 
     if dims % 2:
         raise ValueError(f"--rotary-dims must be even, not {dims}: dims are rotated in pairs")
     own, new = frequencies.without_model(method, window, context, base, dims)
-    return plots.Pairs(own.inverse, new.inverse, window, context, new.scaling)
+    return plots.Pairs(own.inverse, new.inverse, window, context, method.largest_distance(context), new.scaling)
 
 
 def note_late(out: Output, method: Method) -> None:

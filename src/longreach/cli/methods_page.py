@@ -158,13 +158,15 @@ def gallery() -> str:
     positions = [kind for kind in kinds if not kind.rescales]
     shown = example(positions[0])
     lead = (
-        f"Methods of positions, {shown.length} tokens on a trained window of {shown.window}: colour is the effective distance, the same in every picture; orange "
-        "was never trained, white is not visible."
+        f"Methods of positions, {shown.length} tokens on a trained window of {shown.window}: colour is the effective distance, on the same scale in every "
+        "picture; orange was never trained, white is not visible."
     )
     others = [kind for kind in kinds if kind.rescales]
+    shown = example(others[0])
     second = (
-        f"Frequency methods, whose distances are the true ones, {example(others[0]).length} tokens on a trained window of {example(others[0]).window}: beside the "
-        "distances, the tokens of one full turn of every rotary pair. Orange is a distance at which some pair has an angle that was never trained."
+        f"Frequency methods, whose distances are the true ones, {shown.length} tokens on a trained window of {shown.window}: beside the distances, the tokens "
+        f"of one full turn of every rotary pair (rope_theta {BASE:g}, {DIMS} rotated dims). Orange is a distance at which some pair has an angle that was "
+        "never trained."
     )
     return "\n\n".join((lead, grid(positions, COLUMNS), second, grid(others, 2)))
 
@@ -186,7 +188,7 @@ def anchor(kind: type[Method]) -> str:
 
 
 def sections() -> dict[str, str]:
-    return {"gallery": gallery()} | {kind.name: f'<a id="{anchor(kind)}"></a>\n{section(kind)}' for kind in registry().values()}
+    return {"gallery": gallery()} | {kind.name: f'<a id="{anchor(kind)}"></a>\n\n{section(kind)}' for kind in registry().values()}
 
 
 def filled(page: str) -> str:

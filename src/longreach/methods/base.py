@@ -80,7 +80,8 @@ class Method(ABC):
 
     def brief(self) -> str:
         """The method and those of its parameters that are not the defaults."""
-        given = [f"{f.name}={_brief(value)}" for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default]  # type: ignore[arg-type]
+        values = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        given = [f"{f.name}={value.brief() if isinstance(value, Method) else _brief(value)}" for f, value in values if value != f.default]
         return f"{type(self).__name__}({', '.join(given)})"
 
 
