@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from methods_result import share
+
 from longreach import plots
 from longreach.methods import registry
 
@@ -32,7 +34,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             loss_curve(axes[0], cells, result["window"], style)
             recall_curve(axes[1], cells, result, style, far=True, shift=number)
             recall_curve(axes[2], cells, result, style, far=False, shift=number)
-        axes[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2, frameon=False, fontsize=8.5)
+        axes[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=2, frameon=False, fontsize=8.5)
     finish(grid, result)
     plots.save(figure, path)
 
@@ -62,8 +64,6 @@ def loss_curve(axis: Any, cells: list[Cell], window: int, style: dict[str, Any])
 
 def recall_curve(axis: Any, cells: list[Cell], result: dict[str, Any], style: dict[str, Any], far: bool, shift: int) -> None:
     """Percent found with 95 % intervals, the methods a little apart so that the bars do not hide each other."""
-    from methods_on_nano import share  # which draws this picture, and says what a share is
-
     lengths = result["plan"]["lengths"]
     points = [(lengths.index(c["length"]) + 0.06 * (shift - 3), s) for c in cells if (s := share(c, result["window"], far=far))]
     name = registry()[cells[0]["asked"]].__name__
