@@ -78,7 +78,8 @@ def findings(result: dict[str, Any]) -> list[str]:
         row = [cell for cell in result["cells"] if cell["length"] == length]
         lowest = min(row, key=lambda cell: cell["loss"][-1])
         close = [label(cell) for cell in row if cell is not lowest and cell["loss"][-1] < lowest["loss"][-1] + 0.02]
-        loss = f"the lowest loss in the last window is {label(lowest)}'s, {lowest['loss'][-1]:.2f}" + (f" (within 0.02: {several(close, row)})" if close else "")
+        loss = f"the lowest loss in the last window is {label(lowest)}'s, {lowest['loss'][-1]:.2f}"
+        loss += f" (within 0.02: {several(close, row)})" if close else ""
         shares = [(cell, found) for cell in row if (found := share(cell, window, far=True))]
         if not shares:
             said.append(f"{length} tokens: {loss}.")

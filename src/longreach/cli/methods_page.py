@@ -205,6 +205,8 @@ def filled(page: str) -> str:
 
 def write(path: Path) -> list[Path]:
     """Fill the page and draw the pictures -> the files written."""
+    if not path.is_file():
+        raise ValueError(f"there is no page {str(path)!r} with generated sections; pass docs/methods.md of the repository")
     page = filled(path.read_text(encoding="utf-8"))
     folder = path.parent / FOLDER
     folder.mkdir(exist_ok=True)
