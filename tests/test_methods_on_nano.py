@@ -92,7 +92,7 @@ def test_intervals(bench):
 
 def test_the_figure(bench, made_up, tmp_path):
     _, plan, subject = made_up
-    for names in (NAMES, ["selfextend"], ["stock"]):
+    for names in (NAMES, ["stock"]):
         result = bench.run.run(subject, names, plan, tmp_path / "cells.jsonl")
         bench.figure.draw(result, tmp_path / "figure.png")
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
