@@ -178,6 +178,8 @@ def test_version(run: Run) -> None:
         (["distances", "stock", "7"], "unexpected argument '7'"),
         (["distances", "stock", "--png", "picture.svg"], "picture.png"),
         (["distances", "stock", "--png", "/no/such/folder/picture.png"], "create it first"),
+        (["distances", "pi", "--factor", 2, "--trained-window", 64], "add --png FILE"),
+        (["methods", "--markdown", "/no/such/page.md"], "there is no page"),
     ],
 )
 def test_bad_arguments(run: Run, arguments: list[object], says: str) -> None:
@@ -366,6 +368,21 @@ def test_picture(run: Run, tmp_path: Path, length: int) -> None:
     found = run("distances", "selfextend", "--group-size", 2, "--window", 4, "--length", length, "--png", file, "--json")
     assert found.json["png"] == str(file) and len(found.json["distances"]) == length
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_of_a_frequency_method(run: Run, tmp_path: Path) -> None:
+    """The distances alone, or the rotary pairs beside them if the trained window is known."""
+    width = lambda path: int.from_bytes(path.read_bytes()[16:20], "big")  # noqa: E731
+    arguments = ["distances", "yarn", "--factor", 4, "--length", 128]
+    assert "pass --trained-window N to draw them too" in run(*arguments, "--png", tmp_path / "one.png").err
+    two = run(*arguments, "--trained-window", 32, "--rotary-dims", 16, "--png", tmp_path / "two.png")
+    assert "note" not in two.err and width(tmp_path / "two.png") > 1.5 * width(tmp_path / "one.png")
+
+
+def test_rotary_dims_come_in_pairs(run: Run, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    refused(run, "distances", "pi", "--factor", 2, "--trained-window", 64, "--rotary-dims", 7, "--png", picture, says="must be even, not 7")
+    assert not picture.exists()
 
 
 # -- run ------------------------------------------------------------------------------------------------------------------------

@@ -119,6 +119,14 @@ def choose(window: Window, context: int) -> Choice:
     )
 
 
+def recommended(method: type[Method], window: Window, context: int) -> Method:
+    """The setting of a method for a declared context: the dial's for SelfExtend (which is Stock where the text fits), else the method's own.
+
+    Raises ValueError where there is none.
+    """
+    return choose(window, context).method if method is SelfExtend else method.recommended(window.tokens, context)
+
+
 def usual(length: int, group: int) -> SelfExtend:
     """The method that the dial considers for a group size."""
     return SelfExtend(group, neighbour_window(length, group))

@@ -15,6 +15,7 @@ from longreach.cli.common import Json, Output, check_picture, output
 if TYPE_CHECKING:
     import torch
 
+    from longreach import plots
     from longreach.methods.base import Method
 
 TAKES_METHOD_PARAMETERS = True
@@ -28,6 +29,9 @@ def command(
     length: Annotated[int, typer.Option("--length", "-n", help=f"Number of tokens, at most {MOST_TOKENS}.")] = 10,
     layer: Annotated[int, typer.Option("--layer", min=0, help="The layer, for methods that treat layers differently.")] = 0,
     png: Annotated[Path | None, typer.Option("--png", help="Draw the matrix into this file instead of printing it.")] = None,
+    trained_window: Annotated[int | None, typer.Option("--trained-window", min=2, help="For the picture: mark what so many tokens do not train.")] = None,
+    base: Annotated[float, typer.Option("--rope-base", min=1.0, help="For the picture of a frequency method: the model's rope_theta.")] = 1e4,
+    dims: Annotated[int, typer.Option("--rotary-dims", min=2, help="For the picture of a frequency method: rotated dims of a head.")] = 128,
     as_json: Json = False,
 ) -> None:
     """Show how far away every key is for every query: rows are queries, columns keys, "." is not visible.
@@ -40,25 +44,40 @@ def command(
         if not 1 <= length <= MOST_TOKENS:
             raise ValueError(f"--length must be between 1 and {MOST_TOKENS}, not {length}; the matrix has length x length entries")
         check_picture(png)
+        if png is None and trained_window is not None:
+            raise ValueError("--trained-window marks a picture; add --png FILE")
         from longreach.cli.parameters import build
         from longreach.segments import matrices
 
-        chosen = build(method, context.args, ["--length", "--layer", "--png", "--json"])
+        chosen = build(method, context.args, ["--length", "--layer", "--png", "--trained-window", "--rope-base", "--rotary-dims", "--json"])
         assert chosen is not None
         matrix = matrices(chosen.layout(layer).segments, length).distance
         note_late(out, chosen)
-        if chosen.rescales:
-            out.note(f"note: {chosen.name} changes the frequencies at which these distances are encoded, which is not drawn")
+        pairs = pairs_of(chosen, trained_window, length, base, dims) if png is not None and chosen.rescales and trained_window is not None else None
+        if chosen.rescales and pairs is None:
+            drawn = "" if png is None else "; pass --trained-window N to draw them too"
+            out.note(f"note: {chosen.name} changes the frequencies at which these distances are encoded, which is not drawn{drawn}")
         result: dict[str, Any] = {"method": chosen.to_json(), "length": length, "layer": layer}
         if png is not None:
             from longreach import plots
 
-            plots.distances(matrix, chosen.brief(), png)
+            plots.distances(matrix, chosen.brief(), png, trained_window, pairs)
             out.note(f"wrote {png}")
             result["png"] = str(png)
         if as_json:
             result["distances"] = rows(matrix)
         out.finish(result, lambda console: None if png is not None else print(text(matrix)))
+
+
+def pairs_of(method: Method, window: int, context: int, base: float, dims: int) -> plots.Pairs:
+    """The rotary pairs of a model that the options describe, for the second panel."""
+    from longreach import plots
+    from longreach.seam import frequencies
+
+    if dims % 2:
+        raise ValueError(f"--rotary-dims must be even, not {dims}: dims are rotated in pairs")
+    own, new = frequencies.without_model(method, window, context, base, dims)
+    return plots.Pairs(own.inverse, new.inverse, window, context, method.largest_distance(context), new.scaling)
 
 
 def note_late(out: Output, method: Method) -> None:

@@ -6,8 +6,10 @@ Knows the registry; loads no model.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 from longreach.cli.common import Json, output
@@ -16,11 +18,20 @@ if TYPE_CHECKING:
     from longreach.methods.base import Method
 
 
-def command(as_json: Json = False) -> None:
+def command(
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Fill the generated sections of this page and draw its pictures instead.")] = None,
+    as_json: Json = False,
+) -> None:
     """List the methods and their parameters."""
     with output(as_json) as out:
         from longreach.methods import registry
 
+        if markdown is not None:
+            from longreach.cli import methods_page
+
+            written = [str(path) for path in methods_page.write(markdown)]
+            out.finish({"written": written}, lambda console: console.print("\n".join(written), markup=False, soft_wrap=True))
+            return
         found = [describe(method) for method in registry().values()]
         out.finish({"methods": found}, lambda console: show(console, found))
 

@@ -57,6 +57,14 @@ class Method(ABC):
         j = torch.arange(n) if n < 65536 else torch.cat([torch.arange(1024), torch.arange(1024, n, 97), torch.arange(n - 1024, n)])
         return self.distances(i, j).nan_to_num(0).max().item()
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> Method:
+        """The setting that its authors recommend, on a trained window, for a text of `context` tokens: what it is compared with others at.
+
+        Raises ValueError if there is none that follows from these two numbers.
+        """
+        raise ValueError(f"{cls.name} has no recommended setting that follows from a trained window and a context; name its parameters")
+
     @property
     def chunk_invariant(self) -> bool:
         """Whether the result of a prompt is the same however it is cut into forwards."""
@@ -72,7 +80,8 @@ class Method(ABC):
 
     def brief(self) -> str:
         """The method and those of its parameters that are not the defaults."""
-        given = [f"{f.name}={_brief(value)}" for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default]  # type: ignore[arg-type]
+        values = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        given = [f"{f.name}={value.brief() if isinstance(value, Method) else _brief(value)}" for f, value in values if value != f.default]
         return f"{type(self).__name__}({', '.join(given)})"
 
 

@@ -46,6 +46,15 @@ class BlockSelfExtend(Method):
             f"pass window {max(1, round(self.window / self.group_size)) * self.group_size}",
         )
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> BlockSelfExtend:
+        """Blocks of about a quarter of the trained window, and the smallest group size whose capacity holds the text."""
+        for group in range(1, window // 2 + 1):
+            method = cls(group, max(1, round(window / 4 / group)) * group)
+            if (method.capacity(window) or 0) >= context:
+                return method
+        raise ValueError(f"no group size of {cls.name} reaches {context} tokens on a trained window of {window}; declare fewer tokens")
+
     def layout(self, layer: int = 0) -> Layout:
         w, g = self.window, self.group_size
         running = Segment(Identity(), Identity(), Visible(0, 1, chunk=w))

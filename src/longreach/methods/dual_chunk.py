@@ -63,6 +63,11 @@ class DualChunk(Method):
             f"{self.pretraining_length} does not train; pass local_window {self.pretraining_length - self.chunk} or less",
         )
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> DualChunk:
+        """The paper's preset."""
+        return cls(pretraining_length=window)
+
     @property
     def chunk(self) -> int:
         """s."""

@@ -33,6 +33,11 @@ class DynamicNTK(FrequencyMethod):
     def __post_init__(self) -> None:
         require_number("factor", self.factor, 1)
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> DynamicNTK:
+        """The default: scaled by what the context asks for."""
+        return cls()
+
     def frequencies(self, rope: Rope) -> Frequencies:
         require(rope.own.inverse.numel() > 1, "dynamic NTK needs two pairs of rotary dims or more, and this model rotates one; use PI(factor=...)")
         return rope.standard("dynamic", rope.length, factor=self.factor)

@@ -42,6 +42,11 @@ class DynamicYaRN(FrequencyMethod):
         if self.attention_factor is not None:
             require_positive("attention_factor", self.attention_factor)
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> DynamicYaRN:
+        """The default: scaled by what the context asks for."""
+        return cls()
+
     def frequencies(self, rope: Rope) -> Frequencies:
         factor = max(1.0, rope.length / rope.window)
         return YaRN(factor, self.beta_fast, self.beta_slow, self.truncate_ramp, self.attention_factor).frequencies(rope)

@@ -43,6 +43,13 @@ class LeakyReRoPE(Method):
         if self.log_scale is not None:
             require_integer("log_scale", self.log_scale, 2)
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> LeakyReRoPE:
+        """ReRoPE's window and log scale, and the smallest factor, in hundredths, that keeps all distances trained."""
+        near = max(1, window // 4)
+        needed = (context - 1 - near) / (window - 1 - near) if window - 1 > near else 1.0
+        return cls(near, max(1.0, math.ceil(100 * needed) / 100), window)
+
     def layout(self, layer: int = 0) -> Layout:
         w, s, scale = self.window, self.factor, self.query_scale()
         near = Segment(Identity(), Identity(), Visible(0, w), scale)

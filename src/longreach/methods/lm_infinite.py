@@ -61,6 +61,11 @@ class LMInfinite(Method):
             f"distance='constant' needs distance_limit >= n_local ({self.n_local}), not {self.limit}; raise it or use distance='min'",
         )
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> LMInfinite:
+        """The whole trained window, as in the paper."""
+        return cls(n_local=window)
+
     @property
     def bounded(self) -> bool:  # type: ignore[override]
         return self.top_k == 0

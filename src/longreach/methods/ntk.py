@@ -35,6 +35,11 @@ class NTK(FrequencyMethod):
     def __post_init__(self) -> None:
         require_number("factor", self.factor, 1)
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> NTK:
+        """Larger than context over trained window, as the paper asks: 2 N / L - 1, which is Transformers' dynamic scaling with its usual factor of 2."""
+        return cls(max(1.0, 2 * context / window - 1))
+
     def frequencies(self, rope: Rope) -> Frequencies:
         pairs = rope.own.inverse.numel()
         require(pairs > 1, "NTK-aware scaling needs two pairs of rotary dims or more, and this model rotates one; use PI(factor=...)")

@@ -41,6 +41,11 @@ class NTKByParts(FrequencyMethod):
         require_positive("beta", self.beta)
         require(self.alpha < self.beta, f"beta must be larger than alpha ({self.alpha:g}), not {self.beta:g}; raise it")
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> NTKByParts:
+        """Context over trained window."""
+        return cls(max(1.0, context / window))
+
     def frequencies(self, rope: Rope) -> Frequencies:
         own = rope.own.inverse
         turns = rope.window * own / (2 * math.pi)

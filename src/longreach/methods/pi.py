@@ -32,6 +32,11 @@ class PI(FrequencyMethod):
     def __post_init__(self) -> None:
         require_number("factor", self.factor, 1)
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> PI:
+        """Context over trained window."""
+        return cls(max(1.0, context / window))
+
     def frequencies(self, rope: Rope) -> Frequencies:
         return rope.standard("linear", factor=self.factor)
 

@@ -35,6 +35,11 @@ class ReRoPE(Method):
         if self.log_scale is not None:
             require_integer("log_scale", self.log_scale, 2)
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> ReRoPE:
+        """The published table: a quarter of the trained window. The log scale is on, as always in the official code."""
+        return cls(window=max(1, window // 4), log_scale=window)
+
     def layout(self, layer: int = 0) -> Layout:
         w, scale = self.window, self.query_scale()
         near = Segment(Identity(), Identity(), Visible(0, w), scale)

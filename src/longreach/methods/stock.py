@@ -25,6 +25,11 @@ class Stock(Method):
     paper: ClassVar[str] = "RoPE, arXiv 2104.09864"
     recalls: ClassVar[str] = "everything, inside the trained window"
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> Stock:
+        """Nothing to choose."""
+        return cls()
+
     def layout(self, layer: int = 0) -> Layout:
         return Layout((PLAIN if self.sliding_window is None else Segment(Identity(), Identity(), Visible(0, self.sliding_window)),))
 

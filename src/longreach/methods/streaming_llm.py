@@ -48,6 +48,12 @@ class StreamingLLM(Method):
         require_integer("n_sink", self.n_sink, 0)
         require(self.counting in ("official", "chunkable"), f"counting must be 'official' or 'chunkable', not {self.counting!r}")
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> StreamingLLM:
+        """The paper's sinks; the cache fills the trained window."""
+        sinks = cls.n_sink
+        return cls(n_recent=max(1, window - sinks), n_sink=sinks)
+
     @property
     def cache(self) -> int:
         return self.n_sink + self.n_recent

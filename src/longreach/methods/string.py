@@ -43,6 +43,12 @@ class STRING(Method):
             f"local_window ({self.local_window}) must not exceed shift ({self.shift}), or distances would grow; pass local_window {self.shift} or less",
         )
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> STRING:
+        """A third of the trained window and the paper's 128; half of the shift where that is too much for a small window."""
+        shift = max(1, window // 3)
+        return cls(shift, min(cls.local_window, shift // 2))
+
     def layout(self, layer: int = 0) -> Layout:
         near = Segment(Identity(), Identity(), Visible(0, self.shift))
         return Layout((near, Segment(Affine(1, self.local_window - self.shift), Identity(), Visible(self.shift))))

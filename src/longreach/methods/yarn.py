@@ -45,6 +45,11 @@ class YaRN(FrequencyMethod):
         if self.attention_factor is not None:
             require_positive("attention_factor", self.attention_factor)
 
+    @classmethod
+    def recommended(cls, window: int, context: int) -> YaRN:
+        """Context over trained window."""
+        return cls(max(1.0, context / window))
+
     def frequencies(self, rope: Rope) -> Frequencies:
         return rope.standard(
             "yarn",

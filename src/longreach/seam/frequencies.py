@@ -83,6 +83,16 @@ class _Standard:
         return Frequencies(inverse.double(), float(scaling))
 
 
+def without_model(method: Method, window: int, context: int, base: float, width: int) -> tuple[Frequencies, Frequencies]:
+    """What a head of `width` rotary dims, trained on `window` tokens, rotates with by itself and under the method: for pictures and tables."""
+    pair = torch.arange(0, width, 2).float() / width  # fp32 as in the models, whose frequencies the standard functions are compared with
+    own = Frequencies((1.0 / base**pair).double())
+    if not method.rescales:
+        return own, own
+    length = int(method.largest_distance(context)) + 1
+    return own, method.frequencies(Rope(own, window, length, _Standard(LlamaConfig(), {"rope_theta": base}, own, window)))
+
+
 def original_window(config: Any, layer_type: str) -> int:
     """The window before any scaling: positions below it use a checkpoint's short frequencies."""
     original = auto.rope_parameters(config, layer_type).get("original_max_position_embeddings")
