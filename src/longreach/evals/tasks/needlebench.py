@@ -25,7 +25,7 @@ class NeedleBench(Task):
     source: ClassVar[str] = "arXiv 2407.11963"
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_options(self, settings)
+        fitting.check_settings(self, settings)
         text = fitting.haystack_text(settings)
         for length in settings.lengths:
             for index in range(settings.samples):
@@ -60,8 +60,9 @@ class NeedleBench(Task):
         def build(n: int) -> Sample:
             document = fitting.insert(passage.sentences(n), facts, " ")
             actual = [fitting.depth_of(document, sentence) for _, sentence in needles]
-            meta: dict[str, Any] = {"length_target": length, "seed": settings.seed, "index": index}
-            meta |= {"depths_actual": actual} if depth is None else {"depth": depth, "depth_actual": actual[0]}
+            meta: dict[str, Any] = {"length_target": length, "seed": settings.seed, "index": index, "depths_actual": actual}
+            if depth is not None:
+                meta |= {"depth": depth, "depth_actual": actual[0]}
             return finish(shown, document, meta)
 
         return fitting.fill(tokenizer, build, length, 0, passage.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 from string import ascii_uppercase
@@ -14,7 +15,29 @@ from longreach.evals.tasks.ruler import Ruler
 
 ANNOUNCED = "Keep track of the variables that get a value in the text below.\n\n"
 EXAMPLE_TOKENS = 500
-Chain = tuple[str, list[str]]  # a value and the variables that hold it
+NOISE_SENTENCES = [f"{sentence.rstrip('.')}.\n" for sentence in fitting.NOISE.split(". ")]
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """Statements in the order in which they are hidden, a value, and the variables that hold it. spread: the seed of the hiding places."""
+
+    statements: tuple[str, ...]
+    value: str
+    references: tuple[str, ...]
+    spread: int
+
+    def document(self, lines: list[str]) -> str:
+        """The lines with the statements at drawn places; there must be as many lines at least."""
+        lines = list(lines)
+        for j, place in enumerate(sorted(Random(self.spread).sample(range(len(lines)), len(self.statements)))):
+            lines.insert(place + j, self.statements[j])
+        return " ".join(lines).replace(". \n", ".\n")
+
+    def parts(self, lines: list[str], example: str) -> Parts:
+        query = f"\nQuestion: Which variables of the text above hold the value {self.value}?"
+        begun = f" Answer: {len(self.references)} variables of the text above hold the value {self.value}. They are:"
+        return Parts(self.document(lines), query, example + ANNOUNCED, begun)
 
 
 class VariableTracking(Ruler):
@@ -31,81 +54,67 @@ class VariableTracking(Ruler):
     new_tokens: ClassVar[int] = 30
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_options(self, settings)
+        fitting.check_settings(self, settings)
         text = fitting.haystack_text(settings) if settings.text is not None else ""
         for length in settings.lengths:
             example = self._example(tokenizer, settings, length)
             noise = fitting.Passage(text, length).sentences() if text else None
             for index in range(settings.samples):
-                rng = generator(settings, self.name, length, index)
-                yield self._sample(tokenizer, settings, f"{self.name}/{length}/{index}", rng, 5, text, noise, length, example, {"index": index})
+                yield self._sample(tokenizer, settings, text, noise, length, index, example)
 
     def _example(self, tokenizer: Any, settings: Settings, length: int) -> str:
-        rng = generator(settings, self.name, "example")
-        wanted = min(EXAMPLE_TOKENS, length // 4)
-        sample = self._sample(tokenizer, settings, f"{self.name}/example", rng, 3, "", None, wanted, None, {})
-        return f"{sample.parts.text} {', '.join(sample.references)}\n\n"
-
-    def _sample(
-        self,
-        tokenizer: Any,
-        settings: Settings,
-        id: str,
-        rng: Random,
-        letters: int,
-        text: str,
-        noise: list[str] | None,
-        length: int,
-        example: str | None,
-        meta: dict[str, Any],
-    ) -> Sample:
-        """A sample, or without an `example` the example itself, which may be longer than `length` if even the shortest one is."""
-        count, hops = (fitting.whole_number(self, settings, option) for option in ("chains", "hops"))
-        chains = draw_chains(rng, count, hops, letters, text + (example or ""))
-        statements = interleave(rng, chains)
-        value, references = chains[0][0], tuple(chains[0][1])
-        query = f"\nQuestion: Which variables of the text above hold the value {value}?"
-        begun = f" Answer: {len(references)} variables of the text above hold the value {value}. They are:"
-        spread = rng.getrandbits(64)
-        new_tokens = fitting.answer_tokens(tokenizer, f" {', '.join(references)}", self.new_tokens)
+        puzzle = self._puzzle(settings, generator(settings, self.name, "example"), 3, "")
+        solved = f" {', '.join(puzzle.references)}\n\n"
 
         def build(n: int) -> Sample:
-            lines = [f"{line}\n" for line in (noise[:n] if noise is not None else [fitting.NOISE] * n)]
-            if len(lines) <= len(statements) and noise is None:
-                lines = [f"{sentence.rstrip('.')}.\n" for line in lines for sentence in line.strip().split(". ")]
-            for j, place in enumerate(sorted(Random(spread).sample(range(len(lines)), len(statements)))):
-                lines.insert(place + j, statements[j])
-            document = " ".join(lines).replace(". \n", ".\n")
-            actual = [fitting.depth_of(document, f"VAR {name} =") for name in references]
-            found = {"length_target": length, "seed": settings.seed, "depths_actual": actual} | meta
-            return Sample(id, Parts(document, query, (example or "") + ANNOUNCED, begun), references, new_tokens, found, chat="prefix")
+            parts = puzzle.parts(noise_lines(n, len(puzzle.statements)), "")
+            return Sample(f"{self.name}/example", Parts(parts.text + solved), puzzle.references, 0)
 
-        least = len(statements) if noise is not None else -(-len(statements) // 5)  # the noise has five sentences
-        if noise is not None and len(noise) < least:
-            raise ValueError(f"{id}: the text has fewer sentences than there are statements, {least}; pass a longer text")
-        if example is None:
-            shortest = build(least)
-            length = max(length, fitting.token_count(tokenizer, shortest) + shortest.max_new_tokens)
-        return fitting.fill(tokenizer, build, length, least, None if noise is None else len(noise))
+        least = fewest_lines(puzzle)
+        wanted = min(EXAMPLE_TOKENS, length // 4)
+        return fitting.fill(tokenizer, build, max(wanted, fitting.token_count(tokenizer, build(least))), least).parts.document
 
+    def _sample(self, tokenizer: Any, settings: Settings, text: str, noise: list[str] | None, length: int, index: int, example: str) -> Sample:
+        puzzle = self._puzzle(settings, generator(settings, self.name, length, index), 5, text + example)
+        new_tokens = fitting.answer_tokens(tokenizer, f" {', '.join(puzzle.references)}", self.new_tokens)
+        id = f"{self.name}/{length}/{index}"
 
-def draw_chains(rng: Random, count: int, hops: int, letters: int, text: str = "") -> list[Chain]:
-    """Chains of hops + 1 variables each; no value and no variable twice, none of them in the text."""
-    values: list[str] = []
-    names: list[str] = []
-    for _ in range(count):
-        values.append(fitting.fresh(lambda rng: str(rng.randrange(10_000, 99_999)), rng, values, text))
-        for _ in range(hops + 1):
+        def build(n: int) -> Sample:
+            lines = noise_lines(n, len(puzzle.statements)) if noise is None else [f"{line}\n" for line in noise[:n]]
+            parts = puzzle.parts(lines, example)
+            actual = [fitting.depth_of(parts.document, f"VAR {name} =") for name in puzzle.references]
+            meta = {"length_target": length, "seed": settings.seed, "index": index, "depths_actual": actual}
+            return Sample(id, parts, puzzle.references, new_tokens, meta, chat="prefix")
+
+        if noise is None:
+            return fitting.fill(tokenizer, build, length, fewest_lines(puzzle))
+        if len(noise) < len(puzzle.statements):
+            raise ValueError(f"{id}: the text has fewer sentences than there are statements, {len(puzzle.statements)}; choose a greater length or fewer hops")
+        return fitting.fill(tokenizer, build, length, len(puzzle.statements), len(noise))
+
+    def _puzzle(self, settings: Settings, rng: Random, letters: int, text: str) -> Puzzle:
+        """Chains of hops + 1 variables, mixed, each chain in its order; no value and no variable twice, none of them in the text."""
+        chains, hops = (fitting.whole_number(self, settings, option) for option in ("chains", "hops"))
+        values: list[str] = []
+        names: list[str] = []
+        for _ in range(chains):
+            values.append(fitting.fresh(lambda rng: str(rng.randrange(10_000, 99_999)), rng, values, text))
+        for _ in range(chains * (hops + 1)):
             names.append(fitting.fresh(lambda rng: "".join(rng.choices(ascii_uppercase, k=letters)), rng, [*names, "VAR"], text))
-    return [(value, names[i * (hops + 1) : (i + 1) * (hops + 1)]) for i, value in enumerate(values)]
+        owned = [names[i : i + hops + 1] for i in range(0, len(names), hops + 1)]
+        waiting = [
+            [f"VAR {chain[0]} = {value}", *(f"VAR {new} = VAR {old} " for old, new in pairwise(chain))]  # the blank at the end as published
+            for value, chain in zip(values, owned)
+        ]
+        turns = [i for i, statements in enumerate(waiting) for _ in statements]
+        rng.shuffle(turns)
+        return Puzzle(tuple(waiting[i].pop(0) for i in turns), values[0], tuple(owned[0]), rng.getrandbits(64))
 
 
-def interleave(rng: Random, chains: list[Chain]) -> list[str]:
-    """The statements of all chains, mixed, each chain in its order."""
-    waiting = [
-        [f"VAR {names[0]} = {value}", *(f"VAR {new} = VAR {old} " for old, new in pairwise(names))]  # the blank at the end as published
-        for value, names in chains
-    ]
-    turns = [i for i, statements in enumerate(waiting) for _ in statements]
-    rng.shuffle(turns)
-    return [waiting[i].pop(0) for i in turns]
+def noise_lines(n: int, statements: int) -> list[str]:
+    """n times the noise, in its sentences if there are not more lines than statements."""
+    return NOISE_SENTENCES * n if n <= statements else [f"{fitting.NOISE}\n"] * n
+
+
+def fewest_lines(puzzle: Puzzle) -> int:
+    return -(-len(puzzle.statements) // len(NOISE_SENTENCES))

@@ -27,7 +27,7 @@ class CommonWords(Ruler):
     new_tokens: ClassVar[int] = 120
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_options(self, settings)
+        fitting.check_settings(self, settings)
         pool = word_pool()
         for length in settings.lengths:
             for index in range(settings.samples):
@@ -58,7 +58,7 @@ class CommonWords(Ruler):
             meta = {"length_target": length, "seed": settings.seed, "index": index, "words": n, "repeats": [often, seldom]}
             return Sample(f"{self.name}/{length}/{index}", Parts(document, query, worked + announced, begun), references, new_tokens, meta, chat="prefix")
 
-        return fitting.fill(tokenizer, build, length, 2 * common, len(drawn))
+        return fitting.fill(tokenizer, build, length, common + 1, len(drawn))
 
     @staticmethod
     def _list(settings: Settings, words: list[str], common: int, repeats: tuple[int, int], key: tuple[Any, ...]) -> str:
@@ -78,6 +78,7 @@ class FrequentWords(Ruler):
     new_tokens: ClassVar[int] = 50
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        fitting.check_settings(self, settings)
         alpha = self.option(settings, "alpha")
         if not isinstance(alpha, int | float) or not 1.01 <= alpha <= 20:
             raise ValueError(f"{self.name} needs an alpha of 1.01 to 20, not {alpha!r}")
