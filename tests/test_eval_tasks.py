@@ -37,7 +37,7 @@ TOO_SHORT = {
     "needle-threading-branched", "needle-threading-conditional", "needle-threading-multi-thread", "needle-threading-multiple", "needle-threading-thread",
     "needlebench-multi-retrieval", "ruler-cwe",
 }  # fmt: skip  # at 512 tokens of nano, with their published numbers of needles or words
-CHINESE = "我想在海上航行,看看世界的水域。"  # noqa: RUF001
+CHINESE = "我想在海上航行,看看世界的水域。"
 EDGE = ["", "\n\n", "?!.,;:", "\ud83d\ud83d", "\x00\x07", "\\boxed{" * 9, "}" * 9, "{[(<", "7" * 1_000_000, "a b-c " * 170_000, "\\boxed{" * 140_000]
 
 
@@ -108,7 +108,9 @@ def test_a_sample_is_a_function_of_seed_length_and_index(name, samples, tokenize
     for sample in alone:
         assert found.get(sample.id, sample) == sample
     moved = list(task.samples(tokenizer, replace(SETTINGS, seed=1, samples=1)))
-    assert all(a.parts.document != b.parts.document and a.references != b.references for a, b in zip(moved, samples[name]) if b.meta.get("question") != "distance")
+    for one, other in zip(moved, samples[name]):
+        assert one.id == other.id and one.parts.document != other.parts.document
+        assert one.references != other.references or one.meta.get("question") == "distance", "two chains may have the same number of generations"
     assert len({sample.parts.text for sample in samples[name]}) == len(samples[name])
 
 
@@ -313,7 +315,13 @@ def test_ancestors_can_be_traced(samples, tokenizer):
 def test_boxes_are_read_and_cleaned():
     match = ancestral_trace.boxed_match
     right = ancestral_trace.box("Alice Selby")
-    for answer in (r"So \boxed{Alice Selby}.", r"\boxed{\text{Alice~Selby}}", r"\boxed{\boxed{Alice  Selby}}", '\\boxed{"Alice Selby"}', r"\boxed{No} \boxed{Alice Selby} \boxed{"):
+    for answer in (
+        r"So \boxed{Alice Selby}.",
+        r"\boxed{\text{Alice~Selby}}",
+        r"\boxed{\boxed{Alice  Selby}}",
+        '\\boxed{"Alice Selby"}',
+        r"\boxed{No} \boxed{Alice Selby} \boxed{",
+    ):
         assert match(answer, right) == 1.0
     for answer in ("Alice Selby", r"\boxed{Alice Selby} or \boxed{Hugo Selby}", r"\boxed{}", r"\boxed{Alice Selby", r"\boxed{alice selby}"):
         assert match(answer, right) == 0.0
@@ -353,7 +361,7 @@ def test_variables_hide_in_a_text_of_the_user(tokenizer):
 
 def test_a_chat_template_counts(tokenizer):
     chatty = copy.deepcopy(tokenizer)
-    chatty.chat_template = "{{ bos_token }}{% for m in messages %}The user says at some length: {{ m['content'] }} {% endfor %}And the assistant answers to that:"
+    chatty.chat_template = "{{ bos_token }}{% for m in messages %}The user says at length: {{ m['content'] }} {% endfor %}And the assistant answers to that:"
     for name in ("ruler-niah-single-2", "needle-threading-single"):
         sample = next(iter(base.task(name).samples(chatty, SETTINGS)))
         parts = sample.parts
