@@ -1,0 +1,33 @@
+"""What RULER's tasks have in common: the score, and where they come from.
+
+Definitions: Hsieh et al. 2024, arXiv 2404.06654. Written anew, with own words and an own haystack, and seeded per sample: scores are not to be
+compared with the published table, least of all those of tasks over an essay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import ClassVar
+
+from longreach.evals.base import Sample, Task
+
+
+class Ruler(Task):
+    """The length counts prompt and answer. The prompt is filled to the last unit of filler that fits (the original works in coarser steps)."""
+
+    group: ClassVar[str] = "ruler"
+    license: ClassVar[str] = "generated; needs no data"
+    source: ClassVar[str] = "arXiv 2404.06654"
+    metric: ClassVar[str] = "string_match"
+    new_tokens: ClassVar[int]
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        return {"string_match": string_match_all(prediction, sample.references)}
+
+
+def string_match_all(prediction: str, references: Iterable[str]) -> float:
+    """The share of the references that the answer holds, whatever the case of their letters."""
+    answer = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
+    found = [reference.lower() in answer for reference in references]
+    return sum(found) / len(found)
