@@ -1,0 +1,266 @@
+"""Running tasks on an engine: which samples, in which order, what is done already, and what became of each.
+
+Knows tasks, budgets, engines and the folder of a run; not models, options or terminals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from longreach.evals import budget
+from longreach.evals.base import Sample, Settings, Task
+from longreach.evals.budget import ChatMode, Prompt
+from longreach.evals.engine import Engine, Reply
+from longreach.evals.results import Folder, Record, digest
+
+META = ("length_target", "depth", "depth_actual", "seed")  # have fields of their own in a record
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample that is to be run. `index` counts the samples of the whole run, whatever its shards; the texts stay in memory until the run ends."""
+
+    task: Task
+    sample: Sample
+    index: int
+    tokens: int
+    config_hash: str
+
+    @property
+    def needs(self) -> int:
+        return self.tokens + self.sample.max_new_tokens
+
+    @property
+    def document(self) -> str:
+        """Names what questions about one document have in common."""
+        parts = self.sample.parts
+        return hashlib.sha256("\0".join((parts.prefix, parts.document)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run is, after a sample; `seconds_left` by the tokens read so far, None before the first."""
+
+    done: int
+    total: int
+    tokens: int
+    total_tokens: int
+    errors: int
+    seconds_left: float | None
+    what: str
+
+
+Progress = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """answered and failed in this call; known before it; of all three, those whose prompt was cut."""
+
+    answered: int
+    failed: int
+    known: int
+    truncated: int
+
+
+def plan(work: Mapping[Task, Settings], tokenizer: Any, config: Mapping[str, Any], chat: ChatMode = "auto") -> list[Item]:
+    """Every sample of the tasks, with the length of its prompt. `config` is what else decides an answer: the model, the method, the cuts."""
+    items: list[Item] = []
+    for task, settings in work.items():
+        name = config_hash(task, settings, config)
+        seen: set[str] = set()
+        for sample in task.samples(tokenizer, settings):
+            if sample.id in seen:
+                raise ValueError(f"{task.name} makes two samples called {sample.id}; leave out what is given twice (lengths, depths)")
+            seen.add(sample.id)
+            items.append(Item(task, sample, len(items), len(budget.encode(tokenizer, sample, chat).ids), name))
+    if not items:
+        raise ValueError("there are no samples to run; pass lengths (--lengths 1k,2k), and at least one depth and sample")
+    return items
+
+
+def config_hash(task: Task, settings: Settings, config: Mapping[str, Any]) -> str:
+    """Lengths, depths and the number of samples do not belong to it: a sample is a function of its own, so that a run can be made larger."""
+    return digest({"config": dict(config), **describe(task, settings), "lengths": None, "depths": None, "samples": None})
+
+
+def describe(task: Task, settings: Settings) -> dict[str, Any]:
+    """A task and its settings as run.json holds them."""
+    text = None if settings.text is None else hashlib.sha256(settings.text.encode("utf-8", "surrogatepass")).hexdigest()
+    return {
+        "task": task.name, "group": task.group, "version": task.version, "license": task.license, "source": task.source, "metric": task.metric,
+        "random": task.random, **asdict(settings), "options": {**task.options, **settings.options}, "text": text,
+    }  # fmt: skip
+
+
+def overflowing(items: Sequence[Item], limit: int | None) -> str | None:
+    """What to say, before any work is done, where prompts are longer than may be read."""
+    long = [item for item in items if limit is not None and item.needs > limit]
+    if not long:
+        return None
+    most = max(item.needs for item in long)
+    return (
+        f"{len(long)} of {len(items)} samples need more than {limit} tokens with their answers, the longest {most}; "
+        f"pass --context {most}, shorter --lengths, or --truncate middle, which cuts their documents and counts it"
+    )
+
+
+def ordered(items: Sequence[Item]) -> list[Item]:
+    """Questions about one document together, the longest document first: what does not fit into memory shows at once."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.document, []).append(item)
+    by_length = sorted(groups.values(), key=lambda group: (-max(item.tokens for item in group), group[0].index))
+    return [item for group in by_length for item in sorted(group, key=lambda item: item.index)]
+
+
+def run(
+    items: Sequence[Item],
+    engine: Engine,
+    tokenizer: Any,
+    folder: Folder,
+    *,
+    limit: int | None = None,
+    truncate: str | None = None,
+    chat: ChatMode = "auto",
+    shard: tuple[int, int] = (0, 1),
+    save_prompts: bool = False,
+    progress: Progress = lambda step: None,
+) -> Outcome:
+    """Answer and score the samples of a shard that the folder does not hold yet. What goes wrong with one is recorded, and the run goes on.
+
+    limit     tokens of a prompt and its answer together; None: no limit.
+    truncate  what to leave out of a longer prompt, see `budget.fit`; None raises before the first answer.
+    """
+    if truncate is None and (sentence := overflowing(items, limit)):
+        raise ValueError(sentence)
+    index, world = shard
+    mine = ordered([item for item in items if item.index % world == index])
+    known = {record.key: record for record in folder.records() if record.error is None}
+    waiting = [item for item in mine if not _is_known(item, known)]
+    clock = Clock(len(mine), len(mine) - len(waiting), sum(item.needs for item in waiting))
+    answered = failed = cut = 0
+    for item in mine:
+        before = known.get((item.task.name, item.sample.id)) if _is_known(item, known) else None
+        if before is None:
+            record = _record(item, engine, tokenizer, limit, truncate, chat, save_prompts)
+            folder.append(record)
+            answered, failed = answered + (record.error is None), failed + (record.error is not None)
+            progress(clock.step(item, failed))
+        else:
+            record = before
+        cut += record.truncated_tokens > 0
+    return Outcome(answered, failed, len(mine) - answered - failed, cut)
+
+
+def _is_known(item: Item, known: Mapping[tuple[str, str], Record]) -> bool:
+    record = known.get((item.task.name, item.sample.id))
+    if record is None or record.config_hash != item.config_hash:
+        return False
+    return record.references == list(item.sample.references) and (record.truncated_tokens > 0 or record.prompt_tokens == item.tokens)
+
+
+def _record(item: Item, engine: Engine, tokenizer: Any, limit: int | None, truncate: str | None, chat: ChatMode, save_prompts: bool) -> Record:
+    sample, prompt, reply, metrics, error = item.sample, None, None, {}, None  # type: tuple[Sample, Prompt | None, Reply | None, dict[str, float], str | None]
+    try:
+        prompt = budget.fit(tokenizer, sample, limit, truncate, chat)
+        reply = engine.answer(prompt)
+        metrics = item.task.score(sample, reply.text)
+    except Exception as problem:  # one bad sample, or too little memory for the longest ones, must not cost the run
+        error = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    meta = {name: value for name, value in sample.meta.items() if name not in META}
+    return Record(
+        bench=item.task.group or item.task.name,
+        task=item.task.name,
+        task_version=item.task.version,
+        sample_id=sample.id,
+        length_target=sample.meta.get("length_target"),
+        prompt_tokens=len(prompt.ids) if prompt else item.tokens,
+        truncated_tokens=prompt.truncated if prompt else 0,
+        depth=sample.meta.get("depth"),
+        depth_actual=sample.meta.get("depth_actual"),
+        seed=sample.meta.get("seed"),
+        prompt_sha256=prompt.sha256 if prompt else "",
+        prediction=reply.text if reply else None,
+        references=list(sample.references),
+        metrics=metrics,
+        stop_reason=reply.finish if reply else None,
+        n_generated=reply.tokens if reply else 0,
+        t_prefill=round(reply.prefill_seconds, 5) if reply else None,
+        tok_per_s=round(reply.tokens_per_second, 3) if reply and reply.tokens_per_second else None,
+        peak_mem=reply.peak_memory if reply else None,
+        error=error,
+        config_hash=item.config_hash,
+        reused_tokens=reply.reused if reply else 0,
+        meta=meta,
+        prompt=prompt.text if prompt and save_prompts else None,
+    )
+
+
+class Clock:
+    """The time left, from the tokens read so far."""
+
+    def __init__(self, total: int, done: int, tokens: int) -> None:
+        self.total, self.done, self.tokens, self.read = total, done, tokens, 0
+        self.started = time.perf_counter()
+
+    def step(self, item: Item, errors: int) -> Step:
+        self.done, self.read = self.done + 1, self.read + item.needs
+        left = (time.perf_counter() - self.started) * (self.tokens - self.read) / self.read
+        return Step(self.done, self.total, self.read, self.tokens, errors, left, f"{item.task.name}, {item.tokens} tokens")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost at most: answers may be shorter than allowed, and shared documents are read once. Seconds are None where nothing was measured."""
+
+    samples: int
+    prompt_tokens: int
+    answer_tokens: int
+    longest: int
+    seconds: float | None
+
+
+PROBES = (256, 1024)  # tokens; two lengths give the linear and the quadratic part of reading
+PROBE_ANSWER = 8
+
+
+def estimate(items: Sequence[Item], engine: Engine | None = None, tokenizer: Any = None, chat: ChatMode = "auto") -> Estimate:
+    """Count the tokens, and with an engine measure how long they take: reading as a n + b n^2, decoding by the token."""
+    prompt_tokens, answer_tokens = sum(item.tokens for item in items), sum(item.sample.max_new_tokens for item in items)
+    longest = max(items, key=lambda item: item.tokens)
+    seconds = None
+    if engine is not None:
+        reading, decoding = _speed(engine, budget.encode(tokenizer, longest.sample, chat))
+        seconds = sum(reading(item.tokens) + decoding * item.sample.max_new_tokens for item in items)
+    return Estimate(len(items), prompt_tokens, answer_tokens, longest.needs, seconds)
+
+
+def _speed(engine: Engine, prompt: Prompt) -> tuple[Callable[[int], float], float]:
+    """-> (seconds of reading n tokens, seconds of decoding one)."""
+    lengths = sorted({min(length, len(prompt.ids)) for length in PROBES})
+    sample = replace(prompt.sample, max_new_tokens=PROBE_ANSWER, stop=())
+    times, decoding = [], 0.0
+    for length in lengths:
+        reply = engine.answer(replace(prompt, sample=sample, ids=prompt.ids[:length], shared=0))
+        times.append(reply.prefill_seconds)
+        decoding = reply.decode_seconds / max(1, reply.tokens - 1)
+    quadratic = 0.0
+    if len(lengths) > 1:
+        (n, m), (t, u) = lengths, times
+        quadratic = max(0.0, (u / m - t / n) / (m - n))
+    linear = max(0.0, times[-1] / lengths[-1] - quadratic * lengths[-1])
+    return lambda count: linear * count + quadratic * count**2, decoding
+
+
+def by_length(items: Sequence[Item]) -> Iterator[tuple[str, int | None, list[Item]]]:
+    """The samples of every task and length."""
+    groups: dict[tuple[str, int | None], list[Item]] = {}
+    for item in items:
+        groups.setdefault((item.task.name, item.sample.meta.get("length_target")), []).append(item)
+    for (task, length), found in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] or 0)):
+        yield task, length, found
