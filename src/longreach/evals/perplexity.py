@@ -176,7 +176,7 @@ def sliding(
         raise ValueError("the text has fewer than 2 tokens, so that there is nothing to predict; pass a longer one")
     scored = found[~found.isnan()]
     values = means if weighting == "window" else scored.tolist()
-    interval = statistics.mean(means) if weighting == "window" else _by_windows(found, body, stride)
+    interval = statistics.mean(means) if weighting == "window" else _by_windows(found, stride)
     nll = math.fsum(values) / len(values)
     skipped = len(doc) - len(ids)
     rest = Document(ids, None if doc.bytes is None else doc.bytes[skipped:])
@@ -191,7 +191,7 @@ def _ends(length: int, body: int, stride: int) -> Iterator[int]:
         yield end
 
 
-def _by_windows(found: torch.Tensor, body: int, stride: int) -> statistics.Mean:
+def _by_windows(found: torch.Tensor, stride: int) -> statistics.Mean:
     """An interval of the mean over tokens, from the means of pieces of one stride: neighbouring tokens are not independent."""
     means = [piece.nanmean().item() for piece in found.split(stride) if not piece.isnan().all()]
     return statistics.mean(means)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longreach.evals import budget
@@ -28,7 +28,6 @@ class Item:
     sample: Sample
     index: int
     tokens: int
-    config_hash: str
 
     @property
     def needs(self) -> int:
@@ -67,34 +66,36 @@ class Outcome:
     truncated: int
 
 
-def plan(work: Mapping[Task, Settings], tokenizer: Any, config: Mapping[str, Any], chat: ChatMode = "auto") -> list[Item]:
-    """Every sample of the tasks, with the length of its prompt. `config` is what else decides an answer: the model, the method, the cuts."""
+def plan(work: Mapping[Task, Settings], tokenizer: Any, chat: ChatMode = "auto") -> list[Item]:
+    """Every sample of the tasks, with the length of its prompt."""
     items: list[Item] = []
     for task, settings in work.items():
-        name = config_hash(task, settings, config)
         seen: set[str] = set()
         for sample in task.samples(tokenizer, settings):
             if sample.id in seen:
                 raise ValueError(f"{task.name} makes two samples called {sample.id}; leave out what is given twice (lengths, depths)")
             seen.add(sample.id)
-            items.append(Item(task, sample, len(items), len(budget.encode(tokenizer, sample, chat).ids), name))
+            items.append(Item(task, sample, len(items), len(budget.encode(tokenizer, sample, chat).ids)))
     if not items:
         raise ValueError("there are no samples to run; pass lengths (--lengths 1k,2k), and at least one depth and sample")
     return items
 
 
-def config_hash(task: Task, settings: Settings, config: Mapping[str, Any]) -> str:
-    """Lengths, depths and the number of samples do not belong to it: a sample is a function of its own, so that a run can be made larger."""
-    return digest({"config": dict(config), **describe(task, settings), "lengths": None, "depths": None, "samples": None})
+def describe(work: Mapping[Task, Settings], config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks and their settings as run.json holds them, each with a hash of what decides its answers.
 
+    config  what else does: the model, the method, the cuts.
 
-def describe(task: Task, settings: Settings) -> dict[str, Any]:
-    """A task and its settings as run.json holds them."""
-    text = None if settings.text is None else hashlib.sha256(settings.text.encode("utf-8", "surrogatepass")).hexdigest()
-    return {
-        "task": task.name, "group": task.group, "version": task.version, "license": task.license, "source": task.source, "metric": task.metric,
-        "random": task.random, **asdict(settings), "options": {**task.options, **settings.options}, "text": text,
-    }  # fmt: skip
+    Lengths, depths and the number of samples do not: a sample is a function of its own, so that a run can be made larger.
+    """
+    found = {}
+    for task, settings in work.items():
+        text = None if settings.text is None else hashlib.sha256(settings.text.encode("utf-8", "surrogatepass")).hexdigest()
+        facts = {name: getattr(task, name) for name in ("group", "version", "license", "source", "metric", "random")}
+        chosen = {"seed": settings.seed, "options": {**task.options, **settings.options}, "text": text, "data": settings.data}
+        size = {"lengths": list(settings.lengths), "depths": list(settings.depths), "samples": settings.samples}
+        found[task.name] = {**facts, **chosen, **size, "config_hash": digest([task.name, task.version, chosen, dict(config)])}
+    return found
 
 
 def overflowing(items: Sequence[Item], limit: int | None) -> str | None:
@@ -123,6 +124,7 @@ def run(
     engine: Engine,
     tokenizer: Any,
     folder: Folder,
+    hashes: Mapping[str, str],
     *,
     limit: int | None = None,
     truncate: str | None = None,
@@ -133,6 +135,7 @@ def run(
 ) -> Outcome:
     """Answer and score the samples of a shard that the folder does not hold yet. What goes wrong with one is recorded, and the run goes on.
 
+    hashes    of every task's settings, see `describe`; answers under others do not count.
     limit     tokens of a prompt and its answer together; None: no limit.
     truncate  what to leave out of a longer prompt, see `budget.fit`; None raises before the first answer.
     """
@@ -141,13 +144,13 @@ def run(
     index, world = shard
     mine = ordered([item for item in items if item.index % world == index])
     known = {record.key: record for record in folder.records() if record.error is None}
-    waiting = [item for item in mine if not _is_known(item, known)]
+    waiting = [item for item in mine if not _is_known(item, known, hashes)]
     clock = Clock(len(mine), len(mine) - len(waiting), sum(item.needs for item in waiting))
     answered = failed = cut = 0
     for item in mine:
-        before = known.get((item.task.name, item.sample.id)) if _is_known(item, known) else None
+        before = known.get((item.task.name, item.sample.id)) if _is_known(item, known, hashes) else None
         if before is None:
-            record = _record(item, engine, tokenizer, limit, truncate, chat, save_prompts)
+            record = _record(item, engine, tokenizer, hashes[item.task.name], limit, truncate, chat, save_prompts)
             folder.append(record)
             answered, failed = answered + (record.error is None), failed + (record.error is not None)
             progress(clock.step(item, failed))
@@ -157,15 +160,21 @@ def run(
     return Outcome(answered, failed, len(mine) - answered - failed, cut)
 
 
-def _is_known(item: Item, known: Mapping[tuple[str, str], Record]) -> bool:
+def _is_known(item: Item, known: Mapping[tuple[str, str], Record], hashes: Mapping[str, str]) -> bool:
     record = known.get((item.task.name, item.sample.id))
-    if record is None or record.config_hash != item.config_hash:
+    if record is None or record.config_hash != hashes[item.task.name]:
         return False
     return record.references == list(item.sample.references) and (record.truncated_tokens > 0 or record.prompt_tokens == item.tokens)
 
 
-def _record(item: Item, engine: Engine, tokenizer: Any, limit: int | None, truncate: str | None, chat: ChatMode, save_prompts: bool) -> Record:
-    sample, prompt, reply, metrics, error = item.sample, None, None, {}, None  # type: tuple[Sample, Prompt | None, Reply | None, dict[str, float], str | None]
+def _record(
+    item: Item, engine: Engine, tokenizer: Any, config_hash: str, limit: int | None, truncate: str | None, chat: ChatMode, save_prompts: bool
+) -> Record:
+    sample: Sample = item.sample
+    metrics: dict[str, float] = {}
+    prompt: Prompt | None = None
+    reply: Reply | None = None
+    error: str | None = None
     try:
         prompt = budget.fit(tokenizer, sample, limit, truncate, chat)
         reply = engine.answer(prompt)
@@ -194,7 +203,7 @@ def _record(item: Item, engine: Engine, tokenizer: Any, limit: int | None, trunc
         tok_per_s=round(reply.tokens_per_second, 3) if reply and reply.tokens_per_second else None,
         peak_mem=reply.peak_memory if reply else None,
         error=error,
-        config_hash=item.config_hash,
+        config_hash=config_hash,
         reused_tokens=reply.reused if reply else 0,
         meta=meta,
         prompt=prompt.text if prompt and save_prompts else None,
