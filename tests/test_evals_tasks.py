@@ -10,7 +10,7 @@ import pytest
 
 import longreach
 from fake_engines import CopyTail, Empty, Oracle, RandomChoice
-from longreach.evals import base, budget
+from longreach.evals import base, budget, haystack
 from longreach.evals.base import Sample, Settings
 from longreach.evals.tasks import niah, passkey
 from longreach.loading import shipped_book
@@ -151,8 +151,12 @@ def test_a_key_is_found_where_it_lies_in_the_known_tail(tokenizer):
     settings = Settings(lengths=(2000,), depths=depths, samples=1)
     samples = list(base.task("passkey").samples(tokenizer, settings))
     found = score("passkey", CopyTail(tokenizer, 800), samples, tokenizer)
-    right = [sample.meta["depth"] for sample, row in zip(samples, found) if row["accuracy"]]
-    assert right == [d for d in depths if d > 0.6] or right == [d for d in depths if d >= 0.7]
+    for sample, row in zip(samples, found):
+        text, key = sample.parts.text, sample.references[0]
+        from_the_end = haystack.token_count(tokenizer, text[text.index(passkey.STATEMENT.format(key=key)) :]) - 1
+        if abs(from_the_end - 800) > 3:
+            assert row["accuracy"] == float(from_the_end < 800)
+    assert abs(sum(row["accuracy"] for row in found) / len(found) - 0.4) <= 0.1
 
 
 def test_what_cannot_be_is_refused(tokenizer):

@@ -106,10 +106,14 @@ class Folder:
 
     def finish(self, ended: str) -> list[Row]:
         """Note the end, write metrics.json from all shards that are there -> its rows."""
-        write_json(self.path / RUN, {**read_json(self.path / RUN), "ended": ended})
         rows = summarise(self.records())
-        write_json(self.path / METRICS, [dataclasses.asdict(row) for row in rows])
+        self.conclude(rows, ended)
         return rows
+
+    def conclude(self, rows: list[Row], ended: str) -> None:
+        """The same with rows that do not come from samples, such as perplexities."""
+        write_json(self.path / METRICS, [dataclasses.asdict(row) for row in rows])
+        write_json(self.path / RUN, {**read_json(self.path / RUN), "ended": ended})
 
     def append(self, record: Record) -> None:
         data = dataclasses.asdict(record)

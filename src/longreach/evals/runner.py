@@ -238,32 +238,34 @@ PROBES = (256, 1024)  # tokens; two lengths give the linear and the quadratic pa
 PROBE_ANSWER = 8
 
 
-def estimate(items: Sequence[Item], engine: Engine | None = None, tokenizer: Any = None, chat: ChatMode = "auto") -> Estimate:
-    """Count the tokens, and with an engine measure how long they take: reading as a n + b n^2, decoding by the token."""
-    prompt_tokens, answer_tokens = sum(item.tokens for item in items), sum(item.sample.max_new_tokens for item in items)
-    longest = max(items, key=lambda item: item.tokens)
-    seconds = None
-    if engine is not None:
-        reading, decoding = _speed(engine, budget.encode(tokenizer, longest.sample, chat))
-        seconds = sum(reading(item.tokens) + decoding * item.sample.max_new_tokens for item in items)
-    return Estimate(len(items), prompt_tokens, answer_tokens, longest.needs, seconds)
+@dataclass(frozen=True)
+class Speed:
+    """Seconds: reading n tokens takes linear * n + quadratic * n^2, decoding one takes `decoding`."""
+
+    linear: float
+    quadratic: float
+    decoding: float
+
+    def reading(self, tokens: int) -> float:
+        return self.linear * tokens + self.quadratic * tokens**2
 
 
-def _speed(engine: Engine, prompt: Prompt) -> tuple[Callable[[int], float], float]:
-    """-> (seconds of reading n tokens, seconds of decoding one)."""
-    lengths = sorted({min(length, len(prompt.ids)) for length in PROBES})
+def measure(items: Sequence[Item], engine: Engine, tokenizer: Any, chat: ChatMode = "auto") -> Speed:
+    """From the beginnings of the longest prompt."""
+    prompt = budget.encode(tokenizer, max(items, key=lambda item: item.tokens).sample, chat)
     sample = replace(prompt.sample, max_new_tokens=PROBE_ANSWER, stop=())
-    times, decoding = [], 0.0
-    for length in lengths:
-        reply = engine.answer(replace(prompt, sample=sample, ids=prompt.ids[:length], shared=0))
-        times.append(reply.prefill_seconds)
-        decoding = reply.decode_seconds / max(1, reply.tokens - 1)
-    quadratic = 0.0
-    if len(lengths) > 1:
-        (n, m), (t, u) = lengths, times
-        quadratic = max(0.0, (u / m - t / n) / (m - n))
-    linear = max(0.0, times[-1] / lengths[-1] - quadratic * lengths[-1])
-    return lambda count: linear * count + quadratic * count**2, decoding
+    lengths = sorted({min(length, len(prompt.ids)) for length in PROBES})
+    replies = [engine.answer(replace(prompt, sample=sample, ids=prompt.ids[:length], shared=0)) for length in lengths]
+    per_token = [reply.prefill_seconds / length for reply, length in zip(replies, lengths)]
+    quadratic = max(0.0, (per_token[-1] - per_token[0]) / (lengths[-1] - lengths[0])) if len(lengths) > 1 else 0.0
+    return Speed(per_token[-1] - quadratic * lengths[-1], quadratic, replies[-1].decode_seconds / max(1, replies[-1].tokens - 1))
+
+
+def estimate(items: Sequence[Item], speed: Speed | None = None) -> Estimate:
+    """Count the tokens, and say how long they take where the speed was measured."""
+    seconds = None if speed is None else sum(speed.reading(item.tokens) + speed.decoding * item.sample.max_new_tokens for item in items)
+    answers = sum(item.sample.max_new_tokens for item in items)
+    return Estimate(len(items), sum(item.tokens for item in items), answers, max(item.needs for item in items), seconds)
 
 
 def by_length(items: Sequence[Item]) -> Iterator[tuple[str, int | None, list[Item]]]:
