@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import math
 import os
 import sys
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from longreach.evals.perplexity import Curve, Document, Point, Stretch
     from longreach.evals.results import Row
-    from longreach.methods.base import Method
 
 BENCH = "perplexity"
 CURVES = "curves.csv"
@@ -90,11 +90,12 @@ def command(
 
             loaded, tokenizer = load_model(out, model, dtype, device)
             window = auto.trained_window(find_base(loaded).config).tokens if trained_window is None else trained_window
+            bos = tokenizer.bos_token_id
             found = wanted or (window, 2 * window, 4 * window)
             documents = read_documents(tokenizer, sources, max(found), passages, seed)
             bounds = span(chosen, window, declared, max(found))
             if bounds.limit is not None and max(found) > bounds.limit:
-                raise ValueError(f"--lengths up to {max(found)} are more than {bounds.limit} tokens; pass --context {max(found)}, another method, or shorter ones")
+                raise ValueError(f"--lengths up to {max(found)} exceed {bounds.limit} tokens; pass --context {max(found)}, another method, or shorter ones")
             if protocol != "sliding":
                 documents = long_enough(out, documents, found)
             with attached(loaded, tokenizer, chosen, bounds.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
@@ -108,21 +109,23 @@ def command(
                 config = {
                     "model": model, "method": extension.method.to_json(), "method_text": extension.method.brief(), "context": extension.context,
                     "trained_window": window, "dtype": facts["dtype"], "device": loaded.device.type, "chunk_size": chunk_size, "protocol": protocol,
-                    "lengths": list(found), "documents": [doc.name for doc in documents], "stride": stride, "weighting": weighting, "seed": seed,
+                    "lengths": list(found), "documents": [identity(doc) for doc in documents], "stride": stride, "weighting": weighting, "seed": seed,
                 }  # fmt: skip
                 folder.start({
                     "config": config, "tasks": {}, "environment": environment.describe(loaded.device), "extension": facts,
                     "command": ["longreach", *sys.argv[1:]], "started": started, "ended": None,
                 })  # fmt: skip
+                rows: list[Row] = []
                 if protocol == "truncated":
                     curve, each = perplexity.positions(extension, documents, max(found), chunk_size)
                     rows = [row for point in perplexity.truncated(documents, each, found) for row in rows_of(protocol, point)]
                     write_curve(folder.path / CURVES, curve)
                 elif protocol == "sliding":
-                    points = [slide(extension, documents, length, stride, tokenizer.bos_token_id, weighting, chunk_size) for length in found]
-                    rows = [row for point in points for row in rows_of(protocol, point)]
+                    for length in found:
+                        step = min(stride, length - (bos is not None))
+                        point = perplexity.sliding(extension, documents, length, step, bos=bos, weighting=weighting, chunk_size=chunk_size)
+                        rows += rows_of(protocol, point)
                 else:
-                    rows = []
                     for stretch in perplexity.streaming(extension, documents[0].ids[: max(found)], every=stride, chunk_size=chunk_size):
                         rows += rows_of_stretch(stretch)
         folder.conclude(rows, now())
@@ -161,22 +164,10 @@ def long_enough(out: Output, documents: list[Document], lengths: tuple[int, ...]
     return kept
 
 
-def slide(extension: Any, documents: list[Document], window: int, stride: int, bos: int | None, weighting: Any, chunk_size: int) -> Point:
-    """One window size over all documents, each as a whole, weighted by their tokens."""
-    from longreach.evals import perplexity, statistics
-
-    points = [
-        perplexity.sliding(extension, doc, window, min(stride, window - (bos is not None)), bos=bos, weighting=weighting, chunk_size=chunk_size)
-        for doc in documents
-    ]
-    if len(points) == 1:
-        return points[0]
-    tokens = sum(point.tokens for point in points)
-    nll = math.fsum(point.nll * point.tokens for point in points) / tokens
-    interval = statistics.mean([point.nll for point in points])
-    known = [point for point in points if point.bits_per_byte is not None]
-    bits = math.fsum((point.bits_per_byte or 0.0) * point.tokens for point in known) / tokens if len(known) == len(points) else None
-    return dataclasses.replace(points[0], nll=nll, low=min(nll, interval.low), high=max(nll, interval.high), documents=len(points), tokens=tokens, bits_per_byte=bits)
+def identity(document: Document) -> dict[str, Any]:
+    """Which text it was, without the text."""
+    ids = document.ids.tolist()
+    return {"name": document.name, "tokens": len(ids), "sha256": hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()}
 
 
 def rows_of(protocol: str, point: Point) -> list[Row]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from longreach.evals.base import Settings, Task
+    from longreach.evals.budget import ChatMode
     from longreach.evals.model_engine import Span
     from longreach.evals.results import Row
     from longreach.evals.runner import Item, Outcome, Progress, Step
@@ -49,7 +50,7 @@ NOTE_EVERY = 20.0  # seconds between lines where there is no terminal
 
 Cut = Literal["middle", "left", "right", "right-words", "middle-reencode", "suffix-with-head"]
 Names = Annotated[list[str], typer.Argument(metavar="TASK...", help="Tasks, or benchmarks for all their tasks; see `longreach eval list`.")]
-Lengths = Annotated[str | None, typer.Option("--lengths", help="Tokens of prompt and answer, such as 512,1k,2k. One, two and four trained windows if not given.")]
+Lengths = Annotated[str | None, typer.Option("--lengths", help="Tokens of prompt and answer, such as 512,1k,2k. If not given: 1, 2 and 4 trained windows.")]
 Depths = Annotated[str, typer.Option("--depths", help="Where facts lie: 0,0.5,1 or from:to:step, such as 0:1:0.1; above 1 they are percents.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Samples for every length (and depth).")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the samples.")]
@@ -94,14 +95,14 @@ def command(
     with output(as_json, verbose) as out:
         chosen = method_of(context, method)
         part = parse_shard(shard)
+        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options)
         with quiet_transformers(verbose):
-            job = prepare(out, names, model, chosen, declared, lengths, depths, samples, seed, text, data, options, truncate, chat, dtype, device, trained_window)
+            loaded, tokenizer = load_model(out, model, dtype, device)
+            job = prepare(loaded, tokenizer, asked, chosen, declared, truncate, chat, trained_window)
             from longreach.evals import environment, runner
             from longreach.evals.model_engine import attached
             from longreach.evals.results import Folder
 
-            if truncate is None and (sentence := runner.overflowing(job.items, job.span.limit)):
-                raise ValueError(sentence)
             with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
                 assert engine.extension is not None
                 announce(out, job, engine.extension)
@@ -162,8 +163,10 @@ def estimate(
     """How many samples and tokens a run has, and how long it will take, before it starts. Takes the options of `eval run`."""
     with output(as_json, verbose) as out:
         chosen = method_of(context, method)
+        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options)
         with quiet_transformers(verbose):
-            job = prepare(out, names, model, chosen, declared, lengths, depths, samples, seed, text, data, options, None, chat, dtype, device, trained_window)
+            loaded, tokenizer = load_model(out, model, dtype, device)
+            job = prepare(loaded, tokenizer, asked, chosen, declared, None, chat, trained_window)
             from longreach.evals import runner
             from longreach.evals.model_engine import attached
 
@@ -179,6 +182,49 @@ def estimate(
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What the options ask for; `lengths` None leaves them to the trained window of the model."""
+
+    tasks: list[Task]
+    settings: Settings
+    lengths: tuple[int, ...] | None
+    options: Mapping[str, dict[str, Any]]
+
+    def work(self, window: int) -> dict[Task, Settings]:
+        """The settings of every task. Data have lengths of their own, unless some are asked for."""
+        default = (window, 2 * window, 4 * window)
+        return {
+            task: dataclasses.replace(
+                self.settings,
+                lengths=self.lengths if self.lengths is not None else () if task.needs_data else default,
+                options=self.options[task.name],
+            )
+            for task in self.tasks
+        }
+
+
+def wanted(
+    out: Output,
+    names: list[str],
+    lengths: str | None,
+    depths: str,
+    samples: int,
+    seed: int,
+    text: str | None,
+    data: str | None,
+    options: list[str] | None,
+) -> Wanted:
+    """Whatever is wrong with the options is said here, before a model is loaded."""
+    from longreach.evals.base import Settings
+
+    tasks = find_tasks(names)
+    chosen = parse_options(options or [], tasks)
+    listed = None if lengths is None else parse_lengths(lengths)
+    passage = None if text is None else texts.read(text, texts.LARGEST_FILE, out.note)
+    return Wanted(tasks, Settings(depths=parse_depths(depths), samples=samples, seed=seed, text=passage, data=data), listed, chosen)
+
+
+@dataclass(frozen=True)
 class Job:
     """A model, what is to be run on it, and how long its prompts may be."""
 
@@ -190,48 +236,23 @@ class Job:
 
 
 def prepare(
-    out: Output,
-    names: list[str],
-    model: str,
-    method: Method | None,
-    declared: int | None,
-    lengths: str | None,
-    depths: str,
-    samples: int,
-    seed: int,
-    text: str | None,
-    data: str | None,
-    options: list[str] | None,
-    truncate: str | None,
-    chat: Literal["auto", "off"],
-    dtype: str | None,
-    device: str | None,
-    trained_window: int | None,
+    model: Any, tokenizer: Any, wanted: Wanted, method: Method | None, declared: int | None, truncate: str | None, chat: ChatMode, trained_window: int | None
 ) -> Job:
-    """Load the model and make the samples; whatever is wrong with the options is said before anything is computed."""
+    """Make the samples, and see how long they are."""
     from longreach import auto
-    from longreach.evals import base, runner
+    from longreach.evals import runner
     from longreach.evals.model_engine import span
     from longreach.seam.extend import find_base
 
-    tasks = find_tasks(names)
-    chosen = parse_options(options or [], tasks)
-    wanted = None if lengths is None else parse_lengths(lengths)
-    passage = None if text is None else texts.read(text, texts.LARGEST_FILE, out.note)
-    places = parse_depths(depths)
-    loaded, tokenizer = load_model(out, model, dtype, device)
-    window = auto.trained_window(find_base(loaded).config).tokens if trained_window is None else trained_window
-    settings = base.Settings(depths=places, samples=samples, seed=seed, text=passage, data=data)
-    default = (window, 2 * window, 4 * window)
-    work = {
-        task: dataclasses.replace(settings, lengths=wanted if wanted is not None else () if task.needs_data else default, options=chosen[task.name])
-        for task in tasks
-    }
+    window = auto.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
+    work = wanted.work(window)
     items = runner.plan(work, tokenizer, chat)
     found = span(method, window, declared, max(item.needs for item in items))
+    if truncate is None and (sentence := runner.overflowing(items, found.limit)):
+        raise ValueError(sentence)
     if truncate is not None and found.limit is None:
         raise ValueError("--truncate needs to know for what length; pass --context N too")
-    return Job(loaded, tokenizer, work, items, found)
+    return Job(model, tokenizer, work, items, found)
 
 
 def find_tasks(names: list[str]) -> list[Task]:
@@ -382,9 +403,8 @@ def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:
     table = plain_table("task", "metric", "length", "score (%)", "95 % interval", "n", "failed", "cut")
     for row in chosen:
         length = "all" if row.length is None else str(row.length)
-        table.add_row(
-            row.task, row.metric, length, f"{row.value:.1f}", f"{row.ci_low:.1f} to {row.ci_high:.1f}", str(row.n), str(row.n_errors or ""), str(row.n_truncated or "")
-        )
+        troubles = (str(count or "") for count in (row.n_errors, row.n_truncated))
+        table.add_row(row.task, row.metric, length, f"{row.value:.1f}", f"{row.ci_low:.1f} to {row.ci_high:.1f}", str(row.n), *troubles)
     console.print(table)
 
 
@@ -393,8 +413,9 @@ def show_estimate(console: Console, result: dict[str, Any]) -> None:
 
     table = plain_table("task", "length", "samples", "prompt tokens", "longest", "time at most")
     for part in [*result["parts"], {**result, "task": "all", "length": None}]:
-        took = "" if part["seconds"] is None else duration(part["seconds"])
-        table.add_row(part["task"], "" if part["length"] is None else str(part["length"]), *(str(part[k]) for k in ("samples", "prompt_tokens", "longest")), took)
+        length = "" if part["length"] is None else str(part["length"])
+        counts = (str(part[name]) for name in ("samples", "prompt_tokens", "longest"))
+        table.add_row(part["task"], length, *counts, "" if part["seconds"] is None else duration(part["seconds"]))
     console.print(table)
 
 

@@ -21,6 +21,9 @@ LINES = ["#1b6ca8", "#d9822b", "#2a9d6f", "#8a5ab5", "#c0392b", "#8a8a8a", "#b5a
 PALETTES = ("needle", "safe")
 RULER_THRESHOLD = 85.6  # Llama-2-7B at 4k: what RULER calls effective
 CLIP = 100.0  # perplexities above it are arrows
+ARROW = {"arrowstyle": "<-"}
+PANELS = 4  # small ones, side by side
+LENGTH_HEAD = ("run", "task", "length", "value", "n", "ci_low", "ci_high")
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ def draw(views: Sequence[View], folder: str | Path, palette: str = "needle") -> 
     tasks = sorted({record.task for v in views for record in v.records})
     for task in tasks:
         pictures.append(depth_grid(views, task, path, palette))
-        pictures.append(accuracy(views, [task], task, path))
+        pictures.append(accuracy(views, task, path))
     for group in sorted({record.bench for v in views for record in v.records}):
         members = [task for task in tasks if any(record.task == task and record.bench == group for v in views for record in v.records)]
         if len(members) > 1:
-            pictures.append(accuracy(views, members, group, path))
+            pictures.append(benchmark(views, group, members, path))
     pictures += [perplexity(views, path), positions(views, path), cost(views, path)]
     return [picture for picture in pictures if picture is not None]
 
@@ -110,47 +113,51 @@ def depth_grid(views: Sequence[View], task: str, folder: Path, palette: str = "n
     return _write(figure, folder, f"depth_{task}", f"{task}: score by depth and length", head, rows)
 
 
-def accuracy(views: Sequence[View], tasks: Sequence[str], name: str, folder: Path) -> Picture | None:
-    """Score by length with 95 % bands. Of several tasks their mean (without a band) and one small panel for each."""
-    found = {(v.label, task): _by_length(v, task) for v in views for task in tasks}
-    if not any(found.values()):
+def accuracy(views: Sequence[View], task: str, folder: Path) -> Picture | None:
+    """Score of a task by length, with 95 % bands."""
+    if not any(_by_length(v, task) for v in views):
         return None
-    several = len(tasks) > 1
-    columns = 4 if several else 1
-    rows = 1 + math.ceil(len(tasks) / columns) if several else 1
-    figure = _figure(11 if several else 6.4, 3.6 if not several else 3 + 1.9 * (rows - 1))
-    grid = figure.add_gridspec(rows, columns, height_ratios=[1.6] + [1] * (rows - 1) if several else None)
-    main = figure.add_subplot(grid[0, :])
-    table: list[tuple[Any, ...]] = []
+    figure = _figure(6.4, 3.6)
+    axis = figure.add_subplot()
     for v, colour in zip(views, _cycle(len(views))):
-        if several:
-            lengths = sorted(set.intersection(*({r.length for r in found[v.label, task]} for task in tasks if found[v.label, task]) or [set()]))  # type: ignore[type-var]
-            done = [task for task in tasks if found[v.label, task]]
-            means = [fmean(r.value for task in done for r in found[v.label, task] if r.length == length and r.value is not None) for length in lengths]
-            main.plot(lengths, means, color=colour, marker="o", ms=3.5, label=f"{v.label} (mean of {len(done)})")
-            table += [(v.label, f"mean of {len(done)}", length, value, None, None, None) for length, value in zip(lengths, means)]
-        for n, task in enumerate(tasks):
-            axis = figure.add_subplot(grid[1 + n // columns, n % columns], label=f"{task}") if several and v is views[0] else main
-            if several and v is not views[0]:
-                axis = next(a for a in figure.axes if a.get_label() == task)
-            _band(axis, found[v.label, task], colour, None if several else v.label)
-            if several:
-                axis.set_title(task, fontsize=8)
-            table += [(v.label, task, r.length, r.value, r.n, r.ci_low, r.ci_high) for r in found[v.label, task]]
-    for axis in figure.axes:
-        _length_axis(axis, sorted({r.length for rs in found.values() for r in rs}), small=axis is not main)  # type: ignore[type-var]
-        axis.set_ylim(-3, 103)
-        _window_line(axis, views, label=axis is main)
-    main.set_ylabel(f"{'score' if several else views[0].metric(tasks[0])} (%)", fontsize=9)
-    if name == "ruler":
-        main.axhline(RULER_THRESHOLD, color="#999999", lw=0.8, ls="--")
-        main.annotate(f"RULER's threshold {RULER_THRESHOLD}", (0.01, RULER_THRESHOLD), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
-    guess = views[0].run.get("tasks", {}).get(tasks[0], {}).get("random")
-    if not several and guess is not None:
-        main.axhline(100 * guess, color="#999999", lw=0.8, ls=":")
-        main.annotate("guessing", (0.01, 100 * guess), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+        _band(axis, _by_length(v, task), colour, v.label)
+    _score_axis(axis, views, [task])
+    axis.set_ylabel(f"{views[0].metric(task)} (%)", fontsize=9)
+    guess = next((g for v in views if (g := v.run.get("tasks", {}).get(task, {}).get("random")) is not None), None)
+    if guess is not None:
+        _level(axis, 100 * guess, "guessing")
+    axis.legend(frameon=False, fontsize=8)
+    return _write(figure, folder, f"accuracy_{task}", f"{task}: score by length", LENGTH_HEAD, _length_rows(views, [task]))
+
+
+def benchmark(views: Sequence[View], group: str, tasks: Sequence[str], folder: Path) -> Picture | None:
+    """The mean of a benchmark's tasks by length, and a small panel for each task."""
+    rows = math.ceil(len(tasks) / PANELS)
+    figure = _figure(11, 3 + 1.9 * rows)
+    grid = figure.add_gridspec(1 + rows, PANELS, height_ratios=[1.6] + [1] * rows)
+    main = figure.add_subplot(grid[0, :])
+    means: list[tuple[Any, ...]] = []
+    for v, colour in zip(views, _cycle(len(views))):
+        by_task = [{r.length: r.value for r in found} for task in tasks if (found := _by_length(v, task))]
+        lengths = sorted(length for length in (by_task[0] if by_task else {}) if length is not None and all(length in scores for scores in by_task))
+        values = [fmean(scores[length] or 0.0 for scores in by_task) for length in lengths]
+        name = f"mean of {len(by_task)} tasks"
+        main.plot(lengths, values, color=colour, marker="o", ms=3.5, label=f"{v.label} ({name})")
+        means += [(v.label, name, length, value, "", "", "") for length, value in zip(lengths, values)]
+    for n, task in enumerate(tasks):
+        axis = figure.add_subplot(grid[1 + n // PANELS, n % PANELS])
+        for v, colour in zip(views, _cycle(len(views))):
+            _band(axis, _by_length(v, task), colour, None)
+        _score_axis(axis, views, [task], small=True)
+        axis.set_title(task, fontsize=8)
+    if not means:
+        return None
+    _score_axis(main, views, tasks)
+    main.set_ylabel("mean score (%)", fontsize=9)
+    if group == "ruler":
+        _level(main, RULER_THRESHOLD, f"RULER's threshold {RULER_THRESHOLD}")
     main.legend(frameon=False, fontsize=8)
-    return _write(figure, folder, f"accuracy_{name}", f"{name}: score by length", ("run", "task", "length", "value", "n", "ci_low", "ci_high"), table)
+    return _write(figure, folder, f"benchmark_{group}", f"{group}: score by length", LENGTH_HEAD, means + _length_rows(views, tasks))
 
 
 def perplexity(views: Sequence[View], folder: Path) -> Picture | None:
@@ -172,7 +179,7 @@ def perplexity(views: Sequence[View], folder: Path) -> Picture | None:
             axis.plot(x, [min(value, CLIP) for value in y], color=colour, marker="o", ms=3.5, label=v.label)
             for place, value in zip(x, y):
                 if value > CLIP:
-                    axis.annotate(f"{value:.3g}", (place, CLIP), xytext=(0, 12), textcoords="offset points", ha="center", fontsize=7, arrowprops={"arrowstyle": "<-"})
+                    axis.annotate(f"{value:.3g}", (place, CLIP), xytext=(0, 12), textcoords="offset points", ha="center", fontsize=7, arrowprops=ARROW)
         _length_axis(axis, sorted({r.length for key, rows in lines.items() if key[1] == protocol for r in rows}))  # type: ignore[type-var]
         axis.set_ylim(bottom=0)
         if any((r.value or 0) > CLIP for rows in lines.values() for r in rows):
@@ -245,6 +252,10 @@ def _by_length(v: View, task: str) -> list[Row]:
     return [r for r in v.rows if r.task == task and r.length is not None and r.depth is None and r.metric == v.metric(task) and r.value is not None]
 
 
+def _length_rows(views: Sequence[View], tasks: Sequence[str]) -> list[tuple[Any, ...]]:
+    return [(v.label, task, r.length, r.value, r.n, r.ci_low, r.ci_high) for v in views for task in tasks for r in _by_length(v, task)]
+
+
 def _value(row: Row | None) -> float:
     return math.nan if row is None or row.value is None else row.value
 
@@ -282,6 +293,17 @@ def _length_axis(axis: Any, lengths: list[int], small: bool = False) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if not small:
         axis.set_xlabel("length (tokens)", fontsize=9)
+
+
+def _score_axis(axis: Any, views: Sequence[View], tasks: Sequence[str], small: bool = False) -> None:
+    _length_axis(axis, sorted({r.length for v in views for task in tasks for r in _by_length(v, task) if r.length is not None}), small)
+    axis.set_ylim(-3, 103)
+    _window_line(axis, views, label=not small)
+
+
+def _level(axis: Any, value: float, label: str) -> None:
+    axis.axhline(value, color="#999999", lw=0.8, ls="--")
+    axis.annotate(label, (0.01, value), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
 
 
 def _window_line(axis: Any, views: Sequence[View], label: bool = True) -> None:

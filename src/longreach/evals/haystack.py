@@ -75,7 +75,7 @@ def trial(
 
 
 def passage_with(tokenizer: Any, text: str, start: int, sentence: str, depth: float, most: int, prompt: Callable[[str], str]) -> str | None:
-    """A passage from `start` on with the sentence at `depth`, as long as the prompt made of it has at most `most` tokens; None if not even the sentence fits."""
+    """A passage from `start` on with the sentence at `depth`, as long as its prompt has at most `most` tokens; None if not even the sentence fits."""
     room = most - token_count(tokenizer, prompt(sentence))
     while room > 0:
         document = hide(first_tokens(tokenizer, text, start, room), sentence, depth)

@@ -143,7 +143,7 @@ def bits_per_byte(chosen: Iterable[tuple[Document, torch.Tensor]]) -> float | No
 
 def sliding(
     model: Extension | Any,
-    doc: Document,
+    documents: Sequence[Document],
     window: int,
     stride: int = 256,
     *,
@@ -153,34 +153,45 @@ def sliding(
 ) -> Point:
     """P1: every window reads at most `window` tokens afresh, the last `stride` of them new; only new ones count.
 
-    bos        a token put before every window, as part of it; the document's own is left out then. Without it the document's first
-               token has no loss.
+    bos        a token put before every window, as part of it; the document's own is left out then. Without it the first token of
+               a document has no loss.
     weighting  "token" is the mean over tokens; "window" the published script's mean over windows, where the first, which scores all its
                tokens, weighs as much as any other.
+
+    The interval is over documents, or over pieces of one stride where there is only one.
     """
-    ids = doc.ids[1:] if bos is not None and len(doc) and doc.ids[0] == bos else doc.ids
     body = window - (bos is not None)  # tokens of the text in a window
     if not 1 <= stride <= body:
         raise ValueError(f"the stride must be 1 to {body}, the tokens of the text in a window of {window}, not {stride}")
+    scored, means = [], []
+    for doc in documents:
+        own = int(bos is not None and len(doc) > 0 and int(doc.ids[0]) == bos)
+        text = Document(doc.ids[own:], None if doc.bytes is None else doc.bytes[own:], doc.name)
+        found, of_windows = _slide(model, text.ids, body, stride, bos, chunk_size)
+        scored.append((text, found))
+        means += of_windows
+    if not means:
+        raise ValueError("the texts have fewer than 2 tokens, so that there is nothing to predict; pass longer ones")
+    every = torch.cat([found[~found.isnan()] for _, found in scored])
+    nll = every.mean().item() if weighting == "token" else math.fsum(means) / len(means)
+    pieces = [found for _, found in scored] if len(scored) > 1 else list(scored[0][1].split(stride))
+    interval = statistics.mean([piece.nanmean().item() for piece in pieces if not piece.isnan().all()])
+    return Point(window, nll, min(nll, interval.low), max(nll, interval.high), len(documents), len(every), bits_per_byte(scored))
+
+
+def _slide(model: Extension | Any, ids: torch.Tensor, body: int, stride: int, bos: int | None, chunk_size: int) -> tuple[torch.Tensor, list[float]]:
+    """-> (the loss of every token of a text, the mean of every window)."""
     found, means = torch.full((len(ids),), math.nan, dtype=torch.float64), []
     before = 0
     for end in _ends(len(ids), body, stride):
-        begin, new = max(0, end - body), end - before
-        text = ids[begin:end] if bos is None else torch.cat([torch.tensor([bos]), ids[begin:end]])
-        last = _last_losses(model, text, new, chunk_size)
+        begin = max(0, end - body)
+        read = ids[begin:end] if bos is None else torch.cat([torch.tensor([bos]), ids[begin:end]])
+        last = _last_losses(model, read, end - before, chunk_size)
         found[before:end] = last
         if not last.isnan().all():
             means.append(last.nanmean().item())
         before = end
-    if not means:
-        raise ValueError("the text has fewer than 2 tokens, so that there is nothing to predict; pass a longer one")
-    scored = found[~found.isnan()]
-    values = means if weighting == "window" else scored.tolist()
-    interval = statistics.mean(means) if weighting == "window" else _by_windows(found, stride)
-    nll = math.fsum(values) / len(values)
-    skipped = len(doc) - len(ids)
-    rest = Document(ids, None if doc.bytes is None else doc.bytes[skipped:])
-    return Point(window, nll, min(nll, interval.low), max(nll, interval.high), 1, len(scored), bits_per_byte([(rest, found)]))
+    return found, means
 
 
 def _ends(length: int, body: int, stride: int) -> Iterator[int]:
@@ -189,12 +200,6 @@ def _ends(length: int, body: int, stride: int) -> Iterator[int]:
     while end < length:
         end = min(length, end + stride)
         yield end
-
-
-def _by_windows(found: torch.Tensor, stride: int) -> statistics.Mean:
-    """An interval of the mean over tokens, from the means of pieces of one stride: neighbouring tokens are not independent."""
-    means = [piece.nanmean().item() for piece in found.split(stride) if not piece.isnan().all()]
-    return statistics.mean(means)
 
 
 def _last_losses(model: Extension | Any, ids: torch.Tensor, count: int, chunk_size: int) -> torch.Tensor:

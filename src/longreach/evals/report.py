@@ -28,7 +28,8 @@ h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px sol
 table { border-collapse: collapse; font-size: 0.88rem; margin: 0.5rem 0 1rem; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { background: var(--soft); position: sticky; top: 0; } th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--link); }
+th { background: var(--soft); position: sticky; top: 0; } th button { all: unset; cursor: pointer; font-weight: 600; }
+th button:focus-visible { outline: 2px solid var(--link); }
 th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; background: white; border-radius: 6px; }
 figcaption, .note { font-size: 0.88rem; } a { color: var(--link); } code, pre { font-family: ui-monospace, monospace; font-size: 0.85em; }

@@ -247,7 +247,8 @@ def markdown(rows: Iterable[Row], metrics: Mapping[str, str] | None = None) -> s
     lengths = sorted({row.length for row in chosen if row.length is not None})
     lines = ["| task | metric | all | " + " | ".join(map(str, lengths)) + (" |" if lengths else ""), "|---|---|---|" + "---|" * len(lengths)]
     for task, metric in dict.fromkeys((row.task, row.metric) for row in chosen):
-        cells = {row.length: f"{row.value:.1f} ({row.ci_low:.1f} to {row.ci_high:.1f}, n={row.n})" for row in chosen if (row.task, row.metric) == (task, metric)}
+        own = [row for row in chosen if (row.task, row.metric) == (task, metric)]
+        cells = {row.length: f"{row.value:.1f} ({row.ci_low:.1f} to {row.ci_high:.1f}, n={row.n})" for row in own}
         lines.append(f"| {task} | {metric} | " + " | ".join(cells.get(length, "") for length in (None, *lengths)) + " |")
     return "\n".join(lines) + "\n"
 
