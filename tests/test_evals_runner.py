@@ -48,7 +48,7 @@ def untimed(path: Path) -> list[dict[str, Any]]:
 
 def test_the_files_of_a_run(tmp_path, items, tokenizer):
     steps: list[runner.Step] = []
-    outcome = run(tmp_path, CopyTail(tokenizer, 200), items, tokenizer, progress=steps.append)
+    outcome = run(tmp_path, CopyTail(tokenizer, 150), items, tokenizer, progress=steps.append)
     assert outcome == runner.Outcome(12, 0, 0, 0)
     assert [step.done for step in steps] == list(range(1, 13)) and steps[-1].seconds_left == 0 and steps[-1].tokens == steps[-1].total_tokens
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -153,7 +153,7 @@ def test_what_is_shared_ends_with_the_document(tokenizer):
 
 
 def test_too_long_raises_or_is_cut_and_counted(tmp_path, items, tokenizer):
-    with pytest.raises(ValueError, match=r"6 of 12 samples need more than 300 tokens.*--context 512"):
+    with pytest.raises(ValueError, match=r"6 of 12 samples need more than 300 tokens.*--context 505"):
         run(tmp_path, First(), items, tokenizer, limit=300)
     assert not (tmp_path / "samples.jsonl").exists()
     assert run(tmp_path, First(), items, tokenizer, limit=300, truncate="middle").truncated == 6

@@ -83,10 +83,14 @@ def draw(views: Sequence[View], folder: str | Path, palette: str = "needle") -> 
 
 def depth_grid(views: Sequence[View], task: str, folder: Path, palette: str = "needle") -> Picture | None:
     """Depth by length, a panel for each run. Cells of few samples are pictures, not claims."""
-    cells = {v.label: {(r.length, r.depth): r for r in v.rows if r.task == task and r.depth is not None and r.metric == v.metric(task)} for v in views}
-    lengths, depths = (sorted({key[i] for found in cells.values() for key in found if key[i] is not None}) for i in (0, 1))  # type: ignore[type-var]
+    cells: dict[str, dict[tuple[int, float], Row]] = {}
+    for v in views:
+        own = (r for r in v.rows if r.task == task and r.metric == v.metric(task))
+        cells[v.label] = {(r.length, r.depth): r for r in own if r.length is not None and r.depth is not None}
+    keys = {key for found in cells.values() for key in found}
+    lengths, depths = sorted({length for length, _ in keys}), sorted({depth for _, depth in keys})
     shown = [v for v in views if cells[v.label]]
-    if not shown or not lengths:
+    if not shown:
         return None
     figure = _figure(max(4.6, 1.1 + len(shown) * max(2.6, 0.62 * len(lengths))), 1.3 + max(2.0, 0.34 * len(depths)))
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -99,7 +103,7 @@ def depth_grid(views: Sequence[View], task: str, folder: Path, palette: str = "n
                 if not math.isnan(value) and len(lengths) * len(depths) <= 200:
                     axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color="#222222")
         axis.set_xticks(range(len(lengths)), [_short(length) for length in lengths], rotation=45 if len(lengths) > 6 else 0)
-        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if axis is axes[0] else [""] * len(depths))  # type: ignore[operator]
+        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if axis is axes[0] else [""] * len(depths))
         axis.set_title(v.label, fontsize=9, wrap=True)
         axis.set_xlabel("length (tokens)", fontsize=8.5)
         axis.tick_params(length=0, labelsize=8)
@@ -180,7 +184,7 @@ def perplexity(views: Sequence[View], folder: Path) -> Picture | None:
             for place, value in zip(x, y):
                 if value > CLIP:
                     axis.annotate(f"{value:.3g}", (place, CLIP), xytext=(0, 12), textcoords="offset points", ha="center", fontsize=7, arrowprops=ARROW)
-        _length_axis(axis, sorted({r.length for key, rows in lines.items() if key[1] == protocol for r in rows}))  # type: ignore[type-var]
+        _length_axis(axis, sorted({r.length for key, rows in lines.items() if key[1] == protocol for r in rows if r.length is not None}))
         axis.set_ylim(bottom=0)
         if any((r.value or 0) > CLIP for rows in lines.values() for r in rows):
             axis.set_ylim(0, 1.15 * CLIP)
@@ -188,9 +192,9 @@ def perplexity(views: Sequence[View], folder: Path) -> Picture | None:
         _window_line(axis, views)
     axes[0].set_ylabel("perplexity", fontsize=9)
     axes[0].legend(frameon=False, fontsize=8)
-    rows = [(label, task, r.length, r.value, r.n, r.ci_low, r.ci_high) for (label, task), found in lines.items() for r in found]
+    table = [(label, task, r.length, r.value, r.n, r.ci_low, r.ci_high) for (label, task), found in lines.items() for r in found]
     head = ("run", "protocol", "length", "perplexity", "documents", "ci_low", "ci_high")
-    return _write(figure, folder, "perplexity", "Perplexity by length (it does not imply recall)", head, rows)
+    return _write(figure, folder, "perplexity", "Perplexity by length (it does not imply recall)", head, table)
 
 
 def positions(views: Sequence[View], folder: Path) -> Picture | None:
@@ -203,8 +207,8 @@ def positions(views: Sequence[View], folder: Path) -> Picture | None:
     rows: list[tuple[Any, ...]] = []
     for v, colour in zip(shown, _cycle(len(shown))):
         points = [(p, m) for p, m, _, _ in v.curve if not math.isnan(m)]
-        weight, smooth = max(0.01, 2 / (1 + len(points) / 50)), []  # about a fiftieth of the curve
-        weight = min(weight, 1.0)
+        weight = min(1.0, 2 / (1 + len(points) / 50))  # about a fiftieth of the curve
+        smooth: list[float] = []
         for _, value in points:
             smooth.append(value if not smooth else (1 - weight) * smooth[-1] + weight * value)
         axis.plot([p for p, _ in points], smooth, color=colour, lw=1.4, label=v.label)

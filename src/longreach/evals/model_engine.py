@@ -117,6 +117,8 @@ def span(method: Method | None, window: int, declared: int | None, needed: int) 
     if declared is not None:
         return Span(declared, declared)
     capacity = None if method is None or method.needs_context or isinstance(method, Stock) else method.capacity(window)
+    if capacity == 0:
+        raise ValueError(f"{method} uses distances beyond the trained window of {window} tokens for any text; choose parameters of at most {window}")
     return Span(capacity, needed if capacity is None else min(needed, capacity))
 
 
