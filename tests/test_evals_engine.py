@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import longreach
 from longreach import LMInfinite, SelfExtend, Stock, generation
-from longreach.cli import main
-from longreach.cli.eval_run import parse_depths, parse_lengths
+from longreach.cli import build, main, parameters
+from longreach.cli.eval_options import parse_depths, parse_lengths
 from longreach.evals import budget
 from longreach.evals.base import Parts, Sample
 from longreach.evals.model_engine import ModelEngine, attached, span
 from longreach.loading import shipped_book
+from longreach.methods import registry
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,19 @@ def test_lengths_and_depths():
             parse_depths(text)
 
 
+def test_no_parameter_of_a_method_hides_behind_an_option():
+    group: Any = typer.main.get_command(build()).commands["eval"]  # type: ignore[attr-defined]
+    assert set(group.commands) == {"list", "run", "estimate", "ppl", "report", "compare"}
+    for name in ("run", "estimate", "ppl"):
+        own = {option for p in group.commands[name].params for option in p.opts}
+        assert not own & {p.option for method in registry().values() for p in parameters.of(method)}
+
+
+def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]):
+    assert main(["eval"]) == 0
+    assert all(name in capsys.readouterr().out for name in ("list", "run", "estimate", "ppl", "report", "compare"))
+
+
 def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict[str, Any]:
     capsys.readouterr()
     assert main([*map(str, arguments), "--json"]) == code
@@ -115,8 +130,10 @@ def test_the_commands_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     ppl = said(capsys, "eval", "ppl", "--lengths", "64,128", "--passages", 2, "--out", tmp_path / "ppl")
     assert {(row["length"], row["metric"]) for row in ppl["metrics"]} == {(n, m) for n in (64, 128) for m in ("perplexity", "nll", "bits_per_byte")}
     assert len((tmp_path / "ppl" / "curves.csv").read_text().splitlines()) == 128
-    page = said(capsys, "eval", "report", *(tmp_path / name for name in ("stock", "lambda", "ppl")), "--html", tmp_path / "r.html")
+    page = said(capsys, "eval", "report", *(tmp_path / name for name in ("stock", "lambda", "ppl")), "--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     assert len(page["figures"]) == 5 and "does not imply recall" in (tmp_path / "r.html").read_text()
+    written = (tmp_path / "r.md").read_text()
+    assert written.count("## ") == 3 and "| passkey | accuracy |" in written and "| truncated | bits_per_byte |" in written
     for protocol in ("sliding", "streaming"):
         rows = said(capsys, "eval", "ppl", "--protocol", protocol, "--lengths", "96", "--stride", 32, "--text", "@book", "--out", tmp_path / protocol,
                     *(["--passages", 1]))["metrics"]  # fmt: skip

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 PALETTE = Annotated[str, typer.Option("--palette", help="Colours of the depth maps: needle, or safe for the colour-blind.")]
 
 
-def group() -> typer.Typer:
+def subcommands() -> typer.Typer:
     """The commands of `longreach eval`."""
     from longreach.cli import LENIENT, eval_ppl, eval_run
 
-    app = typer.Typer(help="Measure recall and perplexity at long lengths, and compare methods.", no_args_is_help=True, rich_markup_mode="rich")
+    app = typer.Typer(rich_markup_mode="rich")
+    app.callback(invoke_without_command=True)(_help)
     app.command("list")(list_tasks)
     app.command("run", context_settings=LENIENT)(eval_run.command)
     app.command("estimate", context_settings=LENIENT)(eval_run.estimate)
@@ -30,6 +31,12 @@ def group() -> typer.Typer:
     app.command("report")(report)
     app.command("compare")(compare)
     return app
+
+
+def _help(context: typer.Context) -> None:
+    """Measure recall and perplexity at long lengths, and compare methods."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def list_tasks(as_json: Json = False) -> None:
@@ -61,6 +68,7 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `eval run` or `eval ppl` wrote; the first is what others are compared with.")],
     html: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("longreach-report.html"),
     figures: Annotated[Path | None, typer.Option("--figures", help="Folder for the pictures and their csv; `figures` beside the page if not given.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write the results as tables in Markdown.")] = None,
     palette: PALETTE = "needle",
     as_json: Json = False,
 ) -> None:
@@ -68,7 +76,7 @@ def report(
     with output(as_json) as out:
         from longreach.evals import report as pages
         from longreach.evals.figures import view
-        from longreach.evals.results import Folder
+        from longreach.evals.results import Folder, runs_in_markdown
 
         if not html.parent.is_dir():
             raise ValueError(f"there is no folder {str(html.parent)!r} for the page; create it first")
@@ -76,6 +84,8 @@ def report(
             raise ValueError(f"{str(html)!r} is a folder; name a file, such as {html / 'report.html'}")
         opened = [Folder(folder) for folder in folders]
         pictures = pages.write(opened, [view(folder) for folder in opened], html, figures or html.parent / "figures", palette)
+        if markdown is not None:
+            markdown.write_text(runs_in_markdown(opened), encoding="utf-8")
         result = {"html": str(html), "figures": [{"title": p.title, "png": str(p.png), "csv": str(p.csv)} for p in pictures]}
         out.finish(result, lambda console: console.print(f"{html}: {len(opened)} runs, {len(pictures)} pictures", markup=False))
 

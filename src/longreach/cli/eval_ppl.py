@@ -33,7 +33,8 @@ from longreach.cli.common import (
     output,
     quiet_transformers,
 )
-from longreach.cli.eval_run import ChunkSize, now, parse_lengths
+from longreach.cli.eval_options import ChunkSize, parse_lengths
+from longreach.cli.eval_run import now
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -248,9 +248,24 @@ def markdown(rows: Iterable[Row], metrics: Mapping[str, str] | None = None) -> s
     lines = ["| task | metric | all | " + " | ".join(map(str, lengths)) + (" |" if lengths else ""), "|---|---|---|" + "---|" * len(lengths)]
     for task, metric in dict.fromkeys((row.task, row.metric) for row in chosen):
         own = [row for row in chosen if (row.task, row.metric) == (task, metric)]
-        cells = {row.length: f"{row.value:.1f} ({row.ci_low:.1f} to {row.ci_high:.1f}, n={row.n})" for row in own}
+        cells = {row.length: _cell(row) for row in own}
         lines.append(f"| {task} | {metric} | " + " | ".join(cells.get(length, "") for length in (None, *lengths)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    interval = "" if row.ci_low is None or row.ci_high is None else f"{row.ci_low:.4g} to {row.ci_high:.4g}, "
+    return f"{row.value:.4g} ({interval}n={row.n})"
+
+
+def runs_in_markdown(folders: Iterable[Folder]) -> str:
+    """A heading and a table for each run: the main metric of its tasks, or every one where a run has no tasks."""
+    parts = []
+    for folder in folders:
+        run = folder.run
+        metrics = {name: facts["metric"] for name, facts in run.get("tasks", {}).items()}
+        parts.append(f"## {folder.path.name}: {run.get('config', {}).get('method_text', '')}\n\n{markdown(folder.metrics(), metrics)}")
+    return "\n".join(parts)
 
 
 def lm_eval(run: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
