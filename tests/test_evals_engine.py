@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import typer
 import longreach
 from longreach import LMInfinite, SelfExtend, Stock, generation
 from longreach.cli import build, main, parameters
-from longreach.cli.eval_options import parse_depths, parse_lengths
+from longreach.cli.eval_options import parse_depths, parse_lengths, take_method_options
 from longreach.evals import budget
 from longreach.evals.base import Parts, Sample
 from longreach.evals.model_engine import ModelEngine, attached, span
@@ -103,7 +104,21 @@ def test_no_parameter_of_a_method_hides_behind_an_option():
 
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]):
     assert main(["eval"]) == 0
-    assert all(name in capsys.readouterr().out for name in ("list", "run", "estimate", "ppl", "report", "compare"))
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("list", "run", "estimate", "ppl", "report", "compare"))
+
+
+@pytest.mark.parametrize(
+    ("words", "names", "options"),
+    [
+        ("passkey niah --n-local 64", ["passkey", "niah"], ["--n-local", "64"]),
+        ("--n-local=64 passkey", ["passkey"], ["--n-local=64"]),
+        ("--a 1 passkey --flag niah --b -2", ["passkey", "niah"], ["--a", "1", "--flag", "--b", "-2"]),
+    ],
+)
+def test_options_of_a_method_among_the_names_of_tasks(words, names, options):
+    context: Any = SimpleNamespace(args=[])
+    assert take_method_options(context, words.split()) == names and context.args == options
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict[str, Any]:
@@ -130,7 +145,9 @@ def test_the_commands_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     ppl = said(capsys, "eval", "ppl", "--lengths", "64,128", "--passages", 2, "--out", tmp_path / "ppl")
     assert {(row["length"], row["metric"]) for row in ppl["metrics"]} == {(n, m) for n in (64, 128) for m in ("perplexity", "nll", "bits_per_byte")}
     assert len((tmp_path / "ppl" / "curves.csv").read_text().splitlines()) == 128
-    page = said(capsys, "eval", "report", *(tmp_path / name for name in ("stock", "lambda", "ppl")), "--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
+    page = said(
+        capsys, "eval", "report", *(tmp_path / name for name in ("stock", "lambda", "ppl")), "--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md"
+    )
     assert len(page["figures"]) == 5 and "does not imply recall" in (tmp_path / "r.html").read_text()
     written = (tmp_path / "r.md").read_text()
     assert written.count("## ") == 3 and "| passkey | accuracy |" in written and "| truncated | bits_per_byte |" in written
@@ -144,6 +161,8 @@ def test_the_commands_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     ("arguments", "says"),
     [
         (["run", "nothing"], "there is no task"),
+        (["run", "--n-local", "7"], "name a task"),
+        (["run", "passkey", "--n-local", "7"], "is a parameter of a method; name the method too"),
         (["run", "passkey", "--option", "colour=red"], "they know digits, style"),
         (["run", "passkey", "--shard", "2/2"], "--shard must be i/n"),
         (["run", "passkey", "--lengths", "300", "--context", "200"], "25 of 25 samples need more than 200 tokens"),

@@ -76,6 +76,30 @@ def wanted(
     return Wanted(tasks, Settings(depths=parse_depths(depths), samples=samples, seed=seed, text=passage, data=data), listed, chosen)
 
 
+def take_method_options(context: typer.Context, words: list[str]) -> list[str]:
+    """-> the names of tasks among the words. A list of names swallows options that Typer does not know, those of a method: they go to where
+    `method_of` looks for them, each with the word that follows it, unless that is a task."""
+    from longreach.evals import base
+
+    known = base.tasks()
+    tasks = {*known, *(task.group for task in known.values() if task.group)}
+    names: list[str] = []
+    waiting = False  # for the value of an option
+    for word in words:
+        if word.startswith("--"):
+            context.args.append(word)
+            waiting = "=" not in word
+        elif waiting and word not in tasks:
+            context.args.append(word)
+            waiting = False
+        else:
+            names.append(word)
+            waiting = False
+    if not names:
+        raise ValueError(f"name a task, or a benchmark for all of its tasks: {', '.join(sorted(tasks))}")
+    return names
+
+
 def find_tasks(names: list[str]) -> list[Task]:
     """Tasks by their names, or all of a benchmark by its name; each once."""
     from longreach.evals import base

@@ -45,6 +45,7 @@ from longreach.cli.eval_options import (
     Truncate,
     Wanted,
     parse_shard,
+    take_method_options,
     wanted,
 )
 
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 NOTE_EVERY = 20.0  # seconds between lines where there is no terminal
+
 
 def command(
     context: typer.Context,
@@ -93,6 +95,7 @@ def command(
     """
     started = now()
     with output(as_json, verbose) as out:
+        names = take_method_options(context, names)
         chosen = method_of(context, method)
         part = parse_shard(shard)
         asked = wanted(out, names, lengths, depths, samples, seed, text, data, options)
@@ -162,6 +165,7 @@ def estimate(
 ) -> None:
     """How many samples and tokens a run has, and how long it will take, before it starts. Takes the options of `eval run`."""
     with output(as_json, verbose) as out:
+        names = take_method_options(context, names)
         chosen = method_of(context, method)
         asked = wanted(out, names, lengths, depths, samples, seed, text, data, options)
         with quiet_transformers(verbose):

@@ -52,9 +52,7 @@ def hide(document: str, sentence: str, depth: float) -> str:
     return " ".join(part for part in (head, sentence, tail) if part)
 
 
-def trial(
-    tokenizer: Any, text: str, length: int, depth: float, rng: Random, *, wording: Wording = PASS_KEY, digits: int = 5, answer_tokens: int = 16
-) -> Trial:
+def trial(tokenizer: Any, text: str, length: int, depth: float, rng: Random, *, wording: Wording = PASS_KEY, digits: int = 5, answer_tokens: int = 16) -> Trial:
     """A passage of `text`, drawn at random, with a key at `depth`, so that prompt and `answer_tokens` are at most `length` tokens.
 
     Raises ValueError if the text is too short, the length too small, or the tokenizer cannot say where its tokens lie.

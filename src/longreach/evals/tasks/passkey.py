@@ -140,9 +140,7 @@ class PassKey(Task):
             parts = Parts(document, f"\n\n{QUESTION}", f"{INSTRUCTION}\n\n", LEAD)
             yield self._sample(parts, key, 6, settings, length, depth, index, haystack.depth_of(document, statement), "infinitebench")
 
-    def _sample(
-        self, parts: Parts, key: str, new: int, settings: Settings, length: int, depth: float | None, index: int, actual: float, style: str
-    ) -> Sample:
+    def _sample(self, parts: Parts, key: str, new: int, settings: Settings, length: int, depth: float | None, index: int, actual: float, style: str) -> Sample:
         where = "" if depth is None else f"/{depth:g}"
         meta = {"length_target": length, "depth": depth, "depth_actual": actual, "seed": settings.seed, "index": index, "style": style}
         return Sample(f"{self.name}/{style}/{length}{where}/{index}", parts, (key,), new, meta, chat="prefix")
