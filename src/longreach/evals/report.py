@@ -82,7 +82,7 @@ def page(folders: Sequence[Folder], views: Sequence[View], pictures: Sequence[Pi
     if (pairs := comparisons(folders, views)) is not None:
         parts.append(section("Paired comparison", pairs))
     parts += [section("Errors and cuts", text)] if (text := troubles(views)) else []
-    parts.append(section("Wrong answers", "".join(wrong_answers(view) for view in views) or "<p>None.</p>"))
+    parts.append(section("Answers that were not fully right", "".join(wrong_answers(view) for view in views) or "<p>None.</p>"))
     parts.append(section("How it was run", "".join(how(view) for view in views)))
     return (
         f'<!doctype html><html lang=en><head><meta charset=utf-8><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
