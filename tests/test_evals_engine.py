@@ -26,7 +26,7 @@ def nano() -> tuple[Any, Any]:
     return longreach.load("nano")
 
 
-BOOK = shipped_book()[100_000:101_200]
+BOOK = shipped_book()[100_000:100_800]
 
 
 def question(number: int, words: str = "What is the number?", stop: tuple[str, ...] = ()) -> Sample:
@@ -45,9 +45,9 @@ def question(number: int, words: str = "What is the number?", stop: tuple[str, .
 def test_a_shared_document_is_read_once_and_changes_no_answer(nano, method, reused):
     model, tokenizer = nano
     with attached(model, tokenizer, method, 1024) as engine:
-        prompts = [budget.encode(tokenizer, question(n)) for n in range(3)]
+        prompts = [budget.encode(tokenizer, question(n)) for n in range(2)]
         replies = [engine.answer(prompt) for prompt in prompts]
-        assert [reply.reused for reply in replies] == [0, *([prompts[0].shared] * 2 if reused else [0, 0])]
+        assert [reply.reused for reply in replies] == [0, prompts[0].shared if reused else 0]
         for prompt, reply in zip(prompts, replies):
             alone = ModelEngine(model, tokenizer, engine.extension).answer(prompt)
             plain = generation.answer(model, tokenizer, prompt.ids, 6, extension=engine.extension)
