@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def depth_grid(views: Sequence[View], task: str, folder: Path, palette: str = "n
                     axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color="#222222")
         axis.set_xticks(range(len(lengths)), [_short(length) for length in lengths], rotation=45 if len(lengths) > 6 else 0)
         axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if axis is axes[0] else [""] * len(depths))
-        axis.set_title(v.label, fontsize=9, wrap=True)
+        axis.set_title("\n".join(textwrap.wrap(v.label, max(24, 5 * len(lengths)))), fontsize=8.5)
         axis.set_xlabel("length (tokens)", fontsize=8.5)
         axis.tick_params(length=0, labelsize=8)
         _window_between(axis, lengths, v.window)
@@ -130,7 +131,7 @@ def accuracy(views: Sequence[View], task: str, folder: Path) -> Picture | None:
     guess = next((g for v in views if (g := v.run.get("tasks", {}).get(task, {}).get("random")) is not None), None)
     if guess is not None:
         _level(axis, 100 * guess, "guessing")
-    axis.legend(frameon=False, fontsize=8)
+    _legend(figure, axis)
     return _write(figure, folder, f"accuracy_{task}", f"{task}: score by length", LENGTH_HEAD, _length_rows(views, [task]))
 
 
@@ -160,7 +161,7 @@ def benchmark(views: Sequence[View], group: str, tasks: Sequence[str], folder: P
     main.set_ylabel("mean score (%)", fontsize=9)
     if group == "ruler":
         _level(main, RULER_THRESHOLD, f"RULER's threshold {RULER_THRESHOLD}")
-    main.legend(frameon=False, fontsize=8)
+    _legend(figure, main)
     return _write(figure, folder, f"benchmark_{group}", f"{group}: score by length", LENGTH_HEAD, means + _length_rows(views, tasks))
 
 
@@ -191,7 +192,7 @@ def perplexity(views: Sequence[View], folder: Path) -> Picture | None:
         axis.set_title(protocol, fontsize=10)
         _window_line(axis, views)
     axes[0].set_ylabel("perplexity", fontsize=9)
-    axes[0].legend(frameon=False, fontsize=8)
+    _legend(figure, axes[0])
     table = [(label, task, r.length, r.value, r.n, r.ci_low, r.ci_high) for (label, task), found in lines.items() for r in found]
     head = ("run", "protocol", "length", "perplexity", "documents", "ci_low", "ci_high")
     return _write(figure, folder, "perplexity", "Perplexity by length (it does not imply recall)", head, table)
@@ -218,7 +219,7 @@ def positions(views: Sequence[View], folder: Path) -> Picture | None:
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     _window_line(axis, shown)
-    axis.legend(frameon=False, fontsize=8)
+    _legend(figure, axis)
     return _write(figure, folder, "positions", "Loss by position", ("run", "position", "nll", "smoothed"), rows)
 
 
@@ -248,7 +249,7 @@ def cost(views: Sequence[View], folder: Path) -> Picture | None:
         _length_axis(axis, sorted({row[2] for row in rows}))
         axis.set_ylim(bottom=0)
         axis.set_title(name, fontsize=9)
-    axes[0].legend(frameon=False, fontsize=8)
+    _legend(figure, axes[0])
     return _write(figure, folder, "cost", "Cost by length (medians)", ("run", "what", "length", "median", "n"), rows)
 
 
@@ -315,6 +316,13 @@ def _window_line(axis: Any, views: Sequence[View], label: bool = True) -> None:
         axis.axvline(window, color="black", ls=":", lw=1)
         if label:
             axis.annotate("trained window", (window, 0.02), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points", fontsize=7)
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    """Below the picture: the names of methods are long."""
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8)
 
 
 def _window_between(axis: Any, lengths: Sequence[Any], window: int | None) -> None:
