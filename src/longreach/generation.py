@@ -60,6 +60,7 @@ def answer(
     chunk_size: int = 512,
     sampling: Sampling = GREEDY,
     cache: Any = None,
+    stop: tuple[str, ...] = (),
     write: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Answer:
@@ -68,6 +69,7 @@ def answer(
     extension  the one in force on the model; None is the stock model, which reads the prompt in one forward. So does a method
                whose result depends on how a prompt is cut.
     cache      that of an earlier answer, to go on from: `ids` still is the whole sequence and begins with what the cache holds.
+    stop       strings that end the answer and are left out of its text. White space before the first word is not searched for them.
     """
     from transformers import DynamicCache
 
@@ -83,15 +85,25 @@ def answer(
     if extension is not None and extension.method.chunk_invariant and len(ids) - known > 1:  # the last token is left for generate, which needs its logits
         for chunk in stream(extension, prompt[0, known:-1], chunk_size=chunk_size, losses=False, cache=cache):
             progress(min(chunk.start + chunk_size, len(ids) - 1))
+    criteria = _stopping(tokenizer, len(ids), stop)
     with torch.no_grad():
-        output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, generation_config=config, streamer=streamer)
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=criteria,
+        )
     ended = time.perf_counter()
     new = output[0, len(ids) :].tolist()
     first = streamer.first or ended
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    end = _stop_at(text, stop)
     return Answer(
-        text=tokenizer.decode(new, skip_special_tokens=True),
+        text=text[:end],
         ids=new,
-        finish="stop" if len(new) < max_new_tokens or new[-1] in _ends(config) else "length",
+        finish="stop" if len(new) < max_new_tokens or new[-1] in _ends(config) or end is not None else "length",
         prefill_seconds=first - started,
         decode_seconds=ended - first,
         store_bytes=cache_bytes(cache),
@@ -124,6 +136,26 @@ def generation_config(model: Any, tokenizer: Any, max_new_tokens: int, sampling:
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(_ends(config)), None)
     return config
+
+
+def _stop_at(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where the first of the strings begins, after the white space that the text may begin with."""
+    begins = len(text) - len(text.lstrip())
+    return min((at for end in stop if (at := text.find(end, begins)) >= 0), default=None)
+
+
+def _stopping(tokenizer: Any, prompt: int, stop: tuple[str, ...]) -> Any:
+    """Ends at a stop string, wherever the tokens that write it are cut. Greedy answers are short: decoding them anew costs little."""
+    if not stop:
+        return None
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Stop(StoppingCriteria):  # type: ignore[misc,unused-ignore]
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            done = [_stop_at(tokenizer.decode(row[prompt:], skip_special_tokens=True), stop) is not None for row in input_ids]
+            return torch.tensor(done, device=input_ids.device)
+
+    return StoppingCriteriaList([Stop()])
 
 
 def _ends(config: Any) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 # name -> module in this package whose function `command` it is; its docstring is the help. Order is that of --help.
+# A module with a function `subcommands` is a group of commands.
 COMMANDS = {
     "demo": "demo",
     "run": "run",
@@ -24,6 +25,7 @@ COMMANDS = {
     "methods": "methods",
     "distances": "distances",
     "check": "check",
+    "eval": "eval",
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 # Method parameters are not declared to Typer: they come from the dataclass of the chosen method, see parameters.py.
@@ -37,6 +39,9 @@ def build() -> typer.Typer:
     app.callback()(_root)
     for name, module in COMMANDS.items():
         found = import_module(f"{__name__}.{module}")
+        if hasattr(found, "subcommands"):
+            app.add_typer(found.subcommands(), name=name)
+            continue
         app.command(name, context_settings=LENIENT if getattr(found, "TAKES_METHOD_PARAMETERS", False) else {})(found.command)
     return app
 

@@ -14,11 +14,12 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from longreach.evals.haystack import hide, open_ended
+from longreach.evals.truncation import Side as Side
+from longreach.evals.truncation import keep_tokens, token_spans
 
-Side = Literal["left", "middle", "right"]
 COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
 LARGEST_FILE = 256 * 2**20
 STDIN = "-"
@@ -126,11 +127,11 @@ def encode(tokenizer: Any, request: Request) -> list[int]:
 
 def shorten(tokenizer: Any, request: Request, most: int, side: Side) -> tuple[list[int], Truncation]:
     """The ids with as much of the document left out, at `side`, as makes them at most `most`."""
-    spans = _spans(tokenizer, request.document)
+    spans = token_spans(tokenizer, request.document)
     rest = len(encode(tokenizer, replace(request, document="")))
     keep = min(len(spans), most - rest)
     while keep > 0:
-        shorter = _cut(request.document, spans, keep, side)
+        shorter = keep_tokens(request.document, spans, keep, side)
         ids = encode(tokenizer, replace(request, document=shorter))
         over = len(ids) - most
         if over <= 0:
@@ -141,25 +142,12 @@ def shorten(tokenizer: Any, request: Request, most: int, side: Side) -> tuple[li
 
 def shorten_document(tokenizer: Any, document: str, most: int, side: Side) -> tuple[str, Truncation]:
     """The document alone, with as much of it left out, at `side`, as makes it about `most` tokens and not more."""
-    spans = _spans(tokenizer, document)
+    spans = token_spans(tokenizer, document)
     keep = min(len(spans), most)
     while keep > 0:
-        shorter = _cut(document, spans, keep, side)
+        shorter = keep_tokens(document, spans, keep, side)
         tokens = len(tokenizer(shorter, add_special_tokens=False)["input_ids"])
         if tokens <= most:
             return shorter, Truncation(side, len(spans), tokens)
         keep -= min(keep, tokens - most)
     raise ValueError(f"nothing of the text fits into {most} tokens; declare a larger --context")
-
-
-def _spans(tokenizer: Any, document: str) -> list[tuple[int, int]]:
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError("--truncate needs a fast tokenizer, which this model lacks; shorten the text yourself")
-    return list(tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
-
-
-def _cut(document: str, spans: list[tuple[int, int]], keep: int, side: Side) -> str:
-    """`keep` tokens of the document, cut where tokens begin and end."""
-    head = {"left": 0, "middle": (keep + 1) // 2, "right": keep}[side]
-    tail = keep - head
-    return (document[: spans[head - 1][1]] if head else "") + (document[spans[-tail][0] :] if tail else "")

@@ -6,6 +6,7 @@ Knows texts, tokenizers and random numbers; not models or methods. A trial is a 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -51,9 +52,7 @@ def hide(document: str, sentence: str, depth: float) -> str:
     return " ".join(part for part in (head, sentence, tail) if part)
 
 
-def trial(
-    tokenizer: Any, text: str, length: int, depth: float, rng: Random, *, wording: Wording = PASS_KEY, digits: int = 5, answer_tokens: int = 16
-) -> Trial:
+def trial(tokenizer: Any, text: str, length: int, depth: float, rng: Random, *, wording: Wording = PASS_KEY, digits: int = 5, answer_tokens: int = 16) -> Trial:
     """A passage of `text`, drawn at random, with a key at `depth`, so that prompt and `answer_tokens` are at most `length` tokens.
 
     Raises ValueError if the text is too short, the length too small, or the tokenizer cannot say where its tokens lie.
@@ -64,17 +63,55 @@ def trial(
     statement = wording.statement.format(key=key)
     ending = "\n\n" + wording.question + wording.lead
     start = sentence_start(text, rng.random())
-    room = length - answer_tokens - len(tokenizer(f"{statement}{ending}")["input_ids"])
+    document = passage_with(tokenizer, text, start, statement, depth, length - answer_tokens, lambda document: document + ending)
+    if document is None:
+        raise ValueError(f"a key, its question and an answer do not fit into {length} tokens; choose a greater length")
+    encoded = tokenizer(document + ending, return_offsets_mapping=True)
+    ids, spans = open_ended(tokenizer, encoded["input_ids"]), encoded["offset_mapping"]
+    stated = document.rindex(statement) + len(statement)
+    return Trial(ids, key, depth, sum(begin >= stated for begin, _ in spans[: len(ids)]))
+
+
+def passage_with(tokenizer: Any, text: str, start: int, sentence: str, depth: float, most: int, prompt: Callable[[str], str]) -> str | None:
+    """A passage from `start` on with the sentence at `depth`, as long as its prompt has at most `most` tokens; None if not even the sentence fits."""
+    room = most - token_count(tokenizer, prompt(sentence))
     while room > 0:
-        prompt = hide(first_tokens(tokenizer, text, start, room), statement, depth) + ending
-        encoded = tokenizer(prompt, return_offsets_mapping=True)
-        ids, spans = open_ended(tokenizer, encoded["input_ids"]), encoded["offset_mapping"]
-        over = len(ids) + answer_tokens - length
+        document = hide(first_tokens(tokenizer, text, start, room), sentence, depth)
+        over = token_count(tokenizer, prompt(document)) - most
         if over <= 0:
-            stated = prompt.rindex(statement) + len(statement)
-            return Trial(ids, key, depth, sum(begin >= stated for begin, _ in spans[: len(ids)]))
+            return document
         room -= over
-    raise ValueError(f"a key, its question and an answer do not fit into {length} tokens; choose a greater length")
+    return None
+
+
+def depth_of(document: str, sentence: str) -> float:
+    """Where a sentence stands in a document: 0 at its beginning, 1 at its end."""
+    return document.index(sentence) / max(1, len(document) - len(sentence))
+
+
+def token_count(tokenizer: Any, text: str) -> int:
+    """Tokens of a prompt, with the special tokens that open it."""
+    return len(open_ended(tokenizer, tokenizer(text)["input_ids"]))
+
+
+def most_that_fit(tokens: Callable[[int], int], room: int) -> int:
+    """The largest n with tokens(n) <= room, where `tokens` grows about evenly with n; -1 if not even none fits."""
+    low, used = 0, tokens(0)
+    if used > room:
+        return -1
+    slope = max((tokens(64) - used) / 64, 1e-3)
+    high: int | None = None  # the smallest n known not to fit
+    steps = 0
+    while high is None or high - low > 1:
+        n = low + max(1, int((room - used) / slope))
+        if high is not None:
+            n = min(n, high - 1) if steps % 3 else (low + high) // 2  # a step that creeps is followed by one that halves
+        steps += 1
+        if (needed := tokens(n)) <= room:
+            low, used = n, needed
+        else:
+            high = n
+    return low
 
 
 def number_in(answer: str) -> str | None:

@@ -1,0 +1,125 @@
+"""`longreach eval`: the group of commands that measure what a method buys. Here: what there is to run, reports and comparisons of what was run.
+
+Knows options, tables and folders of runs; running is in eval_run.py and eval_ppl.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longreach.cli.common import Json, output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PALETTE = Annotated[str, typer.Option("--palette", help="Colours of the depth maps: needle, or safe for the colour-blind.")]
+
+
+def subcommands() -> typer.Typer:
+    """The commands of `longreach eval`."""
+    from longreach.cli import LENIENT, eval_ppl, eval_run
+
+    app = typer.Typer(rich_markup_mode="rich")
+    app.callback(invoke_without_command=True)(_help)
+    app.command("list")(list_tasks)
+    app.command("run", context_settings=LENIENT)(eval_run.command)
+    app.command("estimate", context_settings=LENIENT)(eval_run.estimate)
+    app.command("ppl", context_settings=LENIENT)(eval_ppl.command)
+    app.command("report")(report)
+    app.command("compare")(compare)
+    return app
+
+
+def _help(context: typer.Context) -> None:
+    """Measure recall and perplexity at long lengths, and compare methods."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def list_tasks(as_json: Json = False) -> None:
+    """List the tasks: their benchmark, licence, whether they need data, and their options."""
+    with output(as_json) as out:
+        from longreach.evals import base
+
+        found = [
+            {
+                "name": task.name, "group": task.group, "version": task.version, "needs_data": task.needs_data, "license": task.license,
+                "source": task.source, "metric": task.metric, "random": task.random, "options": dict(task.options),
+                "doc": " ".join((type(task).__doc__ or "").split()),
+            }
+            for task in base.tasks().values()
+        ]  # fmt: skip
+        out.finish({"tasks": found}, lambda console: show_tasks(console, found))
+
+
+def show_tasks(console: Console, found: list[dict[str, Any]]) -> None:
+    table = plain_table("task", "benchmark", "data", "licence", "metric", "options and their defaults")
+    for task in found:
+        options = ", ".join(f"{name}={value}" for name, value in task["options"].items())
+        table.add_row(task["name"], task["group"], "needed" if task["needs_data"] else "made", task["license"], task["metric"], options)
+    console.print(table)
+    console.print("A benchmark's name stands for all its tasks. Options are given as --option NAME=VALUE.", markup=False)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `eval run` or `eval ppl` wrote; the first is what others are compared with.")],
+    html: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("longreach-report.html"),
+    figures: Annotated[Path | None, typer.Option("--figures", help="Folder for the pictures and their csv; `figures` beside the page if not given.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write the results as tables in Markdown.")] = None,
+    palette: PALETTE = "needle",
+    as_json: Json = False,
+) -> None:
+    """One HTML page of several runs, with everything in it."""
+    with output(as_json) as out:
+        from longreach.evals import report as pages
+        from longreach.evals.figures import view
+        from longreach.evals.results import Folder, runs_in_markdown
+
+        if not html.parent.is_dir():
+            raise ValueError(f"there is no folder {str(html.parent)!r} for the page; create it first")
+        if html.is_dir():
+            raise ValueError(f"{str(html)!r} is a folder; name a file, such as {html / 'report.html'}")
+        opened = [Folder(folder) for folder in folders]
+        pictures = pages.write(opened, [view(folder) for folder in opened], html, figures or html.parent / "figures", palette)
+        if markdown is not None:
+            markdown.write_text(runs_in_markdown(opened), encoding="utf-8")
+        result = {"html": str(html), "figures": [{"title": p.title, "png": str(p.png), "csv": str(p.csv)} for p in pictures]}
+        out.finish(result, lambda console: console.print(f"{html}: {len(opened)} runs, {len(pictures)} pictures", markup=False))
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    b: Annotated[Path, typer.Argument(help="Folder of another run of the same tasks.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two runs on the samples that both answered, paired: difference, its 95 % interval, and McNemar's exact test."""
+    with output(as_json) as out:
+        from longreach.evals import results
+
+        rows = results.compare(results.Folder(a), results.Folder(b))
+        out.finish({"a": str(a), "b": str(b), "rows": rows}, lambda console: show_comparison(console, a, b, rows))
+
+
+def show_comparison(console: Console, a: Path, b: Path, rows: list[dict[str, Any]]) -> None:
+    console.print(f"A: {a}\nB: {b}", markup=False)
+    table = plain_table("task", "metric", "length", "n", "A (%)", "B (%)", "B - A", "95 % interval", "only A", "only B", "p")
+    for r in rows:
+        length = "all" if r["length"] is None else str(r["length"])
+        only = ["" if r[name] is None else str(r[name]) for name in ("only_a", "only_b")]
+        p = "" if r["p"] is None else f"{r['p']:.3g}"
+        spread = f"{r['low']:+.1f} to {r['high']:+.1f}"
+        table.add_row(r["task"], r["metric"], length, str(r["n"]), f"{r['a']:.1f}", f"{r['b']:.1f}", f"{r['difference']:+.1f}", spread, *only, p)
+    console.print(table)
+
+
+def plain_table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column)
+    return table

@@ -1,0 +1,315 @@
+"""`longreach eval run` and `longreach eval estimate`: tasks on a model under a method, into a folder.
+
+Knows options and what is said while it runs; the work is done in `longreach.evals`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longreach.cli.common import (
+    Context,
+    Device,
+    Dtype,
+    Json,
+    MethodName,
+    Model,
+    Output,
+    TrainedWindow,
+    Verbose,
+    load_model,
+    method_of,
+    output,
+    quiet_transformers,
+)
+from longreach.cli.eval_options import (
+    Chat,
+    ChunkSize,
+    Data,
+    Depths,
+    Lengths,
+    Names,
+    Options,
+    Samples,
+    Seed,
+    Text,
+    Truncate,
+    Wanted,
+    parse_shard,
+    take_method_options,
+    wanted,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longreach.evals.base import Settings, Task
+    from longreach.evals.budget import ChatMode
+    from longreach.evals.model_engine import Span
+    from longreach.evals.results import Row
+    from longreach.evals.runner import Item, Outcome, Progress, Step
+    from longreach.methods.base import Method
+    from longreach.seam.extend import Extension
+
+FAILED = 1
+NOTE_EVERY = 20.0  # seconds between lines where there is no terminal
+
+
+def command(
+    context: typer.Context,
+    names: Names,
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results. A run that was stopped goes on from what is there.")],
+    model: Model = "nano",
+    declared: Context = None,
+    method: MethodName = None,
+    lengths: Lengths = None,
+    depths: Depths = "0,0.25,0.5,0.75,1",
+    samples: Samples = 5,
+    seed: Seed = 0,
+    text: Text = None,
+    data: Data = None,
+    options: Options = None,
+    truncate: Truncate = None,
+    chat: Chat = "auto",
+    shard: Annotated[str, typer.Option("--shard", help="i/n: run only every n-th sample, from the i-th (counted from 0); all shards share a folder.")] = "0/1",
+    save_prompts: Annotated[bool, typer.Option("--save-prompts", help="Keep the prompts in the results, not only their hashes.")] = False,
+    chunk_size: ChunkSize = 512,
+    dtype: Dtype = None,
+    device: Device = None,
+    trained_window: TrainedWindow = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run tasks and write run.json, samples.jsonl and metrics.json. Exits with 1 if a sample failed.
+
+    Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
+    """
+    started = now()
+    with output(as_json, verbose) as out:
+        names = take_method_options(context, names)
+        chosen = method_of(context, method)
+        part = parse_shard(shard)
+        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options)
+        with quiet_transformers(verbose):
+            loaded, tokenizer = load_model(out, model, dtype, device)
+            job = prepare(loaded, tokenizer, asked, chosen, declared, truncate, chat, trained_window)
+            from longreach.evals import environment, runner
+            from longreach.evals.model_engine import attached
+            from longreach.evals.results import Folder
+
+            with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
+                assert engine.extension is not None
+                announce(out, job, engine.extension)
+                config = configuration(model, job, engine.extension, truncate, chat, chunk_size)
+                tasks = runner.describe(job.work, config)
+                folder = Folder(out_folder, part)
+                folder.start({
+                    "config": config, "tasks": tasks, "samples": len(job.items), "environment": environment.describe(job.model.device),
+                    "extension": engine.extension.report(), "command": ["longreach", *sys.argv[1:]], "started": started, "ended": None,
+                })  # fmt: skip
+                with progress_of(out) as progress:
+                    outcome = runner.run(
+                        job.items,
+                        engine,
+                        job.tokenizer,
+                        folder,
+                        {name: facts["config_hash"] for name, facts in tasks.items()},
+                        limit=job.span.limit,
+                        truncate=truncate,
+                        chat=chat,
+                        shard=part,
+                        save_prompts=save_prompts,
+                        progress=progress,
+                    )
+        rows = folder.finish(now())
+        summary(out, outcome, folder.file)
+        result = {
+            "out": str(out_folder), "method": config["method"], "context": config["context"], **dataclasses.asdict(outcome),
+            "metrics": [dataclasses.asdict(row) for row in rows],
+        }  # fmt: skip
+        out.finish(result, lambda console: show(console, rows, {name: facts["metric"] for name, facts in tasks.items()}))
+        if outcome.failed:
+            raise typer.Exit(FAILED)
+
+
+def estimate(
+    context: typer.Context,
+    names: Names,
+    model: Model = "nano",
+    declared: Context = None,
+    method: MethodName = None,
+    lengths: Lengths = None,
+    depths: Depths = "0,0.25,0.5,0.75,1",
+    samples: Samples = 5,
+    seed: Seed = 0,
+    text: Text = None,
+    data: Data = None,
+    options: Options = None,
+    chat: Chat = "auto",
+    chunk_size: ChunkSize = 512,
+    dtype: Dtype = None,
+    device: Device = None,
+    trained_window: TrainedWindow = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time two short prompts to say how long it will take.")] = True,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """How many samples and tokens a run has, and how long it will take, before it starts. Takes the options of `eval run`."""
+    with output(as_json, verbose) as out:
+        names = take_method_options(context, names)
+        chosen = method_of(context, method)
+        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options)
+        with quiet_transformers(verbose):
+            loaded, tokenizer = load_model(out, model, dtype, device)
+            job = prepare(loaded, tokenizer, asked, chosen, declared, None, chat, trained_window)
+            from longreach.evals import runner
+            from longreach.evals.model_engine import attached
+
+            if measure:
+                with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
+                    speed = runner.measure(job.items, engine, job.tokenizer, chat)
+            else:
+                speed = None
+        every = runner.estimate(job.items, speed)
+        parts = [{"task": task, "length": length, **dataclasses.asdict(runner.estimate(items, speed))} for task, length, items in runner.by_length(job.items)]
+        result = {**dataclasses.asdict(every), "context": job.span.context, "parts": parts}
+        out.finish(result, lambda console: show_estimate(console, result))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, what is to be run on it, and how long its prompts may be."""
+
+    model: Any
+    tokenizer: Any
+    work: Mapping[Task, Settings]
+    items: list[Item]
+    span: Span
+
+
+def prepare(
+    model: Any, tokenizer: Any, wanted: Wanted, method: Method | None, declared: int | None, truncate: str | None, chat: ChatMode, trained_window: int | None
+) -> Job:
+    """Make the samples, and see how long they are."""
+    from longreach import auto
+    from longreach.evals import runner
+    from longreach.evals.model_engine import span
+    from longreach.seam.extend import find_base
+
+    window = auto.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
+    work = wanted.work(window)
+    items = runner.plan(work, tokenizer, chat)
+    found = span(method, window, declared, max(item.needs for item in items))
+    if truncate is None and (sentence := runner.overflowing(items, found.limit)):
+        raise ValueError(sentence)
+    if truncate is not None and found.limit is None:
+        raise ValueError("--truncate needs to know for what length; pass --context N too")
+    return Job(model, tokenizer, work, items, found)
+
+
+def configuration(model: str, job: Job, extension: Extension, truncate: str | None, chat: str, chunk_size: int) -> dict[str, Any]:
+    """What decides an answer, beside the task."""
+    return {
+        "model": model,
+        "revision": getattr(job.model.config, "_commit_hash", None),
+        "method": extension.method.to_json(),
+        "method_text": extension.method.brief(),
+        "context": extension.context,
+        "trained_window": extension.window.tokens,
+        "dtype": str(job.model.dtype).removeprefix("torch."),
+        "device": job.model.device.type,
+        "truncate": truncate,
+        "limit": job.span.limit,
+        "chat": chat,
+        "chunk_size": chunk_size,
+    }
+
+
+def announce(out: Output, job: Job, extension: Extension) -> None:
+    facts = extension.report()
+    out.note(f"method: {extension.method} ({facts['reason']})")
+    if facts["warning"]:
+        out.warn(facts["warning"])
+    beyond = extension.context is None and extension.capacity is not None and job.span.context > extension.capacity
+    if beyond:
+        out.warn(f"up to {job.span.context} tokens, beyond the capacity of {extension.capacity}: distances that were never trained, for comparison only")
+    tokens = sum(item.tokens for item in job.items)
+    out.note(f"{len(job.items)} samples, {tokens} tokens of prompts, the longest sequence {max(item.needs for item in job.items)}")
+
+
+@contextmanager
+def progress_of(out: Output) -> Iterator[Progress]:
+    """A bar with the time left, on standard error; a line now and then where there is no terminal."""
+    if not out.errors.is_terminal:
+        last = [time.monotonic()]
+
+        def line(step: Step) -> None:
+            if time.monotonic() - last[0] >= NOTE_EVERY:
+                last[0] = time.monotonic()
+                left = "" if step.seconds_left is None else f", about {duration(step.seconds_left)} left"
+                out.note(f"{step.done} of {step.total} samples{left}" + (f", {step.errors} failed" if step.errors else ""))
+
+        yield line
+        return
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}")
+    with Progress(*columns, console=out.errors, transient=True, redirect_stdout=False) as bar:
+        shown = bar.add_task("starting", total=None)
+
+        def update(step: Step) -> None:
+            left = "" if step.seconds_left is None else f"{duration(step.seconds_left)} left, "
+            bar.update(shown, completed=step.done, total=step.total, description=f"{left}{step.what}" + (f", {step.errors} failed" if step.errors else ""))
+
+        yield update
+
+
+def summary(out: Output, outcome: Outcome, file: Path) -> None:
+    out.note(f"{outcome.answered} samples answered, {outcome.known} known before, {outcome.failed} failed")
+    if outcome.truncated:
+        out.warn(f"{outcome.truncated} prompts were cut; their lengths are in {file} as truncated_tokens")
+    if outcome.failed:
+        out.warn(f"{outcome.failed} samples failed; {file} says why, and the same command tries them again")
+
+
+def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:
+    from longreach.cli.eval import plain_table
+
+    chosen = [row for row in rows if row.depth is None and row.value is not None and metrics.get(row.task, row.metric) == row.metric]
+    table = plain_table("task", "metric", "length", "score (%)", "95 % interval", "n", "failed", "cut")
+    for row in chosen:
+        length = "all" if row.length is None else str(row.length)
+        troubles = (str(count or "") for count in (row.n_errors, row.n_truncated))
+        table.add_row(row.task, row.metric, length, f"{row.value:.1f}", f"{row.ci_low:.1f} to {row.ci_high:.1f}", str(row.n), *troubles)
+    console.print(table)
+
+
+def show_estimate(console: Console, result: dict[str, Any]) -> None:
+    from longreach.cli.eval import plain_table
+
+    table = plain_table("task", "length", "samples", "prompt tokens", "longest", "time at most")
+    for part in [*result["parts"], {**result, "task": "all", "length": None}]:
+        length = "" if part["length"] is None else str(part["length"])
+        counts = (str(part[name]) for name in ("samples", "prompt_tokens", "longest"))
+        table.add_row(part["task"], length, *counts, "" if part["seconds"] is None else duration(part["seconds"]))
+    console.print(table)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,204 @@
+"""The pass key: a number hidden in text that repeats itself, and asked back. Our protocol, and the four published ones.
+
+The text of the prompt is that of Mohtashami and Jaggi (arXiv 2305.16300), which all of them share; they differ in how it is filled up, which
+numbers are hidden, where, and what counts as an answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from longreach.evals import haystack
+from longreach.evals.base import Parts, Sample, Settings, Task, generator
+
+INSTRUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important information there."
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+STATEMENT, QUESTION, LEAD = haystack.PASS_KEY.statement, haystack.PASS_KEY.question, haystack.PASS_KEY.lead
+TOO_SHORT = "the pass key's instruction, key and question do not fit into {length} tokens with this tokenizer; choose a greater length"
+
+
+class PassKey(Task):
+    """`style` chooses the protocol.
+
+    longreach      depths are shares of the filler's slots, a key of `digits` digits without leading zero, prompt and answer fit the length.
+                   With a text of the user, the key is hidden in a passage of it instead of the filler.
+    lm-infinite    LM-Infinite's script: numpy's generator seeded with the length, a number below 10^7 at a random place, and its count of filler,
+                   which leaves the instruction out, so that prompts are somewhat longer than the length. Seven new tokens.
+    selfextend     keys of `digits` digits at each depth, found if they are anywhere in the answer; with `data`, the rows of SelfExtend's file.
+    yarn           filler cut at any character, a number of 1 to 50000 at a random place, ten new tokens.
+    infinitebench  lines of filler, a key of five digits at each depth, six new tokens.
+    """
+
+    name: ClassVar[str] = "passkey"
+    license: ClassVar[str] = "generated"
+    source: ClassVar[str] = "arXiv 2305.16300, 2308.16137, 2401.01325, 2309.00071, 2402.13718"
+    options: ClassVar[dict[str, Any]] = {"style": "longreach", "digits": 5}
+
+    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        styles: dict[str, Callable[[Any, Settings], Iterator[Sample]]] = {
+            "longreach": self._own,
+            "lm-infinite": self._lm_infinite,
+            "selfextend": self._selfextend,
+            "yarn": self._yarn,
+            "infinitebench": self._infinitebench,
+        }
+        style, digits = self.option(settings, "style"), self.option(settings, "digits")
+        if style not in styles:
+            raise ValueError(f"passkey has no style {style!r}; choose one of {', '.join(styles)}")
+        if not isinstance(digits, int) or not 1 <= digits <= 100:
+            raise ValueError(f"digits must be a whole number of 1 to 100, not {digits!r}")
+        if settings.text is not None and style != "longreach":
+            raise ValueError(f"the style {style} has a filler of its own; leave out the text, or use the style longreach")
+        return styles[style](tokenizer, settings)
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        wanted = sample.references[0]
+        if sample.meta["style"] == "selfextend":
+            return {"accuracy": float(wanted in prediction)}
+        if sample.meta["style"] == "lm-infinite":
+            prediction = prediction.lstrip("\n").partition("\n")[0]
+        return {"accuracy": float(haystack.number_in(prediction) == wanted)}
+
+    def _own(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        digits = self.option(settings, "digits")
+        answer_tokens = max(12, number_tokens(tokenizer, digits) + 3)
+        for length, depth, index in grid(settings):
+            rng = generator(settings, self.name, length, depth, index)
+            key = str(rng.randrange(10 ** (digits - 1), 10**digits))
+            statement = STATEMENT.format(key=key)
+            if settings.text is None:
+                document = filled(tokenizer, statement, depth, length - answer_tokens, " ")
+                parts = Parts(document, " " + QUESTION, INSTRUCTION + " ", LEAD)
+            else:
+                parts = hidden_in(tokenizer, settings.text, statement, depth, length, answer_tokens, rng.random())
+            yield self._sample(parts, key, answer_tokens, settings, length, depth, index, haystack.depth_of(parts.document, statement), "longreach")
+
+    def _lm_infinite(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        for length in settings.lengths:
+            for index, (key, position, slots) in enumerate(lm_infinite_draws(tokenizer, length, settings.samples, settings.seed)):
+                statement = STATEMENT.format(key=key)
+                document = " ".join([FILLER] * position + [statement] + [FILLER] * (slots - position))
+                parts = Parts(document, f" {QUESTION}", f"{INSTRUCTION} ", f"{LEAD} ")
+                yield self._sample(parts, key, 7, settings, length, None, index, position / slots, "lm-infinite")
+
+    def _selfextend(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        if settings.data is not None:
+            yield from self._selfextend_rows(tokenizer, settings)
+            return
+        digits = self.option(settings, "digits")
+        answer_tokens = number_tokens(tokenizer, digits)
+        for length, depth, index in grid(settings):
+            key = str(generator(settings, self.name, "selfextend", length, depth, index).randrange(10 ** (digits - 1), 10**digits))
+            statement = STATEMENT.format(key=key)
+            document = filled(tokenizer, statement, depth, length - answer_tokens, "\n")
+            parts = Parts(document, f"\n{QUESTION}", f"{INSTRUCTION}\n", LEAD)
+            yield self._sample(parts, key, answer_tokens, settings, length, depth, index, haystack.depth_of(document, statement), "selfextend")
+
+    def _selfextend_rows(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        assert settings.data is not None
+        path = Path(settings.data).expanduser()
+        if not path.is_file():
+            raise ValueError(f"there is no file {settings.data!r}; pass the jsonl file with the fields input and target")
+        for index, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            row = json.loads(line)
+            if not {"input", "target"} <= row.keys():
+                raise ValueError(f"line {index + 1} of {settings.data!r} lacks the fields input and target; pass SelfExtend's file of pass keys")
+            key = str(row["target"])
+            count = len(tokenizer(key, add_special_tokens=False)["input_ids"])
+            meta = {"style": "selfextend", "passkey_position": row.get("passkey_position")}
+            yield Sample(f"{self.name}/selfextend/row{index}", Parts(row["input"]), (key,), count, meta)
+
+    def _yarn(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        for length in settings.lengths:
+            for index in range(settings.samples):
+                rng = generator(settings, self.name, "yarn", length, index)
+                key, where = str(rng.randint(1, 50000)), rng.random()
+                statement = STATEMENT.format(key=key)
+
+                def document(characters: int, where: float = where, statement: str = statement) -> str:
+                    garbage = " ".join([FILLER] * (characters // len(FILLER) + 1))
+                    before = round(where * characters)
+                    return f"{garbage[:before]}\n{statement}\n{garbage[: characters - before]}"
+
+                frame = Parts("", f"\n{QUESTION}", f"{INSTRUCTION}\n", LEAD)
+                size = haystack.most_that_fit(lambda n: in_frame(tokenizer, frame, document(n)), length - 10)  # noqa: B023  used at once
+                if size < 0:
+                    raise ValueError(TOO_SHORT.format(length=length))
+                parts = Parts(document(size), frame.query, frame.prefix, frame.answer_prefix)
+                yield self._sample(parts, key, 10, settings, length, None, index, haystack.depth_of(parts.document, statement), "yarn")
+
+    def _infinitebench(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        for length, depth, index in grid(settings):
+            key = str(generator(settings, self.name, "infinitebench", length, depth, index).randrange(10**4, 10**5))
+            statement = STATEMENT.format(key=key)
+            document = filled(tokenizer, statement, depth, length - 6, "\n", prefix=f"{INSTRUCTION}\n\n", query=f"\n\n{QUESTION}")
+            parts = Parts(document, f"\n\n{QUESTION}", f"{INSTRUCTION}\n\n", LEAD)
+            yield self._sample(parts, key, 6, settings, length, depth, index, haystack.depth_of(document, statement), "infinitebench")
+
+    def _sample(self, parts: Parts, key: str, new: int, settings: Settings, length: int, depth: float | None, index: int, actual: float, style: str) -> Sample:
+        where = "" if depth is None else f"/{depth:g}"
+        meta = {"length_target": length, "depth": depth, "depth_actual": actual, "seed": settings.seed, "index": index, "style": style}
+        return Sample(f"{self.name}/{style}/{length}{where}/{index}", parts, (key,), new, meta, chat="prefix")
+
+
+def grid(settings: Settings) -> Iterator[tuple[int, float, int]]:
+    """(length, depth, index) of every sample."""
+    for length in settings.lengths:
+        for depth in settings.depths:
+            for index in range(settings.samples):
+                yield length, depth, index
+
+
+def number_tokens(tokenizer: Any, digits: int) -> int:
+    """The tokens of a number with so many digits; the greater of a repetitive and of an irregular one."""
+    return max(len(tokenizer(" " + (pattern * digits)[:digits], add_special_tokens=False)["input_ids"]) for pattern in ("8", "7293046158"))
+
+
+def in_frame(tokenizer: Any, frame: Parts, document: str) -> int:
+    return haystack.token_count(tokenizer, Parts(document, frame.query, frame.prefix, frame.answer_prefix).text)
+
+
+def filled(tokenizer: Any, statement: str, depth: float, most: int, joint: str, prefix: str | None = None, query: str | None = None) -> str:
+    """As much filler as fits into `most` tokens of prompt, with the statement after the share `depth` of its slots."""
+    frame = Parts("", joint + QUESTION if query is None else query, INSTRUCTION + joint if prefix is None else prefix, LEAD)
+
+    def document(slots: int) -> str:
+        before = round(depth * slots)
+        return joint.join([FILLER] * before + [statement] + [FILLER] * (slots - before))
+
+    slots = haystack.most_that_fit(lambda n: in_frame(tokenizer, frame, document(n)), most)
+    if slots < 0:
+        raise ValueError(TOO_SHORT.format(length=most))
+    return document(slots)
+
+
+def hidden_in(tokenizer: Any, text: str, statement: str, depth: float, length: int, answer_tokens: int, where: float) -> Parts:
+    """The statement in a passage of a text that the user gave, asked for as the demonstration does."""
+    frame = Parts("", f"\n\n{QUESTION}", "", LEAD)
+    start = haystack.sentence_start(text, where)
+    document = haystack.passage_with(
+        tokenizer, text, start, statement, depth, length - answer_tokens, lambda document: document + frame.query + frame.answer_prefix
+    )
+    if document is None:
+        raise ValueError(TOO_SHORT.format(length=length))
+    return Parts(document, frame.query, frame.prefix, frame.answer_prefix)
+
+
+def lm_infinite_draws(tokenizer: Any, length: int, samples: int, seed: int = 0) -> Iterator[tuple[str, int, int]]:
+    """(key, number of filler sentences before it, in all) as LM-Infinite's script draws them; seed 0 is the script's own."""
+    from numpy.random import RandomState
+
+    rng = RandomState(length + seed)
+    filler = len(tokenizer(FILLER, add_special_tokens=False)["input_ids"])
+    for _ in range(samples):
+        key = str(rng.randint(1, 10**7))
+        statement = len(tokenizer(STATEMENT.format(key=key), add_special_tokens=False)["input_ids"])
+        slots = (length - statement - 2) // filler  # the script takes the length of the tokenizer's dictionary, 2, for that of the instruction
+        if slots < 1:
+            raise ValueError(TOO_SHORT.format(length=length))
+        yield key, int(rng.randint(0, slots)), slots

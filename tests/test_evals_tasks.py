@@ -1,0 +1,176 @@
+"""Every registered task: the same samples in any order, prompts that fit, and what fake models score. New tasks are covered as they are added."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import longreach
+from fake_engines import CopyTail, Empty, Oracle, RandomChoice
+from longreach.evals import base, budget, haystack
+from longreach.evals.base import Sample, Settings
+from longreach.evals.tasks import niah, passkey
+from longreach.loading import shipped_book
+
+OFFLINE = [name for name, task in base.tasks().items() if not task.needs_data]
+SMALL = Settings(lengths=(2048,), depths=(0.0, 0.6), samples=2, text=None)
+EDGE = ["", "\n\n", "?!.,;:", "\ud83d\ud83d", "\x00\x07", "{[(<", "7" * 10_000, "a the an " * 100_000]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return longreach.load("nano")[1]
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer: Any) -> dict[str, list[Sample]]:
+    return {name: list(itertools.islice(base.task(name).samples(tokenizer, SMALL), 6)) for name in OFFLINE}
+
+
+def score(name: str, engine: Any, samples: list[Sample], tokenizer: Any) -> list[dict[str, float]]:
+    task = base.task(name)
+    return [task.score(sample, engine.answer(budget.encode(tokenizer, sample)).text) for sample in samples]
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_prompts_fit_and_say_what_they_are(name, samples, tokenizer):
+    assert samples[name], "no samples at 2048 tokens"
+    assert len({sample.id for sample in samples[name]}) == len(samples[name])
+    for sample in samples[name]:
+        assert sample.references and sample.max_new_tokens >= 1
+        assert sample.meta.get("length_target") == 2048
+        assert budget.encode(tokenizer, sample).needs <= 2048
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_sample_is_a_function_of_seed_length_and_index(name, samples, tokenizer):
+    """Also after another length, and with fewer depths or samples."""
+    task = base.task(name)
+    other = {s.id: s for s in itertools.islice(task.samples(tokenizer, replace(SMALL, lengths=(1536, 2048), samples=1, depths=(0.6,))), 8)}
+    common = [sample for sample in samples[name] if sample.id in other]
+    assert common, "the same sample has another name among other lengths"
+    for sample in common:
+        assert other[sample.id] == sample
+    moved = list(itertools.islice(task.samples(tokenizer, replace(SMALL, seed=1)), 6))
+    assert [s.parts for s in moved] != [s.parts for s in samples[name]]
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_the_oracle_is_right_and_silence_is_wrong(name, samples, tokenizer):
+    task = base.task(name)
+    for found in score(name, Oracle(), samples[name], tokenizer):
+        assert found[task.metric] == 1.0 and all(0 <= value <= 1 for value in found.values())
+    for found in score(name, Empty(), samples[name], tokenizer):
+        assert found[task.metric] == 0.0
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_no_answer_breaks_a_scorer(name, samples):
+    for text in EDGE:
+        found = base.task(name).score(samples[name][0], text)
+        assert all(0 <= value <= 1 for value in found.values())
+
+
+@pytest.mark.parametrize("name", [name for name in OFFLINE if base.task(name).random is not None])
+def test_guessing_scores_the_random_baseline(name, tokenizer):
+    task = base.task(name)
+    many = list(task.samples(tokenizer, replace(SMALL, samples=40, depths=(0.5,))))
+    if "choices" not in many[0].meta:
+        pytest.skip("the task does not list its choices")
+    found = [row[task.metric] for row in score(name, RandomChoice(), many, tokenizer)]
+    assert abs(sum(found) / len(found) - task.random) < 4 * (0.25 / len(found)) ** 0.5
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["passkey", "niah", "niah-classic"])
+def test_needles_stand_once_and_where_they_should(name, depth, tokenizer):
+    for text in (None, shipped_book()[:150_000]):
+        settings = Settings(lengths=(1024,), depths=(depth,), samples=1, text=text)
+        (sample,) = base.task(name).samples(tokenizer, settings)
+        needle = passkey.STATEMENT.format(key=sample.references[0]) if name == "passkey" else None
+        if name == "niah-classic":
+            needle = sample.references[0]
+        assert sample.parts.document.count(needle or sample.references[0]) == 1
+        assert abs(sample.meta["depth_actual"] - depth) < 0.06
+        assert 1024 - 60 <= budget.encode(tokenizer, sample).needs <= 1024
+
+
+def test_the_haystack_is_the_same_at_every_depth(tokenizer):
+    near, far = niah.NeedleInAHaystack().samples(tokenizer, Settings(lengths=(600,), depths=(0.2, 0.8), samples=1))
+    strip = [s.parts.document.replace(next(l for l in s.parts.document.split(". ") if s.references[0] in l), "") for s in (near, far)]
+    assert strip[0][:200] == strip[1][:200] and near.references != far.references
+
+
+def test_golden_values_of_lm_infinite(tokenizer):
+    """Keys and places of the published script: numpy's generator, seeded with the length."""
+    from numpy.random import RandomState
+
+    golden = {2048: (377032, 5, 8042826), 4096: (8929652, 36, 2993705), 8192: (8645673, 99, 9357453), 16384: (4224534, 13, 2502326)}
+    for length, (key, place, following) in golden.items():
+        rng = RandomState(length)
+        assert (rng.randint(1, 10**7), rng.randint(0, 100), rng.randint(1, 10**7)) == (key, place, following)
+    drawn = list(passkey.lm_infinite_draws(tokenizer, 2048, 3))
+    assert drawn[0][0] == "377032" and 0 <= drawn[0][1] < drawn[0][2]
+    assert drawn[:2] == list(passkey.lm_infinite_draws(tokenizer, 2048, 2))
+
+    class Slots100:  # a tokenizer with which exactly 100 sentences of filler fit
+        def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+            return {"input_ids": [0] * ({2048: 20, 4096: 40, 8192: 81}[self.length] if text == passkey.FILLER else self.length - 2 - self.room)}
+
+        def __init__(self, length: int) -> None:
+            self.length, self.room = length, 100 * {2048: 20, 4096: 40, 8192: 81}[length]
+
+    for length in (2048, 4096, 8192):
+        (key, place, slots), (second, _, _) = passkey.lm_infinite_draws(Slots100(length), length, 2)
+        assert (int(key), place, slots, int(second)) == (*golden[length][:2], 100, golden[length][2])
+
+
+@pytest.mark.parametrize("style", ["longreach", "selfextend", "yarn", "infinitebench", "lm-infinite"])
+def test_styles(style, tokenizer):
+    settings = Settings(lengths=(900,), depths=(0.5,), samples=2, options={"style": style})
+    task = base.task("passkey")
+    for sample in task.samples(tokenizer, settings):
+        prompt = budget.encode(tokenizer, sample)
+        key = sample.references[0]
+        assert sample.parts.document.count(passkey.STATEMENT.format(key=key)) == 1
+        assert prompt.needs <= 900 or style == "lm-infinite"
+        assert prompt.needs >= 900 - 35
+        assert prompt.text.endswith("The pass key is " if style == "lm-infinite" else "The pass key is")
+        assert task.score(sample, f" {key}.") == {"accuracy": 1.0}
+        assert task.score(sample, f" {key}7.") == {"accuracy": float(style == "selfextend")}
+        assert task.score(sample, f"\n{key}") == {"accuracy": 1.0}
+        assert task.score(sample, f" it is\n{key}")["accuracy"] == float(style != "lm-infinite")
+
+
+def test_a_key_is_found_where_it_lies_in_the_known_tail(tokenizer):
+    """Depth arithmetic: with keys at even depths and the last 40 % known, about 40 % are found, and those are the deep ones."""
+    depths = tuple(d / 10 for d in range(11))
+    settings = Settings(lengths=(2000,), depths=depths, samples=1)
+    samples = list(base.task("passkey").samples(tokenizer, settings))
+    found = score("passkey", CopyTail(tokenizer, 800), samples, tokenizer)
+    for sample, row in zip(samples, found):
+        text, key = sample.parts.text, sample.references[0]
+        from_the_end = haystack.token_count(tokenizer, text[text.index(passkey.STATEMENT.format(key=key)) :]) - 1
+        if abs(from_the_end - 800) > 3:
+            assert row["accuracy"] == float(from_the_end < 800)
+    assert abs(sum(row["accuracy"] for row in found) / len(found) - 0.4) <= 0.1
+
+
+def test_what_cannot_be_is_refused(tokenizer):
+    task = base.task("passkey")
+    for settings, says in [
+        (Settings(lengths=(50,)), "choose a greater length"),
+        (Settings(lengths=(900,), options={"style": "other"}), "choose one of longreach"),
+        (Settings(lengths=(900,), options={"stile": "yarn"}), "no option stile"),
+        (Settings(lengths=(900,), options={"style": "yarn"}, text="A text."), "leave out the text"),
+        (Settings(lengths=(900,), options={"digits": 0}), "whole number of 1 to 100"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            list(task.samples(tokenizer, settings))
+    with pytest.raises(ValueError, match="the text says already"):
+        list(base.task("niah-classic").samples(tokenizer, Settings(lengths=(300,), text=f"Once. {niah.NEEDLE} " * 99)))
+    with pytest.raises(ValueError, match="there is no task 'pass'"):
+        base.task("pass")
