@@ -60,6 +60,7 @@ class _Standard:
 
     def __init__(self, config: Any, parameters: dict[str, Any], own: Frequencies, window: int) -> None:
         self.base = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or getattr(config, "default_theta", None)
+        self.base = self.base or 10000.0  # RoPE's own, which GPT-J does not write down; compared below before it is used
         self.own, self.window, self.model = own, window, getattr(config, "model_type", type(config).__name__)
 
     def __call__(self, rope_type: str, length: int | None = None, **parameters: Any) -> Frequencies:
