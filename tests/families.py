@@ -80,7 +80,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("FalconConfig", dict(alibi=True, multi_query=False, parallel_attn=False, bias=True, attn_implementation="sdpa")),
     "falcon-alibi-groups": ("FalconConfig", dict(alibi=True, new_decoder_architecture=True, num_kv_heads=2, attn_implementation="sdpa")),
     "mpt": ("MptConfig", dict(max_seq_len=WINDOW)),
-    "bloom": ("BloomConfig", dict(hidden_size=96, num_attention_heads=6)),  # slopes that are not all powers of two
+    "bloom": ("BloomConfig", dict(hidden_size=96, num_attention_heads=12)),  # slopes that are not all powers of two
     "mixtral": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3-moe": ("Qwen3MoeConfig", dict(num_key_value_heads=2, head_dim=16, num_experts=4, **EXPERTS)),
 }

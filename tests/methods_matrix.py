@@ -96,7 +96,7 @@ NEUTRAL = [
 PRIMARY = (SelfExtend, LMInfinite, Stock)
 # One family for each thing that can differ: grouped heads, scaling, frequencies by length, sliding layers, soft-caps, partial and interleaved rotary, sinks,
 # attention outside the interface, ALiBi.
-REPRESENTATIVE = {"llama", "llama-yarn", "llama-dynamic", "mistral-sliding", "gemma2", "phi", "cohere", "gpt-oss", "gptj", "bloom"}
+REPRESENTATIVE = {"llama", "llama-yarn", "llama-dynamic", "mistral-sliding", "gemma2", "phi", "cohere", "gpt-oss", "bloom"}
 # Families that take the seam of gptj or bloom: `test_legacy.py` has their quick cells.
 LEGACY = {"codegen", "falcon", "falcon-groups", "falcon-alibi", "falcon-alibi-groups", "mpt"}
 

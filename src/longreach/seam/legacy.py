@@ -283,6 +283,6 @@ def seam_of(model: nn.Module) -> LegacySeam | None:
             raise ValueError("this model is extended already; call remove() on its extension first")
         if taken is not None:
             raise ValueError(
-                f"the forward of {type(module).__name__} was replaced by another library (device_map does that); load the model on one device and extend it then"
+                f"the forward of {type(module).__name__} was replaced by another library (device_map does that); load the model on one device, then extend it"
             )
     return seam
