@@ -69,7 +69,7 @@ class _Standard:
         own = self.own.inverse
         cast = any(torch.equal(own, own.to(half).double()) for half in (torch.bfloat16, torch.float16))  # model.half() rounds buffers too
         rtol, atol = (1e-2, 1e-7) if cast else (1e-5, 0.0)
-        if self.base is None or not torch.allclose(self.evaluate("linear", None, factor=1.0).inverse, own, rtol=rtol, atol=atol):
+        if not torch.allclose(self.evaluate("linear", None, factor=1.0).inverse, own, rtol=rtol, atol=atol):
             raise ValueError(
                 f"the frequencies of {self.model} are not powers of its rope_theta ({self.base}), so {rope_type} scaling has no meaning for them; "
                 "use a method that keeps them, such as SelfExtend or LMInfinite"
