@@ -238,9 +238,11 @@ class Extension:
         stock: list[torch.Tensor] = []
         self._recorded = seam.record(lambda: stock.append(self.model(input_ids=self._probe_ids, use_cache=False).logits.float()))
         self._stock_logits = stock[0]
-        count = len(seam.modules)
-        self._modules, self._keys, self._rotaries = seam.modules, [None] * count, [rotary] * count
-        self._sliding, self._overrides_sliding, self._methods = [None] * count, False, [self.method] * count
+        self._modules = seam.modules
+        self._keys = [None for _ in seam.modules]
+        self._rotaries = [rotary for _ in seam.modules]
+        self._sliding, self._overrides_sliding = [None for _ in seam.modules], False
+        self._methods = [self.method for _ in seam.modules]
         for config, _ in self._configs:  # set_attn_implementation declines models of these families
             config._attn_implementation_internal = self._name
         seam.install(self._attention)
@@ -259,7 +261,7 @@ class Extension:
         """Logits of the engine with neutral parameters, at the frequencies the stock forward used, against the stock model."""
         self.layers = [Layer(i, Stock(w), r, alibi=self._alibi) for i, (w, r) in enumerate(zip(self._sliding, self._rotaries, strict=True))]
         if self._legacy is not None:
-            self._worst_rotary = self._legacy.difference(self._recorded, planner.plan(*self._probe_ids.shape, None, self._probe_ids.device, None))
+            self._worst_rotary = self._legacy.difference(self._recorded, planner.plan(1, self._probe_ids.shape[1], None, self._probe_ids.device, None))
             del self._recorded
         logits = self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
         difference = ((logits - self._stock_logits).abs().max() / self._stock_logits.abs().max().clamp_min(1e-30)).item()
