@@ -72,6 +72,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             **rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
         ),
     ),
+    "gptj": ("GPTJConfig", dict(rotary_dim=8)),
+    "codegen": ("CodeGenConfig", dict(rotary_dim=8)),
+    "falcon": ("FalconConfig", dict(multi_query=True)),
+    "falcon-groups": ("FalconConfig", dict(new_decoder_architecture=True, num_kv_heads=2)),
+    # the eager code of this one adds ALiBi twice, see seam/legacy.py
+    "falcon-alibi": ("FalconConfig", dict(alibi=True, multi_query=False, parallel_attn=False, bias=True, attn_implementation="sdpa")),
+    "falcon-alibi-groups": ("FalconConfig", dict(alibi=True, new_decoder_architecture=True, num_kv_heads=2, attn_implementation="sdpa")),
+    "mpt": ("MptConfig", dict(max_seq_len=WINDOW)),
+    "bloom": ("BloomConfig", dict(hidden_size=96, num_attention_heads=12)),  # slopes that are not all powers of two
     "mixtral": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3-moe": ("Qwen3MoeConfig", dict(num_key_value_heads=2, head_dim=16, num_experts=4, **EXPERTS)),
 }
@@ -80,9 +89,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def build(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A fresh model in eval mode; the same weights each time. Norm weights and sinks are randomised where they exist."""
     name, settings = FAMILIES[family]
-    config = getattr(t, name)(**{**BASE, **settings, **more})
+    settings = {**BASE, **settings, **more}
+    implementation = settings.pop("attn_implementation", "eager")  # fused kernels may ignore soft-caps and sinks
+    config = getattr(t, name)(**settings)
     torch.manual_seed(7)
-    model = t.AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # fused kernels may ignore soft-caps and sinks
+    model = t.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key or "sink" in key:

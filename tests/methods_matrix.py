@@ -94,13 +94,16 @@ NEUTRAL = [
 ]
 
 PRIMARY = (SelfExtend, LMInfinite, Stock)
-# One family for each thing that can differ: grouped heads, scaling, frequencies by length, sliding layers, soft-caps, partial and interleaved rotary, sinks.
-REPRESENTATIVE = {"llama", "llama-yarn", "llama-dynamic", "mistral-sliding", "gemma2", "phi", "cohere", "gpt-oss"}
+# One family for each thing that can differ: grouped heads, scaling, frequencies by length, sliding layers, soft-caps, partial and interleaved rotary, sinks,
+# attention outside the interface, ALiBi.
+REPRESENTATIVE = {"llama", "llama-yarn", "llama-dynamic", "mistral-sliding", "gemma2", "phi", "cohere", "gpt-oss", "bloom"}
+# Families that take the seam of gptj or bloom: `test_legacy.py` has their quick cells.
+LEGACY = {"codegen", "falcon", "falcon-groups", "falcon-alibi", "falcon-alibi-groups", "mpt"}
 
 
 def cells(methods: list[Method]) -> list[Any]:
     """Every family with every method; the other methods on the families that repeat a feature are slow (`pytest -m ""` runs all)."""
-    quick = lambda family, method: isinstance(method, PRIMARY) or family in REPRESENTATIVE  # noqa: E731
+    quick = lambda family, method: (isinstance(method, PRIMARY) and family not in LEGACY) or family in REPRESENTATIVE  # noqa: E731
     return [
         pytest.param(family, method, id=f"{family}-{method}", marks=() if quick(family, method) else pytest.mark.slow)
         for family in FAMILIES for method in methods
@@ -108,13 +111,16 @@ def cells(methods: list[Method]) -> list[Any]:
 
 
 SCALED = {"llama3", "llama-yarn", "llama-linear", "llama-dynamic", "phi3-longrope", "gpt-oss"}
-PAIRS = {"llama-head8": 4, "phi": 4, "gpt-neox": 2, "stablelm": 2}  # rotary pairs of a head; the other families have 8
+ALIBI = {"bloom", "mpt", "falcon-alibi", "falcon-alibi-groups"}
+PAIRS = {"llama-head8": 4, "phi": 4, "gpt-neox": 2, "stablelm": 2, "gptj": 4, "codegen": 4}  # rotary pairs of a head; the other families have 8
 
 
 def refusal(family: str, method: Method) -> str | None:
     """What `extend` says where the method cannot apply to the family; None where it has to be exact."""
     if not method.rescales:
         return None
+    if family in ALIBI:
+        return "biases of ALiBi"
     if family in SCALED:
         return "scaled already"
     encoding = method.encoding if isinstance(method, Combined) else method

@@ -336,7 +336,7 @@ def test_a_scaled_checkpoint_is_not_scaled_again(family, kind, method):
 
 
 def test_a_model_without_a_rotary_has_no_frequencies():
-    model = t.AutoModelForCausalLM.from_config(t.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2))
+    model = t.AutoModelForCausalLM.from_config(t.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2))
     with pytest.raises(ValueError, match="no rotary position module"):
         longreach.extend(model, YaRN(2.0))
 

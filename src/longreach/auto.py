@@ -14,6 +14,7 @@ from longreach.methods.stock import Stock
 
 WINDOW_SHARE = 8  # neighbour window = trained window / 8; see docs/nano.md for the evidence
 WELL_TRAINED = (2, 3)  # only the lower two thirds of the trained positions are trusted (the authors' empirical rule)
+WINDOW_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")  # the second is MPT's, the third BLOOM's, where a checkpoint has it
 LARGEST_GROUP = 64  # the authors' range for group sizes ends here
 
 
@@ -38,10 +39,11 @@ class Choice:
 
 def trained_window(config: Any) -> Window:
     """The effective trained window of a text configuration."""
-    largest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(largest, int) or largest < 1:
-        raise ValueError("the model's configuration has no max_position_embeddings; pass trained_window=N")
-    window = Window(largest, f"max_position_embeddings {largest}")
+    name = next((name for name in WINDOW_NAMES if isinstance(getattr(config, name, None), int) and getattr(config, name) > 0), None)
+    if name is None:
+        raise ValueError(f"the model's configuration has no {WINDOW_NAMES[0]}; pass trained_window=N")
+    largest = getattr(config, name)
+    window = Window(largest, f"{name} {largest}")
     rope = rope_parameters(config)
     kind, factor = rope.get("rope_type", "default"), rope.get("factor")
     original = rope.get("original_max_position_embeddings")

@@ -1,6 +1,6 @@
-"""Rotary encodings: what one layer of a model does with a position, and how it is applied to a tensor.
+"""Encodings: what one layer of a model does with a position, and how it is applied to a tensor. Rotary, and the linear biases of ALiBi.
 
-Knows frequencies, pairing and slices; not where they were read from (see `seam/rotary.py`).
+Knows frequencies, pairing, slices and slopes; not where they were read from (see `seam/rotary.py`, `seam/legacy.py`).
 """
 
 from __future__ import annotations
@@ -74,6 +74,19 @@ class Rotary:
         if self.sign < 0:
             angles = -angles
         return Table((angles.cos() * self.scaling).float(), (angles.sin() * self.scaling).float(), self)
+
+
+@dataclass(frozen=True, eq=False)
+class Alibi:
+    """Attention with linear biases (Press et al., ICLR 2022, arXiv 2108.12409): a pair at distance d gets -slope * d on its scaled logit.
+
+    slopes: [H] fp64, one per query head. Keys are stored as they are, whatever their positions: the bias is a matter of the logits.
+    """
+
+    slopes: torch.Tensor
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        return self.slopes.to(device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,8 @@ Knows a plan, a layout and tensors; not where they come from.
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +14,13 @@ import torch
 
 from longreach import reference
 from longreach.backends import Backend
+from longreach.backends.biased import Bias
 from longreach.backends.tiles import Band
-from longreach.encodings import Rotary
+from longreach.encodings import Alibi, Rotary
 from longreach.merge import NEGATIVE_INFINITY, Merge
 from longreach.methods.base import Method
 from longreach.planner import Plan, Rows
-from longreach.segments import Constant, Layout, PositionMap, Retention, Segment, TopK, forms
+from longreach.segments import Constant, Layout, Piece, PositionMap, Retention, Segment, TopK, forms
 from longreach.store import LayerStore, Run
 
 RAW = Constant(0)
@@ -30,15 +33,22 @@ class Layer:
 
     index: int
     method: Method
-    rotary: Rotary | None  # None: the layer encodes no positions
+    rotary: Rotary | None  # None: the layer does not rotate
     dense: bool = False  # compute the dense truth instead of segments
+    alibi: Alibi | None = None
     layout: Layout = field(init=False)
     forms: dict[PositionMap, Retention] = field(init=False)  # the key forms its store holds
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", self.method.layout(self.index))
         kept = {RAW: Retention(tail=None)} if self.dense else forms(self.layout)
+        if self.rotary is None:  # all forms are the keys as they are, so one is enough
+            kept = {RAW: functools.reduce(operator.or_, kept.values())}
         object.__setattr__(self, "forms", kept)
+
+    def form_of(self, positions: PositionMap) -> PositionMap:
+        """The form that holds the keys of a segment."""
+        return RAW if self.rotary is None else positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +103,7 @@ def _dense(layer: Layer, rows: Rows, q: torch.Tensor, keys: Run, values: Run, in
         layer.method.distances(i[:, None], torch.arange(total, device=q.device)[None, :]),
         layer.rotary,
         inputs.scale,
+        alibi=layer.alibi,
         query_scale=None if scale is None else scale(i),
         softcap=inputs.softcap,
         sink=inputs.sink,
@@ -153,10 +164,20 @@ class _Call:
                 Band(piece.first - piece.from_key, piece.low, piece.high),
                 self.inputs.scale,
                 self.inputs.softcap,
+                self.bias(segment, piece, q.device),
             )
             merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
 
+    def bias(self, segment: Segment, piece: Piece, device: torch.device) -> Bias | None:
+        """What ALiBi adds to the logits of a piece, from the positions of its queries and keys."""
+        if self.layer.alibi is None:
+            return None
+        rows = segment.query_positions(torch.arange(piece.first, piece.last, device=device))
+        columns = segment.key_positions(torch.arange(piece.from_key, piece.to_key, device=device))
+        return Bias(self.layer.alibi.on(device), rows, columns)
+
     def run_of(self, positions: PositionMap, pinned: bool, stop: int) -> Run:
+        positions = self.layer.form_of(positions)
         if pinned and self.store is not None:
             return self.store.keys[positions].pinned(self.rows.rows, stop)
         return self.keys[positions]
@@ -185,6 +206,8 @@ class _Call:
             logits = (block @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * self.inputs.scale
             if self.inputs.softcap is not None:
                 logits = self.inputs.softcap * torch.tanh(logits / self.inputs.softcap)
+            if self.layer.alibi is not None:
+                logits = logits - (self.layer.alibi.on(q.device) * late.distance).float().view(-1, 1, 1)
             logits = logits.masked_fill(i - j < late.low, NEGATIVE_INFINITY)
             best = logits.topk(late.k, dim=-1)
             lse = torch.logsumexp(best.values, -1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -57,7 +57,13 @@ class Plan:
             self._tables[key] = rotary.table(positions(index))
         return self._tables[key]
 
+    # What Transformers may ask of a mask on its way to the layers.
+    ndim: ClassVar[int] = 0
+
     def contiguous(self) -> Plan:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Plan:
         return self
 
 

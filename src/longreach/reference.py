@@ -1,7 +1,8 @@
 """The dense truth: distance matrix, visibility matrix, one softmax. Short, slow, and used by tests, `check` and benchmarks.
 
 Knows the definition of a method (`distances`), not its segments: no position maps, no merge, no store. A pair of rotary
-dims (a, b) of query and key at distance d contributes  (q_a k_a + q_b k_b) cos(d f) + (q_a k_b - q_b k_a) sin(d f).
+dims (a, b) of query and key at distance d contributes  (q_a k_a + q_b k_b) cos(d f) + (q_a k_b - q_b k_a) sin(d f), and ALiBi adds
+-slope d to the scaled logit.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 
 import torch
 
-from longreach.encodings import Rotary
+from longreach.encodings import Alibi, Rotary
 from longreach.segments import TopK
 
 
@@ -22,6 +23,7 @@ def attention(
     rotary: Rotary | None,
     scale: float,
     *,
+    alibi: Alibi | None = None,
     query_scale: torch.Tensor | None = None,
     softcap: float | None = None,
     sink: torch.Tensor | None = None,
@@ -37,12 +39,12 @@ def attention(
     if query_scale is not None:
         q = q * query_scale.double()[:, None]
     visible = ~distance.isnan()
-    logits = scores(q, k, distance.nan_to_num(0.0), rotary) * scale
+    logits = scores(q, k, distance.nan_to_num(0.0), rotary, scale, alibi)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~visible, -math.inf)
     if late is not None:
-        logits = _with_late(logits, q, k, visible, rotary, scale, softcap, late)
+        logits = _with_late(logits, q, k, visible, rotary, scale, alibi, softcap, late)
     lse = torch.logsumexp(logits, dim=-1)
     if sink is not None:
         lse = torch.logaddexp(lse, sink.double().view(1, -1, 1))
@@ -50,10 +52,13 @@ def attention(
     return weights @ v, lse
 
 
-def scores(q: torch.Tensor, k: torch.Tensor, distance: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
-    """Unscaled logits [B, H, T, N] of q [B, H, T, D] and k [B, H, N, D] at distance [T, N]."""
-    if rotary is None:
-        return q @ k.transpose(-1, -2)
+def scores(q: torch.Tensor, k: torch.Tensor, distance: torch.Tensor, rotary: Rotary | None, scale: float, alibi: Alibi | None = None) -> torch.Tensor:
+    """Scaled logits [B, H, T, N] of q [B, H, T, D] and k [B, H, N, D] at distance [T, N]."""
+    logits = (q @ k.transpose(-1, -2) if rotary is None else _rotated_products(q, k, distance, rotary)) * scale
+    return logits if alibi is None else logits - alibi.on(q.device).view(-1, 1, 1) * distance.double()
+
+
+def _rotated_products(q: torch.Tensor, k: torch.Tensor, distance: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     start, width = rotary.start, rotary.width
     plain = [slice(0, start), slice(start + width, None)]
     logits = sum((q[..., s] @ k[..., s].transpose(-1, -2) for s in plain), torch.zeros((), dtype=q.dtype))
@@ -74,6 +79,7 @@ def _with_late(
     visible: torch.Tensor,
     rotary: Rotary | None,
     scale: float,
+    alibi: Alibi | None,
     softcap: float | None,
     late: TopK,
 ) -> torch.Tensor:
@@ -85,7 +91,7 @@ def _with_late(
     candidate &= candidate.sum(-1, keepdim=True) >= late.k
     if late.rows == "last":
         candidate &= i == keys - 1
-    middle = scores(q, k, torch.full_like(logits[0, 0], late.distance), rotary) * scale
+    middle = scores(q, k, torch.full_like(logits[0, 0], late.distance), rotary, scale, alibi)
     if softcap is not None:
         middle = softcap * torch.tanh(middle / softcap)
     middle = middle.masked_fill(~candidate, -math.inf)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from longreach.backends.biased import Bias
 from longreach.backends.tiles import Band
 
 
@@ -16,11 +17,12 @@ class Backend(Protocol):
     name: str
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B, H, T, D], k [B, G, C, D], v [B, G, C, E] -> out [B, H, T, E], lse [B, H, T] fp32, natural logarithm.
 
         G divides H; groups are not expanded by the caller. A row that sees no key has out = 0 and lse = -inf.
+        A bias comes without a soft-cap.
         """
         ...
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from longreach.backends import tiles
+from longreach.backends import biased, tiles
+from longreach.backends.biased import Bias
 from longreach.backends.tiles import Band
 
 FOLDED_ROWS = 32  # up to this many rows, the query heads of a group become rows of one call and share each key that is read
@@ -19,8 +20,11 @@ class CpuBackend:
     name = "cpu: fused attention, tiled"
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if bias is not None:
+            assert softcap is None, "no model has both a bias and a soft-cap"
+            return biased.attend(kernel, q, k, v, band, scale, bias)
         if softcap is not None:
             return tiles.capped(q, k, v, band, scale, softcap)
         return tiles.attend(kernel, q, k, v, band, scale)
@@ -34,6 +38,8 @@ def kernel(
     heads, rows, width = q.shape[1], q.shape[2], v.shape[3]
     groups = heads // k.shape[1]
     v = tiles.widened(v, k)
+    if mask is not None and mask.dim() == 4:
+        mask = mask.expand(*q.shape[:3], -1)  # the operator reads what rows share through a stride of 0
     fold = groups > 1 and rows <= FOLDED_ROWS and not causal and mask is None
     if fold:
         q = q.unflatten(1, (-1, groups)).flatten(2, 3)

@@ -11,7 +11,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from longreach.backends import tiles
+from longreach.backends import biased, tiles
+from longreach.backends.biased import Bias
 from longreach.backends.tiles import Band
 
 
@@ -21,8 +22,12 @@ class CudaTiles:
     name = "cuda: fused attention, tiled"
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if bias is not None:
+            assert softcap is None, "no model has both a bias and a soft-cap"
+            require_bias(q.device, q.dtype)
+            return biased.attend(kernel, q, k, v, band, scale, bias, share=False)  # masks in q's dtype are exact only as true distances
         if softcap is not None:
             return tiles.capped(q, k, v, band, scale, softcap)
         return tiles.attend(kernel, q, k, v, band, scale, rows_per_tile=128)
@@ -34,13 +39,13 @@ class CudaWindow(CudaTiles):
     name = "cuda: flash attention with window"
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows, columns = q.shape[2], k.shape[2]
         diagonal = band.offset - band.low
         first, last = max(0, -diagonal), columns - diagonal  # rows [first, last) have their diagonal on a key
-        if softcap is not None or last < rows or first >= rows or columns == 0:
-            return super().attend(q, k, v, band, scale, softcap)
+        if softcap is not None or bias is not None or last < rows or first >= rows or columns == 0:
+            return super().attend(q, k, v, band, scale, softcap, bias)
         keys = slice(0, diagonal + rows)
         window = -1 if band.high is None else band.high - band.low - 1
         part, part_lse = windowed(q[:, :, first:], k[:, :, keys], v[:, :, keys], scale, window)
@@ -61,7 +66,7 @@ def kernel(
     if mask is None and q.dtype != torch.float32:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
-        bias = None if mask is None else _aligned(mask).expand(q.shape[0], q.shape[1], -1, -1)
+        bias = None if mask is None else _aligned(mask.to(q.dtype)).expand(q.shape[0], q.shape[1], -1, -1)
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)[:2]
     return out[..., :width], lse[:, :, :rows].float()
 
@@ -97,6 +102,29 @@ def cuda_backend(device: torch.device, dtype: torch.dtype) -> CudaTiles:
             return backend
         failures.append(f"{backend.name}: differs by {difference:.1e}")
     raise ValueError(f"no CUDA attention of this PyTorch passes the self-test ({'; '.join(failures)}); move the model to 'cpu' or update PyTorch")
+
+
+@functools.cache
+def require_bias(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise unless biased attention reproduces a dense computation on this device; asked at the first use of a bias."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    q, k, v = (torch.randn(1, h, t, 64, generator=generator).to(device, dtype) for h, t in ((4, 70), (2, 150), (2, 150)))
+    slope = (2.0 ** -torch.arange(1.0, 5.0)).double().to(device)
+    row, column = (torch.arange(a, b, device=device).double() for a, b in ((80, 150), (0, 150)))
+    bias, worst = Bias(slope, row, column), 0.0
+    for band in (Band(80), Band(80, 0, 33), Band(80, 100)):
+        try:
+            out, lse = biased.attend(kernel, q, k, v, band, 0.125, bias, share=False)
+        except RuntimeError as error:
+            raise ValueError(f"no CUDA attention of this PyTorch takes the bias of ALiBi ({error}); move the model to 'cpu' or update PyTorch") from error
+        # the bias as two more columns of q and k, in fp32
+        wide_q = torch.cat([q.float(), (slope.view(1, -1, 1, 1) * torch.stack([torch.ones_like(row), -row], -1) / 0.125).float()], -1)
+        wide_k = torch.cat([k.float(), torch.stack([column, torch.ones_like(column)], -1).float().expand(1, 2, -1, -1)], -1)
+        want, want_lse = tiles.capped(wide_q, wide_k, v.float(), band, 0.125, softcap=1e6)
+        seen = ~want_lse.isneginf()
+        worst = max(worst, (out.float() - want).abs().max().item(), (lse - want_lse)[seen].abs().max().item())
+    if not worst < (1e-3 if dtype == torch.float32 else 5e-2):
+        raise ValueError(f"the bias of ALiBi is off by {worst:.1e} on this device; move the model to 'cpu' or update PyTorch")
 
 
 def _self_test(backend: CudaTiles, device: torch.device, dtype: torch.dtype) -> float:

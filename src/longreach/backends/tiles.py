@@ -39,7 +39,8 @@ class Kernel(Protocol):
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of non-empty q to non-empty k. `causal` comes with squares only; `mask` is additive, [T, C] in q's dtype."""
+        """Attention of non-empty q to non-empty k. `causal` comes with squares only. `mask` is additive, [T, C] in q's dtype, or with a
+        bias fp32 and [1, H, T or 1, C]."""
         ...
 
 

@@ -95,7 +95,7 @@ def subjects(method: Method | None, tokens: int) -> list[Method]:
 
 def rotation(extension: Extension) -> Measurement:
     half = next(extension.model.parameters()).dtype != torch.float32
-    return Measurement("our rotation against the model's own, all layers", extension.exactness.rotary, ROTATION_HALF if half else ROTATION)
+    return Measurement(f"our {extension.exactness.what} against the model's own, all layers", extension.exactness.rotary, ROTATION_HALF if half else ROTATION)
 
 
 def half_precision(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ forward pre-hook that places our store into the cache and opens the plan.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import threading
@@ -22,12 +23,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from longreach import auto, planner
 from longreach.backends import Backend, backend_for
-from longreach.encodings import Rotary
+from longreach.encodings import Alibi, Rotary
 from longreach.executor import Inputs, Layer, execute
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planner import Plan
-from longreach.seam import frequencies
+from longreach.seam import frequencies, legacy
 from longreach.seam import rotary as probe
 from longreach.seam.cache_layers import place
 from longreach.seam.rotary import IdentityRotary, Seen
@@ -47,11 +48,12 @@ UNSUPPORTED_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sli
 class Exactness:
     """Measured on this model at attach time, relative to the largest value."""
 
-    rotary: float  # q and k of every layer: our rotation against the model's own
+    rotary: float  # q and k of every layer: our rotation against the model's own; of a legacy family, the output of every attention layer
     logits: float  # 12 tokens: this engine with neutral parameters against the stock model
+    what: str = "rotation"  # "attention" of a legacy family
 
     def __str__(self) -> str:
-        return f"rotation {self.rotary:.1e}, logits {self.logits:.1e} (largest relative difference to the stock model on {len(PROBE_POSITIONS)} tokens)"
+        return f"{self.what} {self.rotary:.1e}, logits {self.logits:.1e} (largest relative difference to the stock model on {len(PROBE_POSITIONS)} tokens)"
 
 
 def extend(
@@ -88,6 +90,8 @@ class Extension:
             raise ValueError(f"backend must be 'auto' or 'reference', not {backend!r}")
         self.model = model
         self.base = find_base(model)
+        self._legacy = legacy.seam_of(model)
+        self._alibi: Alibi | None = None
         self.config = self.base.config
         refuse_unsupported(self.config)
         if trained_window is not None:
@@ -116,6 +120,7 @@ class Extension:
         self._ready = False  # False while the model is probed and measured
         self._configs = [(config, config._attn_implementation_internal) for config in configs_of(model)]
         self._name = f"longreach{next(_numbers)}"
+        self._argument_names = list(inspect.signature(self.base.forward).parameters)
         self._hooks: list[Any] = []
         self._attached = False
         self._attach()
@@ -133,14 +138,18 @@ class Extension:
             )
 
     def _attach(self) -> None:
-        self._original = self.base.rotary_emb
-        self._identity = IdentityRotary(self._original)
-        self._identity.train(self._original.training)
+        if self._legacy is None:
+            self._original = self.base.rotary_emb
+            self._identity = IdentityRotary(self._original)
+            self._identity.train(self._original.training)
         AttentionInterface.register(self._name, self._attention)
         AttentionMaskInterface.register(self._name, self._mask)
         try:
             with probe.evaluation(self.model):
-                self._probe()
+                if self._legacy is None:
+                    self._probe()
+                else:
+                    self._probe_legacy(self._legacy)
             self._hooks = [
                 self.base.register_forward_pre_hook(self._open, with_kwargs=True),
                 self.base.register_forward_hook(self._close),
@@ -212,6 +221,32 @@ class Extension:
         self._overrides_sliding = uniform and not isinstance(self.method, Stock)
         self._methods = [self.method if w is None or self._overrides_sliding else Stock(w) for w in self._sliding]
 
+    def _probe_legacy(self, seam: legacy.LegacySeam) -> None:
+        """Listen to every layer of the stock model, read how it encodes positions, and put our attention in place of its own."""
+        device = next(self.model.parameters()).device
+        positions = torch.arange(min(len(PROBE_POSITIONS), self.window.tokens), device=device)
+        generator = torch.Generator().manual_seed(0)
+        self._probe_ids = torch.randint(0, self.config.vocab_size, (1, positions.numel()), generator=generator).to(device)
+        rotary, self._alibi = seam.family.encoding(self.base, seam.modules, positions)
+        if rotary is None and self.method.rescales:
+            raise ValueError(
+                f"{self.method.name} changes rotary frequencies, and {type(self.base).__name__} has none, for its positions are the biases of ALiBi; "
+                "use a method of positions, such as SelfExtend or LMInfinite"
+            )
+        if (implementation := seam.family.definition(self.base)) is not None:
+            self.config._attn_implementation_internal = implementation
+        stock: list[torch.Tensor] = []
+        self._recorded = seam.record(lambda: stock.append(self.model(input_ids=self._probe_ids, use_cache=False).logits.float()))
+        self._stock_logits = stock[0]
+        self._modules = seam.modules
+        self._keys = [None for _ in seam.modules]
+        self._rotaries = [rotary for _ in seam.modules]
+        self._sliding, self._overrides_sliding = [None for _ in seam.modules], False
+        self._methods = [self.method for _ in seam.modules]
+        for config, _ in self._configs:  # set_attn_implementation declines models of these families
+            config._attn_implementation_internal = self._name
+        seam.install(self._attention)
+
     def _listen(self, inputs: dict[str, Any], keep_original: bool) -> tuple[list[Seen], list[tuple[probe.Key, torch.Tensor, torch.Tensor]]]:
         """One forward in which every attention layer reports its q and k and returns its values."""
         self._local.seen = []
@@ -224,16 +259,19 @@ class Extension:
 
     def _measure(self) -> None:
         """Logits of the engine with neutral parameters, at the frequencies the stock forward used, against the stock model."""
-        self.layers = [Layer(i, Stock(w), r) for i, (w, r) in enumerate(zip(self._sliding, self._rotaries, strict=True))]
+        self.layers = [Layer(i, Stock(w), r, alibi=self._alibi) for i, (w, r) in enumerate(zip(self._sliding, self._rotaries, strict=True))]
+        if self._legacy is not None:
+            self._worst_rotary = self._legacy.difference(self._recorded, planner.plan(1, self._probe_ids.shape[1], None, self._probe_ids.device, None))
+            del self._recorded
         logits = self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
         difference = ((logits - self._stock_logits).abs().max() / self._stock_logits.abs().max().clamp_min(1e-30)).item()
         half = next(self.model.parameters()).dtype != torch.float32
-        if not difference < (1e-1 if half else 1e-3):
+        if not difference < (1e-1 if half else 1e-3) or not self._worst_rotary < (2e-2 if half else 1e-4):
             raise ValueError(
-                f"with neutral parameters {type(self.base).__name__} differs from the stock model by {difference:.1e}; "
+                f"with neutral parameters {type(self.base).__name__} differs from the stock model by {difference:.1e} (a layer by {self._worst_rotary:.1e}); "
                 "its attention does something we do not know, use it without extend()"
             )
-        self.exactness = Exactness(self._worst_rotary, difference)
+        self.exactness = Exactness(self._worst_rotary, difference, "rotation" if self._legacy is None else "attention")
         del self._stock_logits
 
     def _final_layers(self) -> list[Layer]:
@@ -243,7 +281,7 @@ class Extension:
             if (id(found), method) not in fixed:
                 rotary = None if found is None else frequencies.fixed(self.config, key, found, method, self.window, self.context)
                 fixed[id(found), method] = rotary
-        return [Layer(i, m, fixed[id(r), m], self._dense) for i, (r, m) in enumerate(zip(self._rotaries, self._methods, strict=True))]
+        return [Layer(i, m, fixed[id(r), m], self._dense, self._alibi) for i, (r, m) in enumerate(zip(self._rotaries, self._methods, strict=True))]
 
     # -- one forward ----------------------------------------------------------------------------------------------------------
 
@@ -256,27 +294,27 @@ class Extension:
             raise ValueError(
                 "the attention implementation was changed after extend(), so the method is no longer in force; call remove(), change it, extend() again"
             )
+        kwargs = {**dict(zip(self._argument_names, args)), **kwargs}  # a family's second argument may be the mask or the cache
         if kwargs.get("output_attentions") or (kwargs.get("output_attentions") is None and getattr(self.config, "output_attentions", False)):
             raise ValueError("attention weights are never formed, so output_attentions=True cannot be served; drop it or call remove() first")
-        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("input_ids")
         tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             raise ValueError("pass input_ids or inputs_embeds")
         rows, columns = tokens.shape[:2]
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             raise ValueError("attention_mask must be the 2-D padding mask [batch, tokens seen so far]; 4-D, packed and prepared masks cannot be honoured")
         store = None
         use_cache = kwargs.get("use_cache")
         if kwargs.get("past_key_values") is not None or (self.config.use_cache if use_cache is None else use_cache):
-            kwargs = {**kwargs}
             kwargs["past_key_values"], store = place(kwargs.get("past_key_values"), self.new_store())
         plan = planner.plan(rows, columns, mask, tokens.device, store)
         if (positions := kwargs.get("position_ids")) is not None:
             check_positions(positions, plan)
         self._check_length(max((g.start + g.count for g in plan.groups), default=0))
         self._local.plan = plan
-        return args, kwargs
+        return (), kwargs
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
         """After it ran: the new tokens count. A forward that raises leaves the lengths as they were."""
@@ -309,7 +347,7 @@ class Extension:
                 "a mask was asked for outside a forward of the extended model; leave out cache_implementation (static caches cannot be used), call the "
                 "model itself, not its parts, and give each model its own config (copy.deepcopy)"
             )
-        if use_vmap or not allow_is_causal_skip:
+        if self._legacy is None and (use_vmap or not allow_is_causal_skip):  # Falcon asks for a mask that is always materialised
             raise ValueError("packed sequences and custom masks cannot be honoured; pass one sequence per row with a 2-D attention_mask")
         return plan
 
@@ -380,7 +418,8 @@ class Extension:
             "recalls": self.method.recalls,
             "layers": len(self._methods),
             "layers_with_method": ours,
-            "layers_without_positions": [i for i, r in enumerate(self._rotaries) if r is None],
+            "encoding": "rotary" if self._alibi is None else "alibi",
+            "layers_without_positions": [i for i, r in enumerate(self._rotaries) if r is None and self._alibi is None],
             "sliding_window_overridden": self._overrides_sliding,
             "backend": "dense reference" if self._dense else backend_for(weight.device, weight.dtype).name,
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -411,6 +450,8 @@ class Extension:
             fastest, slowest = r["frequencies"]["divided_by"]
             factor = r["frequencies"]["attention_factor"]
             lines.insert(2, f"frequencies divided by {fastest:.4g} (fastest pair) to {slowest:.4g} (slowest pair), cos and sin times {factor:.5g}")
+        if self._alibi is not None:
+            lines.insert(2, f"encoding    ALiBi, slopes from {self._alibi.slopes.max():.4g} to {self._alibi.slopes.min():.4g}")
         if r["warning"]:
             lines.append(f"warning     {r['warning']}")
         return "\n".join(lines)
@@ -423,7 +464,9 @@ class Extension:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if isinstance(self.base.rotary_emb, IdentityRotary) and self.base.rotary_emb is self._identity:
+        if self._legacy is not None:
+            self._legacy.remove()
+        elif self.base.rotary_emb is self._identity:
             self.base.rotary_emb = self._original
         for config, implementation in self._configs:
             if config._attn_implementation_internal == self._name:
@@ -453,9 +496,11 @@ class _ForwardOnly(torch.autograd.Function):
 
 
 def find_base(model: nn.Module) -> Any:
-    """The text model that owns the rotary module. Raises if there is none, several, or one that is extended already."""
+    """The text model that owns the rotary module, or of a legacy family the layers. Raises if there is none, several, or one that is extended already."""
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
         raise ValueError(f"{type(model).__name__} is not a Transformers model; load one with longreach.load(...) or AutoModelForCausalLM")
+    if (seam := legacy.seam_of(model)) is not None and hasattr(model, "generate"):
+        return seam.base
     owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module) and hasattr(m, "config")]
     if any(isinstance(owner.rotary_emb, IdentityRotary) for owner in owners):
         raise ValueError("this model is extended already; call remove() on its extension first")

@@ -60,6 +60,7 @@ class _Standard:
 
     def __init__(self, config: Any, parameters: dict[str, Any], own: Frequencies, window: int) -> None:
         self.base = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or getattr(config, "default_theta", None)
+        self.base = self.base or 10000.0  # RoPE's own, which GPT-J does not write down; compared below before it is used
         self.own, self.window, self.model = own, window, getattr(config, "model_type", type(config).__name__)
 
     def __call__(self, rope_type: str, length: int | None = None, **parameters: Any) -> Frequencies:
@@ -68,7 +69,7 @@ class _Standard:
         own = self.own.inverse
         cast = any(torch.equal(own, own.to(half).double()) for half in (torch.bfloat16, torch.float16))  # model.half() rounds buffers too
         rtol, atol = (1e-2, 1e-7) if cast else (1e-5, 0.0)
-        if self.base is None or not torch.allclose(self.evaluate("linear", None, factor=1.0).inverse, own, rtol=rtol, atol=atol):
+        if not torch.allclose(self.evaluate("linear", None, factor=1.0).inverse, own, rtol=rtol, atol=atol):
             raise ValueError(
                 f"the frequencies of {self.model} are not powers of its rope_theta ({self.base}), so {rope_type} scaling has no meaning for them; "
                 "use a method that keeps them, such as SelfExtend or LMInfinite"
