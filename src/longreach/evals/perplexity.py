@@ -75,14 +75,6 @@ class Curve:
     variance: torch.Tensor
     count: torch.Tensor
 
-    def smoothed(self, weight: float = 0.01) -> torch.Tensor:
-        """An exponential moving average, for pictures; positions without documents are left out of it."""
-        found, state = [], None
-        for value in self.mean.tolist():
-            state = value if state is None or math.isnan(state) else state if math.isnan(value) else (1 - weight) * state + weight * value
-            found.append(state)
-        return torch.tensor(found, dtype=torch.float64)
-
 
 def losses(model: Extension | Any, ids: torch.Tensor, chunk_size: int = CHUNK) -> torch.Tensor:
     """[T] nats, NaN for the first token. `model` is an extension, or a model as it is, which reads in one forward, as a method does whose result
