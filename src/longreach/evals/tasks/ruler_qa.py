@@ -90,6 +90,12 @@ class RulerQA(Task):
         return {"accuracy": scorers.contains_any(prediction, sample.references)}
 
 
+def listed(content: Any, source: data.Source) -> list[data.Row]:
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"this is not the official format of {source.repo}, a list of rows; pass {source.wanted}")
+    return [data.checked(row, source.columns, f"row {number}") for number, row in enumerate(content, 1)]
+
+
 def shown(number: int, paragraph: str) -> str:
     return f"Document {number}:\n{paragraph}"
 
@@ -117,7 +123,7 @@ class SQuAD(RulerQA):
     )
 
     def pool(self, content: Any) -> Pool:
-        rows = content if isinstance(content, list) else list(_squad(content))
+        rows = listed(content, self.origin) if isinstance(content, list) else list(_squad(content))
         paragraphs = list(dict.fromkeys(row["context"] for row in rows))
         places = {paragraph: place for place, paragraph in enumerate(paragraphs)}
         articles: dict[str, dict[int, None]] = {}
@@ -157,7 +163,7 @@ class HotpotQA(RulerQA):
     def pool(self, content: Any) -> Pool:
         places: dict[str, int] = {}
         questions = []
-        for number, row in enumerate(content, 1):
+        for number, row in enumerate(listed(content, self.origin), 1):
             given = dict.fromkeys(_paragraphs(row, number))
             own = tuple(places.setdefault(paragraph, len(places)) for paragraph in given)
             questions.append(Question(row["question"], (row["answer"],), own, ()))
