@@ -43,7 +43,7 @@ def test_the_folder_of_the_group_is_looked_at_first(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.jsonl").write_text(json.dumps({"a": name, "b": 1}), encoding="utf-8")
     assert read(tmp_path, group="leval")[0]["a"] == "leval"
-    with pytest.raises(ValueError, match="more than one rows.jsonl"):
+    with pytest.raises(ValueError, match=r"more than one rows\.jsonl"):
         read(tmp_path)
 
 
@@ -87,7 +87,7 @@ def test_sizes_are_bounded(tmp_path, monkeypatch):
     bomb = zipped(tmp_path / "data.zip", **{"rows.jsonl": b'{"a": "' + b"0" * 10**6 + b'", "b": 1}'})
     assert bomb.stat().st_size < 10**4
     monkeypatch.setattr(data, "LINE_BYTES", 10**5)
-    with pytest.raises(ValueError, match="line 1.*longer than 100000 bytes"):
+    with pytest.raises(ValueError, match=r"line 1.*longer than 100000 bytes"):
         read(bomb)
     monkeypatch.setattr(data, "FILE_BYTES", 10**5)
     with pytest.raises(ValueError, match="more than the 100000 that any published file has"):
@@ -110,12 +110,12 @@ def test_what_is_no_archive_or_has_not_the_file(tmp_path):
     (tmp_path / "data.zip").write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="not a zip file"):
         read(tmp_path)
-    with pytest.raises(ValueError, match="has no rows.jsonl"):
+    with pytest.raises(ValueError, match=r"has no rows\.jsonl"):
         read(zipped(tmp_path / "data.zip", **{"x.jsonl": TEXT}))
-    with pytest.raises(ValueError, match="more than one rows.jsonl"):
+    with pytest.raises(ValueError, match=r"more than one rows\.jsonl"):
         read(zipped(tmp_path / "data.zip", **{"x/rows.jsonl": TEXT, "y/rows.jsonl": TEXT}))
     (tmp_path / "data.zip").unlink()
-    with pytest.raises(ValueError, match="has no rows.jsonl or .*owner/set from the Hub"):
+    with pytest.raises(ValueError, match=r"has no rows\.jsonl or .*owner/set from the Hub"):
         read(tmp_path)
     (tmp_path / "rows.csv").write_text("a,b", encoding="utf-8")
     with pytest.raises(ValueError, match="not one of"):

@@ -17,7 +17,7 @@ import longreach
 from longreach.evals import lm_harness
 from longreach.evals.base import Parts, Sample, Settings, Task
 
-METHOD = dict(group_size=4, window=32)
+METHOD = dict(group_size=8, window=32)
 
 
 def test_a_missing_or_other_lm_eval_is_said(monkeypatch):
@@ -32,7 +32,7 @@ def test_a_missing_or_other_lm_eval_is_said(monkeypatch):
         if good:
             lm_harness.require()
         else:
-            with pytest.raises(ValueError, match="0.4.13 or a later 0.4 is needed"):
+            with pytest.raises(ValueError, match=r"0\.4\.13 or a later 0\.4 is needed"):
                 lm_harness.require()
 
 
@@ -60,7 +60,7 @@ def pairs(lm: Any, text: str, continuations: list[str]) -> list[Any]:
 def direct(model: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """One forward, all logits."""
     with torch.no_grad():
-        logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1].double()
+        logits = model(torch.tensor([(context + continuation)[:-1]])).logits[0, len(context) - 1 :].double()
     wanted = torch.tensor(continuation)
     return logits.log_softmax(-1).gather(-1, wanted[:, None]).sum().item(), bool((logits.argmax(-1) == wanted).all())
 
@@ -87,7 +87,7 @@ def test_log_likelihoods_are_those_of_one_forward(nano, method):
 
 @pytest.mark.slow
 def test_a_greedy_continuation_is_called_so_and_rolling_windows_cover_a_text(nano):
-    model, tokenizer = nano
+    model, _ = nano
     with longreach.extend(model, longreach.SelfExtend(**METHOD), context=300) as extension:
         lm = wrapped(nano, extension, chunk_size=50)
         context = lm.tok_encode(longreach.loading.shipped_book()[3000:3300])
@@ -164,8 +164,14 @@ test_split: test
 output_type: {kind}
 doc_to_text: "{{{{text}}}}"
 """
-CHOICE = 'doc_to_choice: ["alpha", "omega"]\ndoc_to_target: answer\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n'
-WRITE = 'doc_to_target: "{{target}}"\ngeneration_kwargs:\n  until: ["\\n"]\n  max_gen_toks: 4\nmetric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n'
+METRIC = """
+metric_list:
+  - metric: {metric}
+    aggregation: mean
+    higher_is_better: true
+"""
+CHOICE = 'doc_to_choice: ["alpha", "omega"]\ndoc_to_target: answer' + METRIC.format(metric="acc")
+WRITE = 'doc_to_target: "{{target}}"\ngeneration_kwargs:\n  until: ["\\n"]\n  max_gen_toks: 4' + METRIC.format(metric="exact_match")
 
 
 class Echo(Task):

@@ -29,7 +29,7 @@ class LongContextLM(HFLM):
 
     extension   the one in force on the model; None for the stock model, which reads every prompt in one forward.
     max_length  tokens of a prompt and its answer; None is the declared context, or else the capacity of the method or the trained window.
-    overflow    what becomes of a longer request: "refuse" raises before any work is done; "middle" and "left" leave tokens of the prompt out there,
+    overflow    what becomes of a longer request: "refuse" raises before any of them is run; "middle" and "left" leave tokens of the prompt out there,
                 which is counted in `report()`. "left" is what lm-eval does by itself.
     """
 
@@ -54,7 +54,12 @@ class LongContextLM(HFLM):
         self._cache: Any = None
         self._known: list[int] = []
         super().__init__(  # the tokenizer is a copy because lm-eval gives it a padding token
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", max_length=window(model, extension, max_length), batch_size=1, truncation=False
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            backend="causal",
+            max_length=window(model, extension, max_length),
+            batch_size=1,
+            truncation=False,
         )
 
     @property

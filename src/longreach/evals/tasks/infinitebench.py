@@ -101,8 +101,8 @@ class CodeRun(InfiniteBench):
         return f"What does {call[0]} return? Answer with the number alone.\n\nThe return value is:" if call else given
 
     def scored(self, answer: str, references: Sequence[str]) -> float:
-        words = answer.split()
-        return bool(words) and re.fullmatch(r"[+-]?\d{1,400}", words[-1]) is not None and int(words[-1]) in {int(r) for r in references if re.fullmatch(r"-?\d+", r)}
+        last = answer.split()[-1:]
+        return any(re.fullmatch(r"[+-]?[0-9]{1,400}", word) and str(int(word)) == reference.strip() for word in last for reference in references)
 
 
 class CodeDebug(InfiniteBench):
@@ -110,7 +110,8 @@ class CodeDebug(InfiniteBench):
     ask = "Here is a large code base, in which exactly one of the functions named at the end has a deliberate error."
 
     def question(self, given: str, options: Sequence[str]) -> str:
-        return f"Which of these functions has the deliberate error?\n{lettered(options)}\n\nAnswer with the letter of the function.\n\nThe function with the error is:"
+        ask, lead = "Which of these functions has the deliberate error?", "Answer with the letter of the function.\n\nThe function with the error is:"
+        return f"{ask}\n{lettered(options)}\n\n{lead}"
 
     def scored(self, answer: str, references: Sequence[str]) -> float:
         if answer[:2] in (f"{references[0]}.", f"{references[0]}:"):
@@ -163,7 +164,8 @@ class BookChoice(InfiniteBench):
     ask = "Read the book below and answer a question about it by choosing one of four options."
 
     def question(self, given: str, options: Sequence[str]) -> str:
-        return f"Question: {given}\n\nOnly one of these options is right. Answer with its letter, A, B, C or D.\n{lettered(options)}\n\nThe letter of the right answer is:"
+        ask = "Only one of these options is right. Answer with its letter, A, B, C or D."
+        return f"Question: {given}\n\n{ask}\n{lettered(options)}\n\nThe letter of the right answer is:"
 
     def scored(self, answer: str, references: Sequence[str]) -> float:
         return chosen(answer) == references[0]

@@ -68,7 +68,10 @@ def compact(text: str) -> str:
 
 class Coursera(LEval):
     name, file = "leval-coursera", "coursera"
-    system = "Answer the multiple-choice question about the lecture. More than one option may be right: write the letters of all that are, such as BC, and nothing else."
+    system = (
+        "Answer the multiple-choice question about the lecture. More than one option may be right: write the letters of all that are, such as BC, and "
+        "nothing else."
+    )
 
     def scored(self, answer: str, reference: str) -> float:
         chosen, right = set(re.findall("[A-D]", answer)) or {"A"}, set(re.findall("[A-D]", reference))

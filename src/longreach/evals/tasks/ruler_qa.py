@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from random import Random
 from typing import Any, ClassVar
 
@@ -49,7 +49,7 @@ class RulerQA(Task):
             raise ValueError(f"samples must be 0 (all) or more, not {settings.samples}")
         pool = self.pool(data.document(self.origin, settings, self.group))
 
-        @lru_cache(maxsize=None)
+        @cache
         def tokens(place: int) -> int:
             return len(tokenizer(shown(1, pool.paragraphs[place]), add_special_tokens=False)["input_ids"])
 
