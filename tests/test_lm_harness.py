@@ -213,9 +213,9 @@ def test_lm_eval_runs_its_tasks_and_ours(nano, tmp_path: Path):
         assert 0 <= found["results"]["longreach_test_write"]["exact_match,none"] <= 1
         mine = found["results"]["longreach_test-echo"]
         assert mine["written,none"] == 1 and 0 <= mine["accuracy,none"] <= 1
-        prompts = [sample["arguments"]["gen_args_0"]["arg_0"] for sample in found["samples"]["longreach_test-echo"]]
+        prompts = [sample["arguments"][0][0] for sample in found["samples"]["longreach_test-echo"]]
         assert prompts == [sample.parts.text for sample in Echo().samples(tokenizer, Settings(samples=3))]
-        with pytest.raises(ValueError, match="knows no task"):
+        with pytest.raises(ValueError, match=r"knows no task no_such_task_at_all"):
             lm_harness.evaluate(model, tokenizer, ["no_such_task_at_all"], extension=extension)
     with longreach.extend(model, longreach.SelfExtend(**METHOD), context=200) as extension:
         with pytest.raises(ValueError, match="8 of 8 requests need more than 200"):

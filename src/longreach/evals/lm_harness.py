@@ -39,10 +39,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """lm_eval.simple_evaluate with a model of ours -> its results, and "longreach": the method, the length, how many requests were shortened.
 
-    tasks        names of lm-eval's tasks and groups, or what `as_lm_eval_task` makes.
+    tasks        names of lm-eval's tasks and groups (`mmlu_*` matches several), or what `as_lm_eval_task` makes.
     extension    what `extend` returned for the model; None evaluates the stock model.
     max_length   tokens of a prompt and its answer; None: the declared context, else the capacity or the trained window.
-    overflow     "refuse" raises on a longer request, before any work; "middle" or "left" shorten its prompt, are counted, and warn at the end.
+    overflow     "refuse" raises on a longer request, before any of its kind is run; "middle" or "left" shorten its prompt, are counted, and warn at the end.
     include_path folder with further task files (YAML).
     metadata     handed to the tasks, as lm-eval's --metadata.
 
@@ -55,27 +55,28 @@ def evaluate(
 
     from longreach.evals.lm_model import LongContextLM
 
-    lm = LongContextLM(model, tokenizer, extension=extension, max_length=max_length, overflow=overflow, chunk_size=chunk_size)  # type: ignore[arg-type]
     given = {"tokenizer": tokenizer.name_or_path, **(metadata or {})}  # tasks that build prompts to a length ask for it
-    try:
-        found = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=list(tasks),
-            task_manager=TaskManager(include_path=include_path, metadata=given),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            gen_kwargs=dict(gen_kwargs) if gen_kwargs else None,
-            use_cache=use_cache,
-            bootstrap_iters=bootstrap_iters,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
-        )
-    except KeyError as error:
-        raise ValueError(f"lm-eval knows no task {error}; `lm-eval ls tasks` lists them, include_path adds a folder of your own") from error
+    manager = TaskManager(include_path=include_path, metadata=given)
+    names = [name for name in tasks if isinstance(name, str)]
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise ValueError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, include_path adds a folder of your own")
+    lm = LongContextLM(model, tokenizer, extension=extension, max_length=max_length, overflow=overflow, chunk_size=chunk_size)  # type: ignore[arg-type]
+    found = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=[*manager.match_tasks(names), *(task for task in tasks if not isinstance(task, str))],
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        gen_kwargs=dict(gen_kwargs) if gen_kwargs else None,
+        use_cache=use_cache,
+        bootstrap_iters=bootstrap_iters,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+    )
     report = lm.report()
     if lm.shortened:
         warnings.warn(
@@ -83,7 +84,7 @@ def evaluate(
             "their scores are not those of the whole prompts",
             stacklevel=2,
         )
-    return {**found, "longreach": report}
+    return {**dict(found), "longreach": report}
 
 
 def require() -> None:
@@ -102,7 +103,7 @@ def require() -> None:
 
 def refuse_broken(tasks: Sequence[Any]) -> None:
     if broken := [name for name in tasks if isinstance(name, str) and name.startswith("infinitebench")]:
-        raise ValueError(f"lm-eval's {', '.join(broken)} fail to load their data; use our own instead: longreach eval run infinitebench-passkey and others")
+        raise ValueError(f"lm-eval's {', '.join(broken)} fail to load their data; use our own instead: longreach eval run infinitebench-longbook-qa-eng and others")
 
 
 def as_lm_eval_task(task: Task, tokenizer: Any, settings: Settings) -> Any:

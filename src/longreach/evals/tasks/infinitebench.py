@@ -1,7 +1,7 @@
 """InfiniteBench (arXiv 2402.13718): eleven tasks at about 100k to 200k tokens, from the official jsonl files.
 
 Scores are the official ones but for answers that cannot be read, which the first official version replaced by a guess: here they are wrong.
-The instructions are our own words.
+The instructions are our own words. Three of the tasks can be generated too, without data: theirs are called "official" here.
 """
 
 from __future__ import annotations
@@ -74,17 +74,17 @@ def number(text: str) -> float | None:
 
 
 class Passkey(InfiniteBench):
-    name, split, tokens = "infinitebench-passkey", "passkey", 6
+    name, split, tokens = "infinitebench-official-passkey", "passkey", 6
     ask = "Important information is hidden in a lot of irrelevant text. Find it and remember it. I will ask you about it."
 
 
 class NumberString(InfiniteBench):
-    name, split, tokens = "infinitebench-number-string", "number_string", 12
+    name, split, tokens = "infinitebench-official-number-string", "number_string", 12
     ask = "Important information is hidden in a lot of irrelevant text. Find it and remember it. I will ask you about it."
 
 
 class KVRetrieval(InfiniteBench):
-    name, split, tokens = "infinitebench-kv-retrieval", "kv_retrieval", 50
+    name, split, tokens = "infinitebench-official-kv-retrieval", "kv_retrieval", 50
     ask = "Find in the JSON object below the value that belongs to the key that is asked for."
 
     def scored(self, answer: str, references: Sequence[str]) -> float:

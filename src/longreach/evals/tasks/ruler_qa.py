@@ -39,6 +39,7 @@ class RulerQA(Task):
     group = "ruler"
     license = "Apache-2.0 (generator), CC BY-SA 4.0 (data)"
     needs_data = True
+    metric = "string_match"
 
     origin: ClassVar[data.Source]
 
@@ -87,7 +88,7 @@ class RulerQA(Task):
         return max(count, len(question.gold))
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return {"accuracy": scorers.contains_any(prediction, sample.references)}
+        return {"string_match": scorers.contains_any(scorers.printable(prediction), sample.references)}
 
 
 def listed(content: Any, source: data.Source) -> list[data.Row]:
