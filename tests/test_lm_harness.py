@@ -41,6 +41,17 @@ def test_tasks_that_cannot_load_are_refused():
         lm_harness.refuse_broken(["mmlu", "infinitebench_passkey"])
 
 
+def test_scores_are_rows_of_plain_data():
+    found = {
+        "results": {"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1, "em_stderr,strict": "N/A", "sample_len": 3}},
+        "n-samples": {"t": {"original": 9, "effective": 4}},
+    }
+    assert lm_harness.scores(found) == [
+        {"task": "t", "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1, "n": 4},
+        {"task": "t", "metric": "em", "filter": "strict", "value": 1.0, "stderr": None, "n": 4},
+    ]
+
+
 @pytest.fixture(scope="module")
 def nano() -> tuple[Any, Any]:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install 'longreach[eval]')")
@@ -213,6 +224,9 @@ def test_lm_eval_runs_its_tasks_and_ours(nano, tmp_path: Path):
         assert 0 <= found["results"]["longreach_test_write"]["exact_match,none"] <= 1
         mine = found["results"]["longreach_test-echo"]
         assert mine["written,none"] == 1 and 0 <= mine["accuracy,none"] <= 1
+        rows = lm_harness.scores(found)
+        assert {"task": "longreach_test-echo", "metric": "written", "filter": "none", "value": 1.0, "stderr": None, "n": 3} in rows
+        assert len(rows) == 4 and json.loads(json.dumps(rows)) == rows
         prompts = [sample["arguments"][0][0] for sample in found["samples"]["longreach_test-echo"]]
         assert prompts == [sample.parts.text for sample in Echo().samples(tokenizer, Settings(samples=3))]
         with pytest.raises(ValueError, match=r"knows no task no_such_task_at_all"):

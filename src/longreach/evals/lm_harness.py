@@ -80,11 +80,25 @@ def evaluate(
     report = lm.report()
     if lm.shortened:
         warnings.warn(
-            f"{lm.shortened} of {lm.requests} requests were longer than {lm.max_length} tokens and lost {lm.left_out} of them ({overflow}); "
+            f"{lm.shortened} of {lm.requests} requests were longer than {lm.max_length} tokens and lost {lm.left_out} of their tokens ({overflow}); "
             "their scores are not those of the whole prompts",
             stacklevel=2,
         )
     return {**dict(found), "longreach": report}
+
+
+def scores(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `evaluate` returned as rows of plain data: task, metric, filter, value, stderr (None where there is none), n."""
+    rows = []
+    for task, metrics in found["results"].items():
+        n = found.get("n-samples", {}).get(task, {}).get("effective")
+        for key, value in metrics.items():
+            metric, comma, kind = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                error = metrics.get(f"{metric}_stderr,{kind}")
+                stderr = float(error) if isinstance(error, (int, float)) else None  # lm-eval writes "N/A" for none
+                rows.append({"task": task, "metric": metric, "filter": kind, "value": float(value), "stderr": stderr, "n": n})
+    return rows
 
 
 def require() -> None:
@@ -103,7 +117,7 @@ def require() -> None:
 
 def refuse_broken(tasks: Sequence[Any]) -> None:
     if broken := [name for name in tasks if isinstance(name, str) and name.startswith("infinitebench")]:
-        raise ValueError(f"lm-eval's {', '.join(broken)} fail to load their data; use our own instead: longreach eval run infinitebench-longbook-qa-eng and others")
+        raise ValueError(f"lm-eval's {', '.join(broken)} fail to load their data; use our own: longreach eval run infinitebench-longbook-qa-eng and others")
 
 
 def as_lm_eval_task(task: Task, tokenizer: Any, settings: Settings) -> Any:
