@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from longreach.evals import data, scorers
 from longreach.evals.base import Parts, Sample, Settings, Task
 
-COLUMNS = {"context": str, "input": str, "answer": (str, list, int, float), "options": (str, list)}
+COLUMNS: data.Columns = {"context": str, "input": str, "answer": (str, list, int, float), "options": (str, list)}
 LETTERS = "ABCD"
 
 

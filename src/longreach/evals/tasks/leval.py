@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from longreach.evals import data, scorers
 from longreach.evals.base import Parts, Sample, Settings, Task
 
-COLUMNS = {"instructions": (list, str), "outputs": (list, str), "input": str}
+COLUMNS: data.Columns = {"instructions": (list, str), "outputs": (list, str), "input": str}
 TOKENS = 512
 
 

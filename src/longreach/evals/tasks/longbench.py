@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from longreach.evals import data, scorers
 from longreach.evals.base import Chat, Parts, Sample, Settings, Task
 
-COLUMNS = {"input": str, "context": str, "answers": (list, str), "length": int}
+COLUMNS: data.Columns = {"input": str, "context": str, "answers": (list, str), "length": int}
 BINS = ((4000, "0-4k"), (8000, "4-8k"))  # of the stored length: words, for Chinese characters
 Score = Callable[[str, str, Sequence[str]], float]
 SCORES: dict[str, Score] = {

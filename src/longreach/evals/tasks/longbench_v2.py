@@ -16,7 +16,7 @@ from longreach.evals.base import Parts, Sample, Settings, Task
 
 LETTERS = "ABCD"
 FIELDS = {"$DOC$": "context", "$Q$": "question", **{f"$C_{letter}$": f"choice_{letter}" for letter in LETTERS}}  # the official file's slots
-COLUMNS = dict.fromkeys(("_id", "domain", "sub_domain", "difficulty", "length", "answer", *FIELDS.values()), str)
+COLUMNS: data.Columns = dict.fromkeys(("_id", "domain", "sub_domain", "difficulty", "length", "answer", *FIELDS.values()), str)
 TEMPLATE = (
     "Read the text below and answer a question about it.\n\n<text>\n$DOC$\n</text>\n\nWhat is the right answer to this question: $Q$\n"
     "Choices:\n(A) $C_A$\n(B) $C_B$\n(C) $C_C$\n(D) $C_D$\n\nWrite your answer in this form: "

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from longreach.evals import data, scorers
 from longreach.evals.base import Parts, Sample, Settings, Task
 
-COLUMNS = {"input": str, "qa_pairs": (str, list), "output": (str, list)}
+COLUMNS: data.Columns = {"input": str, "qa_pairs": (str, list), "output": (str, list)}
 MASK = re.compile(r"<mask-\d+>")
 
 

@@ -52,7 +52,7 @@ class RulerQA(Task):
 
         @cache
         def tokens(place: int) -> int:
-            return len(tokenizer(shown(1, pool.paragraphs[place]), add_special_tokens=False)["input_ids"])
+            return len(tokenizer(shown(100, pool.paragraphs[place]), add_special_tokens=False)["input_ids"])
 
         for length in settings.lengths:
             for index in range(min(settings.samples or len(pool.questions), len(pool.questions))):
@@ -68,18 +68,23 @@ class RulerQA(Task):
         far = rng.sample(range(len(pool.paragraphs)), len(pool.paragraphs))
         places = [*question.gold, *others, *(place for place in far if place not in own)]
         shuffle = rng.random()  # the order of the documents, the same however many they are
-        count = self._estimate(tokenizer, question, places, tokens, length)
-        while count >= len(question.gold):
+
+        def fitting(count: int) -> Parts | None:
             parts = prompt(question, [pool.paragraphs[place] for place in places[:count]], shuffle)
-            over = len(tokenizer(parts.text)["input_ids"]) + TOKENS - length
-            if over <= 0:
-                meta = {"length_target": length, "seed": settings.seed, "documents": count, "all_documents": count == len(places)}
-                return Sample(f"{self.name}:{length}:{index}", parts, question.answers, TOKENS, meta, chat="prefix")
-            count -= max(1, over // 400)  # rarely a second time: paragraphs together take no more tokens than one by one, but for their numbers
-        raise ValueError(f"{self.name}: question {index} and the paragraph with its answer do not fit into {length} tokens; choose a greater length")
+            return parts if len(tokenizer(parts.text)["input_ids"]) + TOKENS <= length else None
+
+        count = self._estimate(tokenizer, question, places, tokens, length)
+        while (parts := fitting(count)) is None and count > len(question.gold):
+            count -= 1
+        if parts is None:
+            raise ValueError(f"{self.name}: question {index} and the paragraph with its answer do not fit into {length} tokens; choose a greater length")
+        while count < len(places) and (more := fitting(count + 1)) is not None:
+            parts, count = more, count + 1
+        meta = {"length_target": length, "seed": settings.seed, "documents": count, "all_documents": count == len(places)}
+        return Sample(f"{self.name}:{length}:{index}", parts, question.answers, TOKENS, meta, chat="prefix")
 
     def _estimate(self, tokenizer: Any, question: Question, places: Sequence[int], tokens: Any, length: int) -> int:
-        """How many documents fit, by the tokens of each alone."""
+        """About how many documents fit, by the tokens of each alone: tokenising the whole for every count would cost hours."""
         room = length - TOKENS - len(tokenizer(prompt(question, [], 0.0).text)["input_ids"])
         count = 0
         while count < len(places) and room >= tokens(places[count]):
