@@ -134,8 +134,12 @@ def test_what_is_too_long_is_refused_or_counted(nano):
             assert lm.report()["tokens_left_out"] == len(context) - room
             (answer,) = lm.generate_until([Request(text, 8)], disable_tqdm=True)
             assert isinstance(answer, str) and lm.report()["shortened_requests"] == 2
-        with pytest.raises(ValueError, match="max_length=300 is not within the 256"):
+        with pytest.raises(ValueError, match="max_length=300 is not within the declared context of 256"):
             wrapped(nano, extension, max_length=300)
+    with pytest.raises(ValueError, match=r"was removed from the model"):
+        wrapped(nano, extension)
+    with pytest.warns(UserWarning, match="beyond the 512 tokens that the model reaches"):
+        assert wrapped(nano, max_length=600).max_length == 600
     with longreach.extend(model, longreach.LMInfinite(n_local=64)) as extension, pytest.raises(ValueError, match="has no limit of its own"):
         wrapped(nano, extension)
 

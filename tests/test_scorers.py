@@ -106,6 +106,17 @@ def test_rouge_of_sets_is_its_definition():
         assert scorers.rouge_l_set(answer, reference).f == pytest.approx(slow_rouge_l_set(answer, reference), abs=1e-12)
 
 
+def test_rouge_of_sets_is_that_of_the_package():
+    package = pytest.importorskip("rouge", reason="the package whose numbers are reproduced is not installed (pip install rouge)")
+    rng = random.Random(4)
+    for _ in range(100):
+        answer, reference = text(rng), text(rng)
+        if scorers.rouge_l_set(answer, reference) == scorers.NOTHING and not (answer.strip(". \n") and reference.strip(". \n")):
+            continue  # the package raises where there are no words
+        theirs = package.Rouge().get_scores([answer], [reference])[0]["rouge-l"]
+        assert scorers.rouge_l_set(answer, reference) == pytest.approx((theirs["p"], theirs["r"], theirs["f"]))
+
+
 def test_long_sentences_count_as_nothing_where_published_code_failed():
     long = " ".join(f"w{i}" for i in range(600))
     assert scorers.rouge_l_set(long, long).f == pytest.approx(1) and scorers.rouge_l_set(long, long, compat=True).f == 0

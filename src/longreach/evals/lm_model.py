@@ -7,6 +7,7 @@ to the window in the model's configuration, from the left, with no more than a l
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -49,6 +50,8 @@ class LongContextLM(HFLM):
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
         if extension is not None and extension.model is not model:
             raise ValueError("the extension is that of another model; pass the one that extend() returned for this model")
+        if extension is not None and not extension._attached:  # without this the stock model would be evaluated under the method's name
+            raise ValueError("the extension was removed from the model; extend() it again, or pass none to evaluate the stock model")
         self.extension, self.overflow, self.chunk_size = extension, overflow, chunk_size
         self.requests = self.shortened = self.left_out = 0
         self._cache: Any = None
@@ -193,17 +196,16 @@ def cut(ids: list[int], keep: int, overflow: Overflow) -> list[int]:
 
 
 def window(model: Any, extension: Extension | None, max_length: int | None) -> int:
-    """Tokens that a request may have: what was asked for, if the model reaches it."""
-    if extension is None:
-        reach: int | None = auto.trained_window(model.config).tokens
-        fix = "extend the model to more"
-    else:
-        reach = extension.context if extension.context is not None else extension.capacity
-        fix = "declare a larger context: extend(model, context=N)"
-    if max_length is None and reach is None:
-        raise ValueError(f"{extension} has no limit of its own; pass max_length=N (--context N), the tokens of a prompt and its answer")
-    if max_length is not None and (max_length < 2 or (reach is not None and max_length > reach)):
-        raise ValueError(f"max_length={max_length} is not within the {reach} tokens that the model reaches as it is; choose less, or {fix}")
-    found = max_length if max_length is not None else reach
-    assert found is not None
-    return found
+    """Tokens that a request may have: what was asked for, else what the model reaches."""
+    declared = extension.context if extension is not None else None
+    reach = extension.capacity if extension is not None else auto.trained_window(model.config).tokens
+    if max_length is None:
+        found = declared if declared is not None else reach
+        if found is None:
+            raise ValueError(f"{extension} has no limit of its own; pass max_length=N (--context N), the tokens of a prompt and its answer")
+        return found
+    if max_length < 2 or (declared is not None and max_length > declared):
+        raise ValueError(f"max_length={max_length} is not within the declared context of {declared}; choose less, or extend(model, context={max_length})")
+    if reach is not None and max_length > reach:  # a baseline beyond its window is a fair question
+        warnings.warn(f"max_length={max_length} is beyond the {reach} tokens that the model reaches as it is; scores there show what is lost", stacklevel=3)
+    return max_length
