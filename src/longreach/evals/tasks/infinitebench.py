@@ -1,0 +1,209 @@
+"""InfiniteBench (arXiv 2402.13718): eleven tasks at about 100k to 200k tokens, from the official jsonl files.
+
+Scores are the official ones but for answers that cannot be read, which the first official version replaced by a guess: here they are wrong.
+The instructions are our own words. Three of the tasks can be generated too, without data: theirs are called "official" here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from longreach.evals import data, scorers
+from longreach.evals.base import Parts, Sample, Settings, Task
+
+COLUMNS: data.Columns = {"context": str, "input": str, "answer": (str, list, int, float), "options": (str, list)}
+LETTERS = "ABCD"
+
+
+class InfiniteBench(Task):
+    """One data set of InfiniteBench.
+
+    ask    what to do, before the document.
+    split  the name of its file.
+    """
+
+    group = "infinitebench"
+    license = "see the data card"
+    source = "arXiv 2402.13718, xinrongzhang2022/InfiniteBench"
+    needs_data = True
+
+    split: ClassVar[str]
+    ask: ClassVar[str]
+    tokens: ClassVar[int]
+
+    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        data.refuse_lengths(self, settings)
+        source = data.Source("xinrongzhang2022/InfiniteBench", (f"{self.split}.jsonl",), COLUMNS)
+        for number, row in data.pick(list(enumerate(data.rows(source, settings, self.group))), settings, self.name):
+            answers, options = data.strings(row["answer"]), tuple(o for o in data.strings(row["options"]) if o)
+            parts = Parts(document=row["context"], prefix=f"{self.asked(row['input'])}\n\n", query=f"\n\n{self.question(row['input'], options)}")
+            references = self.letter_first(answers, options, f"{self.name}, row {number + 1}") if options else answers
+            yield Sample(f"{self.name}:{number}", parts, references, self.tokens, chat="user_turn")
+
+    def asked(self, given: str) -> str:
+        return self.ask
+
+    def question(self, given: str, options: Sequence[str]) -> str:
+        return given
+
+    def letter_first(self, answers: Sequence[str], options: Sequence[str], where: str) -> tuple[str, ...]:
+        """The letter of the right option, then its text: the data hold the text."""
+        right = next((option for answer in answers for option in options if option == answer), None)
+        if right is None or len(options) > len(LETTERS):
+            raise ValueError(f"{where}: the answer {list(answers)} is not one of four options {list(options)}; this is not the official format")
+        return LETTERS[options.index(right)], right
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        return {self.metric: float(self.scored(scorers.printable(prediction), sample.references))}
+
+    def scored(self, answer: str, references: Sequence[str]) -> float:
+        """By default: the first number is the right one."""
+        return scorers.first_int(answer) in references
+
+
+def lettered(options: Sequence[str]) -> str:
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+
+
+def number(text: str) -> float | None:
+    """Never a sign: the published scorer reads none."""
+    found = re.search(r"[0-9]+(?:\.[0-9]+)?", text)
+    return float(found[0]) if found else None
+
+
+class Passkey(InfiniteBench):
+    name, split, tokens = "infinitebench-official-passkey", "passkey", 6
+    ask = "Important information is hidden in a lot of irrelevant text. Find it and remember it. I will ask you about it."
+
+
+class NumberString(InfiniteBench):
+    name, split, tokens = "infinitebench-official-number-string", "number_string", 12
+    ask = "Important information is hidden in a lot of irrelevant text. Find it and remember it. I will ask you about it."
+
+
+class KVRetrieval(InfiniteBench):
+    name, split, tokens = "infinitebench-official-kv-retrieval", "kv_retrieval", 50
+    ask = "Find in the JSON object below the value that belongs to the key that is asked for."
+
+    def scored(self, answer: str, references: Sequence[str]) -> float:
+        words = re.sub(r"""[\n:"'.,?!{}]""", " ", answer).split()
+        return any(reference in words for reference in references)
+
+
+class CodeRun(InfiniteBench):
+    name, split, tokens = "infinitebench-code-run", "code_run", 5
+    ask = "Here are many Python functions, some of which call others. Work out what a call returns."
+
+    def question(self, given: str, options: Sequence[str]) -> str:
+        call = re.search(r"func_\d+\(-?\d+\)", given)
+        return f"What does {call[0]} return? Answer with the number alone.\n\nThe return value is:" if call else given
+
+    def scored(self, answer: str, references: Sequence[str]) -> float:
+        last = answer.split()[-1:]
+        return any(re.fullmatch(r"[+-]?[0-9]{1,400}", word) and str(int(word)) == reference.strip() for word in last for reference in references)
+
+
+class CodeDebug(InfiniteBench):
+    name, split, tokens, random = "infinitebench-code-debug", "code_debug", 5, 0.25
+    ask = "Here is a large code base, in which exactly one of the functions named at the end has a deliberate error."
+
+    def question(self, given: str, options: Sequence[str]) -> str:
+        ask, lead = "Which of these functions has the deliberate error?", "Answer with the letter of the function.\n\nThe function with the error is:"
+        return f"{ask}\n{lettered(options)}\n\n{lead}"
+
+    def scored(self, answer: str, references: Sequence[str]) -> float:
+        if answer[:2] in (f"{references[0]}.", f"{references[0]}:"):
+            return True
+        answer = " ".join(re.sub(r"""[`'"*\-\n]|[Oo]ption""", " ", answer).split())
+        if answer.startswith(tuple(references)):
+            return True
+        for lead in ("answer is:", "is:", "answer:", "correct option is:"):
+            if lead in answer:
+                return answer.split(lead, 1)[1].strip().startswith(tuple(references))
+        return False
+
+
+class MathFind(InfiniteBench):
+    name, split, tokens = "infinitebench-math-find", "math_find", 3
+
+    def asked(self, given: str) -> str:
+        wanted = re.search(r"The (.+?) of\b", given)
+        return f"What is the {wanted[1].lower()} in the following list?" if wanted else given
+
+    def scored(self, answer: str, references: Sequence[str]) -> float:
+        found = number(answer)
+        return found is not None and found in [number(reference) for reference in references]
+
+
+class BookQA(InfiniteBench):
+    name, split, tokens, metric = "infinitebench-longbook-qa-eng", "longbook_qa_eng", 40, "f1"
+    ask = "Read the book below and answer a question about it. Be very concise."
+
+    def question(self, given: str, options: Sequence[str]) -> str:
+        return f"Question: {given}\n\nBe very concise.\n\nAnswer:"
+
+    def scored(self, answer: str, references: Sequence[str]) -> float:
+        return scorers.best(scorers.token_f1, answer, references)
+
+
+class BookQAChinese(BookQA):
+    name, split, metric = "infinitebench-longbook-qa-chn", "longbook_qa_chn", "f1"
+    ask = "请根据下面这本书回答问题，回答要尽量简短。"
+
+    def question(self, given: str, options: Sequence[str]) -> str:
+        return f"问题：{given}\n\n回答要尽量简短。\n\n答案："
+
+    def scored(self, answer: str, references: Sequence[str]) -> float:
+        return scorers.best(scorers.character_f1, answer, references)
+
+
+class BookChoice(InfiniteBench):
+    name, split, tokens, random = "infinitebench-longbook-choice-eng", "longbook_choice_eng", 40, 0.25
+    ask = "Read the book below and answer a question about it by choosing one of four options."
+
+    def question(self, given: str, options: Sequence[str]) -> str:
+        ask = "Only one of these options is right. Answer with its letter, A, B, C or D."
+        return f"Question: {given}\n\n{ask}\n{lettered(options)}\n\nThe letter of the right answer is:"
+
+    def scored(self, answer: str, references: Sequence[str]) -> float:
+        return chosen(answer) == references[0]
+
+
+class BookSummary(InfiniteBench):
+    name, split, tokens, metric = "infinitebench-longbook-sum-eng", "longbook_sum_eng", 1200, "rouge_lsum"
+    ask = "Read the book below and write a summary of it."
+
+    def question(self, given: str, options: Sequence[str]) -> str:
+        return "Summarise the book.\n\nSummary:"
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        # line ends are sentence ends here, so they are kept
+        return {self.metric: max((scorers.rouge_lsum(prediction, r, stemmed=True).f for r in sample.references), default=0.0)}
+
+
+class DialogueQA(InfiniteBench):
+    name, split, tokens = "infinitebench-longdialogue-qa-eng", "longdialogue_qa_eng", 40
+    ask = 'Here is the script of a dialogue. In one place the name of a character is replaced by "$$MASK$$". Find out whose name it is.'
+
+    def question(self, given: str, options: Sequence[str]) -> str:
+        return 'Which name stands at "$$MASK$$" in the script above? Answer with the name alone.\n\nThe name is:'
+
+    def scored(self, answer: str, references: Sequence[str]) -> float:
+        return any(reference.upper() in answer.upper() for reference in references)
+
+
+def chosen(answer: str) -> str | None:
+    """The letter that an answer chooses, by the published cascade: the last A to D that stands alone, even if it is an article; else the first
+    character; else what follows a lead such as "answer is"; else the first word of one letter.
+    """
+    if alone := re.findall(r"\b[A-D]\b", answer):
+        return str(alone[-1])
+    if answer[:1] and answer[0] in LETTERS:
+        return answer[0]
+    answer = " ".join(re.sub(r"""[\n"'.,?!{}]""", " ", answer).split())
+    for lead in ("answer is:", "answer:", "answer is", "option is"):
+        if lead in answer and (after := answer.split(lead, 1)[1].strip()) and after[0] in LETTERS:
+            return after[0]
+    return next((word for word in answer.split() if word in tuple(LETTERS)), None)

@@ -1,0 +1,116 @@
+"""LooGLE (arXiv 2311.04939): its automatic scores ROUGE-L, token F1 and cloze matches. Those that need another model as a judge are left out.
+
+The prompts are our own words. The official script decodes with a repetition penalty of 2, which harms the copying of long names; ours is greedy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from longreach.evals import data, scorers
+from longreach.evals.base import Parts, Sample, Settings, Task
+
+COLUMNS: data.Columns = {"input": str, "qa_pairs": (str, list), "output": (str, list)}
+MASK = re.compile(r"<mask-\d+>")
+
+
+class LooGLE(Task):
+    """One data set of LooGLE. Its rows are documents with many questions each."""
+
+    group = "loogle"
+    license = "MIT (code); the texts have licences of their own"
+    source = "arXiv 2311.04939, bigainlco/LooGLE"
+    needs_data = True
+    metric = "rouge_l_recall"
+
+    config: ClassVar[str]
+    tokens: ClassVar[int]
+    ask: ClassVar[str] = "Read the text below and answer a question about it."
+
+    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+        data.refuse_lengths(self, settings)
+        config = self.config
+        source = data.Source("bigainlco/LooGLE", (f"{config}.jsonl", f"{config}/test*.parquet", f"{config}*.parquet"), COLUMNS)
+        asked = []
+        for number, row in enumerate(data.rows(source, settings, self.group)):
+            asked += [(number, index, row["input"], *rest) for index, rest in enumerate(self.questions(row, f"{self.name}, row {number + 1}"))]
+        for number, index, document, question, references, meta in data.pick(asked, settings, self.name):
+            parts = Parts(document, f"\n\n{question}", f"{self.ask}\n\n")
+            yield Sample(f"{self.name}:{number}:{index}", parts, references, self.tokens, {"document": number, **meta}, chat="user_turn")
+
+    def questions(self, row: data.Row, where: str) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
+        """-> (question, references, meta)"""
+        for pair in pairs(row, where):
+            meta = {"type": pair["type"]} if isinstance(pair.get("type"), str) else {}
+            yield f"Question: {pair['Q']}\nAnswer:", data.strings(pair["A"]), meta
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        found = [scorers.rouge_l_set(prediction, reference) for reference in sample.references]
+        return {
+            "rouge_l_recall": max((r.recall for r in found), default=0.0),
+            "rouge_l": max((r.f for r in found), default=0.0),
+            "f1": scorers.best(scorers.token_f1, prediction, sample.references),
+        }
+
+
+def pairs(row: data.Row, where: str) -> list[Mapping[str, Any]]:
+    """The questions of a row. In the official files they are a list written as text."""
+    found = data.literal(row["qa_pairs"], where)
+    if not isinstance(found, list) or not all(isinstance(pair, dict) and isinstance(pair.get("Q"), str) and "A" in pair for pair in found):
+        raise ValueError(f"{where}: qa_pairs is not a list of questions Q with answers A; this is not the official format")
+    return found
+
+
+class ShortQA(LooGLE):
+    name, config, tokens = "loogle-shortdep-qa", "shortdep_qa", 300
+
+
+class LongQA(LooGLE):
+    name, config, tokens = "loogle-longdep-qa", "longdep_qa", 500
+
+
+class Summarization(LooGLE):
+    name, config, tokens = "loogle-longdep-summarization", "longdep_summarization", 500
+    ask = "Write a summary of the text below."
+
+    def questions(self, row: data.Row, where: str) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
+        yield "Summary:", data.strings(row["output"]), {}
+
+
+class Cloze(LooGLE):
+    """Names are masked in a passage about the document. `exact` and `partial` are shares of the masks of a question; the published numbers weigh
+    questions by their masks, which are in the meta for that.
+    """
+
+    name, config, tokens, metric = "loogle-shortdep-cloze", "shortdep_cloze", 50, "exact"
+    ask = "Read the text below. Then fill in what is masked in a passage about it."
+
+    def questions(self, row: data.Row, where: str) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
+        for pair in pairs(row, where):
+            names = data.literal(pair["A"], where)
+            if not isinstance(names, dict) or not names or not all(isinstance(mask, str) and MASK.fullmatch(mask.strip()) for mask in names):
+                raise ValueError(f"{where}: the answer of a cloze question is not a mapping of <mask-n> to names; this is not the official format")
+            names = {mask.strip(): str(name) for mask, name in names.items()}
+            ask = 'Which names are masked? Answer in the form {"<mask-0>": "name"}, with an entry for every mask.'
+            yield f"Passage: {pair['Q']}\n\n{ask}\nAnswer:", tuple(names.values()), {"masks": list(names)}
+
+    def score(self, sample: Sample, prediction: str) -> dict[str, float]:
+        filled = filled_in(prediction)
+        given = [scorers.squad_norm(filled.get(mask, "")) for mask in sample.meta["masks"]]
+        right = [scorers.squad_norm(name) for name in sample.references]
+        exact = sum(bool(g) and g == r for g, r in zip(given, right))
+        partial = sum(bool(g) and bool(r) and (g in r or r in g) for g, r in zip(given, right))
+        return {"exact": exact / len(right), "partial": partial / len(right)}
+
+
+def filled_in(answer: str) -> dict[str, str]:
+    """What an answer writes for each mask, in anything like JSON; the text is searched, never run."""
+    marks = list(MASK.finditer(answer))
+    ends: Sequence[int] = [mark.start() for mark in marks[1:]] + [len(answer)]
+    found: dict[str, str] = {}
+    for mark, end in zip(marks, ends):
+        value = answer[mark.end() : end].lstrip("'\"* ").removeprefix(":").removeprefix("=").split("\n", 1)[0]
+        found.setdefault(mark[0], value.strip("'\"*,;{} "))
+    return found

@@ -1,0 +1,222 @@
+"""Scorers: golden values, a slow truth beside every fast path, the packages whose numbers they reproduce, and every string is scored."""
+
+from __future__ import annotations
+
+import random
+import string
+
+import pytest
+
+from longreach.evals import scorers, subsequences
+from longreach.evals.stemmer import stem
+
+CAT = ("The cat sat on the mat. It was happy.", "A cat was sitting on the mat. The cat was very happy.")
+
+
+def test_golden_values():
+    assert scorers.token_f1("The Eiffel Tower, in Paris!", "Eiffel Tower") == pytest.approx(0.66667, abs=1e-5)
+    assert scorers.token_f1("yes", "Yes.") == 1
+    assert scorers.rouge_l_set(*CAT).f == pytest.approx(0.73684, abs=1e-5)
+    assert scorers.rouge_l(*CAT).f == pytest.approx(0.571, abs=1e-3)
+    assert scorers.cls_score("Other location", "Other location", ["location", "Other location", "Abbreviation"]) == 1
+    assert scorers.cls_score("City and Country", "City", ["City", "Country"]) == 0.5
+    assert scorers.count_score("There are 12 unique, out of 30", "12") == 0.5
+    assert [round(100 * scorers.length_score(1000, n), 2) for n in (1000, 500, 2000, 4000, 334)] == [100, 50, 66.67, 0, 0.3]
+
+
+def test_class_scores_pass_over_the_entry_after_a_removed_one():
+    """Both shorter names lie within the right one, but only the first is removed."""
+    assert scorers.cls_score("abc", "abc", ["a", "ab", "abc"]) == 0.5
+    assert scorers.cls_score("abc", "x", ["a", "ab", "abc"]) == 0
+
+
+def test_numbers_and_lines():
+    assert scorers.retrieval_score("It is paragraph 7, of 30", "Paragraph 7") == 0.5
+    assert scorers.retrieval_score("段落7", "段落7") == 1
+    assert scorers.first_int("no. 0042-7") == "0042" and scorers.first_int("none") is None
+    assert scorers.code_line("\n# a comment\n```\nx = 1\ny = 2") == "x = 1"
+    assert scorers.code_sim("```\nreturn a + b\n```", "return a + b") == 1
+    assert scorers.edit_ratio("abcd", "bcde") == 0.75
+    assert scorers.indel_ratio("kitten", "sitting") == round(100 * 2 * 4 / 13) / 100
+    assert scorers.edit_ratio("", "") == scorers.indel_ratio("", "") == 1 and scorers.edit_ratio("", "a") == scorers.indel_ratio("a", "") == 0
+    assert scorers.contains_all("Paris and ROME", ["paris", "Rome", "Oslo"]) == pytest.approx(2 / 3) and scorers.contains_any("in oslo", ["Oslo"]) == 1
+    assert scorers.first_line("\n\none\ntwo") == "one" and scorers.printable(" a\x00b\n ") == "a b"
+
+
+def test_normal_forms():
+    assert scorers.squad_norm("The  U.S.A.: an Answer") == "usa answer"
+    assert scorers.zh_norm("“你好”，世界 ABC!") == "你好世界abc"
+    assert scorers.character_f1("你好吗", "你好") == pytest.approx(0.8)
+
+
+# -- slow truths --------------------------------------------------------------------------------------------------------------
+
+
+def table(a, b):
+    lengths = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            lengths[i + 1][j + 1] = lengths[i][j] + 1 if x == y else max(lengths[i][j + 1], lengths[i + 1][j])
+    return lengths
+
+
+def backtrack(a, b):
+    lengths, i, j, found = table(a, b), len(a), len(b), []
+    while i and j:
+        if a[i - 1] == b[j - 1]:
+            i, j = i - 1, j - 1
+            found.insert(0, (i, j))
+        elif lengths[i - 1][j] > lengths[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
+
+
+def some(rng, alphabet="abcd", most=30):
+    return [rng.choice(alphabet) for _ in range(rng.randrange(most))]
+
+
+def test_bits_are_the_table_of_common_subsequences():
+    rng = random.Random(0)
+    for _ in range(300):
+        a, b = some(rng), some(rng)
+        assert subsequences.length(a, b) == subsequences.length(b, a) == table(a, b)[-1][-1]
+        assert subsequences.pairs(a, b) == backtrack(a, b)
+
+
+def text(rng):
+    words = ["cat", "Cat", "mat", "a", "sat", "running", "happily", "studies"]
+    return "".join(rng.choice(words) + rng.choice([" ", " ", " ", ". ", ".\n", "? ", "\n"]) for _ in range(rng.randrange(25)))
+
+
+def slow_rouge_l_set(answer, reference):
+    said, meant = ([s.split() for s in t.split(".") if s.split()] for t in (answer, reference))
+    if not said or not meant:
+        return 0.0
+    union = {right[i] for right in meant for sentence in said for i, _ in backtrack(right, sentence)}
+    precision, recall = (len(union) / len({w for s in sentences for w in s}) for sentences in (said, meant))
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def test_rouge_of_sets_is_its_definition():
+    rng = random.Random(1)
+    for _ in range(200):
+        answer, reference = text(rng), text(rng)
+        assert scorers.rouge_l_set(answer, reference).f == pytest.approx(slow_rouge_l_set(answer, reference), abs=1e-12)
+
+
+def test_rouge_of_sets_is_that_of_the_package():
+    package = pytest.importorskip("rouge", reason="the package whose numbers are reproduced is not installed (pip install rouge)")
+    rng = random.Random(4)
+    for _ in range(100):
+        answer, reference = text(rng), text(rng)
+        if scorers.rouge_l_set(answer, reference) == scorers.NOTHING and not (answer.strip(". \n") and reference.strip(". \n")):
+            continue  # the package raises where there are no words
+        theirs = package.Rouge().get_scores([answer], [reference])[0]["rouge-l"]
+        assert scorers.rouge_l_set(answer, reference) == pytest.approx((theirs["p"], theirs["r"], theirs["f"]))
+
+
+def test_long_sentences_count_as_nothing_where_published_code_failed():
+    long = " ".join(f"w{i}" for i in range(600))
+    assert scorers.rouge_l_set(long, long).f == pytest.approx(1) and scorers.rouge_l_set(long, long, compat=True).f == 0
+    assert scorers.rouge_l_set(*CAT, compat=True) == scorers.rouge_l_set(*CAT)
+
+
+def test_googles_rouge():
+    package = pytest.importorskip("rouge_score.rouge_scorer", reason="the package whose numbers are reproduced is not installed (pip install rouge-score)")
+    rng = random.Random(2)
+    for stemmed in (False, True):
+        theirs = package.RougeScorer(["rougeL", "rougeLsum"], use_stemmer=stemmed)
+        for _ in range(60):
+            answer, reference = text(rng), text(rng)
+            found = theirs.score(reference, answer)
+            assert scorers.rouge_l(answer, reference, stemmed=stemmed) == pytest.approx(tuple(found["rougeL"]))
+            assert scorers.rouge_lsum(answer, reference, stemmed=stemmed) == pytest.approx(tuple(found["rougeLsum"]))
+
+
+def test_rouge_of_lines_counts_a_word_once():
+    assert scorers.rouge_lsum("the cat\nthe dog", "the dog\nthe cat").f == 1
+    assert scorers.rouge_lsum("cat cat", "cat\ncat").recall == 1 and scorers.rouge_lsum("cat", "cat\ncat").recall == 0.5
+
+
+def test_stems():
+    pairs = (
+        "caresses:caress ponies:poni ties:tie cats:cat agreed:agre plastered:plaster motoring:motor conflated:conflat hopping:hop falling:fall filing:file "
+        "happy:happi sky:sky relational:relat valenci:valenc digitizer:digit decisiveness:decis triplicate:triplic electrical:electr goodness:good "
+        "adjustment:adjust adoption:adopt effective:effect probate:probat controll:control dying:die news:news studies:studi enjoy:enjoy"
+    )
+    for word, expected in (pair.split(":") for pair in pairs.split()):
+        assert stem(word) == expected, word
+
+
+def test_stems_are_those_of_nltk():
+    porter = pytest.importorskip("nltk.stem.porter", reason="the package whose stems are reproduced is not installed (pip install nltk)")
+    from longreach.loading import shipped_book
+
+    theirs = porter.PorterStemmer()
+    words = sorted({w for w in "".join(c if c in string.ascii_lowercase else " " for c in shipped_book().lower()).split()})
+    assert len(words) > 10000
+    assert [w for w in words if stem(w) != theirs.stem(w)] == []
+
+
+# -- every string -------------------------------------------------------------------------------------------------------------
+
+LONG = 10**6
+STRINGS = ["", " ", "\n\n", string.punctuation * 9, "\ud800 \udfff", "ab " * (LONG // 3), "x" * LONG, "a b. c " * (LONG // 7), ". " * (LONG // 2), "9" * LONG]
+IDS = ["empty", "space", "lines", "punctuation", "surrogates", "words", "one word", "sentences", "full stops", "digits"]
+GOLD = "the cat sat on ab, c. x 9"
+SCORES = {
+    "token_f1": scorers.token_f1,
+    "character_f1": scorers.character_f1,
+    "rouge_l_set": lambda a, g: scorers.rouge_l_set(a, g).f,
+    "rouge_l_set compat": lambda a, g: scorers.rouge_l_set(a, g, compat=True).f,
+    "rouge_l": lambda a, g: scorers.rouge_l(a, g).f,
+    "rouge_l stemmed": lambda a, g: scorers.rouge_l(a, g, stemmed=True).f,
+    "rouge_lsum": lambda a, g: scorers.rouge_lsum(a, g, stemmed=True).f,
+    "count": scorers.count_score,
+    "retrieval": scorers.retrieval_score,
+    "code_sim": scorers.code_sim,
+    "code_sim_indel": scorers.code_sim_indel,
+    "cls": lambda a, g: scorers.cls_score(a, g, ["the cat", g]),
+    "contains": lambda a, g: scorers.contains_any(a, [g]),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("answer", STRINGS, ids=IDS)
+def test_every_string_has_a_score(answer, name):
+    assert 0 <= SCORES[name](answer, GOLD) <= 1
+    if len(answer) < 100:
+        assert 0 <= SCORES[name](GOLD, answer) <= 1
+
+
+@pytest.mark.parametrize("answer", STRINGS, ids=IDS)
+def test_normal_forms_stay_as_they_are(answer):
+    for norm in (scorers.squad_norm, scorers.zh_norm, scorers.first_line, scorers.printable):
+        assert norm(norm(answer)) == norm(answer)
+
+
+def test_f1_is_symmetric_and_one_for_the_same():
+    rng = random.Random(3)
+    for _ in range(100):
+        a, b = text(rng), text(rng)
+        assert scorers.token_f1(a, b) == scorers.token_f1(b, a)
+        assert scorers.token_f1(a, a) == float(bool(scorers.squad_norm(a)))
+        assert scorers.indel_ratio(a, b) == scorers.indel_ratio(b, a)
+        assert all(value <= 1 for score in (scorers.rouge_l_set, scorers.rouge_l, scorers.rouge_lsum) for value in score(a, b))
+
+
+def test_chinese_needs_jieba_and_says_so(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(ValueError, match="pip install jieba"):
+        scorers.token_f1_zh("你好", "你好")
+
+
+def test_chinese_words():
+    pytest.importorskip("jieba", reason="jieba is not installed (pip install jieba)")
+    assert scorers.token_f1_zh("北京是中国的首都。", "北京是中国的首都") == 1
+    assert 0 < scorers.token_f1_zh("首都是北京", "北京") < 1
+    assert scorers.rouge_l_zh("北京是首都", "北京是首都").f == pytest.approx(1) and scorers.rouge_l_zh("", "北京").f == 0
