@@ -59,7 +59,7 @@ def test_loaded_and_forked_go_on_bit_for_bit(method, padded, tmp_path):
         expected = go_on(model, cache, ids, mask)
         assert torch.equal(go_on(model, fork, ids, mask), expected)
         found = extension.load(tmp_path / "document.safetensors")
-        assert torch.equal(found.ids, ids[:, :READ]) and torch.equal(found.mask, mask[:, :READ])
+        assert torch.equal(found.ids, ids[:, :READ]) and (torch.equal(found.mask, mask[:, :READ]) if padded else found.mask is None)
         assert torch.equal(go_on(model, found.cache, ids, mask), expected)
 
 
@@ -226,6 +226,7 @@ FORGERIES: dict[str, tuple[Any, str]] = {
     "rotaries": (lambda f, t: f.update(rotaries=[[1]]), "other frequencies"),
     "rows": (lambda f, t: f.update(rows=10**12), "contradicts itself"),
     "seen": (lambda f, t: f.update(seen=-1), "contradicts itself"),
+    "endless": (lambda f, t: (f.update(seen=2**60), t.pop("mask"), t.pop("ids")), "contradicts itself"),
     "seen too": (lambda f, t: f.update(seen="all"), "contradicts itself"),
     "places": (lambda f, t: f["buffers"]["layers.0.values"].update(starts=[10**9, 0]), "contradicts itself"),
     "no places": (lambda f, t: f["buffers"].pop("layers.0.values"), "contradicts itself"),
@@ -298,6 +299,15 @@ def fresh_cache(extension: Any) -> Any:
     cache = extension.model(tokens(1, 4), use_cache=True).past_key_values
     cache.crop(-4)
     return cache
+
+
+@torch.no_grad()
+def test_a_model_that_was_cast_while_extended_cannot_save(tmp_path):
+    model, ids = build("llama"), tokens(1, 20)
+    with longreach.extend(model, SelfExtend(3, 8)) as extension:
+        model.bfloat16()
+        with pytest.raises(ValueError, match=r"cast to torch.bfloat16 after extend\(\)"):
+            extension.save(model(ids, use_cache=True).past_key_values, tmp_path / "x", ids)
 
 
 # -- conversations and the command line -----------------------------------------------------------------------------------------------

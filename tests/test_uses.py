@@ -351,3 +351,23 @@ def test_two_ranks_with_half_of_the_heads_each(tmp_path):
     assert difference(logits, logits_of(model)) <= 1e-5
     with longreach.extend(model, METHOD):
         assert torch.equal(made, model.generate(IDS, max_new_tokens=6, do_sample=False))
+
+
+# -- the page -------------------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "uses.md").read_text(encoding="utf-8")
+SNIPPETS = {block.split("```")[0]: title for title, *blocks in (part.split("```python\n") for part in PAGE.split("\n## ")[1:]) for block in blocks}
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=[title.splitlines()[0] for title in SNIPPETS.values()])
+def test_the_snippets_of_the_page_run(snippet, tmp_path, monkeypatch, capsys):
+    if snippet.startswith("# needs: "):
+        name = snippet.splitlines()[0].removeprefix("# needs: ")
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'longreach[interop]'")
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(longreach.loading.shipped_book()[:1500], encoding="utf-8")
+    if "model.gguf" in snippet:
+        write_gguf(Path("model.gguf"), small_llama())
+    exec(compile(snippet, "docs/uses.md", "exec"), {"__name__": "snippet"})
+    assert capsys.readouterr().out.strip()
+    torch._dynamo.reset()

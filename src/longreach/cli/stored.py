@@ -79,7 +79,7 @@ def reopen(model: Any, tokenizer: Any, choice: Choice, file: Path) -> Conversati
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(file)!r} does not say what it was read with ({error}); read the text again and save it") from error
     if choice.context not in (None, context):
-        raise ValueError(f"{str(file)!r} was read for a context of {context} tokens; leave out --context, or read the text again with --context {choice.context}")
+        raise ValueError(f"{str(file)!r} was read for a context of {context} tokens; leave out --context, or read it again with --context {choice.context}")
     if choice.method not in (None, method):
         raise ValueError(f"{str(file)!r} was read with {method.brief()}; leave out --method, or read the text again with {choice.method}")
     extension = longreach.extend(model, method, context=context, trained_window=choice.trained_window)

@@ -53,13 +53,13 @@ class Document:
 
     cache  goes to `model.generate(..., past_key_values=...)`; continue from `extension.fork(cache)` to use it more than once.
     ids    [B, T] the tokens that it holds, pads included; None if they were not saved.
-    mask   [B, T] 1 where `ids` is a token, 0 at pads: the beginning of the `attention_mask` to continue with.
+    mask   [B, T] 1 where `ids` is a token, 0 at pads: the beginning of the `attention_mask` to continue with; None if nothing is a pad.
     notes  what the caller saved beside it.
     """
 
     cache: DynamicCache
     ids: torch.Tensor | None
-    mask: torch.Tensor
+    mask: torch.Tensor | None
     notes: dict[str, str]
 
 
@@ -83,11 +83,15 @@ def save(extension: Extension, cache: Any, file: Path, ids: Any, notes: Mapping[
     if store.real is not None:
         tensors["mask"] = store.real.contiguous()
     places = {}
+    dtypes = {entry.dtype for entry in extension.entries}
     for name, buffer in _buffers(store):
         for row, length in enumerate(store.lengths):
             buffer.rewind(slice(row, row + 1), length)  # what a forward that failed has left behind
         places[name] = {"starts": buffer.starts, "ends": buffer.ends}
-        tensors.update({f"{name}.{part}": tensor for part, tensor in buffer.entries().items()})
+        for part, tensor in buffer.entries().items():
+            if tensor.dtype not in dtypes:
+                raise ValueError(f"the model was cast to {tensor.dtype} after extend(), which measured it as it was before; remove() and extend() again")
+            tensors[f"{name}.{part}"] = tensor
     facts = {**_identity(extension), "rows": store.rows, "seen": store.seen, "buffers": places}
     metadata = {KEY: json.dumps(facts, allow_nan=False), **{f"{NOTE}{name}": text for name, text in notes.items()}}
     if not file.parent.is_dir():
@@ -120,10 +124,10 @@ def load(extension: Extension, file: Path, max_bytes: int) -> Document:
             store, ids = _read(extension, opened, found)
         except (_Damaged, LookupError, TypeError, AttributeError, OverflowError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{str(file)!r} contradicts itself ({error or type(error).__name__}), so it is damaged or forged; {AGAIN}") from error
-        mask = torch.ones(store.rows, store.seen, dtype=torch.long) if store.real is None else store.real.long()
         notes = {name.removeprefix(NOTE): text for name, text in opened.metadata().items() if name.startswith(NOTE)}
     device = device_of(extension.model)
-    return Document(_placed(store), None if ids is None else ids.to(device), mask.to(device), notes)
+    ids, mask = (None if tensor is None else tensor.long().to(device) for tensor in (ids, store.real))
+    return Document(_placed(store), ids, mask, notes)
 
 
 def _placed(store: Store) -> DynamicCache:
@@ -197,7 +201,7 @@ def _check_identity(extension: Extension, found: dict[str, Any], file: str) -> N
     attach = f"longreach.extend(model, longreach.from_json({json.dumps(found['method'])}), context={context})"
     if not same_shape:
         mine = f"{own['model']['architecture']} of {len(own['model']['layers'])} layers"
-        raise ValueError(f"{file!r} was read with another model ({described}; this is {mine}, with keys of another shape if these agree); load that one, or {AGAIN}")
+        raise ValueError(f"{file!r} was read with another model ({described}; this is {mine}, or their keys differ in shape); load that one, or {AGAIN}")
     if found.get("dtype") != own["dtype"]:
         raise ValueError(f"{file!r} was read in {found.get('dtype')} and this model computes in {own['dtype']}; load it with that dtype, or {AGAIN}")
     if found["method"] != own["method"]:
@@ -247,7 +251,7 @@ def _facts(file: Path, opened: Any) -> dict[str, Any]:
         found = json.loads((opened.metadata() or {})[KEY])
         version = found["format"]
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{str(file)!r} is a safetensors file but no document of Longreach; pass a file written by extension.save or --save-document") from None
+        raise ValueError(f"{str(file)!r} is a safetensors file but no document of Longreach; pass one that extension.save or --save-document wrote") from None
     if version != FORMAT:
         raise ValueError(f"{str(file)!r} has format {version!r} and this version of Longreach reads {FORMAT}; install the version that wrote it, or {AGAIN}")
     return dict(found)
@@ -271,6 +275,7 @@ def _read(extension: Extension, opened: Any, found: dict[str, Any]) -> tuple[Sto
     store.restore([seen] * rows if mask is None else mask.sum(1).tolist(), seen, mask)
     used = {"mask", "ids"} & names
     for index, (layer, entry) in enumerate(zip(store.layers, extension.entries, strict=True)):
+        entry = entry._replace(device=extension.device_of_layer(index))
         for name, buffer, width in _of_layer(index, layer, entry):
             used |= _fill(opened, name, buffer, found["buffers"][name], store.lengths, (entry.heads, width), entry)
     _require(used == names, "it holds tensors that belong nowhere")
@@ -283,9 +288,9 @@ def _of_layer(index: int, layer: LayerStore, entry: Entry) -> Iterator[tuple[str
         yield f"layers.{index}.keys.{number}", buffer, entry.key_width
 
 
-def _fill(opened: Any, name: str, buffer: Buffer, place: dict[str, Any], lengths: list[int], heads_width: tuple[int, int], entry: Entry) -> set[str]:
+def _fill(opened: Any, name: str, buffer: Buffer, where: dict[str, Any], lengths: list[int], heads_width: tuple[int, int], entry: Entry) -> set[str]:
     """Restore one buffer -> the names of its tensors. What it keeps has to be what its retention needs at these lengths."""
-    starts, ends = place["starts"], place["ends"]
+    starts, ends = where["starts"], where["ends"]
     rows, (kept, tail) = len(lengths), (buffer.retention.head, buffer.retention.tail)
     _require(all(isinstance(x, list) and len(x) == rows and all(map(_count, x)) for x in (starts, ends)), f"{name} has no places for its rows")
     for start, end, length in zip(starts, ends, lengths, strict=True):

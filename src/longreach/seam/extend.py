@@ -117,7 +117,7 @@ class Extension:
         self._check_capacity()
         self._dense = backend == "reference"
         if self._dense and exact_device(device_of(model)) != device_of(model):
-            raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu', or leave out backend=")
+            raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
         self._local = threading.local()
         self._warned = False
         self._ready = False  # False while the model is probed and measured
@@ -386,11 +386,17 @@ class Extension:
         """A second cache that goes on from the same place, independently. Memory is shared until one of the two writes; it then copies."""
         return documents.fork(self, cache)
 
+    def device_of_layer(self, index: int) -> torch.device:
+        """Where a layer computes, and so keeps its keys and values."""
+        weight = next(self._modules[index].parameters())
+        return self.entries[index].device if weight.is_meta else weight.device
+
     # -- people -----------------------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """What was attached, as plain data."""
-        entry = self.entries[0]
+        weight = self.model.get_input_embeddings().weight
+        dtype = weight.dtype if weight.is_floating_point() else self.entries[0].dtype
         ours = [i for i, m in enumerate(self._methods) if m is self.method]
         rescaled = [i for i in ours if self.method.rescales and self._rotaries[i] is not None]
         before, after = (self._rotaries[rescaled[0]], self.layers[rescaled[0]].rotary) if rescaled else (None, None)
@@ -408,8 +414,8 @@ class Extension:
             "layers_with_method": ours,
             "layers_without_positions": [i for i, r in enumerate(self._rotaries) if r is None],
             "sliding_window_overridden": self._overrides_sliding,
-            "backend": "dense reference" if self._dense else backend_for(entry.device, entry.dtype).name,
-            "dtype": str(entry.dtype).removeprefix("torch."),
+            "backend": "dense reference" if self._dense else backend_for(device_of(self.model), dtype).name,
+            "dtype": str(dtype).removeprefix("torch."),
             "exactness": {"rotary": self.exactness.rotary, "logits": self.exactness.logits},
         }
 
