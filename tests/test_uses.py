@@ -138,10 +138,8 @@ def test_every_weight_on_the_disk(tmp_path):
 
 
 def test_a_model_that_was_never_loaded_is_refused():
-    with torch.device("meta"):
-        model = t.LlamaForCausalLM(t.LlamaConfig(**SMALL))
     with pytest.raises(ValueError, match="never loaded; load it with from_pretrained"):
-        longreach.extend(model, METHOD)
+        longreach.extend(build("llama").to("meta"), METHOD)
 
 
 # -- adapters and quantised weights ---------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def _check_identity(extension: Extension, found: dict[str, Any], file: str) -> N
         forms = [[layer[name] for name in ("rotary", "forms")] for layer in found["model"]["layers"]]
         method, context = from_json(found["method"]), found["context"]
         described = f"{found['model']['architecture']} of {len(found['model']['layers'])} layers"
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file!r} does not say what it was read with ({error}); {AGAIN} with this version of Longreach") from error
     attach = f"longreach.extend(model, longreach.from_json({json.dumps(found['method'])}), context={context})"
     if not same_shape:
