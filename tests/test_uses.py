@@ -50,7 +50,7 @@ def assert_served(model: Any) -> None:
 # -- dtypes ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [SelfExtend(1, 16), LMInfinite(60, 4)], ids=str)
+@pytest.mark.parametrize("method", [SelfExtend(1, 16), pytest.param(LMInfinite(60, 4), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "cohere", "gpt-oss"])
 @torch.no_grad()
 def test_fp16_error_is_that_of_stock(family, method):
@@ -278,7 +278,8 @@ def test_gguf_that_cannot_be_loaded(tmp_path):
 # -- torch.compile and pipelines ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tracing costs more than everything else here
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @torch.no_grad()
 def test_compiled_models(compiler):
     """Compiled before, called before, after and while extended: what the compiled model computes is what the model computes."""
@@ -357,7 +358,10 @@ PAGE = (Path(__file__).resolve().parent.parent / "docs" / "uses.md").read_text(e
 SNIPPETS = {block.split("```")[0]: title for title, *blocks in (part.split("```python\n") for part in PAGE.split("\n## ")[1:]) for block in blocks}
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=[title.splitlines()[0] for title in SNIPPETS.values()])
+@pytest.mark.parametrize(
+    "snippet",
+    [pytest.param(code, id=title.splitlines()[0], marks=pytest.mark.slow if "torch.compile" in code else ()) for code, title in SNIPPETS.items()],
+)
 def test_the_snippets_of_the_page_run(snippet, tmp_path, monkeypatch, capsys):
     if snippet.startswith("# needs: "):
         name = snippet.splitlines()[0].removeprefix("# needs: ")
