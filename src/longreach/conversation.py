@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,37 @@ class Conversation:
             progress(min(chunk.start + self.chunk_size, len(ids)))
         self._cached = ids
         return len(ids)
+
+    @property
+    def known(self) -> int:
+        """Tokens that the cache holds."""
+        return len(self._cached)
+
+    def save(self, file: str | Path) -> None:
+        """Write the document as it was read, so that `open` can go on from there without reading it."""
+        if self.extension is None:
+            raise ValueError("only an extended model can save what it has read; pass extension=longreach.extend(model, ...)")
+        if not self.extension.method.chunk_invariant:
+            raise ValueError(
+                f"the result of {self.extension.method.brief()} depends on how a prompt is cut, so a document cannot be read apart from its question; "
+                "use a method or an option that does not (longreach methods), or ask without saving"
+            )
+        if self.turns or not self._cached:
+            raise ValueError("there is no document without turns to save; call read() first, or reset() and read() after questions")
+        notes = {"document": self.document} | ({} if self.system is None else {"system": self.system})
+        self.extension.save(self._cache, file, self._cached, notes=notes)
+
+    @classmethod
+    def open(cls, model: Any, tokenizer: Any, extension: Extension, file: str | Path, *, limit: int | None = None, chunk_size: int = 512) -> Conversation:
+        """A conversation about a document that `save` wrote. Raises ValueError if it belongs to another model, method, context or tokenizer."""
+        found = extension.load(file)
+        if "document" not in found.notes or found.ids is None or found.ids.shape[0] != 1:
+            raise ValueError(f"{str(file)!r} holds a cache without its text; use extension.load(file), or save one with Conversation.save or --save-document")
+        talk = cls(model, tokenizer, found.notes["document"], found.notes.get("system"), limit, extension, chunk_size)
+        if found.ids[0].tolist() != talk._opening():
+            raise ValueError(f"the tokenizer of this model makes other tokens of the text in {str(file)!r}; load the tokenizer that it was read with")
+        talk._cache, talk._cached = found.cache, found.ids[0].tolist()
+        return talk
 
     def ask(
         self,

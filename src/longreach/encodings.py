@@ -11,6 +11,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 ROWS_AT_ONCE = 1024
+WITHOUT_FP64 = frozenset({"mps"})  # device types on which no fp64 tensor can exist
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where angles for `device` are computed: there, or on the CPU if it has no fp64."""
+    return torch.device("cpu") if device.type in WITHOUT_FP64 else device
 
 
 class Frequencies(NamedTuple):
@@ -96,6 +102,9 @@ class Table:
     cos: torch.Tensor  # [T, r/2] fp32
     sin: torch.Tensor  # [T, r/2] fp32
     rotary: Rotary
+
+    def to(self, device: torch.device) -> Table:
+        return self if self.cos.device == device else Table(self.cos.to(device), self.sin.to(device), self.rotary)
 
     def rotate(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., T, D] -> the same shape and dtype, rotated in fp32 and cast once. `scale` [T] multiplies the result."""

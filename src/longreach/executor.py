@@ -16,7 +16,7 @@ from longreach import reference
 from longreach.backends import Backend
 from longreach.backends.biased import Bias
 from longreach.backends.tiles import Band
-from longreach.encodings import Alibi, Rotary
+from longreach.encodings import Alibi, Rotary, exact_device
 from longreach.merge import NEGATIVE_INFINITY, Merge
 from longreach.methods.base import Method
 from longreach.planner import Plan, Rows
@@ -76,7 +76,7 @@ def execute(
                 merged = _dense(layer, block, block.take(q), keys[RAW], values, inputs)
             else:
                 merged = _Call(layer, plan, block, backend, inputs, store, keys, values).run(block.take(q))
-            out[block.rows, block.columns] = merged.transpose(1, 2).to(q.dtype)
+            out[block.rows, block.columns_on(out.device)] = merged.transpose(1, 2).to(q.dtype)
     return out
 
 
@@ -144,7 +144,8 @@ class _Call:
         start, count = self.rows.start, self.rows.count
         scale = None
         if segment.query_scale is not None:
-            scale = segment.query_scale(torch.arange(start, start + count, device=q.device)).float()
+            index = torch.arange(start, start + count, device=exact_device(q.device))
+            scale = segment.query_scale(index).float().to(q.device)
         rotary = self.layer.rotary
         table = None if rotary is None else self.plan.table(rotary, segment.query_positions, start, count, q.device)
         if table is not None:

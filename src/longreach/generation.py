@@ -15,6 +15,7 @@ import torch
 
 from longreach.seam.cache_layers import cache_bytes
 from longreach.seam.extend import Extension
+from longreach.seam.placement import device_of
 from longreach.streaming import stream
 
 
@@ -73,7 +74,7 @@ def answer(
     """
     from transformers import DynamicCache
 
-    prompt = torch.tensor([ids], device=next(model.parameters()).device)
+    prompt = torch.tensor([ids], device=device_of(model))
     config = generation_config(model, tokenizer, max_new_tokens, sampling)
     streamer = _streamer(tokenizer, write)
     torch.manual_seed(sampling.seed)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from longreach.encodings import Rotary, Table
+from longreach.encodings import Rotary, Table, exact_device
 from longreach.segments import Constant, PositionMap
 from longreach.store import Store
 
@@ -27,7 +27,11 @@ class Rows:
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, T, D] -> the real tokens of these rows."""
-        return x[self.rows, :, self.columns]
+        return x[self.rows, :, self.columns_on(x.device)]
+
+    def columns_on(self, device: torch.device) -> slice | torch.Tensor:
+        """The columns, to index a tensor of a layer that may lie on another device than the tokens."""
+        return self.columns if isinstance(self.columns, slice) else self.columns.to(device)
 
     def blocks(self, size: int) -> Iterator[Rows]:
         """The same rows in stretches of at most `size` tokens."""
@@ -53,8 +57,8 @@ class Plan:
             return None
         key = (id(rotary), positions, start, count, device)
         if key not in self._tables:
-            index = torch.arange(start, start + count, device=device)
-            self._tables[key] = rotary.table(positions(index))
+            index = torch.arange(start, start + count, device=exact_device(device))
+            self._tables[key] = rotary.table(positions(index)).to(device)
         return self._tables[key]
 
     # What Transformers may ask of a mask on its way to the layers.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -47,6 +48,7 @@ class Buffer:
         self.body: torch.Tensor | None = None  # [B, H, capacity, D]
         self.starts = [0] * rows  # index of the first entry of the body
         self.ends = [0] * rows  # number of tokens of the row
+        self.sharers: WeakSet[Buffer] = WeakSet()  # the forks that read the same memory, this one among them; empty: nobody else
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +62,7 @@ class Buffer:
     def extend(self, rows: slice, start: int, new: torch.Tensor) -> Run:
         """Store `new` [B, H, T, D] at indices start..start+T; -> a run with all entries that its own queries can see."""
         self.rewind(rows, start)
+        self._own()
         if self.retention.head > start:
             self._pin(rows, start, new)
         stop = start + new.shape[2]
@@ -109,11 +112,49 @@ class Buffer:
     def select(self, index: torch.Tensor) -> None:
         """Rows become rows `index` (beam search, expansion, selection)."""
         rows = index.tolist()
+        self._leave()
         if self.head is not None:
             self.head = self.head.index_select(0, index.to(self.head.device))
         if self.body is not None:
             self.body = self.body.index_select(0, index.to(self.body.device))
         self.starts, self.ends = [self.starts[r] for r in rows], [self.ends[r] for r in rows]
+
+    def fork(self) -> Buffer:
+        """The same entries for another to go on from. The memory is shared until one of them writes: it then takes a copy of its own."""
+        other = Buffer(self.retention, len(self.starts))
+        other.head, other.body, other.starts, other.ends = self.head, self.body, [*self.starts], [*self.ends]
+        self.sharers.update((self, other))
+        other.sharers = self.sharers
+        return other
+
+    def entries(self) -> dict[str, torch.Tensor]:
+        """What is kept, on the CPU and without room to grow; zeros where a row keeps nothing, whatever lay there before."""
+        found = {}
+        if self.head is not None:
+            found["head"] = _blank(self.head, [0] * len(self.ends), self.ends)
+        if self.body is not None and (length := max(b - a for a, b in zip(self.starts, self.ends, strict=True))):
+            found["body"] = _blank(self.body[:, :, :length], self.starts, self.ends)
+        return found
+
+    def restore(self, head: torch.Tensor | None, body: torch.Tensor | None, starts: list[int], ends: list[int]) -> None:
+        """The inverse of `entries`: takes over a head, and a body into memory with room for what comes."""
+        self._leave()
+        self.head, self.body, self.starts, self.ends = head, None, starts, ends
+        if body is not None:
+            tail = self.retention.tail
+            room = self._room(slice(0, len(starts)), body.shape[2], body, None if tail is None else tail + ROLLBACK + SLACK)
+            room[:, :, : body.shape[2]] = body
+
+    def _own(self) -> None:
+        """Before a write: memory that no fork reads."""
+        if len(self.sharers) > 1:
+            self.head = None if self.head is None else self.head.clone()
+            self.body = None if self.body is None else self.body.clone()
+            self._leave()
+
+    def _leave(self) -> None:
+        self.sharers.discard(self)
+        self.sharers = WeakSet()
 
     def _set(self, rows: slice, start: int, stop: int) -> None:
         for row in range(rows.start, rows.stop):
@@ -138,6 +179,13 @@ class Buffer:
         return self.body
 
 
+def _blank(kept: torch.Tensor, starts: list[int], ends: list[int]) -> torch.Tensor:
+    kept = kept.detach().to("cpu", copy=True).contiguous()
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        kept[row, :, end - start :] = 0
+    return kept
+
+
 @dataclass
 class LayerStore:
     """The values and every key form of one layer."""
@@ -157,6 +205,12 @@ class LayerStore:
     @property
     def buffers(self) -> list[Buffer]:
         return [self.values, *self.keys.values()]
+
+    def fork(self) -> LayerStore:
+        other = LayerStore(self.retentions, self.rows)
+        other.values = self.values.fork()
+        other.keys = {positions: buffer.fork() for positions, buffer in self.keys.items()}
+        return other
 
 
 class Store:
@@ -212,6 +266,24 @@ class Store:
         self.lengths, self.seen = lengths, self.seen - slots
         if self._real is not None:
             self._real = self._real[:, : self.seen]
+
+    def fork(self) -> Store:
+        """A store of the same content that goes on by itself. Keys and values are shared until one side writes; see `Buffer.fork`."""
+        other = Store(self.retentions, self.owner)
+        other.layers = [layer.fork() for layer in self.layers]
+        other.lengths, other.seen, other._real = [*self.lengths], self.seen, self._real
+        return other
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """[B, seen] which slots hold real tokens; None while all do."""
+        return self._real
+
+    def restore(self, lengths: list[int], seen: int, real: torch.Tensor | None) -> None:
+        """Become an empty store that has counted this much; the caller fills the buffers of `layers`."""
+        self.reset()
+        self.open(len(lengths))
+        self.lengths, self.seen, self._real = lengths, seen, real
 
     def select(self, index: torch.Tensor) -> None:
         for layer in self.layers:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from longreach.seam.cache_layers import cache_bytes
 from longreach.seam.extend import Extension
+from longreach.seam.placement import device_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def stream(
         if ids.dim() != 1:
             raise ValueError(f"a stream is one sequence: pass a 1-D tensor of token ids, not one of shape {list(ids.shape)}")
     model = extension.model if isinstance(extension, Extension) else extension
-    device = next(model.parameters()).device
+    device = device_of(model)
     if cache is None:
         from transformers import DynamicCache
 

@@ -37,4 +37,8 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
         from longreach.backends.cuda import cuda_backend
 
         return cuda_backend(device, dtype)
-    raise ValueError(f"no attention backend for device {device.type!r}; move the model to 'cpu' or 'cuda'")
+    if device.type == "mps":
+        from longreach.backends.plain import PlainBackend
+
+        return PlainBackend()
+    raise ValueError(f"no attention backend for device {device.type!r}; move the model to 'cpu', 'cuda' or 'mps'")

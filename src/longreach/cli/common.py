@@ -27,7 +27,7 @@ MORE = "Parameters of the method are options too, for example [bold]--group-size
 
 Json = Annotated[bool, typer.Option("--json", help="Standard output is one JSON object and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the logs and warnings of the libraries, and where an error came from.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="'nano' (embedded), a folder, or the id of a model on the Hugging Face Hub.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="'nano' (embedded), a folder, a GGUF file, or the id of a model on the Hugging Face Hub.")]
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of the whole sequence, new tokens included.")]
 MethodName = Annotated[str | None, typer.Option("--method", help=f"Chosen for the context if not given. {MORE}")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own if not given.")]

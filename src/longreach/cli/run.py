@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import text
+from longreach.cli import stored, text
 from longreach.cli.common import (
     Context,
     Device,
@@ -34,7 +35,8 @@ from longreach.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from longreach.generation import Answer
+    from longreach.conversation import Conversation
+    from longreach.generation import Answer, Sampling
     from longreach.methods.base import Method
     from longreach.seam.extend import Extension
 
@@ -53,6 +55,14 @@ def command(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction that follows the text.")] = "",
     system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
+    save_document: Annotated[
+        Path | None,
+        typer.Option("--save-document", help="Save the text as it was read to this file, so that --document need not read it again. Needs --context."),
+    ] = None,
+    document: Annotated[
+        Path | None,
+        typer.Option("--document", help="Ask about a text that --save-document wrote, instead of --file; method and context are those it was read with."),
+    ] = None,
     hide: Annotated[str | None, typer.Option("--hide", help="A sentence to hide in the text, to see whether it is found.")] = None,
     depth: Annotated[float, typer.Option("--depth", min=0, max=1, help="Where to hide it: 0 is the beginning, 1 the end.")] = 0.5,
     truncate: Annotated[text.Side | None, typer.Option("--truncate", help="What to leave out of a too long text. Without it, too long is an error.")] = None,
@@ -75,7 +85,8 @@ def command(
         if top_p is not None and not top_p > 0:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
         chosen = method_of(context, method)
-        request = text.Request(text.read(file, max_bytes, out.note), prompt.strip(), system, hide, depth)
+        request = text.Request("" if document else text.read(file, max_bytes, out.note), prompt.strip(), system, hide, depth)
+        stored.check(document, save_document, request, file, truncate, request.prompt)
         if not request.user.strip():
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
         if truncate is not None and declared is None and chosen is None:
@@ -84,11 +95,20 @@ def command(
             from longreach import generation
 
             loaded, tokenizer = load_model(out, model, dtype, device)
+            sampling = generation.Sampling(temperature or (1.0 if top_p is not None and temperature is None else None), top_p, seed)
+            if (stored_file := document or save_document) is not None:
+                choice = stored.Choice(chosen, declared, trained_window, chunk_size)
+                if document is not None:
+                    talk = stored.reopen(loaded, tokenizer, choice, document)
+                else:
+                    talk = stored.read_and_save(out, loaded, tokenizer, request, choice, stored_file)
+                result = ask(out, model, talk, request.prompt, max_new_tokens, sampling, stored_file, declared is not None)
+                out.finish(result, lambda console: None)
+                return
             fitted = fit(loaded, tokenizer, request, chosen, declared, max_new_tokens, truncate, trained_window)
             extension = fitted.attach(loaded)
             with extension:
                 announce(out, extension, fitted)
-                sampling = generation.Sampling(temperature or (1.0 if top_p is not None and temperature is None else None), top_p, seed)
                 with progress_bar(out, len(fitted.ids)) as progress:
                     found = generation.answer(
                         loaded,
@@ -106,6 +126,26 @@ def command(
             print(file=out.stdout, flush=True)
             out.errors.print(table(result, extension))
         out.finish(result, lambda console: None)
+
+
+def ask(
+    out: Output, model: str, talk: Conversation, prompt: str, max_new_tokens: int, sampling: Sampling, file: Path, declared: bool
+) -> dict[str, Any]:
+    """The answer to a question about a text on disk, written as it comes -> the report; without a question, what was saved."""
+    extension = talk.extension
+    assert extension is not None
+    with extension:
+        out.note(f"method: {extension.method} ({extension.report()['reason']})")
+        read, ids = talk.known, talk.sequence(prompt)
+        if not prompt:
+            return stored.summary(model, talk, file, read)
+        found = talk.ask(prompt, max_new_tokens, sampling=sampling, write=writer(out))
+        fitted = Fitted(ids, talk.limit or len(ids) + max_new_tokens, declared, extension.method, None, None, None)
+        result = {**report(model, extension, fitted, found), "document": str(file), "document_tokens": read}
+    if not out.as_json:
+        print(file=out.stdout, flush=True)
+        out.errors.print(table(result, extension))
+    return result
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,13 @@ class Request:
     depth: float = 0.5  # where: 0 is the beginning, 1 the end
 
     @property
+    def text(self) -> str:
+        """The document, with the hidden sentence in it."""
+        return self.document if self.hidden is None else hide(self.document, self.hidden.strip(), self.depth)
+
+    @property
     def user(self) -> str:
-        document = self.document if self.hidden is None else hide(self.document, self.hidden.strip(), self.depth)
-        return "\n\n".join(part for part in (document, self.prompt) if part)
+        return "\n\n".join(part for part in (self.text, self.prompt) if part)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ from longreach.store import Store
 
 
 class StoreLayer(CacheLayerMixin):
-    """One layer of the store. Layer 0 does what concerns all layers, for Transformers calls every layer in turn."""
+    """One layer of the store. Layer 0 does what concerns all layers, for Transformers calls every layer in turn.
+
+    What a forward asks of it changes with every token, so torch.compile must not look inside: it would compile anew each time.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -31,15 +34,18 @@ class StoreLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Buffers are allocated by the store when the first tokens arrive."""
 
+    @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.store.owner.expects(self.store):
             raise ValueError("this cache belongs to a Longreach extension that is not in force here; pass a new DynamicCache() and the whole text")
         return key_states, value_states
 
+    @torch.compiler.disable
     def get_seq_length(self) -> int:
         """Slots seen (pads included), not tokens stored: Transformers derives positions and slices from it."""
         return self.store.seen
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.store.seen + query_length, 0
 

@@ -12,25 +12,28 @@ import itertools
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from longreach import auto, planner
 from longreach.backends import Backend, backend_for
-from longreach.encodings import Alibi, Rotary
+from longreach.encodings import Alibi, Rotary, exact_device
 from longreach.executor import Inputs, Layer, execute
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planner import Plan
-from longreach.seam import frequencies, legacy
+from longreach.seam import documents, frequencies, legacy
 from longreach.seam import rotary as probe
 from longreach.seam.cache_layers import place
+from longreach.seam.documents import Document, Entry
+from longreach.seam.placement import device_of
 from longreach.seam.rotary import IdentityRotary, Seen
 from longreach.store import Store
 
@@ -71,8 +74,10 @@ def extend(
     trained_window  overrides the trained window read from the configuration.
     backend         "auto", or "reference" for the dense truth: slow, for checking.
 
-    Raises ValueError, with the fix, if the method cannot apply to this model or context.
+    Raises ValueError, with the fix, if the method cannot apply to this model or context. A model may be wrapped by torch.compile or PEFT,
+    before or after.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile calls the model that it wraps, and so sees what is attached to it
     return Extension(model, method, context=context, trained_window=trained_window, backend=backend)
 
 
@@ -115,6 +120,8 @@ class Extension:
         self.capacity = context if method.needs_context else method.capacity(self.window.tokens)
         self._check_capacity()
         self._dense = backend == "reference"
+        if self._dense and exact_device(device_of(model)) != device_of(model):
+            raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
         self._local = threading.local()
         self._warned = False
         self._ready = False  # False while the model is probed and measured
@@ -175,12 +182,12 @@ class Extension:
 
     def _probe(self) -> None:
         """Read and verify every layer's rotary, and which layers slide."""
-        weight = next(self.model.parameters())
+        device = device_of(self.model)
         original = frequencies.original_window(self.config, "full_attention")
-        positions = torch.tensor([[p for p in PROBE_POSITIONS if p < original]], device=weight.device)
+        positions = torch.tensor([[p for p in PROBE_POSITIONS if p < original]], device=device)
         n = positions.shape[1]
         generator = torch.Generator().manual_seed(0)
-        self._probe_ids = torch.randint(0, self.config.vocab_size, (1, n), generator=generator).to(weight.device)
+        self._probe_ids = torch.randint(0, self.config.vocab_size, (1, n), generator=generator).to(device)
         inputs = {"input_ids": self._probe_ids, "position_ids": positions, "use_cache": False}
         self.base.rotary_emb = self._identity
         self._identity.record = []
@@ -195,8 +202,8 @@ class Extension:
                 "a model with other kinds of layers is not supported, use it without extend()"
             )
         tables = {key: (cos, sin) for key, cos, sin in record}
-        read = {key: probe.frequencies(self._identity.probed, key, weight, positions) for key in tables}
-        half = raw[0].q.dtype != torch.float32
+        read = {key: probe.frequencies(self._identity.probed, key, positions) for key in tables}
+        half = self._half = raw[0].q.dtype != torch.float32
         self._keys: list[probe.Key] = []
         self._rotaries: list[Rotary | None] = []
         worst = 0.0
@@ -216,6 +223,7 @@ class Extension:
             raise ValueError(f"no layer of {type(self.base).__name__} rotates its keys, so there are no positions to extend; use it as it is")
         self._worst_rotary = worst
         self._modules = [seen.module for seen in raw]
+        self.entries = [Entry(seen.k.shape[1], seen.k.shape[-1], seen.v.shape[-1], seen.k.dtype, seen.k.device) for seen in raw]
         self._sliding = [window_of(self.config, index, seen) for index, seen in enumerate(raw)]
         uniform = all(w is not None for w in self._sliding)
         self._overrides_sliding = uniform and not isinstance(self.method, Stock)
@@ -223,7 +231,8 @@ class Extension:
 
     def _probe_legacy(self, seam: legacy.LegacySeam) -> None:
         """Listen to every layer of the stock model, read how it encodes positions, and put our attention in place of its own."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
+        self._half = next(self.model.parameters()).dtype != torch.float32
         positions = torch.arange(min(len(PROBE_POSITIONS), self.window.tokens), device=device)
         generator = torch.Generator().manual_seed(0)
         self._probe_ids = torch.randint(0, self.config.vocab_size, (1, positions.numel()), generator=generator).to(device)
@@ -265,8 +274,7 @@ class Extension:
             del self._recorded
         logits = self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
         difference = ((logits - self._stock_logits).abs().max() / self._stock_logits.abs().max().clamp_min(1e-30)).item()
-        half = next(self.model.parameters()).dtype != torch.float32
-        if not difference < (1e-1 if half else 1e-3) or not self._worst_rotary < (2e-2 if half else 1e-4):
+        if not difference < (1e-1 if self._half else 1e-3) or not self._worst_rotary < (2e-2 if self._half else 1e-4):
             raise ValueError(
                 f"with neutral parameters {type(self.base).__name__} differs from the stock model by {difference:.1e} (a layer by {self._worst_rotary:.1e}); "
                 "its attention does something we do not know, use it without extend()"
@@ -288,6 +296,7 @@ class Extension:
     def new_store(self) -> Store:
         return Store([layer.forms for layer in self.layers], self)
 
+    @torch.compiler.disable
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the base model runs: place the store, plan the forward."""
         if self.config._attn_implementation != self._name:
@@ -316,6 +325,7 @@ class Extension:
         self._local.plan = plan
         return (), kwargs
 
+    @torch.compiler.disable
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
         """After it ran: the new tokens count. A forward that raises leaves the lengths as they were."""
         plan: Plan = self._local.plan
@@ -337,6 +347,7 @@ class Extension:
             self._warned = True
             warnings.warn(f"{sentence}: distances beyond it were never trained. Use extend(model, context={tokens})", stacklevel=2)
 
+    @torch.compiler.disable
     def _mask(self, *, batch_size: int, q_length: int, use_vmap: bool = False, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
         """Called by the model where it builds its masks, once per kind of layer: hands out the plan of this forward."""
         if getattr(self._local, "seen", None) is not None:
@@ -351,6 +362,7 @@ class Extension:
             raise ValueError("packed sequences and custom masks cannot be honoured; pass one sequence per row with a 2-D attention_mask")
         return plan
 
+    @torch.compiler.disable
     def _attention(
         self,
         module: nn.Module,
@@ -367,7 +379,7 @@ class Extension:
         """The attention function that every layer calls. q, k [B, H, T, D] arrive un-rotated; k, v are the new tokens only."""
         if getattr(self._local, "seen", None) is not None:
             extra = {"softcap": softcap, "s_aux": s_aux, **kwargs}
-            self._local.seen.append(Seen(module, query.detach(), key.detach(), extra))
+            self._local.seen.append(Seen(module, query.detach(), key.detach(), value.detach(), extra))
             return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(1, 2).contiguous(), None
         index = getattr(module, "layer_idx", None)
         if not self._attached or index is None or index >= len(self._modules) or self._modules[index] is not module:
@@ -398,11 +410,31 @@ class Extension:
         plan = getattr(self._local, "plan", None)
         return self._attached and plan is not None and plan.store is store
 
+    # -- documents ----------------------------------------------------------------------------------------------------------------
+
+    def save(self, cache: Any, file: str | Path, ids: Any = None, *, notes: Mapping[str, str] | None = None) -> None:
+        """Write what `cache` has read to one safetensors file, all of it or nothing; see `documents.save`."""
+        documents.save(self, cache, Path(file), ids, notes or {})
+
+    def load(self, file: str | Path, *, max_bytes: int = documents.LARGEST_FILE) -> Document:
+        """What was saved: its cache, ids and mask. Raises ValueError, with the fix, if the file does not belong to this extension."""
+        return documents.load(self, Path(file), max_bytes)
+
+    def fork(self, cache: Any) -> DynamicCache:
+        """A second cache that goes on from the same place, independently. Memory is shared until one of the two writes; it then copies."""
+        return documents.fork(self, cache)
+
+    def device_of_layer(self, index: int) -> torch.device:
+        """Where a layer computes, and so keeps its keys and values."""
+        weight = next(self._modules[index].parameters())
+        return self.entries[index].device if weight.is_meta else weight.device
+
     # -- people -----------------------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """What was attached, as plain data."""
-        weight = next(self.model.parameters())
+        weight = self.model.get_input_embeddings().weight
+        dtype = weight.dtype if weight.is_floating_point() else self.entries[0].dtype
         ours = [i for i, m in enumerate(self._methods) if m is self.method]
         rescaled = [i for i in ours if self.method.rescales and self._rotaries[i] is not None]
         before, after = (self._rotaries[rescaled[0]], self.layers[rescaled[0]].rotary) if rescaled else (None, None)
@@ -421,8 +453,8 @@ class Extension:
             "encoding": "rotary" if self._alibi is None else "alibi",
             "layers_without_positions": [i for i, r in enumerate(self._rotaries) if r is None and self._alibi is None],
             "sliding_window_overridden": self._overrides_sliding,
-            "backend": "dense reference" if self._dense else backend_for(weight.device, weight.dtype).name,
-            "dtype": str(weight.dtype).removeprefix("torch."),
+            "backend": "dense reference" if self._dense else backend_for(device_of(self.model), dtype).name,
+            "dtype": str(dtype).removeprefix("torch."),
             "exactness": {"rotary": self.exactness.rotary, "logits": self.exactness.logits},
         }
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from longreach.encodings import Rotary
+from longreach.encodings import Rotary, exact_device
 
 Key = str | None  # the layer type a model passes to its rotary module, None where there is one set of frequencies
 
@@ -54,10 +54,11 @@ class Seen:
     module: nn.Module
     q: torch.Tensor
     k: torch.Tensor
+    v: torch.Tensor
     kwargs: dict[str, Any] = field(repr=False)
 
 
-def frequencies(original: nn.Module, key: Key, dtype_like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, float]:
+def frequencies(original: nn.Module, key: Key, positions: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The module's inverse frequencies fp64 and scaling, checked against its own cos and sin in fp32."""
     prefix = "" if key is None else f"{key}_"
     for name in (f"{prefix}inv_freq", "inv_freq"):
@@ -66,15 +67,16 @@ def frequencies(original: nn.Module, key: Key, dtype_like: torch.Tensor, positio
     else:
         raise ValueError(f"{type(original).__name__} has no inverse frequencies that we can read; use the model without extend()")
     scaling = getattr(original, f"{prefix}attention_scaling", getattr(original, "attention_scaling", 1.0))
-    inverse = found.detach().double()
+    exact = exact_device(found.device)
+    inverse = found.detach().to(exact).double()
     args = () if key is None else (key,)
-    cos, sin = original(torch.zeros(1, 1, device=dtype_like.device, dtype=torch.float32), positions, *args)
-    angles = positions[0].double()[:, None] * inverse
+    cos, sin = original(torch.zeros(1, 1, device=positions.device, dtype=torch.float32), positions, *args)
+    angles = positions[0].to(exact).double()[:, None] * inverse
     n = inverse.numel()
     # cat(f, f) and half width begin with all frequencies; repeat-interleave has each twice in a row
     ours = (angles.cos() * scaling, angles.sin() * scaling)
     for take in (lambda t: t[0, :, :n], lambda t: t[0, :, ::2]):
-        if all(take(t).shape == w.shape and torch.allclose(take(t).double(), w, atol=1e-4) for t, w in zip((cos, sin), ours, strict=True)):
+        if all(take(t).shape == w.shape and torch.allclose(take(t).to(exact).double(), w, atol=1e-4) for t, w in zip((cos, sin), ours, strict=True)):
             return inverse, float(scaling)
     raise ValueError(f"the cos and sin of {type(original).__name__} are not those of its inverse frequencies; use the model without extend()")
 
@@ -106,6 +108,7 @@ def _difference(raw: torch.Tensor, turned: torch.Tensor, cos: torch.Tensor, sin:
     """Rotate `raw` with the model's own cos and sin, in their dtype, and compare with what the model made of it."""
     n, start = rotary.width // 2, rotary.start
     interleaved_layout = cos.shape[-1] == 2 * n and bool((cos[..., 0] == cos[..., 1]).all()) and not bool((cos[..., 0] == cos[..., n]).all())
+    cos, sin = cos.to(raw.device), sin.to(raw.device)  # layers may lie on other devices than the rotary module
     cos, sin = (t[:, None, :, ::2] if interleaved_layout else t[:, None, :, :n] for t in (cos, sin))
     part = raw[..., start : start + 2 * n]
     a, b = (part[..., :n], part[..., n:]) if rotary.pairing == "half" else (part[..., 0::2], part[..., 1::2])

@@ -1,0 +1,96 @@
+"""Documents on disk for `longreach run`: read once and saved, then asked any number of times without reading again.
+
+Knows options and files; what a document is, and whether it fits a model, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longreach.cli import text
+from longreach.cli.common import Output, progress_bar
+
+if TYPE_CHECKING:
+    from longreach.conversation import Conversation
+    from longreach.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method that the options name (None: by the dial, or the document's own), and the lengths that they declare."""
+
+    method: Method | None
+    context: int | None
+    trained_window: int | None
+    chunk_size: int
+
+
+def check(document: Path | None, save: Path | None, request: text.Request, file: str | None, truncate: text.Side | None, prompt: str) -> None:
+    """Refuses, before a model is loaded, options that do not go together."""
+    if document is not None:
+        given = {"--save-document": save, "--file": file, "--hide": request.hidden, "--truncate": truncate, "--system": request.system}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"--document is a text that was read already, so {' and '.join(wrong)} cannot change it; leave it out, or read the text anew")
+        if not prompt:
+            raise ValueError("--document needs a question; pass --prompt TEXT")
+    if save is not None:
+        if not request.document.strip():
+            raise ValueError("there is no text to save; pass --file FILE")
+        if truncate is not None:
+            raise ValueError("--save-document keeps the whole text; leave out --truncate, or shorten the text yourself")
+        if not save.parent.is_dir() or save.is_dir():
+            raise ValueError(f"{str(save)!r} cannot be written; name a file in a folder that exists")
+
+
+def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request, choice: Choice, file: Path) -> Conversation:
+    """Read the text with the method attached and write it to `file`."""
+    import longreach
+    from longreach.conversation import Conversation
+
+    if choice.context is None and not (choice.method is not None and choice.method.bounded):
+        raise ValueError("--save-document needs the length that the text, later questions and answers may have together; pass --context N")
+    extension = longreach.extend(model, choice.method, context=choice.context, trained_window=choice.trained_window)
+    try:
+        talk = Conversation(model, tokenizer, request.text, request.system, choice.context, extension, choice.chunk_size)
+        tokens = len(talk.sequence(request.prompt or "?"))
+        if choice.context is not None and tokens > choice.context:
+            raise ValueError(f"the text and its question have {tokens} tokens, more than the declared context of {choice.context}; pass a larger --context")
+        with progress_bar(out, tokens) as progress:
+            read = talk.read(progress)
+        talk.save(file)
+        out.note(f"{read} tokens read and saved to {file}; ask about them with --document {file}")
+        return talk
+    except BaseException:
+        extension.remove()
+        raise
+
+
+def reopen(model: Any, tokenizer: Any, choice: Choice, file: Path) -> Conversation:
+    """Attach what the document was read with and take it up again; raises if the options name something else."""
+    import longreach
+    from longreach.conversation import Conversation
+    from longreach.seam import documents
+
+    found = documents.facts(file)
+    try:
+        method, context = longreach.from_json(found["method"]), found["context"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(file)!r} does not say what it was read with ({error}); read the text again and save it") from error
+    if choice.context not in (None, context):
+        raise ValueError(f"{str(file)!r} was read for a context of {context} tokens; leave out --context, or read it again with --context {choice.context}")
+    if choice.method not in (None, method):
+        raise ValueError(f"{str(file)!r} was read with {method.brief()}; leave out --method, or read the text again with {choice.method}")
+    extension = longreach.extend(model, method, context=context, trained_window=choice.trained_window)
+    try:
+        return Conversation.open(model, tokenizer, extension, file, limit=context, chunk_size=choice.chunk_size)
+    except BaseException:
+        extension.remove()
+        raise
+
+
+def summary(model: str, talk: Conversation, file: Path, read: int) -> dict[str, Any]:
+    """What `run` reports where a text was saved and nothing asked."""
+    assert talk.extension is not None
+    return {"model": model, "document": str(file), "document_tokens": read, "file_bytes": file.stat().st_size, "extension": talk.extension.report()}
