@@ -57,6 +57,13 @@ class Plan:
             self._tables[key] = rotary.table(positions(index))
         return self._tables[key]
 
+    def positions(self, rows: int, device: torch.device) -> torch.Tensor:
+        """[B, T] the index of every new token in its row, zero at pads."""
+        found = torch.zeros(rows, self.columns, dtype=torch.long, device=device)
+        for group in self.groups:
+            found[group.rows, group.columns] = torch.arange(group.start, group.start + group.count, device=device)
+        return found
+
     def contiguous(self) -> Plan:
         return self
 

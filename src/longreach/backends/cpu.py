@@ -33,7 +33,7 @@ def kernel(
     assert not causal or q.shape[2] == k.shape[2], "causal is aligned to the top left, so only squares may use it"
     heads, rows, width = q.shape[1], q.shape[2], v.shape[3]
     groups = heads // k.shape[1]
-    v = tiles.widened(v, k)
+    q, k, v = tiles.widened(q, k, v)
     fold = groups > 1 and rows <= FOLDED_ROWS and not causal and mask is None
     if fold:
         q = q.unflatten(1, (-1, groups)).flatten(2, 3)
