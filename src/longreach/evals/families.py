@@ -126,7 +126,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bitnet": ("BitNetConfig", dict(num_key_value_heads=2)),
     "dots1": (
         "Dots1Config",
-        dict(num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, **EXPERTS, layer_types=["full_attention"] * 2),
+        dict(
+            num_key_value_heads=2, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1,
+            layer_types=["full_attention"] * 2, **EXPERTS,
+        ),
     ),
     "phimoe": ("PhimoeConfig", dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
     "minimax-m2": ("MiniMaxM2Config", dict(num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2)),

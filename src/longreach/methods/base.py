@@ -57,6 +57,16 @@ class Method(ABC):
         j = torch.arange(n) if n < 65536 else torch.cat([torch.arange(1024), torch.arange(1024, n, 97), torch.arange(n - 1024, n)])
         return self.distances(i, j).nan_to_num(0).max().item()
 
+    @classmethod
+    def small(cls, pairs: int) -> Method:
+        """A configuration that shows all it does on 75 tokens of a model that rotates `pairs` pairs of dims: what the tests and `check --all` run."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is exercised; define small() and neutral()")
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> Method:
+        """A configuration that is plain attention on `tokens` tokens, or as near to it as the method can be made."""
+        raise NotImplementedError(f"{cls.__name__} does not say when it is plain attention; define small() and neutral()")
+
     @property
     def chunk_invariant(self) -> bool:
         """Whether the result of a prompt is the same however it is cut into forwards."""

@@ -52,3 +52,11 @@ class Stock(Method):
             self.sliding_window is None or self.attention_chunk is None,
             "attention has either a sliding window or chunks; pass sliding_window or attention_chunk, not both",
         )
+
+    @classmethod
+    def small(cls, pairs: int) -> Stock:
+        return cls()
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> Stock:
+        return cls()
