@@ -50,7 +50,7 @@ def command(
     dtype: Dtype = None,
     device: Device = None,
     trained_window: TrainedWindow = None,
-    every: Annotated[bool, typer.Option("--all", help="Every method on every family of tiny random models instead; minutes. --method NAME: one method.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every method on every family of tiny random models; minutes. --method NAME: one method.")] = False,
     family: Annotated[list[str] | None, typer.Option("--family", help="With --all: this family only; may be repeated.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="With --all: write the table as a Markdown page.")] = None,
     as_json: Json = False,
@@ -158,8 +158,9 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
     facts = result["extension"]
     ours, without = facts["layers_with_method"], facts["layers_without_positions"]
-    sliding = facts["layers"] - len(ours)
-    layers = f"{facts['layers']}: {len(ours)} with the method, {sliding} sliding as trained, {len(without)} without positions"
+    chunked = len(facts["layers_in_chunks"])
+    sliding = facts["layers"] - len(ours) - chunked
+    layers = f"{facts['layers']}: {len(ours)} with the method, {sliding} sliding and {chunked} chunked as trained, {len(without)} without positions"
     rows = [
         ("trained window", f"{facts['trained_window']} tokens ({facts['trained_window_reason']})"),
         ("layers", layers),

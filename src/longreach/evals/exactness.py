@@ -67,7 +67,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def survey(names: list[str] | None = None, methods: list[str] | None = None) -> Iterator[Family]:
     """Every family (or those named) with every method (or those named). Random weights, the same each time."""
     wanted = {name: method for name, method in registry().items() if not methods or name in methods}
-    for name in [*families.FAMILIES, *families.REFUSED] if not names else names:
+    for name in names or [*families.FAMILIES, *families.REFUSED]:
         model = families.build(name)
         architecture = type(model).__name__
         try:

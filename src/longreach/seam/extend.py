@@ -197,8 +197,8 @@ class Extension:
             key, found, difference = probe.match(a, b, tables, read, kinds[index])
             if difference > (2e-2 if half else 1e-4):
                 raise ValueError(
-                    f"layer {index} of {type(self.base).__name__} applies its rotary in a way we do not know (off by {difference:.1e}); "
-                    "use the model without extend()"
+                    f"layer {index} of {type(self.base).__name__} applies its rotary in a way we do not know (off by {difference:.1e}), "
+                    "or changes q and k after it, as a norm with weights does; use the model without extend()"
                 )
             worst = max(worst, difference)
             same = (r for k, r in zip(self._keys, self._rotaries) if k == key and r is not None and found is not None and r.same_as(found))
