@@ -191,6 +191,9 @@ def test_queries_scaled_by_the_model_stay_so():
         model(ids[:, :15], attention_mask=mask[:, :15])
         with pytest.raises(ValueError, match="run rows of unequal length one by one"):
             model(ids[:, :17], attention_mask=mask[:, :17])
+        cache = model(ids[:, :15], attention_mask=mask[:, :15], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="run rows of unequal length one by one"):  # the pads of before shift the token that is decoded now
+            model(ids[:, 15:16], attention_mask=mask[:, :16], past_key_values=cache)
 
 
 @torch.no_grad()

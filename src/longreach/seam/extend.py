@@ -7,6 +7,7 @@ forward pre-hook that places our store into the cache and opens the plan.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import threading
@@ -113,6 +114,7 @@ class Extension:
         self._dense = backend == "reference"
         self._local = threading.local()
         self._warned = False
+        self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
         self._remark: str | None = None  # what a user should know about this method on this model
         self._ready = False  # False while the model is probed and measured
         self._configs = [(config, config._attn_implementation_internal) for config in configs_of(model)]
@@ -295,7 +297,7 @@ class Extension:
         if (positions := kwargs.get("position_ids")) is not None:
             check_positions(positions, plan)
         layer_kinds.refuse_shifted(self._slot_scales, plan)
-        if len(args) < 3:  # some models scale queries by them, and pads must not count
+        if self._takes_positions and len(args) < 3:  # some models scale queries by them, and pads must not count
             kwargs = {**kwargs, "position_ids": plan.positions(rows, tokens.device)}
         self._check_length(max((g.start + g.count for g in plan.groups), default=0))
         self._local.plan = plan

@@ -5,10 +5,7 @@ Knows configurations and attention modules; not forwards, caches or rotary modul
 
 from __future__ import annotations
 
-import math
 from typing import Any
-
-from torch import nn
 
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
@@ -55,23 +52,21 @@ def unrotated_remark(covered: list[int]) -> str:
     )
 
 
-def slot_scales(modules: list[nn.Module]) -> set[int]:
+def slot_scales(modules: list[Any]) -> set[int]:
     """Steps of the query scaling that layers without positions compute from the slots seen, pads included."""
     tuned = (m for m in modules if getattr(m, "attn_temperature_tuning", False) and not getattr(m, "use_rope", True))
-    return {int(m.floor_scale) for m in tuned}  # type: ignore[arg-type]
+    return {int(m.floor_scale) for m in tuned}
 
 
 def refuse_shifted(steps: set[int], plan: Plan) -> None:
     """Pads move a row's slots away from its indices: refuse as soon as the model would scale a query of it by another step."""
-    if not steps or plan.real is None:
-        return
-    assert plan.real is not None
     seen = 0 if plan.store is None else plan.store.seen
     for rows in plan.groups:
-        slots = plan.real[rows.rows.start].nonzero()[:, 0] + seen
-        for number, slot in enumerate(slots.tolist()):
-            index = rows.start + number
-            if any(math.floor((slot + 1) / step) != math.floor((index + 1) / step) for step in steps):
+        if not steps or (plan.real is None and rows.start == seen):
+            continue
+        columns = range(plan.columns) if plan.real is None else plan.real[rows.rows.start].nonzero()[:, 0].tolist()
+        for index, column in enumerate(columns, rows.start):
+            if any((seen + column + 1) // step != (index + 1) // step for step in steps):
                 raise ValueError(
                     f"this model scales queries by the number of slots seen, so the pads of row {rows.rows.start} would change its result from token "
                     f"{index} on; run rows of unequal length one by one"
