@@ -45,6 +45,7 @@ METHODS = [
     LMInfinite(9, 3, top_k=2, top_k_from_layer=1),
     Stock(),
     Stock(sliding_window=11),
+    Stock(attention_chunk=13),
     PI(2.5),
     NTK(4.0),
     DynamicNTK(2.0),
@@ -97,22 +98,39 @@ PRIMARY = (SelfExtend, LMInfinite, Stock)
 # One family for each thing that can differ: grouped heads, scaling, frequencies by length, sliding layers, soft-caps, partial and interleaved rotary, sinks,
 # attention outside the interface, ALiBi.
 REPRESENTATIVE = {"llama", "llama-yarn", "llama-dynamic", "mistral-sliding", "gemma2", "phi", "cohere", "gpt-oss", "bloom"}
+# Another composition of what other families have; the quick tests attach a method to each, the slow ones run every method.
+REPEATING = {
+    "llama4-rope", "deepseek-v2", "deepseek-v3-yarn", "cohere2", "glm", "glm4", "glm4-moe", "ernie4.5", "ernie4.5-moe", "nanochat", "granite", "granite-moe",
+    "olmo", "olmo3", "olmoe", "starcoder2", "nemotron", "exaone4", "seed-oss", "helium", "arcee", "gemma", "apertus", "bitnet", "dots1", "phimoe", "minimax-m2",
+    "ministral3", "qwen2-moe",
+}  # fmt: skip
 # Families that take the seam of gptj or bloom: `test_legacy.py` has their quick cells.
 LEGACY = {"codegen", "falcon", "falcon-groups", "falcon-alibi", "falcon-alibi-groups", "mpt"}
+REPEATING |= LEGACY
+
+
+def each_family() -> list[Any]:
+    return [pytest.param(family, marks=pytest.mark.slow if family in REPEATING else ()) for family in FAMILIES]
 
 
 def cells(methods: list[Method]) -> list[Any]:
-    """Every family with every method; the other methods on the families that repeat a feature are slow (`pytest -m ""` runs all)."""
-    quick = lambda family, method: (isinstance(method, PRIMARY) and family not in LEGACY) or family in REPRESENTATIVE  # noqa: E731
+    """Every family with every method. Quick are all methods on the representative families and the primary ones on those that are not
+    REPEATING; the rest is slow (`pytest -m ""` runs all)."""
+    quick = lambda family, method: family in REPRESENTATIVE or (isinstance(method, PRIMARY) and family not in REPEATING)  # noqa: E731
     return [
         pytest.param(family, method, id=f"{family}-{method}", marks=() if quick(family, method) else pytest.mark.slow)
         for family in FAMILIES for method in methods
     ]  # fmt: skip
 
 
-SCALED = {"llama3", "llama-yarn", "llama-linear", "llama-dynamic", "phi3-longrope", "gpt-oss"}
+SCALED = {"llama3", "llama-yarn", "llama-linear", "llama-dynamic", "phi3-longrope", "gpt-oss", "deepseek-v3-yarn", "ministral3"}
+UNROTATED = {"llama4", "cohere2", "exaone4"}  # rotary in the sliding or chunked layers only
 ALIBI = {"bloom", "mpt", "falcon-alibi", "falcon-alibi-groups"}
-PAIRS = {"llama-head8": 4, "phi": 4, "gpt-neox": 2, "stablelm": 2, "gptj": 4, "codegen": 4}  # rotary pairs of a head; the other families have 8
+# rotary pairs of a head; the other families have 8
+PAIRS = {
+    "llama-head8": 4, "phi": 4, "gpt-neox": 2, "stablelm": 2, "glm": 4, "glm4": 4, "glm4-moe": 4, "nemotron": 4, "deepseek-v2": 4, "deepseek-v3": 4,
+    "gptj": 4, "codegen": 4,
+}  # fmt: skip
 
 
 def refusal(family: str, method: Method) -> str | None:
@@ -121,6 +139,8 @@ def refusal(family: str, method: Method) -> str | None:
         return None
     if family in ALIBI:
         return "biases of ALiBi"
+    if family in UNROTATED:
+        return "rotate nothing"
     if family in SCALED:
         return "scaled already"
     encoding = method.encoding if isinstance(method, Combined) else method

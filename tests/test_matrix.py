@@ -9,8 +9,9 @@ import torch
 
 import longreach
 from families import FAMILIES, WINDOW, build, tokens
-from longreach import LMInfinite, SelfExtend
-from methods_matrix import METHODS, NEUTRAL, cells, context, refusal
+from longreach import LMInfinite, SelfExtend, Stock
+from longreach.methods import registry
+from methods_matrix import METHODS, NEUTRAL, UNROTATED, cells, context, each_family, refusal
 
 LENGTH = 75
 
@@ -108,7 +109,7 @@ def test_removal_is_bit_identical(family):
     model, ids = model_of(family), tokens(1, 40)
     before = model(ids).logits
     implementation, rotary = model.config._attn_implementation, rotary_of(model)
-    extension = longreach.extend(model, SelfExtend(4, 8))
+    extension = longreach.extend(model, LMInfinite(8, 2) if family in UNROTATED else SelfExtend(4, 8))
     changed = model(ids).logits
     extension.remove()
     extension.remove()
@@ -120,7 +121,7 @@ def test_removal_is_bit_identical(family):
 
 
 @pytest.mark.parametrize("method", [SelfExtend(1, 16), LMInfinite(60, 4)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family())
 @torch.no_grad()
 def test_bf16_error_is_that_of_stock(family, method):
     """Against an fp32 stock run, our bf16 error is at most 1.5 times that of stock in bf16 (root mean square over logits)."""
@@ -158,4 +159,70 @@ def test_sliding_layers_stay_as_trained(family):
         report = extension.report()
         assert report["layers_with_method"] == [1]
         assert "sliding ones as trained" in extension.describe()
-        assert str(extension.layers[0].method) == "Stock(sliding_window=24)"
+        assert extension.layers[0].method == Stock(sliding_window=24)
+
+
+@torch.no_grad()
+def test_chunked_layers_stay_as_trained():
+    """Beyond a chunk the logits are those of the model itself, whose chunks begin anew for every row; the description says what stays."""
+    model, ids = model_of("llama4-rope"), tokens(2, LENGTH)
+    stock = model(ids).logits
+    with longreach.extend(model, SelfExtend(4, 8)) as extension:
+        report = extension.report()
+        assert report["layers_with_method"] == [1] and report["layers_in_chunks"] == [0]
+        assert "chunked ones as trained" in extension.describe()
+        assert extension.layers[0].method == Stock(attention_chunk=24)
+        assert difference(model(ids).logits, stock) > 1e-2
+    with longreach.extend(model, SelfExtend(1, 8)):
+        assert difference(model(ids).logits, stock) <= 1e-4
+        assert difference(chunked(model, ids, [23, 1, 1, 23, 1, 20, *[1] * 6]), stock) <= 1e-4
+
+
+@torch.no_grad()
+def test_queries_scaled_by_the_model_stay_so():
+    """Llama 4 scales the queries of its layers without positions by the slots seen: as stock, and refused where pads would shift them."""
+    model, ids = build("llama4", floor_scale=16, attn_scale=0.5), tokens(2, LENGTH)
+    stock = model(ids).logits
+    assert difference(stock, model_of("llama4")(ids).logits) > 1e-2
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    with longreach.extend(model, Stock()):
+        assert difference(model(ids).logits, stock) <= 1e-4
+        assert difference(chunked(model, ids, [40, *[1] * 35]), stock) <= 1e-4
+        model(ids[:, :15], attention_mask=mask[:, :15])
+        with pytest.raises(ValueError, match="run rows of unequal length one by one"):
+            model(ids[:, :17], attention_mask=mask[:, :17])
+        cache = model(ids[:, :15], attention_mask=mask[:, :15], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="run rows of unequal length one by one"):  # the pads of before shift the token that is decoded now
+            model(ids[:, 15:16], attention_mask=mask[:, :16], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_queries_scaled_by_position_are_scaled_by_the_index_in_the_row():
+    """Ministral 3 scales by `position_ids`; neither pads nor an offset that a caller passes may count."""
+    model, ids = model_of("ministral3"), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    with longreach.extend(model, Stock(), trained_window=LENGTH):
+        alone = model(ids[1:, 11:]).logits
+        assert difference(model(ids, attention_mask=mask).logits[1:, 11:], alone) <= 1e-5
+        assert difference(model(ids[1:, 11:], position_ids=torch.arange(40, 104)[None]).logits, alone) <= 1e-5
+
+
+@pytest.mark.parametrize("family", sorted(UNROTATED))
+@torch.no_grad()
+def test_where_nothing_rotates_the_dial_chooses_plain_attention(family):
+    model, ids = model_of(family), tokens(1, 300)
+    with longreach.extend(model, context=300) as extension:
+        assert extension.method == Stock() and extension.capacity is None and "no distance" in extension.describe()
+        ours = model(ids).logits
+    assert difference(ours, model(ids).logits) <= 1e-4
+    with pytest.warns(UserWarning, match="no layer that takes the method encodes positions"), longreach.extend(model, SelfExtend(4, 8)) as extension:
+        assert "have no effect there" in extension.describe()
+
+
+def test_every_method_has_a_small_and_a_neutral_configuration_in_the_matrix():
+    """So that what `check --all` publishes is behind the gates."""
+    for kind in registry().values():
+        assert kind.small(8) in METHODS
+        assert kind.neutral(60, 8) in NEUTRAL

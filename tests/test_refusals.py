@@ -9,7 +9,7 @@ import torch
 import transformers as t
 
 import longreach
-from families import BASE, build, tokens
+from families import BASE, REFUSED, build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.planner import plan
 
@@ -112,13 +112,42 @@ def test_rotary_models_that_do_not_use_the_attention_interface():
     assert torch.equal(model(tokens(1, 10)).logits, before)
 
 
-def test_hybrid_linear_attention_models():
-    config = t.Qwen3NextConfig(
-        **{**BASE, "num_hidden_layers": 4}, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-        shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
-    )  # fmt: skip
-    with refuses("linear_attention"):
-        longreach.extend(t.AutoModelForCausalLM.from_config(config), Stock())
+REASONS = {
+    "hunyuan": "changes q and k after it, as a norm with weights does",
+    "minimax": "layers of type linear_attention",
+    "qwen3-next": "layers of type linear_attention",
+    "lfm2": "layers of type conv",
+    "diffllama": "seen in 4 of 2 layers",
+    "jamba": "no rotary position module",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+@torch.no_grad()
+def test_families_that_no_method_can_be_attached_to(family):
+    model, ids = build(family), tokens(1, 10)
+    before = model(ids).logits
+    with refuses(REASONS[family]):
+        longreach.extend(model, Stock())
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_model_whose_layers_all_attend_in_chunks():
+    model = build("llama4", no_rope_layers=[1, 1], layer_types=["chunked_attention"] * 2)
+    with refuses("has nothing to act on"):
+        longreach.extend(model, SelfExtend(4, 8))
+    with longreach.extend(model, Stock()) as extension:
+        assert [layer.method for layer in extension.layers] == [Stock(attention_chunk=24)] * 2
+
+
+def test_three_axis_positions():
+    text = {k: v for k, v in BASE.items() if k != "initializer_range"}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    config = t.Qwen2VLConfig(
+        text_config=dict(**text, num_key_value_heads=2, rope_parameters=rope), vision_config=dict(depth=1, embed_dim=32, num_heads=2, hidden_size=64)
+    )
+    with refuses("multimodal wrapper; extend its text model"):
+        longreach.extend(t.Qwen2VLForConditionalGeneration(config), Stock())
 
 
 def test_multimodal_wrappers():

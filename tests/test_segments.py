@@ -218,6 +218,8 @@ def test_from_json_refuses(data, sentence):
         lambda: LMInfinite(8, distance_limit=4, distance="constant"),
         lambda: LMInfinite(4, top_k_rows="some"),
         lambda: Stock(0),
+        lambda: Stock(attention_chunk=0),
+        lambda: Stock(sliding_window=4, attention_chunk=4),
         lambda: Layout(()),
     ],
 )

@@ -173,9 +173,10 @@ class _Call:
         """What ALiBi adds to the logits of a piece, from the positions of its queries and keys."""
         if self.layer.alibi is None:
             return None
-        rows = segment.query_positions(torch.arange(piece.first, piece.last, device=device))
-        columns = segment.key_positions(torch.arange(piece.from_key, piece.to_key, device=device))
-        return Bias(self.layer.alibi.on(device), rows, columns)
+        exact = exact_device(device)
+        rows = segment.query_positions(torch.arange(piece.first, piece.last, device=exact))
+        columns = segment.key_positions(torch.arange(piece.from_key, piece.to_key, device=exact))
+        return Bias(self.layer.alibi.on(exact), rows, columns, device)
 
     def run_of(self, positions: PositionMap, pinned: bool, stop: int) -> Run:
         positions = self.layer.form_of(positions)

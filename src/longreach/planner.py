@@ -61,6 +61,13 @@ class Plan:
             self._tables[key] = rotary.table(positions(index)).to(device)
         return self._tables[key]
 
+    def positions(self, rows: int, device: torch.device) -> torch.Tensor:
+        """[B, T] the index of every new token in its row, zero at pads."""
+        found = torch.zeros(rows, self.columns, dtype=torch.long, device=device)
+        for group in self.groups:
+            found[group.rows, group.columns] = torch.arange(group.start, group.start + group.count, device=device)
+        return found
+
     # What Transformers may ask of a mask on its way to the layers.
     ndim: ClassVar[int] = 0
 

@@ -23,11 +23,15 @@ LARGEST_MASK = 1 << 27  # entries of a mask that rows do not share
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """slope[h] * (column[c] - row[r]) is added to the logit of head h, row r and column c. All fp64: slope [H], row [T], column [C]."""
+    """slope[h] * (column[c] - row[r]) is added to the logit of head h, row r and column c. All fp64: slope [H], row [T], column [C].
+
+    device  where the bias is used, if that is a device without fp64; None: where the positions are.
+    """
 
     slope: torch.Tensor
     row: torch.Tensor
     column: torch.Tensor
+    device: torch.device | None = None
 
     def shared(self, a: int, b: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One bias [1, H, 1, C] for all rows [a, b), and what it lacks [H, T], which is one value per row."""
@@ -39,7 +43,7 @@ class Bias:
         return self._times(self.column[None, start:stop] - self.row[a:b, None])[None]
 
     def _times(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.slope.view(-1, *[1] * x.dim()) * x).float()
+        return (self.slope.view(-1, *[1] * x.dim()) * x).to(self.device, torch.float32)
 
 
 def attend(

@@ -37,7 +37,7 @@ def kernel(
     assert not causal or q.shape[2] == k.shape[2], "causal is aligned to the top left, so only squares may use it"
     heads, rows, width = q.shape[1], q.shape[2], v.shape[3]
     groups = heads // k.shape[1]
-    v = tiles.widened(v, k)
+    q, k, v = tiles.widened(q, k, v)
     if mask is not None and mask.dim() == 4:
         mask = mask.expand(*q.shape[:3], -1)  # the operator reads what rows share through a stride of 0
     fold = groups > 1 and rows <= FOLDED_ROWS and not causal and mask is None

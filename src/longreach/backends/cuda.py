@@ -62,7 +62,7 @@ def kernel(
     groups, width, rows = q.shape[1] // k.shape[1], v.shape[3], q.shape[2]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    v = tiles.widened(v, k)
+    q, k, v = tiles.widened(q, k, v)
     if mask is None and q.dtype != torch.float32:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
@@ -80,7 +80,7 @@ def _aligned(mask: torch.Tensor, multiple: int = 16) -> torch.Tensor:
 def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal to the bottom right, `window` keys before the diagonal (-1: all)."""
     width = v.shape[3]
-    v = tiles.widened(v, k)
+    q, k, v = tiles.widened(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse = torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=scale, window_size_left=window, window_size_right=0

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from longreach.backends import tiles
+from longreach.backends import biased, tiles
+from longreach.backends.biased import Bias
 from longreach.backends.tiles import Band
 from longreach.merge import NEGATIVE_INFINITY
 
@@ -19,8 +20,11 @@ class PlainBackend:
     name = "plain: matrix products in fp32, tiled"
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if bias is not None:
+            assert softcap is None, "no model has both a bias and a soft-cap"
+            return biased.attend(kernel, q, k, v, band, scale, bias)
         if softcap is not None:
             return tiles.capped(q, k, v, band, scale, softcap)
         return tiles.attend(kernel, q, k, v, band, scale)
@@ -29,8 +33,10 @@ class PlainBackend:
 def kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B, H, T, D], k [B, G, C, D], v [B, G, C, E] -> out [B, H, T, E] in q's dtype, lse [B, H, T] fp32."""
+    """q [B, H, T, D], k [B, G, C, D], v [B, G, C, E] -> out [B, H, T, E] in q's dtype, lse [B, H, T] fp32. A mask is [T, C] or [1, H, T or 1, C]."""
     groups, rows = q.shape[1] // k.shape[1], q.shape[2]
+    if mask is not None:
+        mask = mask.expand(1, q.shape[1], rows, -1).unflatten(1, (-1, groups))
     keys, values = k.float()[:, :, None], v.float()[:, :, None]
     folded = q.float().unflatten(1, (-1, groups))  # [B, G, g, T, D]
     step = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
@@ -38,7 +44,7 @@ def kernel(
     for a in range(0, rows, step):
         logits = folded[:, :, :, a : a + step] @ keys.transpose(-1, -2) * scale
         if mask is not None:
-            logits = logits + mask[a : a + step].float()
+            logits = logits + mask[:, :, :, a : a + step].float()
         if causal:
             index = torch.arange(rows, device=q.device)
             logits = logits.masked_fill(index[None, :] > index[a : a + step, None], NEGATIVE_INFINITY)

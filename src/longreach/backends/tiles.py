@@ -66,9 +66,12 @@ def attend(
     return tiles.merge.result()
 
 
-def widened(v: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The values padded with zeros to the width of the keys, which fused kernels want; the caller crops the output again."""
-    return v if v.shape[3] == k.shape[3] else F.pad(v, (0, k.shape[3] - v.shape[3]))
+def widened(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v padded with zeros to one width, which fused kernels want; the caller crops the output again."""
+    missing = v.shape[3] - k.shape[3]
+    if missing > 0:
+        return F.pad(q, (0, missing)), F.pad(k, (0, missing)), v
+    return q, k, F.pad(v, (0, -missing)) if missing else v
 
 
 def empty(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

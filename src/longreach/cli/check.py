@@ -6,11 +6,13 @@ Knows the options and the tables; the measurements are made in measurements.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from longreach.cli import check_all
 from longreach.cli.common import (
     Context,
     Device,
@@ -48,6 +50,9 @@ def command(
     dtype: Dtype = None,
     device: Device = None,
     trained_window: TrainedWindow = None,
+    every: Annotated[bool, typer.Option("--all", help="Every method on every family of tiny random models; minutes. --method NAME: one method.")] = False,
+    family: Annotated[list[str] | None, typer.Option("--family", help="With --all: this family only; may be repeated.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="With --all: write the table as a Markdown page.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -56,6 +61,17 @@ def command(
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
     with output(as_json, verbose) as out:
+        if every:
+            if context.args:
+                raise ValueError(f"with --all every method runs at a small configuration of its own; leave out {context.args[0]}")
+            with quiet_transformers(verbose):
+                found = check_all.run(out, method, family, markdown)
+            out.finish(found, lambda console: check_all.show(console, found))
+            if not found["passed"]:
+                raise typer.Exit(FAILED)
+            return
+        if family or markdown:
+            raise ValueError("--family and --markdown belong to --all; add it")
         chosen = method_of(context, method)
         with quiet_transformers(verbose):
             loaded, _ = load_model(out, model, dtype, device)
@@ -142,8 +158,9 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
     facts = result["extension"]
     ours, without = facts["layers_with_method"], facts["layers_without_positions"]
-    sliding = facts["layers"] - len(ours)
-    layers = f"{facts['layers']}: {len(ours)} with the method, {sliding} sliding as trained, {len(without)} without positions"
+    chunked = len(facts["layers_in_chunks"])
+    sliding = facts["layers"] - len(ours) - chunked
+    layers = f"{facts['layers']}: {len(ours)} with the method, {sliding} sliding and {chunked} chunked as trained, {len(without)} without positions"
     rows = [
         ("trained window", f"{facts['trained_window']} tokens ({facts['trained_window_reason']})"),
         ("layers", layers),

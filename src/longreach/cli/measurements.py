@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from longreach.evals.exactness import FAST, NEUTRAL, difference
 from longreach.methods.base import Method
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
 from longreach.seam.extend import Extension, extend
 
-FAST, NEUTRAL, ITSELF, ROTATION, ROTATION_HALF, HALF_RATIO = 1e-5, 1e-4, 1e-4, 1e-4, 2e-2, 1.5
+ITSELF, ROTATION, ROTATION_HALF, HALF_RATIO = 1e-4, 1e-4, 2e-2, 1.5
 DECODED = 8  # last tokens that are decoded one by one
 SHORTER_BY = 37  # the padded row of the batch; odd, so that no border falls together
 
@@ -51,13 +52,6 @@ def random_ids(model: Any, count: int) -> torch.Tensor:
 
 def device_of(model: Any) -> torch.device:
     return next(model.parameters()).device
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest absolute difference, relative to the largest value of `b`; infinite if anything is not finite."""
-    if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
-        return float("inf")
-    return ((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-30)).item()
 
 
 @torch.no_grad()

@@ -65,6 +65,16 @@ class Method(ABC):
         """
         raise ValueError(f"{cls.name} has no recommended setting that follows from a trained window and a context; name its parameters")
 
+    @classmethod
+    def small(cls, pairs: int) -> Method:
+        """A configuration that shows all it does on 75 tokens of a model that rotates `pairs` pairs of dims: what the tests and `check --all` run."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is exercised; define small() and neutral()")
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> Method:
+        """A configuration that is plain attention on `tokens` tokens, or as near to it as the method can be made."""
+        raise NotImplementedError(f"{cls.__name__} does not say when it is plain attention; define small() and neutral()")
+
     @property
     def chunk_invariant(self) -> bool:
         """Whether the result of a prompt is the same however it is cut into forwards."""

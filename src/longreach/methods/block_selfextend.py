@@ -77,3 +77,11 @@ class BlockSelfExtend(Method):
         step = self.window // self.group_size
         finished = max(0, -(-(window - self.window + 1) // step))  # the first block whose end would reach an untrained distance
         return finished * self.window + window - finished * step
+
+    @classmethod
+    def small(cls, pairs: int) -> BlockSelfExtend:
+        return cls(3, 12)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> BlockSelfExtend:
+        return cls(1, 8)

@@ -9,6 +9,9 @@ import torch
 
 from longreach.encodings import Frequencies, Rope
 from longreach.methods.base import FrequencyMethod, Method, require
+from longreach.methods.lm_infinite import LMInfinite
+from longreach.methods.selfextend import SelfExtend
+from longreach.methods.yarn import YaRN
 from longreach.segments import Layout, LogScale
 
 
@@ -77,3 +80,11 @@ class Combined(Method):
     def capacity(self, window: int) -> int | None:
         reach = self.encoding.capacity(window)
         return None if reach is None else self.positions.capacity(reach)
+
+    @classmethod
+    def small(cls, pairs: int) -> Combined:
+        return cls(YaRN(2.0), LMInfinite(9, 3))
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> Combined:
+        return cls(YaRN(1.0), SelfExtend(4, tokens))

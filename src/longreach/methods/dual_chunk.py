@@ -105,3 +105,11 @@ class DualChunk(Method):
     def capacity(self, window: int) -> int | None:
         """Unlimited if the largest distance is a trained one; if not, distances are true ones up to the trained window."""
         return None if self.furthest < window else window
+
+    @classmethod
+    def small(cls, pairs: int) -> DualChunk:
+        return cls(24)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> DualChunk:
+        return cls(tokens + 4)

@@ -45,3 +45,11 @@ class DynamicNTK(FrequencyMethod):
     def capacity(self, window: int) -> int | None:
         """No limit of its own: the frequencies follow the declared context."""
         return None
+
+    @classmethod
+    def small(cls, pairs: int) -> DynamicNTK:
+        return cls(2.0)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> DynamicNTK:
+        return cls(4.0)

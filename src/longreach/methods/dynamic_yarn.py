@@ -54,3 +54,11 @@ class DynamicYaRN(FrequencyMethod):
     def capacity(self, window: int) -> int | None:
         """No limit of its own: the frequencies follow the declared context."""
         return None
+
+    @classmethod
+    def small(cls, pairs: int) -> DynamicYaRN:
+        return cls(attention_factor=1.3)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> DynamicYaRN:
+        return cls()

@@ -67,3 +67,11 @@ class LeakyReRoPE(Method):
         if self.window >= window:
             return window
         return self.window + 1 + math.floor(self.factor * (window - 1 - self.window))
+
+    @classmethod
+    def small(cls, pairs: int) -> LeakyReRoPE:
+        return cls(8, 4)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> LeakyReRoPE:
+        return cls(8, 1)

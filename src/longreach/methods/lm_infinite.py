@@ -109,3 +109,11 @@ class LMInfinite(Method):
     @property
     def chunk_invariant(self) -> bool:
         return self.top_k == 0 or self.top_k_rows == "all"
+
+    @classmethod
+    def small(cls, pairs: int) -> LMInfinite:
+        return cls(9, 3)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> LMInfinite:
+        return cls(tokens, 3)

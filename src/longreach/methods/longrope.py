@@ -76,6 +76,14 @@ class LongRoPE(FrequencyMethod):
     def capacity(self, window: int) -> int | None:
         return stretched(window, self.factor)
 
+    @classmethod
+    def small(cls, pairs: int) -> LongRoPE:
+        return cls(2.0, tuple(1.0 + 0.2 * pair for pair in range(pairs)))
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> LongRoPE:
+        return cls(1.0, (1.0,) * pairs)
+
 
 def _divisors(name: str, value: Any) -> tuple[float, ...]:
     if isinstance(value, str):

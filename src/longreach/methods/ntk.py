@@ -49,3 +49,11 @@ class NTK(FrequencyMethod):
     def capacity(self, window: int) -> int | None:
         """Where the slowest pair reaches its largest trained angle."""
         return stretched(window, self.factor)
+
+    @classmethod
+    def small(cls, pairs: int) -> NTK:
+        return cls(4.0)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> NTK:
+        return cls(1.0)

@@ -55,3 +55,11 @@ class NTKByParts(FrequencyMethod):
     def capacity(self, window: int) -> int | None:
         """Where the interpolated pairs reach their largest trained angle; the others have passed every angle in the trained window."""
         return stretched(window, self.factor)
+
+    @classmethod
+    def small(cls, pairs: int) -> NTKByParts:
+        return cls(2.0, beta=4.0)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> NTKByParts:
+        return cls(1.0)

@@ -42,3 +42,11 @@ class PI(FrequencyMethod):
 
     def capacity(self, window: int) -> int | None:
         return stretched(window, self.factor)
+
+    @classmethod
+    def small(cls, pairs: int) -> PI:
+        return cls(2.5)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> PI:
+        return cls(1.0)

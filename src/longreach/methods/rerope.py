@@ -54,3 +54,11 @@ class ReRoPE(Method):
     def capacity(self, window: int) -> int | None:
         """Unlimited if the distance `window` itself is a trained one."""
         return None if self.window < window else window
+
+    @classmethod
+    def small(cls, pairs: int) -> ReRoPE:
+        return cls(8)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> ReRoPE:
+        return cls(tokens)

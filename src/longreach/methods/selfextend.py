@@ -85,3 +85,11 @@ class SelfExtend(Method):
         if self.window > window or (self.above or 0) > window:
             return 0
         return max(self.group_size * (math.floor(window - 1 - self.offset) + 1), self.above or 0, min(self.window, window))
+
+    @classmethod
+    def small(cls, pairs: int) -> SelfExtend:
+        return cls(3, 8)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> SelfExtend:
+        return cls(4, tokens)

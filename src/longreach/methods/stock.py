@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from longreach.methods.base import Method, hidden_to_nan, require_integer
+from longreach.methods.base import Method, hidden_to_nan, require, require_integer
 from longreach.segments import PLAIN, Identity, Layout, Segment, Visible
 
 
@@ -17,9 +17,12 @@ class Stock(Method):
 
     sliding_window  see the last `sliding_window` tokens only, self included; None sees all. Layers that a model was trained with a
                     sliding window on keep theirs under every method.
+    attention_chunk see the tokens of the same stretch of `attention_chunk` tokens only, self included; None sees all. Layers that were
+                    trained in chunks keep theirs too.
     """
 
     sliding_window: int | None = field(default=None, metadata={"help": "see the last tokens only"})
+    attention_chunk: int | None = field(default=None, metadata={"help": "see the tokens of the same chunk of this size only"})
 
     name: ClassVar[str] = "stock"
     paper: ClassVar[str] = "RoPE, arXiv 2104.09864"
@@ -31,12 +34,34 @@ class Stock(Method):
         return cls()
 
     def layout(self, layer: int = 0) -> Layout:
+        if self.attention_chunk is not None:
+            return Layout((Segment(Identity(), Identity(), Visible(0, 1, chunk=self.attention_chunk)),))
         return Layout((PLAIN if self.sliding_window is None else Segment(Identity(), Identity(), Visible(0, self.sliding_window)),))
 
     def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        near = j <= i if self.sliding_window is None else (j <= i) & (i - j < self.sliding_window)
+        near = j <= i
+        if self.sliding_window is not None:
+            near = near & (i - j < self.sliding_window)
+        if self.attention_chunk is not None:
+            near = near & (i // self.attention_chunk == j // self.attention_chunk)
         return hidden_to_nan(i - j, near)
 
+    def largest_distance(self, tokens: int) -> float:
+        return min([tokens, *(limit for limit in (self.sliding_window, self.attention_chunk) if limit is not None)]) - 1
+
     def __post_init__(self) -> None:
-        if self.sliding_window is not None:
-            require_integer("sliding_window", self.sliding_window, 1)
+        for name in ("sliding_window", "attention_chunk"):
+            if (value := getattr(self, name)) is not None:
+                require_integer(name, value, 1)
+        require(
+            self.sliding_window is None or self.attention_chunk is None,
+            "attention has either a sliding window or chunks; pass sliding_window or attention_chunk, not both",
+        )
+
+    @classmethod
+    def small(cls, pairs: int) -> Stock:
+        return cls()
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> Stock:
+        return cls()

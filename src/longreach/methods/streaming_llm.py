@@ -85,3 +85,11 @@ class StreamingLLM(Method):
         if self.cache <= window:
             return None
         return window if self.counting == "official" or not self.n_sink else min(window, self.n_recent)
+
+    @classmethod
+    def small(cls, pairs: int) -> StreamingLLM:
+        return cls(9, 3)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> StreamingLLM:
+        return cls(tokens - 4, 3)

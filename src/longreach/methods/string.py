@@ -60,3 +60,11 @@ class STRING(Method):
     def capacity(self, window: int) -> int | None:
         """Largest N with N - 1 - shift + local_window <= window - 1."""
         return window if self.shift > window else window + self.shift - self.local_window
+
+    @classmethod
+    def small(cls, pairs: int) -> STRING:
+        return cls(20, 5)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> STRING:
+        return cls(8, 8)

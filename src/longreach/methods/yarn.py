@@ -64,6 +64,14 @@ class YaRN(FrequencyMethod):
         """Where the interpolated pairs reach their largest trained angle; the others have passed every angle in the trained window."""
         return stretched(window, self.factor)
 
+    @classmethod
+    def small(cls, pairs: int) -> YaRN:
+        return cls(2.0)
+
+    @classmethod
+    def neutral(cls, tokens: int, pairs: int) -> YaRN:
+        return cls(1.0)
+
 
 def require_ramp(beta_fast: float, beta_slow: float, truncate_ramp: bool) -> None:
     require_positive("beta_fast", beta_fast)

@@ -13,7 +13,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from longreach.executor import Inputs, Layer, execute
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planner import Plan
-from longreach.seam import documents, frequencies, legacy
+from longreach.seam import documents, frequencies, layer_kinds, legacy
 from longreach.seam import rotary as probe
 from longreach.seam.cache_layers import place
 from longreach.seam.documents import Document, Entry
@@ -44,7 +44,7 @@ PROBE_POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21, 30, 34, 41, 55)
 # Arguments of an attention call that we honour, or that do not change what attention computes.
 HONOURED = {"softcap", "s_aux", "sliding_window"}
 HARMLESS = {"position_ids", "use_cache", "output_router_logits", "cache_position", "output_attentions", "is_causal", "layer_type", "past_key_values"}
-UNSUPPORTED_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "recurrent", "chunked_attention", "indexed_attention"}
+UNSUPPORTED_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "recurrent", "indexed_attention"}
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Extension:
             raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
         self._local = threading.local()
         self._warned = False
+        self._remark: str | None = None  # what a user should know about this method on this model
         self._ready = False  # False while the model is probed and measured
         self._configs = [(config, config._attn_implementation_internal) for config in configs_of(model)]
         self._name = f"longreach{next(_numbers)}"
@@ -136,8 +137,6 @@ class Extension:
     # -- attaching ------------------------------------------------------------------------------------------------------------
 
     def _check_capacity(self) -> None:
-        if self.choice is not None and self.choice.warning:
-            warnings.warn(self.choice.warning, stacklevel=4)
         if self.context is not None and self.capacity is not None and self.context > self.capacity:
             raise ValueError(
                 f"{self.method} reaches {self.capacity} tokens on a trained window of {self.window.tokens}, less than the declared context of "
@@ -157,6 +156,7 @@ class Extension:
                     self._probe()
                 else:
                     self._probe_legacy(self._legacy)
+            self._settle()
             self._hooks = [
                 self.base.register_forward_pre_hook(self._open, with_kwargs=True),
                 self.base.register_forward_hook(self._close),
@@ -204,16 +204,17 @@ class Extension:
         tables = {key: (cos, sin) for key, cos, sin in record}
         read = {key: probe.frequencies(self._identity.probed, key, positions) for key in tables}
         half = self._half = raw[0].q.dtype != torch.float32
+        kinds = getattr(self.config, "layer_types", None) or [None] * len(raw)
         self._keys: list[probe.Key] = []
         self._rotaries: list[Rotary | None] = []
         worst = 0.0
         for index, (a, b) in enumerate(zip(raw, turned, strict=True)):
             check_arguments(index, a)
-            key, found, difference = probe.match(a, b, tables, read)
+            key, found, difference = probe.match(a, b, tables, read, kinds[index])
             if difference > (2e-2 if half else 1e-4):
                 raise ValueError(
-                    f"layer {index} of {type(self.base).__name__} applies its rotary in a way we do not know (off by {difference:.1e}); "
-                    "use the model without extend()"
+                    f"layer {index} of {type(self.base).__name__} applies its rotary in a way we do not know (off by {difference:.1e}), "
+                    "or changes q and k after it, as a norm with weights does; use the model without extend()"
                 )
             worst = max(worst, difference)
             same = (r for k, r in zip(self._keys, self._rotaries) if k == key and r is not None and found is not None and r.same_as(found))
@@ -224,10 +225,29 @@ class Extension:
         self._worst_rotary = worst
         self._modules = [seen.module for seen in raw]
         self.entries = [Entry(seen.k.shape[1], seen.k.shape[-1], seen.v.shape[-1], seen.k.dtype, seen.k.device) for seen in raw]
-        self._sliding = [window_of(self.config, index, seen) for index, seen in enumerate(raw)]
-        uniform = all(w is not None for w in self._sliding)
+        self._slot_scales = layer_kinds.slot_scales(self._modules)
+        self._trained = [layer_kinds.as_trained(self.config, index, seen) for index, seen in enumerate(raw)]
+        uniform = all(trained.sliding_window is not None for trained in self._trained)
         self._overrides_sliding = uniform and not isinstance(self.method, Stock)
-        self._methods = [self.method if w is None or self._overrides_sliding else Stock(w) for w in self._sliding]
+        self._methods: list[Method] = [self.method if t == Stock() or self._overrides_sliding else t for t in self._trained]
+
+    def _settle(self) -> None:
+        """Where the layers that take the method encode no positions, its distances mean nothing: choose plain attention, refuse, or say so."""
+        name, covered = type(self.base).__name__, [i for i, m in enumerate(self._methods) if m is self.method]
+        layer_kinds.refuse_uncovered(name, self.method, covered)
+        if covered and self._alibi is None and all(self._rotaries[i] is None for i in covered):
+            if self.choice is not None:
+                reason = f"the layers that see everything encode no positions, so no distance of {self.context} tokens is untrained: plain attention"
+                self.choice = replace(self.choice, method=Stock(), reason=reason, warning=None)
+                self.method, self.capacity = self.choice.method, None
+                self._methods = [self.method if i in covered else m for i, m in enumerate(self._methods)]
+            elif not isinstance(self.method, Stock):
+                layer_kinds.refuse_unrotated(name, self.method)
+                self._remark = layer_kinds.unrotated_remark(covered)
+        if self.choice is not None and self.choice.warning:
+            self._remark = self.choice.warning
+        if self._remark:
+            warnings.warn(self._remark, stacklevel=5)
 
     def _probe_legacy(self, seam: legacy.LegacySeam) -> None:
         """Listen to every layer of the stock model, read how it encodes positions, and put our attention in place of its own."""
@@ -250,7 +270,10 @@ class Extension:
         self._modules = seam.modules
         self._keys = [None for _ in seam.modules]
         self._rotaries = [rotary for _ in seam.modules]
-        self._sliding, self._overrides_sliding = [None for _ in seam.modules], False
+        heard = [seam.family.project(module, recorded.hidden) for module, recorded in zip(seam.modules, self._recorded, strict=True)]
+        self.entries = [Entry(k.shape[1], k.shape[-1], v.shape[-1], k.dtype, k.device) for _, k, v in heard]
+        self._slot_scales = layer_kinds.slot_scales(self._modules)
+        self._trained, self._overrides_sliding = [Stock() for _ in seam.modules], False
         self._methods = [self.method for _ in seam.modules]
         for config, _ in self._configs:  # set_attn_implementation declines models of these families
             config._attn_implementation_internal = self._name
@@ -268,7 +291,7 @@ class Extension:
 
     def _measure(self) -> None:
         """Logits of the engine with neutral parameters, at the frequencies the stock forward used, against the stock model."""
-        self.layers = [Layer(i, Stock(w), r, alibi=self._alibi) for i, (w, r) in enumerate(zip(self._sliding, self._rotaries, strict=True))]
+        self.layers = [Layer(i, t, r, alibi=self._alibi) for i, (t, r) in enumerate(zip(self._trained, self._rotaries, strict=True))]
         if self._legacy is not None:
             self._worst_rotary = self._legacy.difference(self._recorded, planner.plan(1, self._probe_ids.shape[1], None, self._probe_ids.device, None))
             del self._recorded
@@ -321,6 +344,9 @@ class Extension:
         plan = planner.plan(rows, columns, mask, tokens.device, store)
         if (positions := kwargs.get("position_ids")) is not None:
             check_positions(positions, plan)
+        layer_kinds.refuse_shifted(self._slot_scales, plan)
+        if "position_ids" in self._argument_names:  # some models scale queries by them, and pads must not count
+            kwargs["position_ids"] = plan.positions(rows, tokens.device)
         self._check_length(max((g.start + g.count for g in plan.groups), default=0))
         self._local.plan = plan
         return (), kwargs
@@ -446,11 +472,12 @@ class Extension:
             "trained_window": self.window.tokens,
             "trained_window_reason": self.window.reason,
             "reason": self.choice.reason if self.choice else "given",
-            "warning": self.choice.warning if self.choice else None,
+            "warning": self._remark,
             "recalls": self.method.recalls,
             "layers": len(self._methods),
             "layers_with_method": ours,
             "encoding": "rotary" if self._alibi is None else "alibi",
+            "layers_in_chunks": [i for i, m in enumerate(self._methods) if isinstance(m, Stock) and m is not self.method and m.attention_chunk],
             "layers_without_positions": [i for i, r in enumerate(self._rotaries) if r is None and self._alibi is None],
             "sliding_window_overridden": self._overrides_sliding,
             "backend": "dense reference" if self._dense else backend_for(device_of(self.model), dtype).name,
@@ -462,9 +489,10 @@ class Extension:
         """Method, parameters, layers, capacity, backend and measured exactness, in words."""
         r = self.report()
         ours = r["layers_with_method"]
-        layers = f"all {r['layers']}" if len(ours) == r["layers"] else f"{len(ours)} of {r['layers']} ({ours}); the sliding ones as trained"
+        others = "sliding" if not r["layers_in_chunks"] else "chunked" if len(ours) + len(r["layers_in_chunks"]) == r["layers"] else "sliding and chunked"
+        layers = f"all {r['layers']}" if len(ours) == r["layers"] else f"{len(ours)} of {r['layers']} ({ours}); the {others} ones as trained"
         if r["sliding_window_overridden"]:
-            layers += f"; their sliding window of {self._sliding[0]} is replaced by the method"
+            layers += f"; their sliding window of {self._trained[0].sliding_window} is replaced by the method"
         if r["layers_without_positions"]:
             layers += f"; layers without positions: {r['layers_without_positions']}"
         lines = [
@@ -573,16 +601,6 @@ def check_arguments(index: int, seen: Seen) -> None:
     for name, value in seen.kwargs.items():
         if name not in HONOURED | HARMLESS and value is not None and not isinstance(value, bool):
             raise ValueError(f"layer {index} passes {name!r} to its attention, which Longreach does not honour; use the model without extend()")
-
-
-def window_of(config: Any, index: int, seen: Seen) -> int | None:
-    """The sliding window a layer was trained with, None for full attention."""
-    if isinstance(window := seen.kwargs.get("sliding_window"), int):
-        return window
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[index] == "sliding_attention":
-        return int(config.sliding_window)
-    return None
 
 
 def check_positions(position_ids: torch.Tensor, plan: Plan) -> None:

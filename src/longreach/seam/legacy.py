@@ -105,8 +105,7 @@ class Falcon(Family):
 
     def encoding(self, base: Any, modules: list[Any], positions: torch.Tensor) -> tuple[Rotary | None, Alibi | None]:
         if not base.use_alibi:
-            weight = next(base.parameters())
-            inverse, scaling = probe.frequencies(copy.deepcopy(base.rotary_emb), None, weight, positions[None])
+            inverse, scaling = probe.frequencies(copy.deepcopy(base.rotary_emb), None, positions[None])
             return Rotary(inverse, scaling), None
         build = sys.modules[type(base).__module__].build_alibi_tensor
         bias = build(torch.ones(1, 2, dtype=torch.long, device=positions.device), base.num_heads, dtype=torch.float32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 
 def device_of(model: nn.Module) -> torch.device:
     """The device that a model takes its input on."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     for tensor in (*(embeddings.parameters() if isinstance(embeddings, nn.Module) else ()), *model.parameters()):
         if not tensor.is_meta:
             return tensor.device

@@ -29,22 +29,32 @@ class IdentityRotary(nn.Module):
         self.original = original
         self.probed = copy.deepcopy(original)  # some rotary modules change with what they see; the original must not
         self.widths: dict[Key, int] = {}
+        self.turns = False  # whether the model takes cos + i sin, one complex number per pair
         self.record: list[tuple[Key, torch.Tensor, torch.Tensor]] | None = None  # filled while probing with the original
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         key = args[0] if args else kwargs.get("layer_type")
         if self.record is not None:
             result = self.probed(x, position_ids, *args, **kwargs)
-            if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, torch.Tensor) and t.dim() == 3 for t in result)):
-                raise ValueError(
-                    f"{type(self.original).__name__} does not return (cos, sin) of shape [batch, tokens, width]; "
-                    "this rotary encoding is not supported, use the model without extend()"
-                )
-            self.record.append((key, *result))
-            self.widths[key] = result[0].shape[-1]
+            self.turns = isinstance(result, torch.Tensor)
+            cos, sin = cos_and_sin(self.original, result)
+            self.record.append((key, cos, sin))
+            self.widths[key] = cos.shape[-1]
             return result
-        one = torch.ones((), dtype=x.dtype, device=x.device).expand(*position_ids.shape, self.widths[key])
-        return one, torch.zeros((), dtype=x.dtype, device=x.device).expand_as(one)
+        one = torch.ones((), dtype=torch.complex64 if self.turns else x.dtype, device=x.device).expand(*position_ids.shape, self.widths[key])
+        return one if self.turns else (one, torch.zeros((), dtype=x.dtype, device=x.device).expand_as(one))
+
+
+def cos_and_sin(module: nn.Module, result: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rotary module returned, as (cos, sin) [B, T, width]: given as such, or as complex numbers."""
+    if isinstance(result, torch.Tensor) and result.is_complex():
+        result = result.real, result.imag
+    if isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, torch.Tensor) and t.dim() == 3 for t in result):
+        return result[0], result[1]
+    raise ValueError(
+        f"{type(module).__name__} does not return (cos, sin) of shape [batch, tokens, width]; "
+        "this rotary encoding is not supported, use the model without extend()"
+    )
 
 
 @dataclass
@@ -70,7 +80,7 @@ def frequencies(original: nn.Module, key: Key, positions: torch.Tensor) -> tuple
     exact = exact_device(found.device)
     inverse = found.detach().to(exact).double()
     args = () if key is None else (key,)
-    cos, sin = original(torch.zeros(1, 1, device=positions.device, dtype=torch.float32), positions, *args)
+    cos, sin = cos_and_sin(original, original(torch.zeros(1, 1, device=positions.device, dtype=torch.float32), positions, *args))
     angles = positions[0].to(exact).double()[:, None] * inverse
     n = inverse.numel()
     # cat(f, f) and half width begin with all frequencies; repeat-interleave has each twice in a row
@@ -82,13 +92,13 @@ def frequencies(original: nn.Module, key: Key, positions: torch.Tensor) -> tuple
 
 
 def match(
-    raw: Seen, turned: Seen, tables: dict[Key, tuple[torch.Tensor, torch.Tensor]], encodings: dict[Key, tuple[torch.Tensor, float]]
+    raw: Seen, turned: Seen, tables: dict[Key, tuple[torch.Tensor, torch.Tensor]], encodings: dict[Key, tuple[torch.Tensor, float]], kind: Key = None
 ) -> tuple[Key, Rotary | None, float]:
-    """The rotary of one layer: (key, facts, largest relative difference of q and k). Facts None: the layer rotates nothing."""
+    """The rotary of one layer of type `kind`: (key, facts, largest relative difference of q and k). Facts None: the layer rotates nothing."""
     if torch.equal(raw.q, turned.q) and torch.equal(raw.k, turned.k):
         return None, None, 0.0
     best: tuple[Key, Rotary | None, float] = (None, None, float("inf"))
-    for key, (cos, sin) in tables.items():
+    for key, (cos, sin) in sorted(tables.items(), key=lambda item: item[0] != kind):  # two kinds may agree on so few positions
         inverse, scaling = encodings[key]
         width = 2 * inverse.numel()
         pairings: tuple[Literal["half", "interleaved"], ...] = ("half", "interleaved")

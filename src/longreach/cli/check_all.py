@@ -1,0 +1,74 @@
+"""`longreach check --all`: every method on every family of models, as a table, JSON or the page docs/families.md.
+
+Knows options and tables; what is measured is in evals/exactness.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from longreach.cli.common import Output
+
+if TYPE_CHECKING:
+    from longreach.evals.exactness import Family
+
+
+def run(out: Output, method: str | None, names: list[str] | None, markdown: Path | None) -> dict[str, Any]:
+    """Measure, write the page if wanted; -> the result as plain data."""
+    from longreach.cli import parameters
+    from longreach.evals import exactness
+    from longreach.evals.families import FAMILIES, REFUSED
+
+    known = [*FAMILIES, *REFUSED]
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"unknown family {unknown[0]!r}; choose among: {', '.join(known)}")
+    if markdown is not None and not markdown.parent.is_dir():
+        raise ValueError(f"there is no folder {str(markdown.parent)!r} for the page; create it first")
+    wanted = None if method is None else [parameters.find(method).name]
+    found: list[Family] = []
+    for family in exactness.survey(names, wanted):
+        found.append(family)
+        out.note(f"{family.name}: {summary(family)}")
+    if markdown is not None:
+        from longreach.evals.families_page import page
+
+        markdown.write_text(page(found), encoding="utf-8")
+        out.note(f"wrote {markdown}")
+    gates = {"fast_against_dense": exactness.FAST, "neutral_against_stock": exactness.NEUTRAL}
+    return {"gates": gates, "families": [family.to_json() for family in found], "passed": all(family.passed for family in found)}
+
+
+def summary(family: Family) -> str:
+    if family.refusal is not None:
+        return f"refused: {family.refusal}"
+    measured = [cell for cell in family.cells if cell.refusal is None]
+    refused = len(family.cells) - len(measured)
+    if not measured:
+        return f"{refused} refused"
+    fast, neutral = (max(getattr(cell, name) for cell in measured) for name in ("fast", "neutral"))
+    failed = "".join(f"; {cell.method} FAILS" for cell in measured if not cell.passed)
+    return f"{len(measured)} exact, fast against dense {fast:.1e}, neutral against stock {neutral:.1e}; {refused} refused{failed}"
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="largest differences, relative to the largest logit, fp32", title_justify="left", box=box.SIMPLE)
+    for column in ("family", "method", "fast against dense", "neutral against stock", ""):
+        table.add_column(column, justify="right" if "against" in column else "left", no_wrap=column in ("family", "method"))
+    for family in result["families"]:
+        if family["refusal"]:
+            table.add_row(family["name"], "every", "", "", Text(f"refused: {family['refusal']}"))
+        for cell in family["cells"]:
+            if cell["refusal"]:
+                table.add_row(family["name"], cell["method"], "", "", Text(f"refused: {cell['refusal']}"))
+            else:
+                state = "[green]pass[/green]" if cell["passed"] else "[bold red]FAIL[/bold red]"
+                table.add_row(family["name"], cell["method"], f"{cell['fast']:.1e}", f"{cell['neutral']:.1e}", state)
+    console.print(table)
+    console.print("all gates pass" if result["passed"] else "[bold red]a gate fails: please report it[/bold red]")
