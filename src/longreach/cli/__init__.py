@@ -24,6 +24,7 @@ COMMANDS = {
     "methods": "methods",
     "distances": "distances",
     "check": "check",
+    "plan": "plan",
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 # Method parameters are not declared to Typer: they come from the dataclass of the chosen method, see parameters.py.

@@ -63,6 +63,15 @@ class BlockSelfExtend(Method):
         step = self.window // self.group_size
         return max(finished * step + rest, (finished - 1) * step + self.window - 1 if finished else 0)
 
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        """Blocks of an eighth of the window, and the smallest power of two that reaches the context."""
+        for group in (2**n for n in range(1, 7)):
+            block = max(1, window // 8 // group) * group
+            if (cls(group, block).capacity(window) or 0) >= context:
+                return cls(group, block)
+        return None
+
     def capacity(self, window: int) -> int | None:
         """The first index i with floor(i / w) w / g + i mod w = window: a text that ends before it has only trained distances."""
         step = self.window // self.group_size

@@ -97,6 +97,10 @@ class DualChunk(Method):
         query = torch.where(chunks_back == 0, place, torch.where(chunks_back == 1, successive, last))
         return torch.where(j <= i, (query - (j - j // s * s)).double(), torch.nan)
 
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        return cls(window) if window > 2 else None
+
     def capacity(self, window: int) -> int | None:
         """Unlimited if the largest distance is a trained one; if not, distances are true ones up to the trained window."""
         return None if self.furthest < window else window

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from longreach.encodings import Frequencies, Rope
-from longreach.methods.base import FrequencyMethod, require, require_number
+from longreach.methods.base import FrequencyMethod, Method, require, require_number
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class DynamicNTK(FrequencyMethod):
     def frequencies(self, rope: Rope) -> Frequencies:
         require(rope.own.inverse.numel() > 1, "dynamic NTK needs two pairs of rotary dims or more, and this model rotates one; use PI(factor=...)")
         return rope.standard("dynamic", rope.length, factor=self.factor)
+
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        return cls()
 
     def capacity(self, window: int) -> int | None:
         """No limit of its own: the frequencies follow the declared context."""

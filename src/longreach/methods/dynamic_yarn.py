@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from longreach.encodings import Frequencies, Rope
-from longreach.methods.base import FrequencyMethod, require_positive
+from longreach.methods.base import FrequencyMethod, Method, require_positive
 from longreach.methods.yarn import YaRN, require_ramp
 
 
@@ -45,6 +45,10 @@ class DynamicYaRN(FrequencyMethod):
     def frequencies(self, rope: Rope) -> Frequencies:
         factor = max(1.0, rope.length / rope.window)
         return YaRN(factor, self.beta_fast, self.beta_slow, self.truncate_ramp, self.attention_factor).frequencies(rope)
+
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        return cls()
 
     def capacity(self, window: int) -> int | None:
         """No limit of its own: the frequencies follow the declared context."""

@@ -55,6 +55,12 @@ class LeakyReRoPE(Method):
     def query_scale(self) -> LogScale | None:
         return None if self.log_scale is None else LogScale(self.log_scale)
 
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        """A quarter of the window at true distances, the rest as slow as the context needs."""
+        near = max(1, window // 4)
+        return cls(near, max(1.0, math.ceil((context - 1 - near) / (window - 1 - near)))) if window > near + 1 else None
+
     def capacity(self, window: int) -> int | None:
         """Largest N with w + (N - 1 - w) / s <= window - 1."""
         if self.window >= window:

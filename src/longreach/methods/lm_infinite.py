@@ -95,6 +95,10 @@ class LMInfinite(Method):
             capped = torch.where(i - j < self.n_local, i - j, self.limit)
         return hidden_to_nan(capped, visible)
 
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        return cls(window)
+
     def capacity(self, window: int) -> int | None:
         """Unlimited if no distance exceeds the trained ones: n_local - 1 when near, the limit for the first tokens."""
         late = self._late(self.top_k_from_layer)

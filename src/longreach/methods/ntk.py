@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from longreach.encodings import Frequencies, Rope
-from longreach.methods.base import FrequencyMethod, require, require_number, stretched
+from longreach.methods.base import FrequencyMethod, Method, require, require_number, stretched
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class NTK(FrequencyMethod):
         require(pairs > 1, "NTK-aware scaling needs two pairs of rotary dims or more, and this model rotates one; use PI(factor=...)")
         pair = torch.arange(pairs, dtype=torch.float64, device=rope.own.inverse.device)
         return Frequencies(rope.own.inverse * self.factor ** (-pair / (pairs - 1)))
+
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        """Twice what the lengths ask for, since a factor reaches less than factor times the window in practice."""
+        return cls(max(1.0, 2 * context / window) if context > window else 1.0)
 
     def capacity(self, window: int) -> int | None:
         """Where the slowest pair reaches its largest trained angle."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from longreach.encodings import Frequencies, Rope
-from longreach.methods.base import FrequencyMethod, require, require_number, require_positive, stretched
+from longreach.methods.base import FrequencyMethod, Method, require, require_number, require_positive, stretched
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class NTKByParts(FrequencyMethod):
         turns = rope.window * own / (2 * math.pi)
         gamma = ((turns - self.alpha) / (self.beta - self.alpha)).clamp(0, 1)
         return Frequencies((1 - gamma) * own / self.factor + gamma * own)
+
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        return cls(max(1.0, context / window))
 
     def capacity(self, window: int) -> int | None:
         """Where the interpolated pairs reach their largest trained angle; the others have passed every angle in the trained window."""

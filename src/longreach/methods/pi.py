@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from longreach.encodings import Frequencies, Rope
-from longreach.methods.base import FrequencyMethod, require_number, stretched
+from longreach.methods.base import FrequencyMethod, Method, require_number, stretched
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class PI(FrequencyMethod):
 
     def frequencies(self, rope: Rope) -> Frequencies:
         return rope.standard("linear", factor=self.factor)
+
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        return cls(max(1.0, context / window))
 
     def capacity(self, window: int) -> int | None:
         return stretched(window, self.factor)

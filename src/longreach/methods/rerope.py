@@ -46,6 +46,11 @@ class ReRoPE(Method):
     def query_scale(self) -> LogScale | None:
         return None if self.log_scale is None else LogScale(self.log_scale)
 
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        """Half the trained window at true distances."""
+        return cls(window // 2) if window > 1 else None
+
     def capacity(self, window: int) -> int | None:
         """Unlimited if the distance `window` itself is a trained one."""
         return None if self.window < window else window

@@ -32,6 +32,10 @@ class Stock(Method):
         near = j <= i if self.sliding_window is None else (j <= i) & (i - j < self.sliding_window)
         return hidden_to_nan(i - j, near)
 
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        return cls()
+
     def __post_init__(self) -> None:
         if self.sliding_window is not None:
             require_integer("sliding_window", self.sliding_window, 1)

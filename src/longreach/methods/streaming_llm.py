@@ -74,6 +74,10 @@ class StreamingLLM(Method):
         key_place = torch.where(j < self.n_sink, j, place - (i - j))
         return hidden_to_nan(place - key_place, (j <= i) & ((j < self.n_sink) | (key_place >= self.n_sink)))
 
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        return cls(window - 4) if window > 4 else None
+
     def capacity(self, window: int) -> int | None:
         """Unlimited if C <= window, which the paper allows itself (4 + 4092 on a window of 4096); else until a distance is not trained."""
         if self.cache <= window:

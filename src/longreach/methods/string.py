@@ -51,6 +51,12 @@ class STRING(Method):
         exact = (i - j).double()
         return torch.where(j <= i, torch.where(i - j < self.shift, exact, exact - self.shift + self.local_window), torch.nan)
 
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        """What is far back in a text of the trained window, shifted by a third of it; this method reaches little further."""
+        shift, near = window // 3, max(1, min(128, window // 4))
+        return cls(shift, near) if shift >= near and context <= window + shift - near else None
+
     def capacity(self, window: int) -> int | None:
         """Largest N with N - 1 - shift + local_window <= window - 1."""
         return window if self.shift > window else window + self.shift - self.local_window

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from longreach.encodings import Frequencies, Rope
-from longreach.methods.base import FrequencyMethod, require, require_number, require_positive, stretched
+from longreach.methods.base import FrequencyMethod, Method, require, require_number, require_positive, stretched
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class YaRN(FrequencyMethod):
             truncate=self.truncate_ramp,
             attention_factor=self.attention_factor,
         )
+
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        return cls(max(1.0, context / window))
 
     def capacity(self, window: int) -> int | None:
         """Where the interpolated pairs reach their largest trained angle; the others have passed every angle in the trained window."""
