@@ -28,7 +28,6 @@ from longreach.loading import EMBEDDED, parse_dtype
 from longreach.methods import registry
 from longreach.methods.base import Method
 
-LONGEST = 1 << 30  # tokens up to which a larger context is looked for
 ORDER: tuple[Recall, ...] = ("everything", "what is retrieved", "recent only", "fluent only", "untrained")
 
 

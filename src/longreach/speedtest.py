@@ -170,13 +170,14 @@ def token_seconds(model: Any, method: Method, rounds: int = 3) -> float:
 
 
 def seconds(run: Callable[[], Any], device: torch.device, least: float = 0.2) -> float:
-    """Of one call: the best of several, after a warm-up."""
+    """Of one call: the best of several after a warm-up; of two where one takes long."""
     found: list[float] = []
-    began = time.perf_counter()
     with torch.no_grad():
+        began = time.perf_counter()
         run()
-        while len(found) < 3 or time.perf_counter() - began < least:
-            synchronise(device)
+        synchronise(device)
+        rounds = 3 if time.perf_counter() - began < 1.0 else 1
+        while len(found) < rounds or time.perf_counter() - began < least:
             started = time.perf_counter()
             run()
             synchronise(device)

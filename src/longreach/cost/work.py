@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from longreach.cost.architecture import Architecture, Attention
@@ -36,8 +37,9 @@ def methods_of(architecture: Architecture, method: Method) -> list[Method]:
     return [method if w is None or overridden else Stock(w) for w in sliding]
 
 
+@lru_cache(maxsize=512)
 def layouts(architecture: Architecture, method: Method) -> dict[tuple[Attention, Layout], int]:
-    """The distinct layers and how many there are of each."""
+    """The distinct layers and how many there are of each. Remembered: a row asks a dozen times. Not to be changed by the caller."""
     found: dict[tuple[Attention, Layout], int] = {}
     for index, (layer, own) in enumerate(zip(architecture.layers, methods_of(architecture, method))):
         key = layer, own.layout(index)
