@@ -5,6 +5,7 @@ Knows the options and the tables; sizing.py plans, speedtest.py measures.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,8 +61,9 @@ def command(
     """
     with output(as_json, verbose) as out, quiet_transformers(verbose):
         if calibrate:
-            measure(out, device)
+            measured = measure(out, device)
             if declared is None:
+                out.finish(measured, lambda console: None)
                 return
         if declared is None:
             raise ValueError("pass --context N, the prompt plus the new tokens, for example longreach plan --context 32768 --hardware A100-80")
@@ -83,7 +85,8 @@ def command(
         raise typer.Exit(IMPOSSIBLE)
 
 
-def measure(out: Output, device: str) -> None:
+def measure(out: Output, device: str) -> dict[str, Any]:
+    """Calibrates, and tells where the figures are and what they are."""
     from longreach import speedtest
     from longreach.cost import calibration
 
@@ -91,12 +94,14 @@ def measure(out: Output, device: str) -> None:
     out.note(f"measuring {device}; the figures are only as good as the machine is quiet")
     made = speedtest.calibrate(device, say=lambda text: out.note(f"  {text}"))
     out.note(f"wrote {calibration.default_path()}")
+    found = {name: dataclasses.asdict(speeds) for name, speeds in (made.measured or {}).items()}
     for name, speeds in (made.measured or {}).items():
         best = max(y for _, y in speeds.gemm.points)
         out.note(
             f"  {name}: products up to {best / 1e9:.3g} GFLOP/s, attention {speeds.attention(64) / 1e9:.3g} GFLOP/s, keys {speeds.keys / 1e9:.3g} GB/s, "
             f"overhead {1e3 * speeds.forward_seconds:.3g} ms per forward and {1e3 * speeds.layer_seconds:.3g} ms per layer"
         )
+    return {"file": str(calibration.default_path()), "device": device, "memory": made.memory, "reserved": made.reserved, "speeds": found}
 
 
 def draw(found: Plan, method: Any, png: Path) -> None:

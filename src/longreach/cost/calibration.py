@@ -57,11 +57,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{str(path)!r} is not a calibration of longreach; delete it and {AGAIN}") from None
+        content = None
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise ValueError(f"{str(path)!r} was written by another version of longreach; {AGAIN} to replace it") if isinstance(content, dict) else ValueError(
-            f"{str(path)!r} is not a calibration of longreach; delete it and {AGAIN}"
-        )
+        raise ValueError(f"{str(path)!r} is not a calibration of this version of longreach; delete it and {AGAIN}")
     return content
 
 
@@ -76,7 +74,7 @@ def hardware(device: str, path: Path | None = None) -> Hardware:
         raise ValueError(f"the speed of this machine's {device} was not measured yet; {AGAIN.replace('--calibrate', '--calibrate' + where)}")
     for name, now in facts(device).items():
         if entry["facts"].get(name) != now:
-            raise ValueError(f"this machine was measured with {name} {entry['facts'].get(name)} and now has {now}; {AGAIN} again")
+            raise ValueError(f"this machine was measured with {name} {entry['facts'].get(name)} and now has {now}; {AGAIN}")
     data = dict(entry["hardware"])
     data["measured"] = {name: speeds(values) for name, values in data["measured"].items()}
     return Hardware(**data)

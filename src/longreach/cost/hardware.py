@@ -6,6 +6,7 @@ Knows numbers and their source; no models. Datasheet figures are peaks: what a r
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -26,14 +27,12 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
     def __call__(self, size: float) -> float:
-        from math import log
-
         below = [p for p in self.points if p[0] <= size]
         above = [p for p in self.points if p[0] > size]
         if not below or not above:
             return below[-1][1] if below else above[0][1]
         (x0, y0), (x1, y1) = below[-1], above[0]
-        return y0 + (y1 - y0) * (log(size) - log(x0)) / (log(x1) - log(x0))
+        return y0 + (y1 - y0) * math.log(size / x0) / math.log(x1 / x0)
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,9 @@ def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int
     total = t * (q + layer.entry + o) * b + t * k * 4 * 2  # what arrives and leaves; a key form is rotated in fp32
     rotations = len({(segment.query_positions, segment.query_scale) for segment in layout.segments})
     total += at_once * (q * (rotations * b + 8) + o * (b + 8))  # rotated queries; the sum, and one part in both precisions
-    for kept, width in [(kept, layer.key_width) for kept in forms(layout).values()] + [(Retention(), layer.value_width)]:
+    for kept, size in buffers(layer, layout, schedule):
         if kept.tail and t > SLACK and schedule.chunked > kept.tail + t:
-            total += (kept.tail + t) * layer.kv_heads * width * b  # a long chunk is attended from a copy
+            total += (kept.tail + t) * size // entries(kept, schedule) * b  # a long chunk is attended from a copy
     if layout.late is not None:  # scores of 64 queries and fp32 copies of the candidates
         total += schedule.stored * (4 * layer.heads * 2 * 64 + 4 * k + (4 + b) * o)
     if expands_groups and layer.heads > layer.kv_heads:
