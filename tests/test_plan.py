@@ -140,6 +140,8 @@ def test_the_bound_that_binds():
     slow = replace(CARDS["A100-80"], link=1e9)
     waiting = plan(context=65_536, hardware=slow, concurrency=50, new_tokens=8).row("selfextend")
     assert not waiting.fits and 0 < waiting.users < 50 and waiting.bound == "host link"
+    tight = plan(context=65_536, hardware=replace(slow, host_memory=3 * waiting.kv_bytes), concurrency=50, new_tokens=8)
+    assert any(f"3 of the {50 - waiting.users} users" in note for note in tight.notes)
     assert waiting.switch_seconds == pytest.approx(2 * waiting.kv_bytes / (1e9 * 0.8))
     assert plan("nano", 1024).row("selfextend").bound == "overhead"
 

@@ -27,6 +27,7 @@ from longreach.cost.work import Recall, recall
 from longreach.loading import EMBEDDED, parse_dtype
 from longreach.methods import registry
 from longreach.methods.base import Method
+from longreach.methods.selfextend import SelfExtend
 
 ORDER: tuple[Recall, ...] = ("everything", "what is retrieved", "recent only", "fluent only", "untrained")
 
@@ -176,8 +177,17 @@ def plan(
         terms=tuple(terms.peak(architecture, device, context, new_tokens, concurrency)),
         offloading=terms.offloading(terms.spe_context(architecture, device, concurrency), context),
         nearest=tuple(nearest(request, rows, method)),
-        notes=(*architecture.notes, *notes),
+        notes=(*architecture.notes, *notes, *waiting(request, rows[0])),
     )
+
+
+def waiting(request: Request, row: Row) -> list[str]:
+    """Users that do not fit wait on the host, if it has room for them."""
+    outside, room = request.concurrency - row.users, request.hardware.host_memory
+    if not row.users or outside <= 0 or room is None or outside * row.kv_bytes <= room:
+        return []
+    held = room // row.kv_bytes
+    return [f"the host's memory holds the keys and values of {held} of the {outside} users that would wait; ask for {row.users + held} at a time"]
 
 
 def check(context: int | None, new_tokens: int, concurrency: int, chunk_size: int) -> None:
@@ -333,7 +343,8 @@ def by_memory(request: Request, best: Row, given: Method | None) -> list[Alterna
     fixed, device = request.hardware.reserved + request.architecture.weights.nbytes, request.hardware
 
     def method_at(n: int) -> Method:
-        return given or auto.by_length(request.window, n).method if isinstance(best.method, dial_methods()) else best.method
+        """The dial takes another group size at another length; what was given stays."""
+        return auto.by_length(request.window, n).method if given is None and isinstance(best.method, SelfExtend) else best.method
 
     longest = largest(lambda n: n <= request.new_tokens or peak_bytes(request, method_at(n), n) <= device.memory, request.context)
     if longest > request.new_tokens:
@@ -354,13 +365,6 @@ def by_memory(request: Request, best: Row, given: Method | None) -> list[Alterna
         what = "the weights alone exceed this device" if fixed > device.memory else "keys and values exceed this device"
         found.append(Alternative(f"{what} and every listed card: {need:.1f} GiB are needed; take a smaller model or several devices", None))
     return found
-
-
-def dial_methods() -> tuple[type[Method], ...]:
-    from longreach.methods.selfextend import SelfExtend
-    from longreach.methods.stock import Stock
-
-    return SelfExtend, Stock
 
 
 def halved(request: Request) -> Request:
