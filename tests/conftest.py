@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+with torch.device("meta"):
+    torch.empty(0)  # at the first use PyTorch remembers which functions take a device: it has to see the real ones, not those below
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:

@@ -36,12 +36,16 @@ if TYPE_CHECKING:
     from longreach.methods.yarn import YaRN as YaRN
     from longreach.seam.extend import Extension as Extension
     from longreach.seam.extend import extend as extend
+    from longreach.sizing import Plan as Plan
+    from longreach.sizing import plan as plan
     from longreach.streaming import stream as stream
 
 _HOMES = {
     "load": "loading",
     "extend": "seam.extend",
     "Extension": "seam.extend",
+    "plan": "sizing",
+    "Plan": "sizing",
     "stream": "streaming",
     "Method": "methods.base",
     "from_json": "methods",

@@ -1,6 +1,6 @@
 """The single dial: a declared context and a model's configuration -> a method and its parameters, with the reason.
 
-Knows configurations and the published rules; touches no weights. The decision is made once, at `extend()`.
+Knows configurations, the published rules and how much memory is free; touches no weights. The decision is made once, at `extend()`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from longreach.cost.architecture import outline
+from longreach.cost.machine import free_memory
+from longreach.cost.memory import Budget, largest
 from longreach.methods.base import Method
+from longreach.methods.dual_chunk import DualChunk
+from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
 
@@ -79,7 +86,45 @@ def largest_distance_allowed(window: int) -> int:
     return window * WELL_TRAINED[0] // WELL_TRAINED[1]
 
 
-def choose(window: Window, context: int) -> Choice:
+def choose(window: Window, context: int, budget: Budget | None = None) -> Choice:
+    """The method for a context; if memory is what binds, the first that fits into the budget, with a warning of what that loses.
+
+    budget  free memory for keys and values; None: memory is not looked at.
+    """
+    choice = by_length(window, context)
+    return choice if budget is None or budget.fits(choice.method, context) else frugal(choice, budget)
+
+
+def budget(config: Any, dtype: torch.dtype, device: torch.device) -> Budget | None:
+    """What is free now, after the weights were loaded; None where the system or the configuration does not tell."""
+    free = free_memory(device)
+    try:
+        return None if free is None else Budget(outline(config, dtype), free)
+    except ValueError:  # layers whose bytes we cannot count: then memory is no argument
+        return None
+
+
+def frugal(choice: Choice, budget: Budget) -> Choice:
+    """The first of the methods that need less memory and fit, or an error with the largest context that the dial's own choice could have."""
+    wanted, context, window = choice.method, choice.context, choice.window
+    most = largest(lambda n: budget.fits(by_length(window, n).method, n), context)
+    needs = f"{wanted.brief()} needs about {gigabytes(budget.needs(wanted, context))} for {context} tokens and {gigabytes(budget.free)} are free"
+    for kind in (DualChunk, LMInfinite):
+        method = kind.suggest(window.tokens, context)
+        if method is None or not budget.fits(method, context):
+            continue
+        warning = f"memory binds: {needs}; {method.brief()} fits and recalls {method.recalls}"
+        fix = f"; a context of at most {most} fits without it" if most else ""
+        return Choice(method, context, window, f"{choice.reason}; but {needs}: the first method that fits", warning + fix)
+    fix = f"declare a context of at most {most}" if most else "load the model in bfloat16 or on a device with more memory"
+    raise ValueError(f"memory binds: {needs}, and no method that keeps less fits either; {fix}")
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def by_length(window: Window, context: int) -> Choice:
     """SelfExtend with the smallest group size that the rules allow; stock when the context fits anyway.
 
     The rule of the authors: w + (N - w) / g <= 2/3 L, for only well-trained positions should be used. The loose rule: every
@@ -113,7 +158,7 @@ def choose(window: Window, context: int) -> Choice:
         method = largest if (largest.capacity(length) or 0) >= context else loose
         reason = f"{context} tokens exceed the trained window of {length} ({window.reason}): largest usual group size; all distances are trained ones"
         return Choice(method, context, window, reason, warning)
-    most, group = max((usual(length, g).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
+    most, group = reach(length)
     raise ValueError(
         f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
         f"group size {group}; declare at most that, choose a larger group with SelfExtend(group_size=...), or read a text of any length "
@@ -127,6 +172,11 @@ def recommended(method: type[Method], window: Window, context: int) -> Method:
     Raises ValueError where there is none.
     """
     return choose(window, context).method if method is SelfExtend else method.recommended(window.tokens, context)
+
+
+def reach(length: int) -> tuple[int, int]:
+    """The largest context that the usual parameters reach on a trained window, and the group size that does."""
+    return max((usual(length, g).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
 
 
 def usual(length: int, group: int) -> SelfExtend:

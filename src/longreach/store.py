@@ -18,6 +18,14 @@ ROLLBACK = 128  # tokens a crop may always undo (assisted decoding)
 SLACK = 64  # tokens a bounded buffer takes before it moves its tail to the front
 
 
+def room(old: int, needed: int, most: int | None) -> int:
+    """Entries of a body that had `old` and needs `needed`: it grows by an eighth, and never beyond `most`."""
+    if needed <= old:
+        return old
+    size = max(needed + SLACK, old + old // 8)
+    return size if most is None else min(size, most)
+
+
 @dataclass(frozen=True)
 class Run:
     """Consecutive entries [B, H, n, D] of one form; entry 0 has index `start`."""
@@ -170,8 +178,7 @@ class Buffer:
         """A body of at least `needed` entries per row."""
         old = 0 if self.body is None else self.body.shape[2]
         if self.body is None or needed > old:
-            size = max(needed + SLACK, old + old // 8)
-            size = size if most is None else min(size, most)
+            size = room(old, needed, most)
             grown = like.new_empty((len(self.starts), like.shape[1], size, like.shape[3]))
             if self.body is not None:
                 grown[:, :, :old] = self.body

@@ -26,6 +26,7 @@ COMMANDS = {
     "distances": "distances",
     "check": "check",
     "eval": "eval",
+    "plan": "plan",
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 # Method parameters are not declared to Typer: they come from the dataclass of the chosen method, see parameters.py.

@@ -80,6 +80,27 @@ class Method(ABC):
         """Whether the result of a prompt is the same however it is cut into forwards."""
         return True
 
+    @classmethod
+    def suggest(cls, window: int, context: int) -> Method | None:
+        """`recommended`, where there is one that reaches the context; else None."""
+        try:
+            method = cls.recommended(window, context)
+        except ValueError:
+            return None
+        reach = method.capacity(window)
+        return method if reach is None or reach >= context else None
+
+    def options(self) -> list[str]:
+        """The method as one types it on the command line, without the defaults."""
+        found = [self.name]
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if value == f.default:
+                continue
+            typed = f'"{" ".join(value.options())}"' if isinstance(value, Method) else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            found += ["--" + f.name.replace("_", "-"), typed]
+        return found
+
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"method": self.name, **{name: value.to_json() if isinstance(value, Method) else value for name, value in values.items()}}

@@ -108,7 +108,8 @@ class Extension:
         self.choice: auto.Choice | None = None
         if method is None:
             assert context is not None
-            self.choice = auto.choose(self.window, context)
+            weight = next(model.parameters())
+            self.choice = auto.choose(self.window, context, auto.budget(self.config, weight.dtype, weight.device))
             method = self.choice.method
         self.method = method
         self.context = context

@@ -1,0 +1,190 @@
+"""`longreach plan`: what a length costs with a model on a device, by method, before anything is downloaded.
+
+Knows the options and the tables; sizing.py plans, speedtest.py measures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from longreach.cli.common import (
+    Context,
+    Dtype,
+    Json,
+    MethodName,
+    Model,
+    Output,
+    TrainedWindow,
+    Verbose,
+    check_device,
+    check_picture,
+    method_of,
+    output,
+    pairs_table,
+    quiet_transformers,
+    size,
+)
+
+if TYPE_CHECKING:
+    from longreach.sizing import Plan, Row
+
+TAKES_METHOD_PARAMETERS = True
+IMPOSSIBLE = 1
+
+
+def command(
+    context: typer.Context,
+    model: Model = "nano",
+    config: Annotated[Path | None, typer.Option("--config", help="A config.json in place of the model's; nothing is downloaded then.")] = None,
+    declared: Context = None,
+    hardware: Annotated[str, typer.Option("--hardware", help="H200, H100-80, A100-80, RTX4090, ..., cpu, cuda (calibrated), or a TOML file.")] = "cpu",
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Users at a time.")] = 1,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens of the answer, part of the context.")] = 128,
+    method: MethodName = None,
+    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens of one forward.")] = 512,
+    dtype: Dtype = None,
+    trained_window: TrainedWindow = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Draw cost against length into this file.")] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine once (about a minute), for --hardware cpu or cuda.")] = False,
+    device: Annotated[str, typer.Option("--device", help="What --calibrate measures: cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Will it fit, how long will it take, and with which method? From the configuration alone, without weights.
+
+    Exits with 1 if no method can serve the request; the nearest that can be served are shown. Parameters of a method are options too.
+    """
+    with output(as_json, verbose) as out, quiet_transformers(verbose):
+        if calibrate:
+            measured = measure(out, device)
+            if declared is None:
+                out.finish(measured, lambda console: None)
+                return
+        if declared is None:
+            raise ValueError("pass --context N, the prompt plus the new tokens, for example longreach plan --context 32768 --hardware A100-80")
+        check_picture(png)
+        from longreach.sizing import plan
+
+        chosen = method_of(context, method)
+        found = plan(
+            model, declared, hardware, config=config, new_tokens=new_tokens, concurrency=concurrency, method=chosen, dtype=dtype,
+            trained_window=trained_window, chunk_size=chunk_size,
+        )  # fmt: skip
+        result = found.to_json()
+        if png is not None:
+            draw(found, chosen, png)
+            out.note(f"wrote {png}")
+            result["png"] = str(png)
+        out.finish(result, lambda console: show(console, found))
+    if not found.possible:
+        raise typer.Exit(IMPOSSIBLE)
+
+
+def measure(out: Output, device: str) -> dict[str, Any]:
+    """Calibrates, and tells where the figures are and what they are."""
+    from longreach import speedtest
+    from longreach.cost import calibration
+
+    check_device(device)
+    out.note(f"measuring {device}; the figures are only as good as the machine is quiet")
+    made = speedtest.calibrate(device, say=lambda text: out.note(f"  {text}"))
+    out.note(f"wrote {calibration.default_path()}")
+    found = {name: dataclasses.asdict(speeds) for name, speeds in (made.measured or {}).items()}
+    for name, speeds in (made.measured or {}).items():
+        best = max(y for _, y in speeds.gemm.points)
+        out.note(
+            f"  {name}: products up to {best / 1e9:.3g} GFLOP/s, attention {speeds.attention(64) / 1e9:.3g} GFLOP/s, keys {speeds.keys / 1e9:.3g} GB/s, "
+            f"overhead {1e3 * speeds.forward_seconds:.3g} ms per forward and {1e3 * speeds.layer_seconds:.3g} ms per layer"
+        )
+    return {"file": str(calibration.default_path()), "device": device, "memory": made.memory, "reserved": made.reserved, "speeds": found}
+
+
+def draw(found: Plan, method: Any, png: Path) -> None:
+    from longreach.cost import picture
+    from longreach.sizing import curves, lengths_around
+
+    request = found.request
+    picture.draw(found, curves(found, lengths_around(request.context, request.new_tokens), method), png)
+
+
+def show(console: Console, found: Plan) -> None:
+    from rich.text import Text
+
+    request, weights = found.request, found.request.architecture.weights
+    speeds = "measured on this machine" if request.hardware.measured is not None else f"{request.hardware.source}, at assumed efficiencies"
+    rows = [
+        ("model", f"{weights.parameters:,} parameters, {size(weights.nbytes)} in {request.dtype}"),
+        ("trained window", f"{request.window.tokens} tokens ({request.window.reason})"),
+        ("request", f"{request.context} tokens, {request.new_tokens} of them new, {request.concurrency} at a time"),
+        ("hardware", f"{request.hardware.name}, {size(request.hardware.memory)} ({speeds})"),
+    ]
+    console.print(pairs_table(request.model, rows))
+    console.print(method_table(found))
+    for row in found.rows:
+        console.print(Text.assemble("  ", (" ".join(row.method.options()), "bold"), f": {row.remark}"), soft_wrap=True)
+    console.print("\nto run")
+    for row in shown_commands(found):
+        console.print(Text(f"  {row.command}"), soft_wrap=True)
+    if found.nearest:
+        console.print("\nnearest requests that can be met", style="bold")
+        for alternative in found.nearest:
+            console.print(Text(f"  {alternative.change}" + (f"\n    {alternative.command}" if alternative.command else "")), soft_wrap=True)
+    console.print(terms_table(found))
+    on_host = found.offloading["layers_on_host"]
+    thresholds = found.offloading["thresholds"]
+    console.print(
+        Text(
+            f"SpeContext's memory model: plain attention fits up to {thresholds[0]} tokens; with all layers' keys on the host and {found.offloading['budget']} "
+            f"tokens of each on the device, {thresholds[-1]}; this request needs {'more than all' if on_host is None else on_host} layers there"
+        ),
+        soft_wrap=True,
+    )
+    for note in found.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+
+
+def method_table(found: Plan) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="methods (* the dial's choice)", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for column in ("method", "fits", "users", "KV per user", "prefill", "ms/token", "bound", "recalls"):
+        table.add_column(column, justify="right" if column in ("users", "KV per user", "prefill", "ms/token") else "left", no_wrap=column in ("method", "fits"))
+    for row in found.rows:
+        cells = [str(row.users), size(row.kv_bytes), f"{row.prefill_seconds:.3g} s", f"{1e3 * row.token_seconds:.3g}", row.bound, row.recall]
+        table.add_row(("* " if row.chosen else "  ") + row.method.name, fits(row, found), *cells)
+    return table
+
+
+def fits(row: Row, found: Plan) -> str:
+    if row.fits:
+        return "yes"
+    return f"{row.users} of {found.request.concurrency}" if row.users else "no"
+
+
+def shown_commands(found: Plan) -> list[Row]:
+    """The first that fits of every kind of recall."""
+    best: dict[str, Row] = {}
+    for row in found.rows:
+        if row.fits and row.recall != "untrained":
+            best.setdefault(row.recall, row)
+    return list(best.values())
+
+
+def terms_table(found: Plan) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="\nplain attention at the hardware's peak (arXiv 2405.08944): bounds, not predictions", title_justify="left", box=box.SIMPLE)
+    for column in ("term", "value", "formula"):
+        table.add_column(column, justify="right" if column == "value" else "left", no_wrap=column != "formula")
+    for term in found.terms:
+        value = size(int(term.value)) if term.unit == "bytes" else f"{term.value:,.4g} {term.unit}"
+        table.add_row(term.name, value, Text(term.formula))
+    return table

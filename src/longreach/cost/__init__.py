@@ -1,0 +1,11 @@
+"""What a model, a method and a length cost: bytes, floating-point operations, seconds. Closed forms, no weights.
+
+architecture.py   a configuration -> layers and exact weight bytes
+work.py           a layout -> pairs attended, keys read, what stays visible
+memory.py         a layout -> bytes of the store, temporary bytes, what fits
+theory.py         the published cost models: peak performance (arXiv 2405.08944), SpeContext's thresholds (arXiv 2512.00722)
+hardware.py       cards, from datasheets or a TOML file
+calibration.py    this machine, measured
+timing.py         seconds, from work and measured or assumed speeds
+picture.py        cost against length
+"""
