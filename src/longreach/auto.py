@@ -128,7 +128,7 @@ def by_length(window: Window, context: int) -> Choice:
     """SelfExtend with the smallest group size that the rules allow; stock when the context fits anyway.
 
     The rule of the authors: w + (N - w) / g <= 2/3 L, for only well-trained positions should be used. The loose rule: every
-    distance is below L. With w = L/8 rounded to a multiple of g.
+    distance is below L. With w = L/8 rounded to a multiple of g, and the log scale of the official code with base L.
     """
     if not isinstance(context, int) or isinstance(context, bool) or context < 1:
         raise ValueError(f"context must be a positive number of tokens, not {context!r}; count the prompt and the new tokens")
@@ -144,7 +144,7 @@ def by_length(window: Window, context: int) -> Choice:
         if method.window + (context - method.window) / group <= trusted:
             reason = (
                 f"{context} tokens exceed the trained window of {length} ({window.reason}): smallest group size whose largest distance, "
-                f"{method.window + (context - method.window) // group}, stays within 2/3 of it ({trusted})"
+                f"{method.window + (context - method.window) // group}, stays within 2/3 of it ({trusted}); queries beyond the window are scaled by ln(i + 1) / ln({length})"
             )
             return Choice(method, context, window, reason)
         if loose is None and (method.capacity(length) or 0) >= context:
@@ -156,7 +156,7 @@ def by_length(window: Window, context: int) -> Choice:
         )
         largest = usual(length, LARGEST_GROUP)
         method = largest if (largest.capacity(length) or 0) >= context else loose
-        reason = f"{context} tokens exceed the trained window of {length} ({window.reason}): largest usual group size; all distances are trained ones"
+        reason = f"{context} tokens exceed the trained window of {length} ({window.reason}): largest usual group size; all distances are trained ones; queries beyond the window are scaled by ln(i + 1) / ln({length})"
         return Choice(method, context, window, reason, warning)
     most, group = reach(length)
     raise ValueError(
@@ -180,8 +180,9 @@ def reach(length: int) -> tuple[int, int]:
 
 
 def usual(length: int, group: int) -> SelfExtend:
-    """The method that the dial considers for a group size."""
-    return SelfExtend(group, neighbour_window(length, group))
+    """The method that the dial considers for a group size. The log scale keeps attention as sharp among many keys as among the trained
+    number of them: without it the softmax is diluted, see docs/nano.md for the evidence. Texts inside the window are as without it."""
+    return SelfExtend(group, neighbour_window(length, group), log_scale=length if length > 1 else None)
 
 
 def neighbour_window(length: int, group: int) -> int:
