@@ -23,6 +23,7 @@ WINDOW_SHARE = 8  # neighbour window = trained window / 8; see docs/nano.md for 
 WELL_TRAINED = (2, 3)  # only the lower two thirds of the trained positions are trusted (the authors' empirical rule)
 WINDOW_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")  # the second is MPT's, the third BLOOM's, where a checkpoint has it
 LARGEST_GROUP = 64  # the authors' range for group sizes ends here
+SHARPENED = "the log scale keeps attention sharp among more keys than in training"
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def by_length(window: Window, context: int) -> Choice:
         if method.window + (context - method.window) / group <= trusted:
             reason = (
                 f"{context} tokens exceed the trained window of {length} ({window.reason}): smallest group size whose largest distance, "
-                f"{method.window + (context - method.window) // group}, stays within 2/3 of it ({trusted}); queries beyond the window are scaled by ln(i + 1) / ln({length})"
+                f"{method.window + (context - method.window) // group}, stays within 2/3 of it ({trusted}); {SHARPENED}"
             )
             return Choice(method, context, window, reason)
         if loose is None and (method.capacity(length) or 0) >= context:
@@ -156,7 +157,8 @@ def by_length(window: Window, context: int) -> Choice:
         )
         largest = usual(length, LARGEST_GROUP)
         method = largest if (largest.capacity(length) or 0) >= context else loose
-        reason = f"{context} tokens exceed the trained window of {length} ({window.reason}): largest usual group size; all distances are trained ones; queries beyond the window are scaled by ln(i + 1) / ln({length})"
+        exceeds = f"{context} tokens exceed the trained window of {length} ({window.reason})"
+        reason = f"{exceeds}: largest usual group size; all distances are trained ones; {SHARPENED}"
         return Choice(method, context, window, reason, warning)
     most, group = reach(length)
     raise ValueError(
