@@ -1,6 +1,6 @@
 """`longreach eval`: the group of commands that measure what a method buys. Here: what there is to run, reports and comparisons of what was run.
 
-Knows options, tables and folders of runs; running is in eval_run.py and eval_ppl.py.
+Knows options, tables and folders of runs; running is in eval_run.py, eval_ppl.py and eval_lm.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PALETTE = Annotated[str, typer.Option("--palette", help="Colours of the depth ma
 
 def subcommands() -> typer.Typer:
     """The commands of `longreach eval`."""
-    from longreach.cli import LENIENT, eval_ppl, eval_run
+    from longreach.cli import LENIENT, eval_lm, eval_ppl, eval_run
 
     app = typer.Typer(rich_markup_mode="rich")
     app.callback(invoke_without_command=True)(_help)
@@ -28,6 +28,7 @@ def subcommands() -> typer.Typer:
     app.command("run", context_settings=LENIENT)(eval_run.command)
     app.command("estimate", context_settings=LENIENT)(eval_run.estimate)
     app.command("ppl", context_settings=LENIENT)(eval_ppl.command)
+    app.command("lm-eval", context_settings=LENIENT)(eval_lm.command)
     app.command("report")(report)
     app.command("compare")(compare)
     return app
