@@ -1,6 +1,6 @@
 """How much filler fits into a prompt, and where a fact stands in it.
 
-Knows texts, samples and tokenizers; not tasks or models. Everything is counted with the tokenizer of the model that is evaluated.
+Knows texts, samples, tokenizers and what a user chose for a task; not models. Everything is counted with the tokenizer of the model that is evaluated.
 """
 
 from __future__ import annotations
