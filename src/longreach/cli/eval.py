@@ -57,11 +57,17 @@ def list_tasks(as_json: Json = False) -> None:
 
 
 def show_tasks(console: Console, found: list[dict[str, Any]]) -> None:
-    table = plain_table("task", "benchmark", "data", "licence", "metric", "options and their defaults")
-    for task in found:
-        options = ", ".join(f"{name}={value}" for name, value in task["options"].items())
-        table.add_row(task["name"], task["group"], "needed" if task["needs_data"] else "made", task["license"], task["metric"], options)
-    console.print(table)
+    """A table for each benchmark, so that the names of the tasks are whole on a narrow terminal."""
+    for group in dict.fromkeys(task["group"] for task in sorted(found, key=lambda task: task["group"])):
+        members = [task for task in found if task["group"] == group]
+        licences = " / ".join(dict.fromkeys(task["license"] for task in members))
+        console.print(f"{group or 'tasks of their own'}: {licences}", markup=False, style="bold")
+        table = plain_table("task", "data", "metric", "options and their defaults")
+        table.columns[0].no_wrap = True
+        for task in members:
+            options = ", ".join(f"{name}={value}" for name, value in task["options"].items())
+            table.add_row(task["name"], "needed" if task["needs_data"] else "made", task["metric"], options)
+        console.print(table)
     console.print("A benchmark's name stands for all its tasks. Options are given as --option NAME=VALUE.", markup=False)
 
 
