@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from random import Random
+from dataclasses import dataclass
 
 from longreach.evals.budget import Prompt
 from longreach.evals.engine import Reply
@@ -45,16 +44,6 @@ class CopyTail:
         known = self.tokenizer.decode(prompt.ids[-self.window :])  # type: ignore[attr-defined]
         found = re.search(r"The pass key is (\d+)\. Remember it\. \1 is the pass key\.", known)
         return reply(f" {found[1]}." if found else " unknown")
-
-
-@dataclass
-class RandomChoice:
-    """One of the sample's `meta["choices"]`."""
-
-    rng: Random = field(default_factory=lambda: Random(1))
-
-    def answer(self, prompt: Prompt) -> Reply:
-        return reply(" " + str(self.rng.choice(list(prompt.sample.meta["choices"]))))
 
 
 @dataclass

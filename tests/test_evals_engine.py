@@ -166,7 +166,7 @@ def test_the_commands_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
         (["run", "passkey", "--option", "colour=red"], "they know digits, style"),
         (["run", "passkey", "--shard", "2/2"], "--shard must be i/n"),
         (["run", "passkey", "--lengths", "300", "--context", "200"], "25 of 25 samples need more than 200 tokens"),
-        (["run", "passkey", "--lengths", "30"], "choose a greater length"),
+        (["run", "passkey", "--lengths", "30"], "choose a length of at least"),
         (["run", "passkey", "--truncate", "middle"], "pass --context N too"),
         (["ppl", "--text", "there-is-no-book.txt"], "there is no file"),
     ],

@@ -145,7 +145,7 @@ class Conversation:
     def _opening(self) -> list[int]:
         """What every sequence begins with, whatever is asked: the ids up to the end of the document."""
         if not self._has_template:
-            from longreach.evals.haystack import open_ended
+            from longreach.evals.budget import open_ended
 
             return open_ended(self.tokenizer, self.tokenizer(self.document)["input_ids"])
         one, other = self._rendered("a", alone=True), self._rendered("Why?", alone=True)

@@ -17,7 +17,7 @@ import torch
 
 import longreach
 from longreach import auto, generation
-from longreach.evals import haystack
+from longreach.evals import budget, haystack
 
 NAMES = {"stock": "stock", "selfextend": "SelfExtend", "lm-infinite": "LM-Infinite"}
 FIRST_TOKENS = 4  # LM-Infinite's n_global: the first tokens that stay visible
@@ -148,7 +148,7 @@ def losses(model: Any, tokenizer: Any, text: str, window: int, plan: Plan, progr
 def passage(tokenizer: Any, text: str, length: int, rng: Random) -> torch.Tensor:
     """`length` tokens of the text from a drawn place on, as one document: with the special tokens that open a text."""
     start = haystack.sentence_start(text, rng.random())
-    opening = haystack.open_ended(tokenizer, tokenizer("")["input_ids"])
+    opening = budget.open_ended(tokenizer, tokenizer("")["input_ids"])
     piece = haystack.first_tokens(tokenizer, text, start, length + 8)  # a piece cut from a text may be a few tokens shorter when read alone
     return torch.tensor((opening + tokenizer(piece, add_special_tokens=False)["input_ids"])[:length])
 

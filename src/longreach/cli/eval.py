@@ -1,6 +1,6 @@
 """`longreach eval`: the group of commands that measure what a method buys. Here: what there is to run, reports and comparisons of what was run.
 
-Knows options, tables and folders of runs; running is in eval_run.py and eval_ppl.py.
+Knows options, tables and folders of runs; running is in eval_run.py, eval_ppl.py and eval_lm.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PALETTE = Annotated[str, typer.Option("--palette", help="Colours of the depth ma
 
 def subcommands() -> typer.Typer:
     """The commands of `longreach eval`."""
-    from longreach.cli import LENIENT, eval_ppl, eval_run
+    from longreach.cli import LENIENT, eval_lm, eval_ppl, eval_run
 
     app = typer.Typer(rich_markup_mode="rich")
     app.callback(invoke_without_command=True)(_help)
@@ -28,6 +28,7 @@ def subcommands() -> typer.Typer:
     app.command("run", context_settings=LENIENT)(eval_run.command)
     app.command("estimate", context_settings=LENIENT)(eval_run.estimate)
     app.command("ppl", context_settings=LENIENT)(eval_ppl.command)
+    app.command("lm-eval", context_settings=LENIENT)(eval_lm.command)
     app.command("report")(report)
     app.command("compare")(compare)
     return app
@@ -56,11 +57,17 @@ def list_tasks(as_json: Json = False) -> None:
 
 
 def show_tasks(console: Console, found: list[dict[str, Any]]) -> None:
-    table = plain_table("task", "benchmark", "data", "licence", "metric", "options and their defaults")
-    for task in found:
-        options = ", ".join(f"{name}={value}" for name, value in task["options"].items())
-        table.add_row(task["name"], task["group"], "needed" if task["needs_data"] else "made", task["license"], task["metric"], options)
-    console.print(table)
+    """A table for each benchmark, so that the names of the tasks are whole on a narrow terminal."""
+    for group in dict.fromkeys(task["group"] for task in sorted(found, key=lambda task: task["group"])):
+        members = [task for task in found if task["group"] == group]
+        licences = " / ".join(dict.fromkeys(task["license"] for task in members))
+        console.print(f"{group or 'tasks of their own'}: {licences}", markup=False, style="bold")
+        table = plain_table("task", "data", "metric", "options and their defaults")
+        table.columns[0].no_wrap = True
+        for task in members:
+            options = ", ".join(f"{name}={value}" for name, value in task["options"].items())
+            table.add_row(task["name"], "needed" if task["needs_data"] else "made", task["metric"], options)
+        console.print(table)
     console.print("A benchmark's name stands for all its tasks. Options are given as --option NAME=VALUE.", markup=False)
 
 

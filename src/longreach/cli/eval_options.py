@@ -122,11 +122,12 @@ def parse_options(given: list[str], tasks: list[Task]) -> dict[str, dict[str, An
             known = sorted({known for task in tasks for known in task.options})
             raise ValueError(f"--option {option!r} is not NAME=VALUE with a name that the tasks know; they know {', '.join(known) or 'none'}")
         for task in owners:
-            found[task.name][name] = _value(value)
+            found[task.name][name] = read_value(value)
     return found
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
+    """Numbers, true, false and lists as JSON has them; anything else is a word."""
     try:
         return json.loads(text)
     except ValueError:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from longreach.evals.haystack import hide, open_ended
+from longreach.evals.budget import open_ended
+from longreach.evals.haystack import hide
 from longreach.evals.truncation import Side as Side
 from longreach.evals.truncation import keep_tokens, token_spans
 

@@ -34,7 +34,7 @@ class Parts:
 class Sample:
     """One prompt with its accepted answers.
 
-    meta  plain data that results are grouped by: length_target, depth (0 to 1), depth_actual, seed, ...; "choices" where an answer is one of a list.
+    meta  plain data that results are grouped by: length_target, depth (0 to 1), depth_actual, seed, ...
     stop  strings that end an answer; "\\n" for tasks that want one line.
     chat  how the chat template of a model that has one applies: "off" not at all; "user_turn" the whole prompt is the user's turn;
           "prefix" so is all but `answer_prefix`, which begins the assistant's answer.

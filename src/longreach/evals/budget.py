@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from longreach.evals import truncation
 from longreach.evals.base import Parts, Sample
-from longreach.evals.haystack import open_ended
 
 ChatMode = Literal["auto", "off"]
 DOCUMENT_CUTS = ("middle", "left", "right", "right-words")
@@ -51,8 +50,21 @@ def encode(tokenizer: Any, sample: Sample, chat: ChatMode = "auto") -> Prompt:
         ids = open_ended(tokenizer, encoded["input_ids"])
         shared = next((n for n, (_, end) in enumerate(encoded["offset_mapping"][: len(ids)]) if end > document_end), len(ids))
     else:
-        ids, shared = open_ended(tokenizer, tokenizer(text, add_special_tokens=special)["input_ids"]), 0
+        ids, shared = _ids(tokenizer, text, special), 0
     return Prompt(sample, text, ids, min(shared, len(ids) - 1) if sample.parts.query else 0)
+
+
+def token_count(tokenizer: Any, sample: Sample) -> int:
+    """Tokens of the whole prompt: the larger number of with and without the chat template, so that what is made to fit does either way.
+
+    A template that refuses the prompt does not count; `encode` raises when the prompt is to be read with it.
+    """
+    plain = len(_ids(tokenizer, sample.parts.text, True))
+    try:
+        text, _, special = _render(tokenizer, sample, "auto")
+    except ValueError:
+        return plain
+    return plain if special else max(plain, len(_ids(tokenizer, text, False)))
 
 
 def fit(tokenizer: Any, sample: Sample, limit: int | None, truncate: str | None = None, chat: ChatMode = "auto") -> Prompt:
@@ -104,6 +116,10 @@ def _cut_prompt(tokenizer: Any, prompt: Prompt, most: int, truncate: str) -> Pro
     return replace(prompt, text=text, ids=ids, shared=0, truncated=len(prompt.ids) - len(ids))
 
 
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return open_ended(tokenizer, tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
 def _render(tokenizer: Any, sample: Sample, chat: ChatMode) -> tuple[str, int, bool]:
     """-> (what the model reads, the place where its document ends, whether the tokenizer's special tokens are still to be added)."""
     parts = sample.parts
@@ -123,3 +139,9 @@ def _template(tokenizer: Any, turn: Parts) -> str:
     except Exception as error:  # a template is a program of its own and may raise anything
         raise ValueError(f"the chat template of this model refuses the prompt ({error}); pass --chat off") from error
     return str(rendered)
+
+
+def open_ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Some tokenizers end every text, but the model is to go on."""
+    ends = {token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None} - {tokenizer.bos_token_id}
+    return list(ids[:-1] if ids and ids[-1] in ends else ids)

@@ -1,6 +1,6 @@
 """How much filler fits into a prompt, and where a fact stands in it.
 
-Knows texts, samples and tokenizers; not tasks or models. Everything is counted with the tokenizer of the model that is evaluated.
+Knows texts, samples, tokenizers and what a user chose for a task; not models. Everything is counted with the tokenizer of the model that is evaluated.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from random import Random
 from typing import Any
 
 from longreach.evals.base import Sample, Settings, Task
-from longreach.evals.haystack import open_ended
+from longreach.evals.budget import token_count
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 LONGEST_TOKEN = 16  # characters that a token has on average at most, with much to spare: enough text is taken for this
 _SENTENCE = re.compile(r"""\s*(?:.{1,600}?(?:[.!?]+["'\u201d\u2019)\]]*(?= |$)|[\u3002\uff01\uff1f]+|$)|.{1,600}(?= )|.{1,600})""")  # also Chinese full stops
 
@@ -114,20 +114,21 @@ def fresh(draw: Callable[[Random], str], rng: Random, taken: Collection[str], te
     raise ValueError(f"the text holds almost every word that a needle could have, such as {found!r}; pass another text")
 
 
-def token_count(tokenizer: Any, sample: Sample) -> int:
-    """Tokens of the prompt as a model reads it, special tokens included: the larger number of with and without the chat template, if one applies."""
-    plain = len(open_ended(tokenizer, tokenizer(sample.parts.text)["input_ids"]))
-    if sample.chat == "off" or not getattr(tokenizer, "chat_template", None):
-        return plain
-    begun = sample.parts.answer_prefix if sample.chat == "prefix" else ""
-    turn = [{"role": "user", "content": sample.parts.text.removesuffix(begun)}]
-    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + begun
-    return max(plain, len(tokenizer(rendered, add_special_tokens=False)["input_ids"]))
-
-
 def answer_tokens(tokenizer: Any, answer: str, least: int) -> int:
     """Room for an answer: what the benchmark gives, or more where this tokenizer writes the right answer with more."""
     return max(least, len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 8)
+
+
+def needs(tokenizer: Any, sample: Sample) -> int:
+    """Tokens of prompt and answer."""
+    return token_count(tokenizer, sample) + sample.max_new_tokens
+
+
+def room_beside(tokenizer: Any, shortest: Sample, length: int) -> int:
+    """Tokens that are left of the length beside the shortest sample of a task. Raises ValueError if it does not fit."""
+    if (least := needs(tokenizer, shortest)) > length:
+        raise ValueError(f"{shortest.id}: the shortest prompt of this task and its answer have {least} tokens; choose a length of at least {least}")
+    return length - least
 
 
 def fill(tokenizer: Any, build: Callable[[int], Sample], length: int, least: int = 0, most: int | None = None) -> Sample:
@@ -138,14 +139,8 @@ def fill(tokenizer: Any, build: Callable[[int], Sample], length: int, least: int
     leave room for more.
     """
 
-    def measured(n: int) -> tuple[int, Sample]:
-        sample = build(n)
-        return length - sample.max_new_tokens - token_count(tokenizer, sample), sample
-
-    low, (room, best) = least, measured(least)
-    if room < 0:
-        raise ValueError(f"{best.id}: the shortest prompt of this task and its answer have {length - room} tokens; choose a length of at least {length - room}")
-    at_least = room
+    low, best = least, build(least)
+    room = at_least = room_beside(tokenizer, best, length)
     high, over = None if most is None else most + 1, 0  # the smallest n known not to fit, and by how much; 0 if there is no such n
     unit, steps = 0.0, 0  # tokens of a unit, unknown at first
     while room >= max(unit, length / 2000) and (high is None or high - low > 1):
@@ -160,7 +155,8 @@ def fill(tokenizer: Any, build: Callable[[int], Sample], length: int, least: int
         if high is not None:
             n = min(n, high - 1)
         steps += 1
-        left, sample = measured(n)
+        sample = build(n)
+        left = length - needs(tokenizer, sample)
         unit = max((at_least - left) / (n - least), 0.25)
         if left >= 0:
             low, room, best = n, left, sample

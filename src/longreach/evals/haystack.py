@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from longreach.evals.base import Parts, Sample
+from longreach.evals.budget import open_ended
+from longreach.evals.fitting import needs, room_beside
+
 
 @dataclass(frozen=True)
 class Wording:
@@ -61,57 +65,30 @@ def trial(tokenizer: Any, text: str, length: int, depth: float, rng: Random, *, 
         raise ValueError("hiding a key needs a fast tokenizer, which this model lacks; convert it with AutoTokenizer.from_pretrained(..., use_fast=True)")
     key = str(rng.randrange(10 ** (digits - 1), 10**digits))
     statement = wording.statement.format(key=key)
-    ending = "\n\n" + wording.question + wording.lead
-    start = sentence_start(text, rng.random())
-    document = passage_with(tokenizer, text, start, statement, depth, length - answer_tokens, lambda document: document + ending)
-    if document is None:
-        raise ValueError(f"a key, its question and an answer do not fit into {length} tokens; choose a greater length")
-    encoded = tokenizer(document + ending, return_offsets_mapping=True)
+
+    def build(document: str) -> Sample:
+        return Sample("pass key", Parts(document, f"\n\n{wording.question}", "", wording.lead), (key,), answer_tokens)
+
+    sample = passage_with(tokenizer, text, sentence_start(text, rng.random()), statement, depth, length, build)
+    encoded = tokenizer(sample.parts.text, return_offsets_mapping=True)
     ids, spans = open_ended(tokenizer, encoded["input_ids"]), encoded["offset_mapping"]
-    stated = document.rindex(statement) + len(statement)
+    stated = sample.parts.document.rindex(statement) + len(statement)
     return Trial(ids, key, depth, sum(begin >= stated for begin, _ in spans[: len(ids)]))
 
 
-def passage_with(tokenizer: Any, text: str, start: int, sentence: str, depth: float, most: int, prompt: Callable[[str], str]) -> str | None:
-    """A passage from `start` on with the sentence at `depth`, as long as its prompt has at most `most` tokens; None if not even the sentence fits."""
-    room = most - token_count(tokenizer, prompt(sentence))
+def passage_with(tokenizer: Any, text: str, start: int, sentence: str, depth: float, length: int, build: Callable[[str], Sample]) -> Sample:
+    """The sample of a passage from `start` on with the sentence at `depth`, as long as its prompt and answer have at most `length` tokens.
+
+    Raises ValueError if not even the sentence alone fits, or if the text is too short.
+    """
+    sample = build(sentence)
+    room = room_beside(tokenizer, sample, length)
     while room > 0:
-        document = hide(first_tokens(tokenizer, text, start, room), sentence, depth)
-        over = token_count(tokenizer, prompt(document)) - most
-        if over <= 0:
-            return document
-        room -= over
-    return None
-
-
-def depth_of(document: str, sentence: str) -> float:
-    """Where a sentence stands in a document: 0 at its beginning, 1 at its end."""
-    return document.index(sentence) / max(1, len(document) - len(sentence))
-
-
-def token_count(tokenizer: Any, text: str) -> int:
-    """Tokens of a prompt, with the special tokens that open it."""
-    return len(open_ended(tokenizer, tokenizer(text)["input_ids"]))
-
-
-def most_that_fit(tokens: Callable[[int], int], room: int) -> int:
-    """The largest n with tokens(n) <= room, where `tokens` grows about evenly with n; -1 if not even none fits."""
-    low, used = 0, tokens(0)
-    if used > room:
-        return -1
-    slope = max((tokens(64) - used) / 64, 1e-3)
-    high: int | None = None  # the smallest n known not to fit
-    steps = 0
-    while high is None or high - low > 1:
-        n = low + max(1, int((room - used) / slope))
-        if high is not None:
-            n = min(n, high - 1) if steps % 3 else (low + high) // 2  # a step that creeps is followed by one that halves
-        steps += 1
-        if (needed := tokens(n)) <= room:
-            low, used = n, needed
-        else:
-            high = n
-    return low
+        longer = build(hide(first_tokens(tokenizer, text, start, room), sentence, depth))
+        if (over := needs(tokenizer, longer) - length) <= 0:
+            return longer
+        room -= over  # the tokens at a seam may be one or two more than they were
+    return sample
 
 
 def number_in(answer: str) -> str | None:
@@ -136,9 +113,3 @@ def first_tokens(tokenizer: Any, text: str, start: int, count: int) -> str:
         if size >= len(available):
             raise ValueError(f"the text has fewer than {count} tokens; pass a longer text, or ask for shorter lengths")
         size *= 2
-
-
-def open_ended(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Some tokenizers end every text, but the model is to go on."""
-    ends = {token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None} - {tokenizer.bos_token_id}
-    return list(ids[:-1] if ids and ids[-1] in ends else ids)

@@ -7,6 +7,7 @@ windows side by side, not sliding ones.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,7 +89,7 @@ def evaluate(
 
 
 def scores(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What `evaluate` returned as rows of plain data: task, metric, filter, value, stderr (None where there is none), n."""
+    """What `evaluate` returned as rows of plain data: task, metric, filter, value, stderr, n. None where there is no value or spread."""
     rows = []
     for task, metrics in found["results"].items():
         n = found.get("n-samples", {}).get(task, {}).get("effective")
@@ -96,9 +97,13 @@ def scores(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             metric, comma, kind = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
                 error = metrics.get(f"{metric}_stderr,{kind}")
-                stderr = float(error) if isinstance(error, (int, float)) else None  # lm-eval writes "N/A" for none
-                rows.append({"task": task, "metric": metric, "filter": kind, "value": float(value), "stderr": stderr, "n": n})
+                rows.append({"task": task, "metric": metric, "filter": kind, "value": finite(value), "stderr": finite(error), "n": n})
     return rows
+
+
+def finite(value: Any) -> float | None:
+    """A number; None for what is none, as lm-eval's "N/A" and the NaN of a single document."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def require() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from longreach.evals import statistics
-from longreach.evals.haystack import open_ended
+from longreach.evals.budget import open_ended
 from longreach.seam.extend import Extension
 from longreach.streaming import stream
 

@@ -105,7 +105,7 @@ class AncestralTrace(Task):
                 for kind in QUESTIONS:
                     if counts:
                         sample = self._build(settings, ("facts", size), kind, index, size, new_tokens(self, settings, None), None)
-                        needed = fitting.token_count(tokenizer, sample) + sample.max_new_tokens
+                        needed = fitting.needs(tokenizer, sample)
                         yield self._build(settings, ("facts", size), kind, index, size, sample.max_new_tokens, needed)
                     else:
                         yield self._filled(tokenizer, settings, size, kind, index)

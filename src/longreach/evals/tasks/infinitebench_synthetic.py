@@ -73,7 +73,7 @@ class NumberString(_Synthetic):
         new_tokens = fitting.answer_tokens(tokenizer, f" {digits}", 12)
 
         def build(n: int) -> Sample:
-            lines = passage.sentences(n) if passage else [fitting.NOISE] * n
+            lines = passage.sentences(n) if passage else [fitting.FILLER] * n
             document = fitting.insert(lines, [(depth, fact)], " " if text else "\n")
             actual = fitting.depth_of(document, fact)
             meta = {"length_target": length, "depth": depth, "depth_actual": actual, "seed": settings.seed, "index": index}

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from longreach.evals import haystack
+from longreach.evals import fitting, haystack
 from longreach.evals.base import Parts, Sample, Settings, Task, generator
 
 NOUNS = "access vault courier harbour library archive ferry garden mill observatory signal tower".split()
@@ -32,8 +32,7 @@ class _Needle(Task):
         raise NotImplementedError
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        if unknown := set(settings.options) - set(self.options):
-            raise ValueError(f"{self.name} has no option {', '.join(sorted(unknown))}; it knows none")
+        fitting.check_settings(self, settings)
         from longreach.loading import shipped_book
 
         text = settings.text if settings.text is not None else shipped_book()
@@ -47,12 +46,14 @@ class _Needle(Task):
         needle, question, lead, references = self.needle(settings, length, depth, index)
         if needle in text:
             raise ValueError(f"the text says already: {needle!r}; pass another text")
-        query = f"\n\n{question}"
-        document = haystack.passage_with(tokenizer, text, start, needle, depth, length - self.answer_tokens, lambda document: document + query + lead)
-        if document is None:
-            raise ValueError(f"a needle, its question and an answer do not fit into {length} tokens; choose a greater length")
-        meta = {"length_target": length, "depth": depth, "depth_actual": haystack.depth_of(document, needle), "seed": settings.seed, "index": index}
-        return Sample(f"{self.name}/{length}/{depth:g}/{index}", Parts(document, query, "", lead), references, self.answer_tokens, meta, chat="prefix")
+
+        def build(document: str) -> Sample:
+            actual = fitting.depth_of(document, needle)
+            meta = {"length_target": length, "depth": depth, "depth_actual": actual, "seed": settings.seed, "index": index}
+            parts = Parts(document, f"\n\n{question}", "", lead)
+            return Sample(f"{self.name}/{length}/{depth:g}/{index}", parts, references, self.answer_tokens, meta, chat="prefix")
+
+        return haystack.passage_with(tokenizer, text, start, needle, depth, length, build)
 
 
 class NeedleInAHaystack(_Needle):

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from longreach.evals import haystack
+from longreach.evals import fitting, haystack
 from longreach.evals.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.fitting import FILLER
 
 INSTRUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important information there."
 )
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 STATEMENT, QUESTION, LEAD = haystack.PASS_KEY.statement, haystack.PASS_KEY.question, haystack.PASS_KEY.lead
-TOO_SHORT = "the pass key's instruction, key and question do not fit into {length} tokens with this tokenizer; choose a greater length"
 
 
 class PassKey(Task):
@@ -47,6 +48,7 @@ class PassKey(Task):
             "yarn": self._yarn,
             "infinitebench": self._infinitebench,
         }
+        fitting.check_settings(self, settings)
         style, digits = self.option(settings, "style"), self.option(settings, "digits")
         if style not in styles:
             raise ValueError(f"passkey has no style {style!r}; choose one of {', '.join(styles)}")
@@ -70,21 +72,17 @@ class PassKey(Task):
         for length, depth, index in grid(settings):
             rng = generator(settings, self.name, length, depth, index)
             key = str(rng.randrange(10 ** (digits - 1), 10**digits))
-            statement = STATEMENT.format(key=key)
             if settings.text is None:
-                document = filled(tokenizer, statement, depth, length - answer_tokens, " ")
-                parts = Parts(document, " " + QUESTION, INSTRUCTION + " ", LEAD)
+                yield self._among_slots(tokenizer, frame(" "), " ", key, answer_tokens, settings, length, depth, index, "longreach")
             else:
-                parts = hidden_in(tokenizer, settings.text, statement, depth, length, answer_tokens, rng.random())
-            yield self._sample(parts, key, answer_tokens, settings, length, depth, index, haystack.depth_of(parts.document, statement), "longreach")
+                yield self._in_passage(tokenizer, settings.text, key, answer_tokens, settings, length, depth, index, rng.random())
 
     def _lm_infinite(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
         for length in settings.lengths:
             for index, (key, position, slots) in enumerate(lm_infinite_draws(tokenizer, length, settings.samples, settings.seed)):
-                statement = STATEMENT.format(key=key)
-                document = " ".join([FILLER] * position + [statement] + [FILLER] * (slots - position))
-                parts = Parts(document, f" {QUESTION}", f"{INSTRUCTION} ", f"{LEAD} ")
-                yield self._sample(parts, key, 7, settings, length, None, index, position / slots, "lm-infinite")
+                document = " ".join([FILLER] * position + [STATEMENT.format(key=key)] + [FILLER] * (slots - position))
+                parts = replace(frame(" "), document=document, answer_prefix=f"{LEAD} ")
+                yield self._sample(parts, key, 7, settings, length, None, index, "lm-infinite")
 
     def _selfextend(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
         if settings.data is not None:
@@ -94,10 +92,7 @@ class PassKey(Task):
         answer_tokens = number_tokens(tokenizer, digits)
         for length, depth, index in grid(settings):
             key = str(generator(settings, self.name, "selfextend", length, depth, index).randrange(10 ** (digits - 1), 10**digits))
-            statement = STATEMENT.format(key=key)
-            document = filled(tokenizer, statement, depth, length - answer_tokens, "\n")
-            parts = Parts(document, f"\n{QUESTION}", f"{INSTRUCTION}\n", LEAD)
-            yield self._sample(parts, key, answer_tokens, settings, length, depth, index, haystack.depth_of(document, statement), "selfextend")
+            yield self._among_slots(tokenizer, frame("\n"), "\n", key, answer_tokens, settings, length, depth, index, "selfextend")
 
     def _selfextend_rows(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
         assert settings.data is not None
@@ -118,32 +113,49 @@ class PassKey(Task):
             for index in range(settings.samples):
                 rng = generator(settings, self.name, "yarn", length, index)
                 key, where = str(rng.randint(1, 50000)), rng.random()
-                statement = STATEMENT.format(key=key)
+                yield fitting.fill(tokenizer, partial(self._garbage, key, where, settings, length, index), length)
 
-                def document(characters: int, where: float = where, statement: str = statement) -> str:
-                    garbage = " ".join([FILLER] * (characters // len(FILLER) + 1))
-                    before = round(where * characters)
-                    return f"{garbage[:before]}\n{statement}\n{garbage[: characters - before]}"
-
-                frame = Parts("", f"\n{QUESTION}", f"{INSTRUCTION}\n", LEAD)
-                size = haystack.most_that_fit(lambda n: in_frame(tokenizer, frame, document(n)), length - 10)  # noqa: B023  used at once
-                if size < 0:
-                    raise ValueError(TOO_SHORT.format(length=length))
-                parts = Parts(document(size), frame.query, frame.prefix, frame.answer_prefix)
-                yield self._sample(parts, key, 10, settings, length, None, index, haystack.depth_of(parts.document, statement), "yarn")
+    def _garbage(self, key: str, where: float, settings: Settings, length: int, index: int, characters: int) -> Sample:
+        garbage = " ".join([FILLER] * (characters // len(FILLER) + 1))
+        before = round(where * characters)
+        document = f"{garbage[:before]}\n{STATEMENT.format(key=key)}\n{garbage[: characters - before]}"
+        return self._sample(replace(frame("\n"), document=document), key, 10, settings, length, None, index, "yarn")
 
     def _infinitebench(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
         for length, depth, index in grid(settings):
             key = str(generator(settings, self.name, "infinitebench", length, depth, index).randrange(10**4, 10**5))
-            statement = STATEMENT.format(key=key)
-            document = filled(tokenizer, statement, depth, length - 6, "\n", prefix=f"{INSTRUCTION}\n\n", query=f"\n\n{QUESTION}")
-            parts = Parts(document, f"\n\n{QUESTION}", f"{INSTRUCTION}\n\n", LEAD)
-            yield self._sample(parts, key, 6, settings, length, depth, index, haystack.depth_of(document, statement), "infinitebench")
+            yield self._among_slots(tokenizer, frame("\n\n"), "\n", key, 6, settings, length, depth, index, "infinitebench")
 
-    def _sample(self, parts: Parts, key: str, new: int, settings: Settings, length: int, depth: float | None, index: int, actual: float, style: str) -> Sample:
+    def _among_slots(
+        self, tokenizer: Any, around: Parts, joint: str, key: str, new: int, settings: Settings, length: int, depth: float, index: int, style: str
+    ) -> Sample:
+        """As much filler as fits, with the statement after the share `depth` of its slots."""
+
+        def build(slots: int) -> Sample:
+            before = round(depth * slots)
+            document = joint.join([FILLER] * before + [STATEMENT.format(key=key)] + [FILLER] * (slots - before))
+            return self._sample(replace(around, document=document), key, new, settings, length, depth, index, style)
+
+        return fitting.fill(tokenizer, build, length)
+
+    def _in_passage(self, tokenizer: Any, text: str, key: str, new: int, settings: Settings, length: int, depth: float, index: int, where: float) -> Sample:
+        """The statement in a passage of a text that the user gave, asked for as the demonstration does."""
+
+        def build(document: str) -> Sample:
+            return self._sample(Parts(document, f"\n\n{QUESTION}", "", LEAD), key, new, settings, length, depth, index, "longreach")
+
+        return haystack.passage_with(tokenizer, text, haystack.sentence_start(text, where), STATEMENT.format(key=key), depth, length, build)
+
+    def _sample(self, parts: Parts, key: str, new: int, settings: Settings, length: int, depth: float | None, index: int, style: str) -> Sample:
         where = "" if depth is None else f"/{depth:g}"
+        actual = fitting.depth_of(parts.document, STATEMENT.format(key=key))
         meta = {"length_target": length, "depth": depth, "depth_actual": actual, "seed": settings.seed, "index": index, "style": style}
         return Sample(f"{self.name}/{style}/{length}{where}/{index}", parts, (key,), new, meta, chat="prefix")
+
+
+def frame(joint: str) -> Parts:
+    """The prompt around the document."""
+    return Parts("", joint + QUESTION, INSTRUCTION + joint, LEAD)
 
 
 def grid(settings: Settings) -> Iterator[tuple[int, float, int]]:
@@ -159,36 +171,6 @@ def number_tokens(tokenizer: Any, digits: int) -> int:
     return max(len(tokenizer(" " + (pattern * digits)[:digits], add_special_tokens=False)["input_ids"]) for pattern in ("8", "7293046158"))
 
 
-def in_frame(tokenizer: Any, frame: Parts, document: str) -> int:
-    return haystack.token_count(tokenizer, Parts(document, frame.query, frame.prefix, frame.answer_prefix).text)
-
-
-def filled(tokenizer: Any, statement: str, depth: float, most: int, joint: str, prefix: str | None = None, query: str | None = None) -> str:
-    """As much filler as fits into `most` tokens of prompt, with the statement after the share `depth` of its slots."""
-    frame = Parts("", joint + QUESTION if query is None else query, INSTRUCTION + joint if prefix is None else prefix, LEAD)
-
-    def document(slots: int) -> str:
-        before = round(depth * slots)
-        return joint.join([FILLER] * before + [statement] + [FILLER] * (slots - before))
-
-    slots = haystack.most_that_fit(lambda n: in_frame(tokenizer, frame, document(n)), most)
-    if slots < 0:
-        raise ValueError(TOO_SHORT.format(length=most))
-    return document(slots)
-
-
-def hidden_in(tokenizer: Any, text: str, statement: str, depth: float, length: int, answer_tokens: int, where: float) -> Parts:
-    """The statement in a passage of a text that the user gave, asked for as the demonstration does."""
-    frame = Parts("", f"\n\n{QUESTION}", "", LEAD)
-    start = haystack.sentence_start(text, where)
-    document = haystack.passage_with(
-        tokenizer, text, start, statement, depth, length - answer_tokens, lambda document: document + frame.query + frame.answer_prefix
-    )
-    if document is None:
-        raise ValueError(TOO_SHORT.format(length=length))
-    return Parts(document, frame.query, frame.prefix, frame.answer_prefix)
-
-
 def lm_infinite_draws(tokenizer: Any, length: int, samples: int, seed: int = 0) -> Iterator[tuple[str, int, int]]:
     """(key, number of filler sentences before it, in all) as LM-Infinite's script draws them; seed 0 is the script's own."""
     from numpy.random import RandomState
@@ -200,5 +182,5 @@ def lm_infinite_draws(tokenizer: Any, length: int, samples: int, seed: int = 0) 
         statement = len(tokenizer(STATEMENT.format(key=key), add_special_tokens=False)["input_ids"])
         slots = (length - statement - 2) // filler  # the script takes the length of the tokenizer's dictionary, 2, for that of the instruction
         if slots < 1:
-            raise ValueError(TOO_SHORT.format(length=length))
+            raise ValueError(f"no filler fits beside the pass key into {length} tokens with this tokenizer; choose a greater length")
         yield key, int(rng.randint(0, slots)), slots

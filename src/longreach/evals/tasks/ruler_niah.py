@@ -58,7 +58,7 @@ class Niah(Ruler):
             if essay:
                 return essay.sentences(n)
             if filler == "noise":
-                return [fitting.NOISE] * n
+                return [fitting.FILLER] * n
             while len(others) < n:
                 others.append(self._needle(*(fitting.fresh(DRAW[kind], more, real) for kind in (self.key_type, self.value_type))))
             return others[:n]
@@ -73,9 +73,7 @@ class Niah(Ruler):
                 lines.insert(place, needle)
             document = (" " if filler == "essay" else "\n").join(lines)
             meta = {"length_target": length, "seed": settings.seed, "index": index, "filler": filler} | _depths(document, references)
-            return Sample(
-                f"{self.name}/{length}/{index}", Parts(document, query, prefix, answer_prefix), references, self.new_tokens, meta, chat="prefix"
-            )
+            return Sample(f"{self.name}/{length}/{index}", Parts(document, query, prefix, answer_prefix), references, self.new_tokens, meta, chat="prefix")
 
         if essay:
             return fitting.fill(tokenizer, build, length, 0, essay.size)

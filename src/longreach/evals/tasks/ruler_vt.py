@@ -15,7 +15,7 @@ from longreach.evals.tasks.ruler import Ruler
 
 ANNOUNCED = "Keep track of the variables that get a value in the text below.\n\n"
 EXAMPLE_TOKENS = 500
-NOISE_SENTENCES = [f"{sentence.rstrip('.')}.\n" for sentence in fitting.NOISE.split(". ")]
+NOISE_SENTENCES = [f"{sentence.rstrip('.')}.\n" for sentence in fitting.FILLER.split(". ")]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class VariableTracking(Ruler):
 
         least = fewest_lines(puzzle)
         wanted = min(EXAMPLE_TOKENS, length // 4)
-        return fitting.fill(tokenizer, build, max(wanted, fitting.token_count(tokenizer, build(least))), least).parts.document
+        return fitting.fill(tokenizer, build, max(wanted, fitting.needs(tokenizer, build(least))), least).parts.document
 
     def _sample(self, tokenizer: Any, settings: Settings, text: str, noise: list[str] | None, length: int, index: int, example: str) -> Sample:
         puzzle = self._puzzle(settings, generator(settings, self.name, length, index), 5, text + example)
@@ -113,7 +113,7 @@ class VariableTracking(Ruler):
 
 def noise_lines(n: int, statements: int) -> list[str]:
     """n times the noise, in its sentences if there are not more lines than statements."""
-    return NOISE_SENTENCES * n if n <= statements else [f"{fitting.NOISE}\n"] * n
+    return NOISE_SENTENCES * n if n <= statements else [f"{fitting.FILLER}\n"] * n
 
 
 def fewest_lines(puzzle: Puzzle) -> int:

@@ -78,7 +78,7 @@ def test_prompts_fit_and_are_full(name, samples, tokenizer):
         unit = 12 if sample.meta.get("filler") == "essay" or name in ("needlebench-single-retrieval", "ruler-fwe") else unit  # of a word
         assert LENGTH - unit < needs(tokenizer, sample) <= LENGTH
         assert sample.meta["length_target"] == LENGTH and sample.meta["seed"] == 0
-        assert fitting.token_count(tokenizer, sample) == needs(tokenizer, sample) - sample.max_new_tokens
+        assert fitting.needs(tokenizer, sample) == needs(tokenizer, sample)
         assert not sample.parts.text.endswith(" "), "a blank at the end would be a token of its own"
         for depth in (sample.meta.get("depth", 0.5), sample.meta.get("depth_actual", 0.5), *sample.meta.get("depths_actual", ())):
             assert 0 <= depth <= 1
@@ -348,7 +348,7 @@ def test_any_text_serves_and_is_repeated_if_short(name, text, tokenizer):
     settings = Settings(lengths=(600,), depths=(0.5,), samples=1, text=text)
     (sample,) = base.task(name).samples(tokenizer, settings)
     assert 600 - 60 < needs(tokenizer, sample) <= 600
-    assert fitting.NOISE not in sample.parts.document and text.strip()[:3] in sample.parts.document
+    assert fitting.FILLER not in sample.parts.document and text.strip()[:3] in sample.parts.document
     if "depth_actual" in sample.meta and "ruler" not in name:
         assert abs(sample.meta["depth_actual"] - 0.5) < 0.5 * 600 / len(sample.parts.document) + 0.02
     assert base.task(name).score(sample, oracle(sample))[base.task(name).metric] == 1.0
@@ -356,13 +356,13 @@ def test_any_text_serves_and_is_repeated_if_short(name, text, tokenizer):
 
 def test_variables_hide_in_a_text_of_the_user(tokenizer):
     (sample,) = base.task("ruler-vt").samples(tokenizer, Settings(lengths=(700,), samples=1, text="The sea is wide. The WHALE swims. " * 9))
-    assert "The WHALE swims." in sample.parts.document and fitting.NOISE not in sample.parts.document
+    assert "The WHALE swims." in sample.parts.document and fitting.FILLER not in sample.parts.document
 
 
 def test_a_chat_template_counts(tokenizer):
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{{ bos_token }}{% for m in messages %}The user says at length: {{ m['content'] }} {% endfor %}And the assistant answers to that:"
-    for name in ("ruler-niah-single-2", "needle-threading-single"):
+    for name in ("ruler-niah-single-2", "needle-threading-single", "passkey", "niah"):
         sample = next(iter(base.task(name).samples(chatty, SETTINGS)))
         parts = sample.parts
         begun = parts.answer_prefix if sample.chat == "prefix" else ""

@@ -14,7 +14,7 @@ from longreach.evals.base import Settings
 from longreach.evals.tasks import infinitebench, leval, longbench, longbench_v2, loogle
 
 GROUPS = ("longbench", "longbench-e", "leval", "infinitebench", "longbench-v2", "loogle")
-TASKS = {name: task for name, task in base.tasks().items() if task.group in GROUPS}
+TASKS = {name: task for name, task in base.tasks().items() if task.group in GROUPS and task.needs_data}
 DOCUMENT = "Document with {input} and $Q$ and {braces}, and <text> in it.\nSecond line."
 
 
@@ -121,6 +121,13 @@ def test_prompts_and_scores(folder, name):
             assert scores[task.metric] == 0 and all(0 <= value <= 1 for value in scores.values()), (text, scores)
     assert [s.id for s in made(name, folder)] == [s.id for s in samples]
     assert samples == made(name, folder), "samples are a function of the data and the settings"
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.random is not None])
+def test_guessing_a_letter_scores_the_random_baseline(folder, name):
+    say = "The correct answer is ({})" if name == "longbench-v2" else "{}"
+    for sample in made(name, folder):
+        assert sum(TASKS[name].score(sample, say.format(letter))[TASKS[name].metric] for letter in "ABCD") / 4 == TASKS[name].random
 
 
 @pytest.mark.parametrize("name", ["longbench-qasper", "infinitebench-official-passkey", "leval-tpo", "longbench-v2", "loogle-longdep-qa"])

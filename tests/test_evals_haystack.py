@@ -51,7 +51,7 @@ def test_the_lead_can_be_left_to_the_model(tokenizer):
 
 
 def test_what_cannot_be_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="do not fit into 40 tokens; choose a greater length"):
+    with pytest.raises(ValueError, match=r"choose a length of at least \d+"):
         haystack.trial(tokenizer, BOOK, 40, 0.5, Random(0))
     with pytest.raises(ValueError, match="pass a longer text"):
         haystack.trial(tokenizer, "Too short. A text.", 500, 0.5, Random(0))

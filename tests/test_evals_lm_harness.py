@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import longreach
+from longreach.cli import main
 from longreach.evals import lm_harness
 from longreach.evals.base import Parts, Sample, Settings, Task
 
@@ -50,6 +51,95 @@ def test_scores_are_rows_of_plain_data():
         {"task": "t", "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1, "n": 4},
         {"task": "t", "metric": "em", "filter": "strict", "value": 1.0, "stderr": None, "n": 4},
     ]
+
+
+def test_what_has_no_spread_is_none():
+    found = {"results": {"t": {"acc,none": math.nan, "acc_stderr,none": math.nan, "f1,none": True, "f1_stderr,none": math.inf}}}
+    assert [(row["value"], row["stderr"], row["n"]) for row in lm_harness.scores(found)] == [(None, None, None), (1.0, None, None)]
+
+
+# -- the command ----------------------------------------------------------------------------------------------------------------
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["eval", "lm-eval", *map(str, arguments), "--json"]) == code
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)  # type: ignore[no-any-return]
+
+
+def test_the_command_names_the_extra_to_install_before_a_model_is_loaded(monkeypatch, capsys):
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(longreach, "load", lambda *given, **more: pytest.fail("a model was loaded"))
+    assert "pip install 'longreach[eval]'" in said(capsys, "--tasks", "mmlu", code=2)["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tasks", " , "], "--tasks needs names"),
+        (["--tasks", "mmlu", "--limit", "1.5"], "--limit must be a number of documents"),
+        (["--tasks", "mmlu", "--limit", "0"], "not 0"),
+        (["--tasks", "mmlu", "--gen-kwargs", "max_gen_toks"], "--gen-kwargs must be NAME=VALUE"),
+        (["--tasks", "mmlu", "--include-path", "no-such-folder"], "there is no folder"),
+        (["--tasks", "mmlu", "--out", "no-such-folder/out.json"], "create it first"),
+        (["--tasks", "mmlu", "--out", "."], "is a folder; name a file"),
+        (["--tasks", "mmlu", "--group-size", "8"], "name the method too"),
+        (["--tasks", "mmlu,infinitebench_passkey"], "use our own"),
+    ],
+)
+def test_the_command_refuses_bad_input(arguments, says, monkeypatch, capsys):
+    monkeypatch.setattr(lm_harness, "require", lambda: None)
+    monkeypatch.setattr(longreach, "load", lambda *given, **more: pytest.fail("a model was loaded"))
+    assert says in said(capsys, *arguments, code=2)["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "context", "max_length"),
+    [
+        (["--method", "selfextend", "--group-size", "8", "--window", "32", "--context", "1500"], "selfextend", 1500, None),
+        (["--method", "stock"], "stock", None, None),
+        (["--method", "stock", "--context", "600"], "stock", None, 600),
+        ([], "stock", 512, None),
+    ],
+)
+def test_the_command_hands_on_what_was_asked(options, method, context, max_length, monkeypatch, capsys, tmp_path):
+    """With a stand-in for lm-eval: what it is called with, and what becomes of its results."""
+    calls: list[dict[str, Any]] = []
+
+    def evaluate(model: Any, tokenizer: Any, tasks: list[str], *, extension: Any, **given: Any) -> dict[str, Any]:
+        calls.append(given | {"tasks": tasks, "method": extension.method.name, "context": extension.context})
+        assert extension.model is model and extension._attached
+        report = {"method": extension.method.to_json(), "max_length": 600, "overflow": given["overflow"], "requests": 9, "shortened_requests": 2}
+        return {
+            "results": {"arc": {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": math.nan}}, "n-samples": {"arc": {"effective": 4}},
+            "configs": {"arc": {"process_docs": evaluate, "spread": math.inf}}, "samples": {"arc": ["long"]}, "longreach": report | {"tokens_left_out": 77},
+        }  # fmt: skip
+
+    monkeypatch.setattr(lm_harness, "require", lambda: None)
+    monkeypatch.setattr(lm_harness, "evaluate", evaluate)
+    file = tmp_path / "out.json"
+    more = ["--limit", 4, "--overflow", "middle", "--gen-kwargs", "max_gen_toks=9", "--metadata", "max_seq_lengths=[64]", "--num-fewshot", 2, "--out", file]
+    found = said(capsys, "--tasks", "arc, mmlu_*,arc", *more, *options)
+    (call,) = calls
+    assert call["tasks"] == ["arc", "mmlu_*"] and (call["method"], call["context"], call["max_length"]) == (method, context, max_length)
+    assert (call["limit"], call["overflow"], call["num_fewshot"], call["seed"]) == (4, "middle", 2, 0)
+    assert call["gen_kwargs"] == {"max_gen_toks": 9} and call["metadata"] == {"max_seq_lengths": [64]}
+    assert found["scores"] == [{"task": "arc", "metric": "acc", "filter": "none", "value": 0.25, "stderr": None, "n": 4}]
+    assert found["method"]["method"] == method and found["tokens_left_out"] == 77
+    written = json.loads(file.read_text())
+    assert written["results"]["arc"] == {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": None} and "samples" not in written
+    assert written["longreach"]["scores"] == found["scores"] and written["longreach"]["environment"]["torch"]
+    assert written["configs"]["arc"]["spread"] is None and "evaluate" in written["configs"]["arc"]["process_docs"]
+    capsys.readouterr()
+    assert main(["eval", "lm-eval", "--tasks", "arc", *options]) == 0
+    shown = capsys.readouterr()
+    assert "0.25" in shown.out and "2 of 9 requests were longer than 600 tokens and lost 77" in shown.err
+    assert ("beyond the trained window of 512" in shown.err) == (max_length is not None)
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +331,20 @@ def test_lm_eval_runs_its_tasks_and_ours(nano, tmp_path: Path):
         with pytest.warns(UserWarning, match="8 of 8 requests were longer than 200 tokens"):
             cut = lm_harness.evaluate(model, tokenizer, tasks[:1], extension=extension, include_path=str(tmp_path), overflow="middle", bootstrap_iters=0)
         assert cut["longreach"]["shortened_requests"] == 8
+
+
+@pytest.mark.slow
+def test_the_command_runs_lm_eval(nano, tmp_path: Path, capsys):
+    book = longreach.loading.shipped_book()
+    rows = [{"text": book[n : n + 1200], "answer": n % 2} for n in range(4000, 4003)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    task = YAML.format(name="longreach_test_command", file=tmp_path / "rows.jsonl", cache=tmp_path / "cache", kind="multiple_choice") + CHOICE
+    (tmp_path / "task.yaml").write_text(task, encoding="utf-8")
+    common = ("--tasks", "longreach_test_command", "--include-path", tmp_path, "--limit", 2)
+    found = said(capsys, *common, "--context", 1500, "--out", tmp_path / "out.json")
+    (row,) = found["scores"]
+    assert (row["task"], row["metric"], row["n"]) == ("longreach_test_command", "acc", 2) and row["value"] in (0.0, 0.5, 1.0)
+    assert found["context"] == found["max_length"] == 1500 and found["method"]["method"] == "selfextend" and found["requests"] == 4
+    assert json.loads((tmp_path / "out.json").read_text())["results"]["longreach_test_command"]["acc,none"] == row["value"]
+    assert "4 of 4 requests need more than 200" in said(capsys, *common, "--context", 200, code=2)["error"]
+    assert said(capsys, *common, "--context", 200, "--overflow", "middle")["shortened_requests"] == 4

@@ -1,0 +1,203 @@
+"""`longreach eval lm-eval`: tasks of lm-evaluation-harness on a model under a method.
+
+Knows options, tables and the file of results; the work is done in `longreach.evals.lm_harness`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from longreach.cli.common import (
+    Context,
+    Device,
+    Dtype,
+    Json,
+    MethodName,
+    Model,
+    TrainedWindow,
+    Verbose,
+    load_model,
+    method_of,
+    output,
+    quiet_transformers,
+)
+from longreach.cli.eval_options import ChunkSize, read_value
+from longreach.cli.eval_run import now
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longreach.methods.base import Method
+    from longreach.seam.extend import Extension
+
+Pairs = list[str] | None
+KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "config", "configs")  # of what lm-eval returns
+
+
+def command(
+    context: typer.Context,
+    tasks: Annotated[str, typer.Option("--tasks", metavar="NAME,...", help="lm-eval's tasks and groups, mmlu_* for several; see `lm-eval ls tasks`.")],
+    model: Model = "nano",
+    declared: Context = None,
+    method: MethodName = None,
+    limit: Annotated[float | None, typer.Option("--limit", help="Documents of each task; below 1, a share of them. All if not given.")] = None,
+    few_shots: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Worked examples in a prompt; the task's own number if not given.")] = None,
+    overflow: Annotated[
+        Literal["refuse", "middle", "left"], typer.Option("--overflow", help="Of requests too long for the context: refuse, or leave tokens out there.")
+    ] = "refuse",
+    chat: Annotated[bool, typer.Option("--apply-chat-template", help="Use the model's chat template, for all tasks.")] = False,
+    generation: Annotated[Pairs, typer.Option("--gen-kwargs", metavar="NAME=VALUE", help="For answers, such as max_gen_toks=64. May be repeated.")] = None,
+    metadata: Annotated[Pairs, typer.Option("--metadata", metavar="NAME=VALUE", help="For tasks, such as max_seq_lengths=[4096]. May be repeated.")] = None,
+    include: Annotated[Path | None, typer.Option("--include-path", help="Folder with task files (YAML) of your own.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of whatever lm-eval draws, such as the worked examples.")] = 0,
+    unsafe: Annotated[bool, typer.Option("--confirm-run-unsafe-code", help="Allow tasks that run code which the model wrote.")] = False,
+    out_file: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the results and what they were made with.")] = None,
+    chunk_size: ChunkSize = 512,
+    dtype: Dtype = None,
+    device: Device = None,
+    trained_window: TrainedWindow = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness, such as mmlu, to see that a method does no harm. Needs lm_eval: pip install 'longreach[eval]'.
+
+    Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`. Without a method, the dial chooses
+    for --context; without both, for the trained window.
+    """
+    started = now()
+    with output(as_json, verbose) as out:
+        from longreach.evals import lm_harness
+
+        chosen = method_of(context, method)
+        names = parse_names(tasks)
+        documents = parse_limit(limit)
+        answers, given = parse_pairs("--gen-kwargs", generation), parse_pairs("--metadata", metadata)
+        check_file(out_file)
+        if include is not None and not include.is_dir():
+            raise ValueError(f"there is no folder {str(include)!r}; --include-path takes the folder of the task files")
+        lm_harness.require()
+        lm_harness.refuse_broken(names)
+        with quiet_transformers(verbose):
+            loaded, tokenizer = load_model(out, model, dtype, device)
+            with attached(loaded, chosen, declared, trained_window) as extension:
+                facts = extension.report()
+                out.note(f"method: {extension.method} ({facts['reason']})")
+                if facts["warning"]:
+                    out.warn(facts["warning"])
+                if declared is not None and extension.context is None:
+                    out.warn(f"up to {declared} tokens, beyond the trained window of {extension.window.tokens}: scores there show what is lost")
+                found = lm_harness.evaluate(
+                    loaded,
+                    tokenizer,
+                    names,
+                    extension=extension,
+                    max_length=declared if extension.context is None else None,
+                    overflow=overflow,
+                    chunk_size=chunk_size,
+                    num_fewshot=few_shots,
+                    limit=documents,
+                    apply_chat_template=chat,
+                    gen_kwargs=answers,
+                    include_path=None if include is None else str(include),
+                    metadata=given,
+                    seed=seed,
+                    confirm_run_unsafe_code=unsafe,
+                )
+        rows, report = lm_harness.scores(found), found["longreach"]
+        if report["shortened_requests"]:
+            out.warn(
+                f"{report['shortened_requests']} of {report['requests']} requests were longer than {report['max_length']} tokens and lost "
+                f"{report['tokens_left_out']} of their tokens; their scores are not those of the whole prompts"
+            )
+        result = {"model": model, "context": extension.context, **report, "limit": documents, "seed": seed, "out": out_file and str(out_file), "scores": rows}
+        if out_file is not None:
+            write(out_file, found, {**result, "extension": facts, "started": started, "ended": now()}, loaded.device)
+        out.finish(result, lambda console: show(console, rows))
+
+
+@contextmanager
+def attached(model: Any, method: Method | None, declared: int | None, trained_window: int | None) -> Iterator[Extension]:
+    """The model under the method, or under what the dial chooses. Stock may go beyond its window, for comparison."""
+    from longreach import auto
+    from longreach.methods.stock import Stock
+    from longreach.seam.extend import extend, find_base
+
+    window = auto.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
+    length = window if declared is None and method is None else declared
+    beyond = isinstance(method, Stock) and length is not None and length > window  # declared, the method would refuse it
+    with extend(model, method, context=None if beyond else length, trained_window=trained_window) as extension:
+        yield extension
+
+
+def parse_names(listed: str) -> list[str]:
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--tasks needs names with commas between them, such as mmlu,gsm8k; `lm-eval ls tasks` lists them")
+    return list(dict.fromkeys(names))
+
+
+def parse_limit(limit: float | None) -> int | float | None:
+    """A number of documents, or a share of them below 1."""
+    if limit is None or 0 < limit < 1:
+        return limit
+    if limit < 1 or limit != int(limit):
+        raise ValueError(f"--limit must be a number of documents, such as 50, or a share of them, such as 0.1, not {limit:g}")
+    return int(limit)
+
+
+def parse_pairs(option: str, given: list[str] | None) -> dict[str, Any] | None:
+    found = {}
+    for pair in given or []:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise ValueError(f"{option} must be NAME=VALUE, not {pair!r}; repeat the option for several")
+        found[name] = read_value(value)
+    return found or None
+
+
+def check_file(path: Path | None) -> None:
+    """Refuses a file that could not be written, before any work is done."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file, such as {path / 'lm-eval.json'}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {str(path.parent)!r} for the results; create it first")
+
+
+def write(path: Path, found: Mapping[str, Any], result: Mapping[str, Any], device: Any) -> None:
+    """lm-eval's results in its own shape, with "longreach": the model, the method and what else they were made with."""
+    from longreach.evals import environment
+    from longreach.evals.results import write_json
+
+    ours = {**result, "environment": environment.describe(device), "command": ["longreach", *sys.argv[1:]]}
+    whole = {**{name: found[name] for name in KEPT if name in found}, "longreach": ours}
+    write_json(path, json.loads(json.dumps(plain(whole), default=str)))  # configurations of tasks may hold functions, which are named
+
+
+def plain(value: Any) -> Any:
+    """Without the numbers that JSON does not have; lm-eval has NaN where a spread is not defined."""
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    from longreach.cli.eval import plain_table
+
+    table = plain_table("task", "metric", "filter", "value", "standard error", "n")
+    for row in rows:
+        numbers = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("value", "stderr"))
+        table.add_row(row["task"], row["metric"], row["filter"], *numbers, "" if row["n"] is None else str(row["n"]))
+    console.print(table)
+    console.print("Short tasks show that a method does no harm, not what it reaches; run `longreach eval run passkey` too.", markup=False)
