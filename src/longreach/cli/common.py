@@ -77,21 +77,23 @@ def output(as_json: bool, verbose: bool = False) -> Iterator[Output]:
 
 @contextmanager
 def quiet_transformers(verbose: bool) -> Iterator[None]:
-    """No logs and progress bars of Transformers, unless wanted."""
+    """No logs and progress bars of Transformers and of what it imports, unless wanted."""
     import huggingface_hub  # noqa: F401  sets the level of its own logger when it is imported, so that comes first
     from transformers.utils import logging as library
 
-    hub = logging.getLogger("huggingface_hub")
-    level, hub_level, bars = library.get_verbosity(), hub.level, library.is_progress_bar_enabled()
+    others = [logging.getLogger(name) for name in ("huggingface_hub", "torchao", "torch.utils._pytree")]
+    level, levels, bars = library.get_verbosity(), [other.level for other in others], library.is_progress_bar_enabled()
     if not verbose:
         library.set_verbosity(library.CRITICAL)
-        hub.setLevel(logging.CRITICAL)
+        for other in others:
+            other.setLevel(logging.CRITICAL)
         library.disable_progress_bar()
     try:
         yield
     finally:
         library.set_verbosity(level)
-        hub.setLevel(hub_level)
+        for other, before in zip(others, levels, strict=True):
+            other.setLevel(before)
         if bars:
             library.enable_progress_bar()
 

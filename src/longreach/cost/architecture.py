@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")
 
@@ -28,6 +28,20 @@ class Attention:
     key_width: int
     value_width: int
     window: int | None = None  # the sliding window it was trained with
+    chunk: int | None = None  # the chunks it was trained with
+
+    @property
+    def reach(self) -> int | None:
+        """The most keys that a query of the trained layer sees; None: all."""
+        return self.window or self.chunk
+
+    def pairs(self, tokens: int) -> float:
+        """Query and key of the trained layer, leading terms."""
+        if self.chunk is not None:
+            whole, rest = divmod(tokens, self.chunk)
+            return (whole * self.chunk**2 + rest**2) / 2
+        window = min(tokens, self.window or tokens)
+        return window**2 / 2 + (tokens - window) * window
 
     @property
     def entry(self) -> int:
@@ -138,7 +152,7 @@ def refuse(config: Any) -> None:
     """Layers whose state is not keys and values."""
     if unknown := set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS:
         raise ValueError(
-            f"the model has layers of type {', '.join(sorted(unknown))}, whose cost plan does not know; plan a model of full or sliding attention layers"
+            f"the model has layers of type {', '.join(sorted(unknown))}, whose cost is not known here; plan a model of full, sliding or chunked attention"
         )
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError("the model shares keys and values between layers, which plan does not count; plan a model without shared layers")
@@ -153,9 +167,23 @@ def attention_layers(config: Any) -> tuple[Attention, ...]:
     if getattr(config, "kv_lora_rank", None):  # MLA: latents are expanded before attention, one key per query head
         kv_heads, key, value = heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     else:
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or falcon_groups(config) or heads
         key = value = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return tuple(Attention(heads, kv_heads, key, value, window) for window in sliding_windows(config))
+    chunks = attention_chunks(config)
+    return tuple(Attention(heads, kv_heads, key, value, window, chunk) for window, chunk in zip(sliding_windows(config), chunks, strict=True))
+
+
+def falcon_groups(config: Any) -> int | None:
+    """Falcon names its groups otherwise, and one flag stands for a single group."""
+    if getattr(config, "new_decoder_architecture", False):
+        return int(config.num_kv_heads)
+    return 1 if getattr(config, "multi_query", False) else None
+
+
+def attention_chunks(config: Any) -> list[int | None]:
+    """The chunk size of every layer, None where attention is not chunked."""
+    types, chunk = getattr(config, "layer_types", None), getattr(config, "attention_chunk_size", None)
+    return [chunk if types is not None and types[index] == "chunked_attention" else None for index in range(config.num_hidden_layers)]
 
 
 def sliding_windows(config: Any) -> list[int | None]:

@@ -18,17 +18,15 @@ def dtype_name(architecture: Architecture) -> str:
 
 
 def plain_kv_bytes(architecture: Architecture, tokens: int) -> int:
-    """Keys and values of plain attention, each once; sliding layers hold their window."""
-    return sum(layer.entry * min(tokens, layer.window or tokens) for layer in architecture.layers) * architecture.itemsize
+    """Keys and values of plain attention, each once; layers with a window or chunks hold no more."""
+    return sum(layer.entry * min(tokens, layer.reach or tokens) for layer in architecture.layers) * architecture.itemsize
 
 
 def attention_flop(architecture: Architecture, tokens: int) -> float:
     """Causal: 2 (D_k + D_v) n_heads per pair of query and key."""
     total = 0.0
     for layer in architecture.layers:
-        window = min(tokens, layer.window or tokens)
-        pairs = window**2 / 2 + (tokens - window) * window
-        total += 2 * layer.heads * (layer.key_width + layer.value_width) * pairs
+        total += 2 * layer.heads * (layer.key_width + layer.value_width) * layer.pairs(tokens)
     return total
 
 
@@ -39,12 +37,12 @@ def peak(architecture: Architecture, hardware: Hardware, context: int, new_token
     kv = plain_kv_bytes(architecture, context)
     linear, attention = 2.0 * (weights.active - weights.head) * prompt + 2.0 * weights.head, attention_flop(architecture, prompt)
     met = expected_weights(architecture, users)
-    sliding = sum(layer.window is not None for layer in architecture.layers)
+    limited = sum(layer.reach is not None for layer in architecture.layers)
     per_layer = "2 L n_kv D b" if architecture.latent is None else "L n_heads (D_k + D_v) b, expanded as the attention call gets them"
     found = [
         Term("weights", weights.nbytes, "bytes", f"{weights.parameters} parameters in {dtype}"),
         Term("KV per token", architecture.bytes_per_token, "bytes", f"{per_layer} over {len(architecture.layers)} layers"),
-        Term("KV of one user", kv, "bytes", f"KV per token x {context}" + (f", {sliding} layers at most their window" if sliding else "")),
+        Term("KV of one user", kv, "bytes", f"KV per token x {context}" + (f", {limited} layers at most their window or chunk" if limited else "")),
         Term("users at once", theory.concurrency(hardware.memory, weights.nbytes, kv), "users", "floor((memory - weights) / KV of one user)"),
         Term("prefill, linear", linear, "FLOP", f"2 x {weights.active - weights.head} active weights x {prompt} tokens, and the head once"),
         Term("prefill, attention", attention, "FLOP", f"2 n_heads (D_k + D_v) per causal pair, {len(architecture.layers)} layers"),

@@ -31,10 +31,10 @@ class Counts:
 
 
 def methods_of(architecture: Architecture, method: Method) -> list[Method]:
-    """What each layer runs, by the rule of `extend`: sliding layers stay as trained, unless every layer slides."""
-    sliding = [layer.window for layer in architecture.layers]
-    overridden = all(w is not None for w in sliding) and not isinstance(method, Stock)
-    return [method if w is None or overridden else Stock(w) for w in sliding]
+    """What each layer runs, by the rule of `extend`: sliding and chunked layers stay as trained, unless every layer slides."""
+    trained = [Stock(layer.window, layer.chunk) for layer in architecture.layers]
+    overridden = all(layer.window is not None for layer in architecture.layers) and not isinstance(method, Stock)
+    return [method if own == Stock() or overridden else own for own in trained]
 
 
 @lru_cache(maxsize=512)
@@ -103,7 +103,7 @@ def recall(architecture: Architecture, method: Method, window: int, tokens: int,
     capacity = method.capacity(window)
     if capacity is not None and tokens > capacity:
         return "untrained", f"nothing is certain: distances beyond {capacity} tokens were never trained"
-    full = [layout for layer, layout in layouts(architecture, method) if layer.window is None] or [layout for _, layout in layouts(architecture, method)]
+    full = [layout for layer, layout in layouts(architecture, method) if layer.reach is None] or [layout for _, layout in layouts(architecture, method)]
     seen = [joined(sorted(spans(layout, tokens - 1))) for layout in full]
     if any(ranges == [(0, tokens)] for ranges in seen):
         return "everything", method.recalls

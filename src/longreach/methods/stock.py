@@ -15,10 +15,10 @@ from longreach.segments import PLAIN, Identity, Layout, Segment, Visible
 class Stock(Method):
     """d = i - j for all j <= i. Fits texts up to the trained window; chosen by the dial when the declared context fits.
 
-    sliding_window  see the last `sliding_window` tokens only, self included; None sees all. Layers that a model was trained with a
-                    sliding window on keep theirs under every method.
-    attention_chunk see the tokens of the same stretch of `attention_chunk` tokens only, self included; None sees all. Layers that were
-                    trained in chunks keep theirs too.
+    sliding_window   see the last `sliding_window` tokens only, self included; None sees all. Layers that a model was trained with a
+                     sliding window on keep theirs under every method.
+    attention_chunk  see the tokens of the same stretch of `attention_chunk` tokens only, self included; None sees all. Layers that were
+                     trained in chunks keep theirs too. Not with `sliding_window`.
     """
 
     sliding_window: int | None = field(default=None, metadata={"help": "see the last tokens only"})
