@@ -59,7 +59,8 @@ def test_a_parameter_without_a_meaning_is_refused():
     class Silent(longreach.Stock):
         """Says nothing of what it takes.
 
-        sliding_window  is explained.
+        sliding_window   is explained.
+        attention_chunk  too.
         """
 
         depth: int = field(default=1, metadata={"help": "a depth"})
