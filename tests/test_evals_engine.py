@@ -96,8 +96,8 @@ def test_lengths_and_depths():
 
 def test_no_parameter_of_a_method_hides_behind_an_option():
     group: Any = typer.main.get_command(build()).commands["eval"]  # type: ignore[attr-defined]
-    assert set(group.commands) == {"list", "run", "estimate", "ppl", "report", "compare"}
-    for name in ("run", "estimate", "ppl"):
+    assert set(group.commands) == {"list", "run", "estimate", "ppl", "lm-eval", "report", "compare"}
+    for name in ("run", "estimate", "ppl", "lm-eval"):
         own = {option for p in group.commands[name].params for option in p.opts}
         assert not own & {p.option for method in registry().values() for p in parameters.of(method)}
 
@@ -105,7 +105,7 @@ def test_no_parameter_of_a_method_hides_behind_an_option():
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]):
     assert main(["eval"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("list", "run", "estimate", "ppl", "report", "compare"))
+    assert all(name in out for name in ("list", "run", "estimate", "ppl", "lm-eval", "report", "compare"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import longreach
-from longreach.evals import base, fitting, words
+from longreach.evals import base, budget, fitting, words
 from longreach.evals.base import Parts, Sample, Settings
 from longreach.evals.tasks import ancestral_trace, needle_threading, ruler_words
 from longreach.evals.tasks.ruler import string_match_all
@@ -369,6 +369,12 @@ def test_a_chat_template_counts(tokenizer):
         turn = [{"role": "user", "content": parts.text.removesuffix(begun)}]
         read = chatty.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + begun
         assert LENGTH - 90 < len(chatty(read, add_special_tokens=False)["input_ids"]) + sample.max_new_tokens <= LENGTH
+        assert budget.encode(chatty, sample).needs == fitting.needs(chatty, sample) > budget.encode(chatty, sample, "off").needs
+    chatty.chat_template = "{{ raise_exception('no users') }}"
+    (sample,) = base.task("passkey").samples(chatty, Settings(lengths=(300,), depths=(0.5,), samples=1))
+    assert fitting.needs(chatty, sample) == budget.encode(chatty, sample, "off").needs <= 300, "without the template it can be run"
+    with pytest.raises(ValueError, match="pass --chat off"):
+        budget.encode(chatty, sample)
 
 
 @pytest.mark.parametrize(
