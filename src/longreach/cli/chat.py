@@ -104,7 +104,7 @@ class Fitted:
 def unlimited(model: Any, method: Method | None, trained_window: int | None) -> bool:
     """Whether the method reads texts of any length, so that no context has to be declared."""
     from longreach import auto
-    from longreach.seam.extend import find_base
+    from longreach.seam.checks import find_base
 
     window = auto.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
     return method is not None and method.capacity(window) is None

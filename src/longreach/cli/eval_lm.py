@@ -128,7 +128,8 @@ def attached(model: Any, method: Method | None, declared: int | None, trained_wi
     """The model under the method, or under what the dial chooses. Stock may go beyond its window, for comparison."""
     from longreach import auto
     from longreach.methods.stock import Stock
-    from longreach.seam.extend import extend, find_base
+    from longreach.seam.checks import find_base
+    from longreach.seam.extend import extend
 
     window = auto.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
     length = window if declared is None and method is None else declared

@@ -87,7 +87,7 @@ def command(
             from longreach.evals import environment, perplexity
             from longreach.evals.model_engine import attached, span
             from longreach.evals.results import Folder
-            from longreach.seam.extend import find_base
+            from longreach.seam.checks import find_base
 
             loaded, tokenizer = load_model(out, model, dtype, device)
             window = auto.trained_window(find_base(loaded).config).tokens if trained_window is None else trained_window

@@ -203,7 +203,7 @@ def prepare(
     from longreach import auto
     from longreach.evals import runner
     from longreach.evals.model_engine import span
-    from longreach.seam.extend import find_base
+    from longreach.seam.checks import find_base
 
     window = auto.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
     work = wanted.work(window)

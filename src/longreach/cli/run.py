@@ -180,7 +180,7 @@ def fit(
     """Encode the prompt and make sure that it and the new tokens fit; raises with the numbers and the fix if not."""
     from longreach import auto
     from longreach.methods.stock import Stock
-    from longreach.seam.extend import find_base, refuse_unsupported
+    from longreach.seam.checks import find_base, refuse_unsupported
 
     base = find_base(model)
     refuse_unsupported(base.config)

@@ -19,7 +19,8 @@ from longreach.evals.budget import Prompt
 from longreach.evals.engine import Reply
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
-from longreach.seam.extend import Extension, extend, find_base
+from longreach.seam.checks import find_base
+from longreach.seam.extend import Extension, extend
 from longreach.streaming import stream
 
 WARM_UP = 64  # tokens of the prompt that is answered first and not timed

@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from longreach.planner import Plan
 from longreach.seam import documents, frequencies, layer_kinds, legacy
 from longreach.seam import rotary as probe
 from longreach.seam.cache_layers import place
+from longreach.seam.checks import check_arguments, check_positions, configs_of, find_base, refuse_unsupported
 from longreach.seam.documents import Document, Entry
 from longreach.seam.placement import device_of
 from longreach.seam.rotary import IdentityRotary, Seen
@@ -41,10 +42,6 @@ logger = logging.getLogger("longreach")
 _numbers = itertools.count(1)  # one attention name per extension, so that two extended models do not meet
 
 PROBE_POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21, 30, 34, 41, 55)
-# Arguments of an attention call that we honour, or that do not change what attention computes.
-HONOURED = {"softcap", "s_aux", "sliding_window"}
-HARMLESS = {"position_ids", "use_cache", "output_router_logits", "cache_position", "output_attentions", "is_causal", "layer_type", "past_key_values"}
-UNSUPPORTED_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "recurrent", "indexed_attention"}
 
 
 @dataclass(frozen=True)
@@ -554,64 +551,3 @@ class _ForwardOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         raise NotImplementedError("Longreach extends models at inference; call extension.remove() before training, or wrap the forward in torch.no_grad()")
-
-
-def find_base(model: nn.Module) -> Any:
-    """The text model that owns the rotary module, or of a legacy family the layers. Raises if there is none, several, or one that is extended already."""
-    if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
-        raise ValueError(f"{type(model).__name__} is not a Transformers model; load one with longreach.load(...) or AutoModelForCausalLM")
-    if (seam := legacy.seam_of(model)) is not None and hasattr(model, "generate"):
-        return seam.base
-    owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module) and hasattr(m, "config")]
-    if any(isinstance(owner.rotary_emb, IdentityRotary) for owner in owners):
-        raise ValueError("this model is extended already; call remove() on its extension first")
-    if getattr(model.config, "vision_config", None) is not None or len(owners) > 1:
-        raise ValueError(f"{type(model).__name__} is a multimodal wrapper; extend its text model, loaded as a causal language model")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; Longreach extends decoder-only causal language models")
-    if not owners or not hasattr(model, "generate") or not hasattr(owners[0].config, "num_hidden_layers"):
-        raise ValueError(
-            f"{type(model).__name__} has no rotary position module, so there are no rotary positions to extend; use a causal language model with RoPE"
-        )
-    return owners[0]
-
-
-def refuse_unsupported(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if found := kinds & UNSUPPORTED_LAYERS:
-        raise ValueError(f"the model has layers of type {', '.join(sorted(found))}, whose state has no positions to extend; use a full-attention model")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise ValueError("the model shares keys and values between layers, which the store does not follow; use a model without shared layers")
-
-
-def configs_of(model: nn.Module) -> Iterator[Any]:
-    """Every configuration that set_attn_implementation may write to, once."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            found.setdefault(id(config), config)
-            for name in getattr(config, "sub_configs", ()):
-                if hasattr(sub := getattr(config, name, None), "_attn_implementation_internal"):
-                    found.setdefault(id(sub), sub)
-    return iter(found.values())
-
-
-def check_arguments(index: int, seen: Seen) -> None:
-    """Refuse an argument of the attention call that we would otherwise ignore."""
-    for name, value in seen.kwargs.items():
-        if name not in HONOURED | HARMLESS and value is not None and not isinstance(value, bool):
-            raise ValueError(f"layer {index} passes {name!r} to its attention, which Longreach does not honour; use the model without extend()")
-
-
-def check_positions(position_ids: torch.Tensor, plan: Plan) -> None:
-    """Positions a caller passes are honoured only as what they usually are, the order of the tokens; anything else raises."""
-    if position_ids.dim() != 2 or position_ids.shape[-1] != plan.columns:
-        raise ValueError(f"position_ids of shape {list(position_ids.shape)} do not count {plan.columns} tokens; leave them out")
-    if plan.columns == 1:
-        return
-    for rows in plan.groups:
-        columns = rows.columns
-        own = position_ids[rows.rows if position_ids.shape[0] > 1 else slice(0, 1)][:, columns]
-        if not bool((own[:, 1:] - own[:, :-1] == 1).all()):
-            raise ValueError("position_ids must count the tokens of each row one by one; leave them out (packed sequences cannot be honoured)")
