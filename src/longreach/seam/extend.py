@@ -257,8 +257,8 @@ class Extension:
         rotary, self._alibi = seam.family.encoding(self.base, seam.modules, positions)
         if rotary is None and self.method.rescales:
             raise ValueError(
-                f"{self.method.name} changes rotary frequencies, and {type(self.base).__name__} has none, for its positions are the biases of ALiBi; "
-                "use a method of positions, such as SelfExtend or LMInfinite"
+                "the positions of this model are the biases of ALiBi, so there are no rotary frequencies to change; use a method of positions, such as "
+                "SelfExtend or LMInfinite"
             )
         if (implementation := seam.family.definition(self.base)) is not None:
             self.config._attn_implementation_internal = implementation
