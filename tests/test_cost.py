@@ -192,7 +192,7 @@ def test_experts_are_counted_once_per_token():
     ("config", "says"),
     [
         (t.T5Config(), "encoder-decoder"),
-        (t.FalconConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=96), "query_key_value of width"),
+        (t.BloomConfig(hidden_size=64, n_head=4, n_layer=2, vocab_size=96, num_key_value_heads=1), "query_key_value of width"),  # it has no groups
         (t.Qwen3NextConfig(**{**BASE, "num_hidden_layers": 4}), "linear_attention"),
         (t.GPT2Config(n_embd=16, n_layer=1, n_head=2), "names that plan does not know"),
     ],

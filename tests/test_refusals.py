@@ -117,7 +117,7 @@ REASONS = {
     "minimax": "layers of type linear_attention",
     "qwen3-next": "layers of type linear_attention",
     "lfm2": "layers of type conv",
-    "diffllama": "seen in 4 of 2 layers",
+    "diffllama": "seen in 4 of 2 layers|does not use Transformers' attention interface",  # by the version of Transformers
     "jamba": "no rotary position module",
 }
 
