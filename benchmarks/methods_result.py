@@ -27,7 +27,8 @@ class Share:
         z, n, p = 1.959964, self.asked, self.found / self.asked
         middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         scale = 100 / (1 + z * z / n)
-        return max(0.0, (middle - half) * scale), min(100.0, (middle + half) * scale)
+        low, high = (middle - half) * scale, (middle + half) * scale
+        return max(0.0, min(low, self.percent)), min(100.0, max(high, self.percent))  # it holds the share, whatever rounding says
 
     def __str__(self) -> str:
         low, high = self.interval
