@@ -36,3 +36,13 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*exceeds the capacity.*")
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Older versions of Transformers keep Nemotron's attention out of the interface, and `extend` refuses it there."""
+    from transformers.models.nemotron import modeling_nemotron
+
+    if not hasattr(modeling_nemotron, "ALL_ATTENTION_FUNCTIONS"):
+        for item in items:
+            if item.path.name == "test_matrix.py" and "[nemotron" in item.name:
+                item.add_marker(pytest.mark.skip(reason="this version of Transformers keeps Nemotron's attention out of the interface"))

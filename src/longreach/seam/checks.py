@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from longreach.planner import Plan
 from longreach.seam import legacy
@@ -27,7 +28,8 @@ def find_base(model: nn.Module) -> Any:
         raise ValueError(f"{type(model).__name__} is not a Transformers model; load one with longreach.load(...) or AutoModelForCausalLM")
     if (seam := legacy.seam_of(model)) is not None and hasattr(model, "generate"):
         return seam.base
-    owners = [m for m in model.modules() if isinstance(getattr(m, "rotary_emb", None), nn.Module) and hasattr(m, "config")]
+    # some versions leave a rotary module in every attention layer too, which nothing calls
+    owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and isinstance(getattr(m, "rotary_emb", None), nn.Module)]
     if any(isinstance(owner.rotary_emb, IdentityRotary) for owner in owners):
         raise ValueError("this model is extended already; call remove() on its extension first")
     if getattr(model.config, "vision_config", None) is not None or len(owners) > 1:
