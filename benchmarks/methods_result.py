@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from common import markdown
 
+from longreach.evals.statistics import mean
 from longreach.methods import registry
 
 
@@ -24,11 +24,8 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        z, n, p = 1.959964, self.asked, self.found / self.asked
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        scale = 100 / (1 + z * z / n)
-        low, high = (middle - half) * scale, (middle + half) * scale
-        return max(0.0, min(low, self.percent)), min(100.0, max(high, self.percent))  # it holds the share, whatever rounding says
+        sure = mean([1.0] * self.found + [0.0] * (self.asked - self.found))
+        return 100 * sure.low, 100 * sure.high
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -24,9 +24,10 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 import longreach
+from longreach.evals.statistics import wilson
 
 sys.path.insert(0, str(ROOT / "recipes"))
-from abilities import KINDS, found, interval, prose_loss, trial
+from abilities import KINDS, found, prose_loss, trial
 from training_rows import Rows
 
 NGRAM_BYTES = 4  # a stored n-gram with its count in a packed trie: an allowance in favour of the n-gram model
@@ -48,7 +49,7 @@ def questions(model: Any, rows: Rows, books: np.ndarray, window: int, trials: in
     for kind in KINDS:
         rng = Random(f"{seed} card {kind}")
         right = sum(found(model, [trial(rows, books, kind, rng, window) for _ in range(trials)]))
-        low, high = interval(right / trials, trials)
+        low, high = wilson(right, trials)
         result[kind] = {"found": right, "asked": trials, "interval": [low, high]}
         print(f"{kind:36s} {right}/{trials}", flush=True)
     return result

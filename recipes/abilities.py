@@ -5,7 +5,6 @@ Knows rows of tokens and a model that maps ids to logits. Used along the trainin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -97,11 +96,3 @@ def abilities(model: Any, rows: Rows, books: np.ndarray, length: int, trials: in
         rng = Random(f"{seed} {kind}")
         result[kind] = sum(found(model, [trial(rows, books, kind, rng, length) for _ in range(trials)])) / trials
     return result
-
-
-def interval(share: float, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share."""
-    z = 1.96
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
-    return middle - half, middle + half

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from longreach.backends import tiles
 from longreach.backends.tiles import Band, Kernel, empty
 from longreach.merge import NEGATIVE_INFINITY, Merge
 
@@ -44,6 +45,18 @@ class Bias:
 
     def _times(self, x: torch.Tensor) -> torch.Tensor:
         return (self.slope.view(-1, *[1] * x.dim()) * x).to(self.device, torch.float32)
+
+
+def dispatch(
+    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None, bias: Bias | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A band with a bias, with a soft-cap, or with neither, on one kernel."""
+    if bias is not None:
+        assert softcap is None, "no model has both a bias and a soft-cap"
+        return attend(kernel, q, k, v, band, scale, bias)
+    if softcap is not None:
+        return tiles.capped(q, k, v, band, scale, softcap)
+    return tiles.attend(kernel, q, k, v, band, scale)
 
 
 def attend(

@@ -22,12 +22,7 @@ class CpuBackend:
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if bias is not None:
-            assert softcap is None, "no model has both a bias and a soft-cap"
-            return biased.attend(kernel, q, k, v, band, scale, bias)
-        if softcap is not None:
-            return tiles.capped(q, k, v, band, scale, softcap)
-        return tiles.attend(kernel, q, k, v, band, scale)
+        return biased.dispatch(kernel, q, k, v, band, scale, softcap, bias)
 
 
 def kernel(
