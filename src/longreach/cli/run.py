@@ -5,7 +5,6 @@ Knows the options and the order of the work; reading text, generating and attach
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -236,6 +235,8 @@ def announce(out: Output, extension: Extension, fitted: Fitted) -> None:
 
 
 def report(model: str, extension: Extension, fitted: Fitted, found: Answer) -> dict[str, Any]:
+    from longreach.cost.machine import peak_memory
+
     facts = extension.report()
     prompt_tokens = len(fitted.ids)
     further = found.tokens - 1
@@ -262,16 +263,6 @@ def report(model: str, extension: Extension, fitted: Fitted, found: Answer) -> d
         "kv_store_bytes": found.store_bytes,
         "extension": facts,
     }
-
-
-def peak_memory() -> int | None:
-    """The largest resident size of this process so far; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def peak_device_memory(extension: Extension) -> int | None:

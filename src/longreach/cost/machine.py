@@ -55,11 +55,19 @@ def resident_memory() -> int:
     resident = field_of(Path("/proc/self/status"), "VmRSS:")
     if resident is not None:
         return 1024 * resident
-    if sys.platform == "win32":
+    if (peak := peak_memory()) is None:
         raise ValueError("calibration reads the memory of a process on Linux and macOS only; describe this machine in a TOML file instead")
-    import resource
+    return peak
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def peak_memory() -> int | None:
+    """The largest resident size of this process so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def processor() -> str:

@@ -5,7 +5,6 @@ Knows prompts, the library's generation and caches; not tasks, scores or files.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from longreach import auto, generation
+from longreach.cost import machine
 from longreach.evals.budget import Prompt
 from longreach.evals.engine import Reply
 from longreach.methods.base import Method
@@ -138,9 +138,4 @@ def peak_memory(device: torch.device) -> int | None:
     """Bytes: on the device since the last reset; on the CPU the largest resident size of the process so far, None where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return machine.peak_memory()
