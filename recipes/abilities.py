@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import listed_text as lt
 import retrieval_text as rt
 from training_rows import Rows
 
@@ -24,7 +25,12 @@ def pairs(rng: Random) -> list[rt.Fact]:
     return [rt.Fact(listing, asked.question, asked.answer, asked.name)]
 
 
-# The first fact of a list is asked; all of them are hidden.
+def asked_first(listed: tuple[list[rt.Fact], list[rt.Fact]]) -> list[rt.Fact]:
+    hidden, asked = listed
+    return [asked[0], *hidden]
+
+
+# The first fact of a list is asked; all that have a statement are hidden.
 KINDS: dict[str, Callable[[Random], list[rt.Fact]]] = {
     "pass key, standard wording": lambda rng: [rt.standard_pass_key(rng)],
     "pass key, all trained wordings": lambda rng: [rt.pass_key(rng)],
@@ -32,20 +38,28 @@ KINDS: dict[str, Callable[[Random], list[rt.Fact]]] = {
     "one of three labelled keys": lambda rng: rt.labelled_keys(rng, 3, standard=1.0),
     "needle sentence": lambda rng: [rt.needle(rng)],
     "needle sentence, held-out form": lambda rng: [rt.needle(rng, rt.HELD_OUT_NEEDLE)],
+    "needle sentence from verbs, places and times": lambda rng: [rt.composed_needle(rng)],
     "one of six key-value pairs": pairs,
+    "value of one of four keys, in sentences": lambda rng: asked_first(lt.entries(rng, 4, "one")),
+    "all values of a key that has several": lambda rng: asked_first(lt.entries(rng, 4, "values")),
+    "values of several keys": lambda rng: asked_first(lt.entries(rng, 4, "keys")),
+    "one of three JSON records": lambda rng: asked_first(lt.records(rng, 3)),
+    "variables set to each other": lambda rng: asked_first(lt.variables(rng, 4)),
 }
 
 
 def trial(rows: Rows, books: np.ndarray, kind: str, rng: Random, length: int, depth: float | None = None) -> tuple[list[int], int]:
     """-> ids of `length` tokens (more, if the facts alone are longer) ending in the answer, and the length of the answer."""
     facts = KINDS[kind](rng)
-    hidden = [rows.encode(" " + fact.statement) for fact in facts]
+    hidden = [rows.encode(" " + fact.statement) for fact in facts if fact.statement]
     question, answer = rows.encode("\n\n" + facts[0].question), rows.encode(facts[0].answer)
     room = max(0, length - 1 - sum(map(len, hidden)) - len(question) - len(answer))
     start = rng.randrange(len(books) - room)
     prose = books[start : start + room].tolist()
     gaps = [rows.gap(rng, prose) if depth is None else round(depth * room) for _ in hidden]
-    order = sorted(range(len(hidden)), key=lambda i: (gaps[i], rng.random()), reverse=True)
+    if not facts[0].statement:  # the order of the others is part of the answer
+        gaps.sort()
+    order = sorted(range(len(hidden)), key=lambda i: (gaps[i], i if not facts[0].statement else rng.random()), reverse=True)
     for i in order:
         prose[gaps[i] : gaps[i]] = hidden[i]
     return [rows.bos, *prose, *question, *answer], len(answer)

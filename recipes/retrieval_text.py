@@ -143,6 +143,46 @@ OTHER_NUMBERS = (
     "It is {small} degrees in {city}.", "The war of {year} lasted {small} years.", "The {object} weighs {number} grains.", "{person} died in {year}.",
     "The regiment lost {number} men and {number2} horses.", "At {small} o'clock {person} came back.", "The answer of {person} was {number}.",
 )  # fmt: skip
+# Needle sentences are also put together from verbs, places and times: (sentence, questions).
+ACTS = tuple(
+    pair.split("/") for pair in (
+        "hid/hide lost/lose found/find left/leave bought/buy sold/sell saw/see broke/break kept/keep put/put buried/bury forgot/forget dropped/drop "
+        "cleaned/clean mended/mend carried/carry threw/throw stole/steal drew/draw burned/burn opened/open washed/wash placed/place stored/store "
+        "packed/pack hung/hang wrapped/wrap wanted/want used/use held/hold showed/show caught/catch won/win made/make"
+    ).split()
+)  # fmt: skip
+MOVES = tuple(
+    pair.split("/") for pair in "went/go came/come ran/run rode/ride sailed/sail walked/walk drove/drive hurried/hurry moved/move returned/return".split()
+)
+TIMES = (
+    "", "", "", "", "", "", "On Monday ", "At night ", "In the morning ", "Last summer ", "Before dinner ", "After the war ", "One day ", "In the end ",
+    "Long ago ", "To our surprise ", "Every evening ", "On the first of May ", "As we all know, ", "It is said that ", "Somebody told me that ", "Years later ",
+)  # fmt: skip
+JOBS = "doctor mayor baker king queen painter captain teacher judge bishop gardener printer banker singer tailor governor butcher owner keeper friend".split()
+COMPOSED = (
+    (
+        "{time}{person} {past} the {object} in the {place}.",
+        "Where did {person} {base} the {object}?", "What did {person} {base} in the {place}?", "Who {past} the {object} in the {place}?",
+    ),
+    ("{time}{person} {past} a {label} {object} in {city}.", "What did {person} {base} in {city}?", "Where did {person} {base} a {label} {object}?"),
+    ("In {city} {person} {past} the {object} of {person2}.", "Whose {object} did {person} {base}?", "What did {person} {base} in {city}?"),
+    ("{time}{person} and {person2} {past} the {label} {object}.", "Who {past} the {label} {object}?", "What did {person} and {person2} {base}?"),
+    ("In the {place} of {city} {person} {past} a {object}.", "What did {person} {base} in {city}?", "Who {past} a {object} in {city}?"),
+    ("The {object} that {person} {past} was {label}.", "What was the {object} of {person} like?", "Who {past} the {label} {object}?"),
+    ("{time}{person} {went} to {city} with {person2}.", "Who {went} to {city}?", "With whom did {person} {go} to {city}?"),
+    ("{time}{person} {went} from {city} to the {place} of {city2}.", "Where did {person} {go}?", "From where did {person} {go} to {city2}?"),
+    ("{time}{person} {went} to the {place} to {activity}.", "Why did {person} {go} to the {place}?", "Who {went} to the {place}?"),
+    ("The {job} of {city} is {person}.", "Who is the {job} of {city}?"),
+    ("{person} is the {job} of {person2}.", "Who is the {job} of {person2}?", "What is {person} to {person2}?"),
+    (
+        "The {job} of {city} keeps a {label} {object} in the {place}.",
+        "What does the {job} of {city} keep in the {place}?", "Where is the {object} of the {job} of {city}?",
+    ),
+    ("The {label2} thing to see in {city} is the {label} {object}.", "What is the {label2} thing to see in {city}?"),
+    ("The town of {city} has a {label} {place}.", "What does the town of {city} have?"),
+    ("In its {place} the town of {city} has a {label} {object}.", "What does the town of {city} have in its {place}?"),
+    ("In the {place} there is a {label} {object}.", "What is there in the {place}?"),
+)  # fmt: skip
 HELD_OUT_NEEDLE = ("{person} travelled to {city} with the {object}.", "What did {person} take to {city}?")
 
 OPENINGS = (
@@ -154,12 +194,17 @@ GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 @dataclass(frozen=True)
 class Fact:
-    """One statement to hide, and the question whose answer it is. `answer` begins with the separator it needs; `name` is what is asked for."""
+    """One statement to hide, and the question whose answer it is. `answer` begins with the separator it needs; `name` is what is asked for.
+
+    A question about several statements is a fact without a statement; those statements are facts without a question.
+    `random` marks a statement that nobody can foresee, such as hexadecimal digits.
+    """
 
     statement: str
     question: str
     answer: str
     name: str
+    random: bool = False
 
 
 def number(rng: Random, digits: int | None = None) -> str:
@@ -177,8 +222,8 @@ def value_of(rng: Random, name: str, statement: str, digits: int | None = None, 
     elif kind < standard + 0.2:
         question, answer = rng.choice(SHORT_FORMS)
     else:
-        question, answer = _capital(rng.choice(LEADS) + rng.choice(ASKING)), SENTENCE
-    filled = _capital(statement.format(name=name, value=value))
+        question, answer = capital(rng.choice(LEADS) + rng.choice(ASKING)), SENTENCE
+    filled = capital(statement.format(name=name, value=value))
     return Fact(filled, question.format(name=name), answer.format(name=name, value=value), name)
 
 
@@ -202,7 +247,7 @@ def standard_pass_key(rng: Random) -> Fact:
 def held_out_pass_key(rng: Random) -> Fact:
     value, name = number(rng, 5), HELD_OUT_NAME
     return Fact(
-        _capital(HELD_OUT_STATEMENT.format(name=name, value=value)), HELD_OUT_QUESTION.format(name=name), SENTENCE.format(name=name, value=value), name
+        capital(HELD_OUT_STATEMENT.format(name=name, value=value)), HELD_OUT_QUESTION.format(name=name), SENTENCE.format(name=name, value=value), name
     )
 
 
@@ -221,17 +266,41 @@ def other_number(rng: Random) -> str:
     return rng.choice(OTHER_NUMBERS).format(**words)
 
 
-def needle(rng: Random, form: tuple[str, str] | None = None) -> Fact:
+def needle(rng: Random, form: tuple[str, ...] | None = None) -> Fact:
+    """A sentence to be asked back: in whole, or its end, when the question is followed by its beginning."""
     words = _words(rng)
     words["activity"] = rng.choice(ACTIVITIES).format(**words)
-    statement, question = (part.format(**words) for part in form or rng.choice(NEEDLES))
+    statement, question = _filled(rng, words, form or rng.choice(NEEDLES))
     return Fact(statement, question, " " + statement, question)
 
 
+def composed_needle(rng: Random, form: tuple[str, ...] | None = None) -> Fact:
+    words = _words(rng)
+    words["activity"] = rng.choice(ACTIVITIES).format(**words)
+    statement, question = _filled(rng, words, form or rng.choice(COMPOSED))
+    if rng.random() < 0.4:
+        parts = statement.split(" ")
+        cut = rng.randint(max(1, len(parts) - 6), len(parts) - 1)
+        return Fact(statement, f"{question} {' '.join(parts[:cut])}", " " + " ".join(parts[cut:]), question)
+    return Fact(statement, question, " " + statement, question)
+
+
+def needles(rng: Random, n: int) -> list[Fact]:
+    """Sentences of one form that differ in their words."""
+    form = rng.choice(COMPOSED)
+    return [composed_needle(rng, form) for _ in range(n)]
+
+
+def _filled(rng: Random, words: dict[str, str], form: tuple[str, ...]) -> tuple[str, str]:
+    return capital(form[0].format(**words)), rng.choice(form[1:]).format(**words)
+
+
 def _words(rng: Random) -> dict[str, str]:
+    (past, base), (went, go) = rng.choice(ACTS), rng.choice(MOVES)
     return {
         "person": rng.choice(PEOPLE), "person2": rng.choice(PEOPLE), "city": rng.choice(CITIES).replace("-", " "), "object": rng.choice(OBJECTS),
-        "place": rng.choice(PLACES), "place2": rng.choice(PLACES), "label": rng.choice(LABELS),
+        "place": rng.choice(PLACES), "place2": rng.choice(PLACES), "label": rng.choice(LABELS), "label2": rng.choice(LABELS), "past": past, "base": base,
+        "went": went, "go": go, "time": rng.choice(TIMES), "job": rng.choice(JOBS), "city2": rng.choice(CITIES).replace("-", " "),
     }  # fmt: skip
 
 
@@ -253,12 +322,16 @@ def facts(rng: Random, n: int) -> list[Fact]:
             new = [pass_key(rng)]
         elif kind < 0.75:
             new = labelled_keys(rng, min(n - len(found), rng.choice((2, 3, 3, 4, 5))))
-        else:
+        elif kind < 0.83:
             new = [needle(rng)]
+        elif kind < 0.92:
+            new = [composed_needle(rng)]
+        else:
+            new = needles(rng, min(n - len(found), rng.choice((2, 3))))
         for fact in new:
             found.setdefault(fact.name, fact)
     return list(found.values())
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
     return text[0].upper() + text[1:]

@@ -1,6 +1,7 @@
 """Train nano, the small Llama that ships inside Longreach, from scratch.
 
-    python recipes/train_nano.py --corpus DIR --work DIR [--export src/longreach/nano]
+    python recipes/train_nano.py --corpus DIR --work DIR [--export DIR]                                     # two CPU cores: an hour and a half
+    python recipes/train_nano.py --corpus DIR --work DIR --device cuda --scale 16 --steps STEPS --workers 12   # the model that is shipped
 
 DIR holds `train/` and `validation/` with `*.txt.xz` books. The work folder (outside the package) receives the tokenizer,
 the token cache, checkpoints and `log.jsonl`; a run that is started again continues from its last checkpoint.
@@ -8,7 +9,7 @@ the token cache, checkpoints and `log.jsonl`; a run that is started again contin
 Plain next-token training at true positions inside the window: no grouped, shifted, skipped or randomised positions. What
 nano does beyond its window is therefore due to the method that extends it. Every sequence begins with <bos>.
 
-The batch of a step is a function of (seed, step) alone, and the schedule is constant until the final decay, so stopping
+The batch of a step is a function of (seed, step, scale) alone, and the schedule is constant until the final decay, so stopping
 earlier with `--steps` is the same run with an earlier decay.
 """
 
@@ -54,6 +55,7 @@ class Stage(NamedTuple):
     documents: float
     single: float = 0.25  # share of the documents that hide one pass key
     labelled: float = 0.25  # share of those whose keys differ by their label only
+    listed: float = 0.15  # share of those with facts that belong together, see listed_text.py
     numbers: float = 0.25  # share of the passages drawn where a book has numbers, and of the documents with numbers that are not asked for
 
 
@@ -62,7 +64,7 @@ STAGES = (
     Stage(0, 64, 4096, 0.2, 0.6, 0.1),
     Stage(200, 128, 4096, 0.15, 0.35, 0.4),
     Stage(500, 256, 4096, 0.1, 0.2, 0.6),
-    Stage(900, WINDOW, 4096, 0.08, 0.1, 0.7, single=0.1, labelled=0.4),
+    Stage(900, WINDOW, 4096, 0.08, 0.1, 0.7, single=0.1, labelled=0.3, listed=0.25),
 )
 
 
@@ -126,6 +128,23 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (steps - decay_from)))
 
 
+def batch(rows: Rows, seed: int, step: int, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids and weights of a step."""
+    now = stage(step)
+    rows.single, rows.labelled, rows.listed, rows.numbers = now.single, now.labelled, now.listed, now.numbers
+    return rows.batch(Random(seed * 1_000_003 + step), scale * now.tokens // now.length, now.length, now.copying, now.drill, now.documents)
+
+
+class Batches(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """The batches of all steps, so that a DataLoader can make them beside the training."""
+
+    def __init__(self, rows: Rows, args: argparse.Namespace) -> None:
+        self.rows, self.seed, self.scale = rows, args.seed, args.scale
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch(self.rows, self.seed, step, self.scale)
+
+
 def configuration(tokenizer: Tokenizer) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCABULARY,
@@ -154,6 +173,10 @@ def fast_in_bf16(device: torch.device) -> bool:
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
+    if device.type == "cuda":  # the same run again gives the same weights on a card too
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     tokenizer, books, validation = prepare(args.corpus, args.work)
     print(f"{len(books):,} training tokens, {len(validation):,} validation tokens", flush=True)
     rows = Rows(tokenizer, books)
@@ -178,6 +201,11 @@ def train(args: argparse.Namespace) -> None:
         step, before = state["step"], state["seconds"]
         print(f"continuing at step {step}", flush=True)
     half = fast_in_bf16(device)
+    batches = torch.utils.data.DataLoader(
+        Batches(rows, args), batch_size=None, sampler=range(step, args.steps), num_workers=args.workers, pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if args.workers else None,
+    )  # fmt: skip
+    made = iter(batches)
     started = time.time()
     console = Console()
     columns = (TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(), TimeRemainingColumn())
@@ -185,10 +213,8 @@ def train(args: argparse.Namespace) -> None:
         bar = progress.add_task("training", total=args.steps, completed=step, state="")
         while step < args.steps and step != args.stop_after:
             now = stage(step)
-            rows.single, rows.labelled, rows.numbers = now.single, now.labelled, now.numbers
-            rng = Random(args.seed * 1_000_003 + step)
-            ids, weights = rows.batch(rng, now.tokens // now.length, now.length, now.copying, now.drill, now.documents)
-            ids, w = ids.to(device), weights[:, 1:].flatten().to(device)
+            ids, weights = next(made)
+            ids, w = ids.to(device, non_blocking=True), weights[:, 1:].flatten().to(device, non_blocking=True)
             share = rate(step, args.steps)
             for optimizer, peak in zip(optimizers.values(), (MATRIX_RATE, VECTOR_RATE)):
                 for group in optimizer.param_groups:
@@ -203,7 +229,8 @@ def train(args: argparse.Namespace) -> None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            progress.update(bar, completed=step, state=f"length {now.length}  loss {loss.item():.3f}")
+            if step % 10 == 0 or step == args.steps:  # the loss is on the device; asking for it every time would stop the queue
+                progress.update(bar, completed=step, state=f"length {now.length}  loss {loss.item():.3f}")
             if step % args.every == 0 or step in (args.steps, args.stop_after):
                 model.eval()
                 report = {"step": step, "length": now.length, "train_loss": round(loss.item(), 4), "seconds": round(before + time.time() - started)}
@@ -243,6 +270,8 @@ def main() -> None:
     parser.add_argument("--stop-after", type=int, help="stop at this step with a checkpoint, as if the run had been cut; start it again to go on")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scale", type=int, default=1, help="how many times 4096 tokens a step reads")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches beside the training")
     parser.add_argument("--every", type=int, default=100, help="steps between measurements and checkpoints")
     parser.add_argument("--keep", type=int, nargs="*", default=[], help="steps whose checkpoint is kept under its own name")
     train(parser.parse_args())

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 import retrieval_text as rt
+from listed_text import listed
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 
@@ -27,7 +28,7 @@ class Rows:
         self.books, self.answer_weight, self.digit_weight = books, answer_weight, digit_weight
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         self.vocabulary = tokenizer.get_vocab_size()
-        self.single = self.labelled = 0.25  # shares of the documents with one pass key, and with keys that differ by their label
+        self.single = self.labelled = self.listed = 0.2  # shares of the documents with one pass key, keys that differ by their label, listed text
         self.numbers = 0.0  # share of the passages drawn where a book has numbers, and of the documents with other numbers in them
         self.bos, self.eos, self.pad = (tokenizer.token_to_id(t) for t in (BOS, EOS, PAD))
         self.stops = {tokenizer.token_to_id(t) for t in (".", "?", "!", '."')} - {None}
@@ -56,14 +57,16 @@ class Rows:
 
     def document(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
         """<bos> prose with facts in it; questions at the end, or anywhere after their fact. Each answer is closed by <eos>."""
-        kind = rng.random()
+        kind, together = rng.random(), None
         if kind < self.single:
             hidden = [rt.pass_key(rng)]
         elif kind < self.single + self.labelled:
             hidden = rt.labelled_keys(rng, rng.choice((2, 3, 3, 4)))
+        elif kind < self.single + self.labelled + self.listed:
+            hidden, together = listed(rng, max(2, size // 50))
         else:
             hidden = rt.facts(rng, rng.randint(2, max(2, size // 50)))
-        asked = rng.sample(hidden, rng.randint(1, len(hidden)))
+        asked = rng.sample(hidden, rng.randint(1, len(hidden))) if together is None else together
         opening = self.encode(rng.choice(rt.OPENINGS)) if size > 200 and rng.random() < 0.1 else []
         statements = {fact.name: self._statement(fact) for fact in hidden}
         questions = {fact.name: self._question(rng, fact) for fact in asked}
@@ -71,14 +74,17 @@ class Rows:
         if room < size // 5:
             return self.drill(rng, size)
         prose = self._with_other_numbers(rng, room) if rng.random() < self.numbers else self.passage(rng, room)
-        at_end = rng.random() < 0.6
+        at_end = together is not None or rng.random() < 0.6
+        positions = [self.gap(rng, prose) for _ in hidden]
+        if together is not None:  # their order is part of the answer
+            positions.sort()
         pieces = []  # (position in the prose, order among those of one position, ids, weights)
-        for fact in hidden:
-            position = self.gap(rng, prose)
-            pieces.append((position, 0.0, *statements[fact.name]))
+        for order, (fact, position) in enumerate(zip(hidden, positions)):
+            pieces.append((position, order / len(hidden), *statements[fact.name]))
             if fact.name in questions:
                 later = room if at_end else self.gap(rng, prose, position)
                 pieces.append((later, 1.0 + rng.random(), *questions[fact.name]))
+        pieces += [(room, 1.0 + rng.random(), *questions[fact.name]) for fact in together or ()]
         ids, weights, last = [self.bos, *opening], [1.0] * (1 + len(opening)), 0
         for position, _, tokens, token_weights in sorted(pieces, key=lambda p: p[:2]):
             ids += prose[last:position] + tokens
@@ -99,9 +105,13 @@ class Rows:
 
     def drill(self, rng: Random, size: int) -> tuple[list[int], list[float]]:
         """Short and dense: a few facts or pairs, then questions about them until the row is full."""
-        if rng.random() < 0.4:
+        kind = rng.random()
+        if kind < 0.3:
             listing, asked = rt.pairs(rng, rng.randint(2, max(2, min(12, size // 16))))
             statements = [self._statement(rt.Fact(listing, "", "", ""))]
+        elif kind < 0.5:
+            hidden, asked = listed(rng, max(1, min(8, size // 40)))
+            statements = [self._statement(fact) for fact in hidden]
         else:
             n = rng.randint(1, max(1, min(8, size // 32)))
             asked = rt.labelled_keys(rng, n) if n > 1 and rng.random() < 0.5 else rt.facts(rng, n)
@@ -123,7 +133,7 @@ class Rows:
 
     def _statement(self, fact: rt.Fact) -> tuple[list[int], list[float]]:
         ids = self.encode(" " + fact.statement)
-        return ids, [self.digit_weight if t in self.digits else 1.0 for t in ids]
+        return ids, [self.digit_weight if fact.random or t in self.digits else 1.0 for t in ids]
 
     def _question(self, rng: Random, fact: rt.Fact) -> tuple[list[int], list[float]]:
         question = self.encode(rng.choice(("\n\n", "\n\n", "\n\n", "\n", " ")) + fact.question)

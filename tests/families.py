@@ -1,5 +1,26 @@
-"""The random tiny models of the tests; they live in the package, for `longreach check --all` runs over them too."""
+"""The random tiny models of the tests; they live in the package, for `longreach check --all` runs over them too.
 
-from longreach.evals.families import BASE, FAMILIES, REFUSED, WINDOW, build, rope, tokens
+LONGREACH_TEST_DEVICE=cuda runs every test that takes its model from here on the card.
+"""
 
-__all__ = ["BASE", "FAMILIES", "REFUSED", "WINDOW", "build", "rope", "tokens"]
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from longreach.evals import families
+from longreach.evals.families import BASE, FAMILIES, REFUSED, WINDOW, rope
+
+__all__ = ["BASE", "DEVICE", "FAMILIES", "REFUSED", "WINDOW", "build", "rope", "tokens"]
+
+DEVICE = os.environ.get("LONGREACH_TEST_DEVICE", "cpu")
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    return families.build(family, dtype, **more).to(DEVICE)
+
+
+def tokens(rows: int, count: int, seed: int = 3) -> torch.Tensor:
+    return families.tokens(rows, count, seed).to(DEVICE)

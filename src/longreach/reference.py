@@ -85,8 +85,8 @@ def _with_late(
 ) -> torch.Tensor:
     """Give the k best hidden candidates of each query (or of the last query only) their logit at the one late distance."""
     queries, keys = logits.shape[-2:]
-    i = torch.arange(keys - queries, keys)[:, None]
-    j = torch.arange(keys)[None, :]
+    i = torch.arange(keys - queries, keys, device=logits.device)[:, None]
+    j = torch.arange(keys, device=logits.device)[None, :]
     candidate = ~visible & (j >= late.first_key) & (i - j >= late.low)
     candidate &= candidate.sum(-1, keepdim=True) >= late.k
     if late.rows == "last":

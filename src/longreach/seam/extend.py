@@ -29,7 +29,7 @@ from longreach.executor import Inputs, Layer, execute
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planner import Plan
-from longreach.seam import documents, frequencies, layer_kinds, legacy
+from longreach.seam import documents, frequencies, layer_kinds, legacy, selfcheck
 from longreach.seam import rotary as probe
 from longreach.seam.cache_layers import place
 from longreach.seam.checks import check_arguments, check_positions, configs_of, find_base, refuse_unsupported
@@ -51,9 +51,13 @@ class Exactness:
     rotary: float  # q and k of every layer: our rotation against the model's own; of a legacy family, the output of every attention layer
     logits: float  # 12 tokens: this engine with neutral parameters against the stock model
     what: str = "rotation"  # "attention" of a legacy family
+    layers: float | None = None  # attention layers, each on its stock input: measured where rounding moves the logits more than the gate
 
     def __str__(self) -> str:
-        return f"{self.what} {self.rotary:.1e}, logits {self.logits:.1e} (largest relative difference to the stock model on {len(PROBE_POSITIONS)} tokens)"
+        text = f"{self.what} {self.rotary:.1e}, logits {self.logits:.1e} (largest relative difference to the stock model on {len(PROBE_POSITIONS)} tokens)"
+        if self.layers is not None:
+            text += f"; rounding in half precision moves these logits, as the choice of experts does: on its stock input a layer differs by {self.layers:.1e}"
+        return text
 
 
 def extend(
@@ -188,9 +192,6 @@ class Extension:
         self._probe_ids = torch.randint(0, self.config.vocab_size, (1, n), generator=generator).to(device)
         inputs = {"input_ids": self._probe_ids, "position_ids": positions, "use_cache": False}
         self.base.rotary_emb = self._identity
-        self._identity.record = []
-        self.model.set_attn_implementation("eager")  # the definition; a fused stock kernel may ignore soft-caps or sinks
-        self._stock_logits = self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
         self._use_our_attention()
         turned, record = self._listen(inputs, keep_original=True)
         raw, _ = self._listen(inputs, keep_original=False)
@@ -222,6 +223,7 @@ class Extension:
             raise ValueError(f"no layer of {type(self.base).__name__} rotates its keys, so there are no positions to extend; use it as it is")
         self._worst_rotary = worst
         self._modules = [seen.module for seen in raw]
+        self._stock = self._stock_run()
         self.entries = [Entry(seen.k.shape[1], seen.k.shape[-1], seen.v.shape[-1], seen.k.dtype, seen.k.device) for seen in raw]
         self._slot_scales = layer_kinds.slot_scales(self._modules)
         self._trained = [layer_kinds.as_trained(self.config, index, seen) for index, seen in enumerate(raw)]
@@ -264,7 +266,7 @@ class Extension:
             self.config._attn_implementation_internal = implementation
         stock: list[torch.Tensor] = []
         self._recorded = seam.record(lambda: stock.append(self.model(input_ids=self._probe_ids, use_cache=False).logits.float()))
-        self._stock_logits = stock[0]
+        self._stock = selfcheck.StockRun(stock[0], [], [])
         self._modules = seam.modules
         self._keys = [None for _ in seam.modules]
         self._rotaries = [rotary for _ in seam.modules]
@@ -287,21 +289,39 @@ class Extension:
         finally:
             self._local.seen = self._identity.record = None
 
+    def _stock_run(self) -> selfcheck.StockRun:
+        """The stock model under eager attention, its definition: a fused stock kernel may ignore soft-caps or sinks."""
+        self._identity.record = []
+        self.model.set_attn_implementation("eager")
+        try:
+            return selfcheck.record(self._modules, lambda: self.model(input_ids=self._probe_ids, use_cache=False).logits)
+        finally:
+            self._identity.record = None
+            self._use_our_attention()
+
     def _measure(self) -> None:
         """Logits of the engine with neutral parameters, at the frequencies the stock forward used, against the stock model."""
         self.layers = [Layer(i, t, r, alibi=self._alibi) for i, (t, r) in enumerate(zip(self._trained, self._rotaries, strict=True))]
         if self._legacy is not None:
             self._worst_rotary = self._legacy.difference(self._recorded, planner.plan(1, self._probe_ids.shape[1], None, self._probe_ids.device, None))
             del self._recorded
-        logits = self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
-        difference = ((logits - self._stock_logits).abs().max() / self._stock_logits.abs().max().clamp_min(1e-30)).item()
-        if not difference < (1e-1 if self._half else 1e-3) or not self._worst_rotary < (2e-2 if self._half else 1e-4):
+
+        def run() -> torch.Tensor:
+            return self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
+
+        difference = ((run() - self._stock.logits).abs().max() / self._stock.logits.abs().max().clamp_min(1e-30)).item()
+        layers, gate = None, 1e-1 if self._half else 1e-3
+        if not difference < gate and self._half and self._legacy is None:
+            layers = selfcheck.layerwise(self._modules, self._stock, run)
+        fine = difference < gate if layers is None else layers < 5e-2
+        if not fine or not self._worst_rotary < (2e-2 if self._half else 1e-4):
+            by_layer = self._worst_rotary if layers is None else layers
             raise ValueError(
-                f"with neutral parameters {type(self.base).__name__} differs from the stock model by {difference:.1e} (a layer by {self._worst_rotary:.1e}); "
+                f"with neutral parameters {type(self.base).__name__} differs from the stock model by {difference:.1e} (a layer by {by_layer:.1e}); "
                 "its attention does something we do not know, use it without extend()"
             )
-        self.exactness = Exactness(self._worst_rotary, difference, "rotation" if self._legacy is None else "attention")
-        del self._stock_logits
+        self.exactness = Exactness(self._worst_rotary, difference, "rotation" if self._legacy is None else "attention", layers)
+        del self._stock
 
     def _final_layers(self) -> list[Layer]:
         """Every layer with its method, and with what it rotates with while that is in force."""
@@ -480,7 +500,7 @@ class Extension:
             "sliding_window_overridden": self._overrides_sliding,
             "backend": "dense reference" if self._dense else backend_for(device_of(self.model), dtype).name,
             "dtype": str(dtype).removeprefix("torch."),
-            "exactness": {"rotary": self.exactness.rotary, "logits": self.exactness.logits},
+            "exactness": {"rotary": self.exactness.rotary, "logits": self.exactness.logits, "layers": self.exactness.layers},
         }
 
     def describe(self) -> str:

@@ -71,23 +71,29 @@ class Seen:
 def frequencies(original: nn.Module, key: Key, positions: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The module's inverse frequencies fp64 and scaling, checked against its own cos and sin in fp32."""
     prefix = "" if key is None else f"{key}_"
-    for name in (f"{prefix}inv_freq", "inv_freq"):
-        if isinstance(found := getattr(original, name, None), torch.Tensor):
-            break
-    else:
+    buffer = getattr(original, f"{prefix}inv_freq", getattr(original, "inv_freq", None))
+    if not isinstance(buffer, torch.Tensor):
         raise ValueError(f"{type(original).__name__} has no inverse frequencies that we can read; use the model without extend()")
     scaling = getattr(original, f"{prefix}attention_scaling", getattr(original, "attention_scaling", 1.0))
-    exact = exact_device(found.device)
-    inverse = found.detach().to(exact).double()
+    exact = exact_device(positions.device)
     args = () if key is None else (key,)
     cos, sin = cos_and_sin(original, original(torch.zeros(1, 1, device=positions.device, dtype=torch.float32), positions, *args))
-    angles = positions[0].to(exact).double()[:, None] * inverse
-    n = inverse.numel()
-    # cat(f, f) and half width begin with all frequencies; repeat-interleave has each twice in a row
-    ours = (angles.cos() * scaling, angles.sin() * scaling)
-    for take in (lambda t: t[0, :, :n], lambda t: t[0, :, ::2]):
-        if all(take(t).shape == w.shape and torch.allclose(take(t).to(exact).double(), w, atol=1e-4) for t, w in zip((cos, sin), ours, strict=True)):
-            return inverse, float(scaling)
+
+    def matches(inverse: torch.Tensor) -> bool:
+        angles, n = positions[0].to(exact).double()[:, None] * inverse, inverse.numel()
+        ours = (angles.cos() * scaling, angles.sin() * scaling)
+        # cat(f, f) and half width begin with all frequencies; repeat-interleave has each twice in a row
+        return any(
+            all(take(t).shape == w.shape and torch.allclose(take(t).to(exact).double(), w, atol=1e-4) for t, w in zip((cos, sin), ours, strict=True))
+            for take in (lambda t: t[0, :, :n], lambda t: t[0, :, ::2])
+        )
+
+    inverse = buffer.detach().to(exact).double()
+    if not matches(inverse) and callable(compute := getattr(original, "rope_init_fn", None)):
+        # PhiMoE computes them anew in every forward, in fp32, whatever dtype the buffer was cast to
+        inverse = compute(original.config)[0].to(exact).double()
+    if matches(inverse):
+        return inverse, float(scaling)
     raise ValueError(f"the cos and sin of {type(original).__name__} are not those of its inverse frequencies; use the model without extend()")
 
 
