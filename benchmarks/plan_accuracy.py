@@ -3,8 +3,11 @@
     longreach plan --calibrate && python benchmarks/plan_accuracy.py                # nano and random-weight models of 0.5 and 1 billion parameters
     python benchmarks/plan_accuracy.py --models nano --out benchmarks/results/plan-accuracy.json
 
-Every case is a process of its own, so that its peak memory is its own: the high-water mark of Linux is reset after the model was loaded. Run it on
-a quiet machine, right after the calibration, with as many threads; memory is read as Linux reports it, so other systems are refused.
+    longreach plan --calibrate --device cuda && python benchmarks/plan_accuracy.py --device cuda --dtypes bfloat16
+
+Every case is a process of its own, so that its peak memory is its own: the high-water mark of Linux is reset after the model was loaded. On a card
+it is what the driver and the libraries take and the most that PyTorch had allocated. Run it on a quiet machine, right after the calibration, with as
+many threads; memory of the CPU is read as Linux reports it, so other systems are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from common import facts, table, write_json
 
 import longreach
 from longreach.cost.machine import field_of
+from longreach.speedtest import reserved_on_card
 
 HALF = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
             vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None)  # fmt: skip
@@ -36,29 +40,27 @@ MEMORY_GATE, TIME_GATE = 0.10, 1.3
 NEW_TOKENS = 32
 
 
-def predicted(model: str, dtype: str, context: int) -> longreach.Plan:
-    return longreach.plan(model if MODELS[model] is None else "nano", context, "cpu", config=MODELS[model], dtype=dtype, new_tokens=NEW_TOKENS)
+def predicted(model: str, dtype: str, context: int, device: str) -> longreach.Plan:
+    return longreach.plan(model if MODELS[model] is None else "nano", context, device, config=MODELS[model], dtype=dtype, new_tokens=NEW_TOKENS)
 
 
 def window_of(model: str) -> int:
     return 512 if MODELS[model] is None else int(MODELS[model]["max_position_embeddings"])  # type: ignore[index]
 
 
-def measure(model: str, dtype: str, context: int, name: str, rounds: int) -> dict[str, Any]:
+def measure(model: str, dtype: str, context: int, name: str, rounds: int, device: str) -> dict[str, Any]:
     """In a process of its own: the answer's store bytes, peak memory, seconds to the first and of every further token."""
-    found = predicted(model, dtype, context)
+    found = predicted(model, dtype, context, device)
     row = found.row(name)
-    loaded = build(model, dtype)
+    loaded = build(model, dtype).to(device)
     with longreach.extend(loaded, row.method, context=context if row.method.needs_context else None) as extension:
-        ids = torch.randint(3, loaded.config.vocab_size, (context - NEW_TOKENS,), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(3, loaded.config.vocab_size, (context - NEW_TOKENS,), generator=torch.Generator().manual_seed(0)).to(device)
         answer(extension, ids[: min(64, len(ids))], 2)  # the first forward allocates and compiles what later ones reuse
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        start_peak(device)
         runs = [answer(extension, ids, NEW_TOKENS) for _ in range(rounds)]
-    peak = field_of(Path("/proc/self/status"), "VmHWM:")
-    assert peak is not None
     return {
         "kv_bytes": runs[0]["kv_bytes"],
-        "peak_bytes": 1024 * peak,
+        "peak_bytes": peak(device),
         "prefill_seconds": statistics.median(run["prefill_seconds"] for run in runs),
         "token_seconds": statistics.median(run["token_seconds"] for run in runs),
         "predicted": {key: getattr(row, key) for key in ("kv_bytes", "peak_bytes", "prefill_seconds", "token_seconds")},
@@ -67,12 +69,28 @@ def measure(model: str, dtype: str, context: int, name: str, rounds: int) -> dic
     }
 
 
+def start_peak(device: str) -> None:
+    """The high-water mark starts anew."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    if device == "cuda":
+        return reserved_on_card(torch.device(device, 0)) + torch.cuda.max_memory_allocated()
+    found = field_of(Path("/proc/self/status"), "VmHWM:")
+    assert found is not None
+    return 1024 * found
+
+
 def build(model: str, dtype: str) -> Any:
     if MODELS[model] is None:
         return longreach.load("nano", dtype=dtype)[0]
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**MODELS[model])  # type: ignore[arg-type]
+    config = AutoConfig.for_model(**MODELS[model])
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
@@ -110,25 +128,26 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--dtypes", nargs="+", default=["float32"], help="bfloat16 takes hours on processors without instructions for it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS), help="contexts, in trained windows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan-accuracy.json"))
     parser.add_argument("--case", nargs=4, metavar=("MODEL", "DTYPE", "CONTEXT", "METHOD"), help="one case, printed as JSON; used by the script itself")
     args = parser.parse_args()
-    if not Path("/proc/self/clear_refs").exists():
+    if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise SystemExit("peak memory is measured through /proc, which only Linux has; run this on Linux")
     if args.case:
         model, dtype, context, name = args.case
-        print(json.dumps(measure(model, dtype, int(context), name, args.rounds)))
+        print(json.dumps(measure(model, dtype, int(context), name, args.rounds, args.device)))
         return
-    result: dict[str, Any] = {"facts": facts(torch.device("cpu")), "gates": {"memory": MEMORY_GATE, "time": TIME_GATE}, "cases": []}
+    result: dict[str, Any] = {"facts": facts(torch.device(args.device)), "gates": {"memory": MEMORY_GATE, "time": TIME_GATE}, "cases": []}
     for model in args.models:
         for dtype in args.dtypes:
-            for context in (times * window_of(model) for times in WINDOWS):
+            for context in (times * window_of(model) for times in args.windows):
                 for name in args.methods:
                     case = [model, dtype, str(context), name]
-                    done = subprocess.run(
-                        [sys.executable, __file__, "--rounds", str(args.rounds), "--case", *case], capture_output=True, text=True, env={**os.environ}
-                    )
+                    command = [sys.executable, __file__, "--rounds", str(args.rounds), "--device", args.device, "--case", *case]
+                    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
                     if done.returncode:
                         raise SystemExit(f"{' '.join(case)} failed:\n{done.stderr}")
                     result["cases"].append({"model": model, "dtype": dtype, "context": context, **json.loads(done.stdout.splitlines()[-1])})

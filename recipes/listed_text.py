@@ -17,9 +17,10 @@ ENTRIES = (
     "One of the {kinds} for {key} is: {value}.", "One of the {kinds} for {key} is: {value}.", "One of the {kinds} of {key} is {value}.",
     "The {kind} for {key} is: {value}.", "The {kind} of {key} is {value}.", "{key} has the {kind} {value}.",
 )  # fmt: skip
+# (question, mark around the answer)
 RECORD_QUESTIONS = (
-    'Key: "{key}"\nValue:', 'The key is "{key}". Its value is:', 'What is the value of "{key}"? It is', 'Give the value of the key "{key}".\nThe value:',
-    'Key: "{key}"\nThe value of the key is:', '"{key}":',
+    ('Key: "{key}"\nValue:', '"'), ('The key is "{key}". Its value is:', ""), ('What is the value of "{key}"? It is', '"'),
+    ('Give the value of the key "{key}".\nThe value:', ""), ('Key: "{key}"\nThe value of the key is:', ""), ('"{key}":', '"'),
 )  # fmt: skip
 VARIABLE_QUESTIONS = (
     "Which variables have the value {value}?", "Which variables have the value {value}? They are:", "Find all variables with the value {value}.",
@@ -70,7 +71,7 @@ def records(rng: Random, n: int) -> tuple[list[Fact], list[Fact]]:
     values = [identifier(rng) for _ in keys]
     text = "{" + ", ".join(f'"{k}": "{v}"' for k, v in zip(keys, values)) + "}"
     asked = rng.sample(list(zip(keys, values)), min(len(keys), rng.randint(1, 2)))
-    form, mark = rng.choice(RECORD_QUESTIONS), rng.choice(('"', '"', ""))
+    form, mark = rng.choice(RECORD_QUESTIONS)
     return [Fact(text, "", "", "records", True)], [Fact("", form.format(key=k), f" {mark}{v}{mark}", k) for k, v in asked]
 
 
