@@ -72,6 +72,11 @@ STATEMENTS = (
     "{value} is the {name}.",
     "Attention: {value} is the {name}. You will need it.",
 )
+# The value before its name: at the value nothing tells yet whose it is, so that the name has to be found first and the value behind it.
+VALUE_FIRST = (
+    "{value} is the {name}.", "{value} is the {name}.", "Attention: {value} is the {name}. You will need it.", "Of all numbers {value} is the {name}.",
+    "I was told that {value} is the {name}.", "Remember that {value} is the {name}.", "{value} was chosen as the {name}.",
+)  # fmt: skip
 HELD_OUT_STATEMENT = "Please note: the {name} is {value}; you will be asked for it."
 
 STANDARD_QUESTION = "What is the {name}?"
@@ -98,6 +103,8 @@ SHORT_FORMS = (
     ("The {name} is", VALUE),
 )
 HELD_OUT_QUESTION = "Can you tell me the {name}?"
+
+NAME_FIRST = tuple(dict.fromkeys(form for form in STATEMENTS if form.index("{name}") < form.index("{value}") and form.count("{value}") == 1))
 
 # (statement, question); the answer is the statement.
 NEEDLES = (
@@ -183,6 +190,7 @@ COMPOSED = (
     ("In its {place} the town of {city} has a {label} {object}.", "What does the town of {city} have in its {place}?"),
     ("In the {place} there is a {label} {object}.", "What is there in the {place}?"),
 )  # fmt: skip
+ABOUT = ("What does the text say about {0}?", "What was said about {0}?", "Tell me about {0}.", "What do you know about {0}?", "What about {0}?", "{0}?")
 HELD_OUT_NEEDLE = ("{person} travelled to {city} with the {object}.", "What did {person} take to {city}?")
 
 OPENINGS = (
@@ -251,9 +259,11 @@ def held_out_pass_key(rng: Random) -> Fact:
     )
 
 
-def labelled_keys(rng: Random, n: int, standard: float = 0.6) -> list[Fact]:
-    """`n` facts that differ in their label only, so that the label must be read."""
-    kind, statement = rng.choice(KINDS), rng.choice(STATEMENTS[3:])
+def labelled_keys(rng: Random, n: int, standard: float = 0.6, value_first: bool | None = None) -> list[Fact]:
+    """`n` facts that differ in their label only, so that the label must be read. `value_first`: drawn if None."""
+    if value_first is None:
+        value_first = rng.random() < 0.35
+    kind, statement = rng.choice(KINDS), rng.choice(VALUE_FIRST if value_first else NAME_FIRST)
     return [value_of(rng, f"{label} {kind}", statement, standard=standard) for label in rng.sample(LABELS, n)]
 
 
@@ -275,10 +285,16 @@ def needle(rng: Random, form: tuple[str, ...] | None = None) -> Fact:
 
 
 def composed_needle(rng: Random, form: tuple[str, ...] | None = None) -> Fact:
+    """A needle whose question names what it asks for, or only one of its words, or goes on to the beginning of the answer."""
     words = _words(rng)
     words["activity"] = rng.choice(ACTIVITIES).format(**words)
-    statement, question = _filled(rng, words, form or rng.choice(COMPOSED))
-    if rng.random() < 0.4:
+    statement, question = _filled(rng, words, form or rng.choice((*COMPOSED, *NEEDLES)))
+    kind = rng.random()
+    if kind < 0.25:
+        named = [words[name] for name in ("person", "person2", "city") if words[name] in statement]
+        named += [f"the {words[name]}" for name in ("object", "place") if words[name] in statement]
+        question = rng.choice(ABOUT).format(rng.choice(named))
+    elif kind < 0.55:
         parts = statement.split(" ")
         cut = rng.randint(max(1, len(parts) - 6), len(parts) - 1)
         return Fact(statement, f"{question} {' '.join(parts[:cut])}", " " + " ".join(parts[cut:]), question)
@@ -322,9 +338,9 @@ def facts(rng: Random, n: int) -> list[Fact]:
             new = [pass_key(rng)]
         elif kind < 0.75:
             new = labelled_keys(rng, min(n - len(found), rng.choice((2, 3, 3, 4, 5))))
-        elif kind < 0.83:
+        elif kind < 0.82:
             new = [needle(rng)]
-        elif kind < 0.92:
+        elif kind < 0.93:
             new = [composed_needle(rng)]
         else:
             new = needles(rng, min(n - len(found), rng.choice((2, 3))))

@@ -188,7 +188,7 @@ def train(args: argparse.Namespace) -> None:
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     optimizers = {
-        "matrices": Muon(matrices, MATRIX_RATE, weight_decay=0.01),
+        "matrices": Muon(matrices, args.matrix_rate, weight_decay=0.01),
         "others": torch.optim.AdamW(others, lr=VECTOR_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     }
     checkpoint = args.work / "checkpoint.pt"
@@ -216,7 +216,7 @@ def train(args: argparse.Namespace) -> None:
             ids, weights = next(made)
             ids, w = ids.to(device, non_blocking=True), weights[:, 1:].flatten().to(device, non_blocking=True)
             share = rate(step, args.steps)
-            for optimizer, peak in zip(optimizers.values(), (MATRIX_RATE, VECTOR_RATE)):
+            for optimizer, peak in zip(optimizers.values(), (args.matrix_rate, VECTOR_RATE)):
                 for group in optimizer.param_groups:
                     group["lr"] = share * peak
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="write the finished model to this folder")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--stop-after", type=int, help="stop at this step with a checkpoint, as if the run had been cut; start it again to go on")
+    parser.add_argument("--matrix-rate", type=float, default=MATRIX_RATE, help="peak rate of Muon; batches that are larger bear more")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scale", type=int, default=1, help="how many times 4096 tokens a step reads")

@@ -24,7 +24,7 @@ class Rows:
     An answer weighs `answer_weight`. A digit of a hidden fact weighs `digit_weight`: nobody can foresee it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, books: np.ndarray, answer_weight: float = 4.0, digit_weight: float = 0.25) -> None:
+    def __init__(self, tokenizer: Tokenizer, books: np.ndarray, answer_weight: float = 8.0, digit_weight: float = 0.25) -> None:
         self.books, self.answer_weight, self.digit_weight = books, answer_weight, digit_weight
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         self.vocabulary = tokenizer.get_vocab_size()
