@@ -550,6 +550,7 @@ def main() -> int:
     parser.add_argument("--dtype", help="some of fp32, bf16, fp16, separated by commas (default: fp32,bf16 on the CPU, bf16,fp16 on CUDA)")
     parser.add_argument("--repeats", type=int, help="rounds of a case (default: 5 for prefill, 96 for decode)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--no-cudnn", action="store_true", help="baselines without cuDNN's attention, which prepares itself anew for every number of keys")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/attention-<device>.json)")
     parser.add_argument("--quick", action="store_true", help="lengths and windows divided by eight, no targets: only to see that it runs")
     options = parser.parse_args()
@@ -561,6 +562,7 @@ def main() -> int:
         parser.error(f"--repeats must be at least 1, not {options.repeats}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device; use --device cpu")
+    torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn)
     device = torch.device(options.device, 0 if options.device == "cuda" else None)  # type: ignore[arg-type]
 
     bandwidth = read_bandwidth(device)

@@ -4,8 +4,9 @@
     python benchmarks/model.py --device cuda --model random-8B --dtype bf16 --tokens 8192 32768
 
 Random weights: speed does not depend on them. Rounds alternate between the contestants. No ratio is printed unless the gate holds on the very
-model and dtype: plain attention by our engine gives the stock logits over the longest prompt, and each method gives those of the dense truth over a
-short one, as far as rounding in that dtype goes.
+model and dtype: over a short prompt the logits of plain attention and of each method are as near to those of its dense truth as the logits of stock
+Transformers are to the dense truth of plain attention, within half. Rounding in half precision adds up over many layers of random weights, so that no
+fixed limit would tell an error from rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                       tie_word_embeddings=True),
     "random-8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
 }  # fmt: skip
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # root mean square of the difference over that of the logits
+ERROR_RATIO, FLOOR = 1.5, 1e-6  # ours over stock's; what is smaller than the floor is fp32 rounding
 SHORT = 600  # tokens of the comparison with the dense truth
 
 
@@ -53,7 +54,12 @@ def build(name: str, dtype: torch.dtype, device: torch.device, window: int) -> A
 
 def methods(window: int) -> dict[str, Any]:
     """At eight windows: what the dial would have without its log scale, and the window of LM-Infinite."""
-    return {"ours, stock": Stock(), "selfextend": SelfExtend(16, window // 8), "lm-infinite": LMInfinite(window, 10)}
+    return {"plain attention, ours": Stock(), "selfextend": SelfExtend(16, window // 8), "lm-infinite": LMInfinite(window, 10)}
+
+
+def baselines(device: torch.device) -> tuple[str, ...]:
+    """On a card PyTorch may choose cuDNN's attention, which prepares itself anew for every number of keys; the faster baseline counts."""
+    return ("stock", "stock without cuDNN") if device.type == "cuda" else ("stock",)
 
 
 def synchronised(device: torch.device) -> float:
@@ -79,23 +85,25 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).square().mean() / want.double().square().mean()).sqrt().item()
 
 
-def gate(model: Any, contestants: dict[str, Any], longest: torch.Tensor) -> tuple[dict[str, float], list[str]]:
-    measured, limit = {}, LIMITS[model.dtype]
-    want = model(longest, use_cache=False, logits_to_keep=64).logits
-    with longreach.extend(model, Stock()):
-        measured[f"plain attention against stock, {longest.shape[1]} tokens"] = error(model(longest, use_cache=False, logits_to_keep=64).logits, want)
-    short = longest[:, :SHORT]
+def gate(model: Any, contestants: dict[str, Any], ids: torch.Tensor) -> tuple[dict[str, float], list[str]]:
+    """Root mean square of the difference to the dense truth over that of the logits: of stock under plain attention, of ours under every method."""
+    short, measured = ids[:, :SHORT], {}
+    stock = model(short, use_cache=False).logits
     for name, method in contestants.items():
         with longreach.extend(model, method, backend="reference"):
             want = model(short, use_cache=False).logits
+        if isinstance(method, Stock):
+            measured["stock"] = error(stock, want)
         with longreach.extend(model, method):
-            measured[f"{name} against its dense truth, {SHORT} tokens"] = error(model(short, use_cache=False).logits, want)
-    return measured, [f"{name}: {value:.2g}, more than {limit:.2g}" for name, value in measured.items() if not value <= limit]
+            measured[name] = error(model(short, use_cache=False).logits, want)
+    most = ERROR_RATIO * max(measured["stock"], FLOOR)
+    return measured, [f"{name} is off by {value:.2g}, more than {most:.2g}" for name, value in measured.items() if not value <= most]
 
 
 def rounds(model: Any, contestants: dict[str, Any], ids: torch.Tensor, new_tokens: int, count: int) -> Iterator[tuple[str, float, float]]:
     for turn in range(count + 1):  # the first warms up
-        for name, method in {"stock": None, **contestants}.items():
+        for name, method in {**dict.fromkeys(baselines(ids.device)), **contestants}.items():
+            torch.backends.cuda.enable_cudnn_sdp(name == "stock")
             with nullcontext() if method is None else longreach.extend(model, method):
                 times = answer(model, ids, new_tokens)
             gc.collect()
@@ -122,18 +130,18 @@ def main() -> int:
             measured, failures = gate(model, contestants, ids)
             entry: dict[str, Any] = {"tokens": tokens, "gate": {"passed": not failures, "measured": measured, "failures": failures}}
             result["cases"].append(entry)
-            print(f"\n{args.model}, {args.dtype}, {tokens} tokens; gate: " + "; ".join(f"{name} {value:.2g}" for name, value in measured.items()))
+            differences = "; ".join(f"{name} {value:.2g}" for name, value in measured.items())
+            print(f"\n{args.model}, {args.dtype}, {tokens} tokens; difference to the dense truth of {SHORT}: {differences}")
             if failures:
                 print("THE GATE FAILED, nothing is timed: " + "; ".join(failures))
                 continue
-            prefill = {name: Timing() for name in ("stock", *contestants)}
-            decode = {name: Timing() for name in ("stock", *contestants)}
+            prefill, decode = ({name: Timing() for name in (*baselines(device), *contestants)} for _ in range(2))
             for name, read, token in rounds(model, contestants, ids, args.new_tokens, args.rounds):
                 prefill[name].seconds.append(read)
                 decode[name].seconds.append(token)
-            rows = []
+            rows, best = [], [min(timing[name].median for name in baselines(device)) for timing in (prefill, decode)]
             for name in prefill:
-                ratio = [prefill[name].median / prefill["stock"].median, decode[name].median / decode["stock"].median]
+                ratio = [prefill[name].median / best[0], decode[name].median / best[1]]
                 rows.append([name, f"{prefill[name].median:.3f}", f"{ratio[0]:.2f}", f"{decode[name].median * 1e3:.2f}", f"{ratio[1]:.2f}"])
             entry |= {"methods": {name: method.to_json() for name, method in contestants.items()}}
             entry |= {"prefill": {n: t.to_json() for n, t in prefill.items()}, "token": {n: t.to_json() for n, t in decode.items()}}

@@ -138,6 +138,12 @@ def test_the_commands_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
         result = said(capsys, "eval", "run", *common, *method, "--out", tmp_path / name)
         assert (result["answered"], result["failed"]) == (4, 0) and result["metrics"][0]["n"] == 4
     assert said(capsys, "eval", "run", *common, "--method", "stock", "--out", tmp_path / "stock")["known"] == 4
+    longer = said(capsys, "eval", "run", "passkey", "--lengths", "400", "--depths", "0", "--samples", 1, "--method", "lm-infinite", "--n-local", "64",
+                  "--out", tmp_path / "lambda")  # fmt: skip
+    assert (longer["answered"], longer["known"]) == (1, 0)
+    dynamic = ("passkey", "--depths", "0", "--samples", 1, "--method", "dynamic-ntk", "--out", tmp_path / "dynamic")
+    said(capsys, "eval", "run", *dynamic, "--lengths", "400", "--context", 400)
+    said(capsys, "eval", "run", *dynamic, "--lengths", "600", "--context", 600, code=1)  # other frequencies give other answers
     described = json.loads((tmp_path / "stock" / "run.json").read_text())
     assert described["config"]["method"]["method"] == "stock" and described["extension"]["trained_window"] == 512 and described["ended"]
     rows = said(capsys, "eval", "compare", tmp_path / "stock", tmp_path / "lambda")["rows"]

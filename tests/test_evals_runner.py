@@ -109,8 +109,9 @@ def test_a_sample_that_fails_is_recorded_and_tried_again(tmp_path, items, tokeni
 def test_a_folder_holds_one_run_only(tmp_path, items, tokenizer):
     run(tmp_path, First(), items, tokenizer)
     folder, tasks = Folder(tmp_path), runner.describe({base.task("passkey"): dataclasses.replace(SETTINGS, seed=1)}, CONFIG)
-    with pytest.raises(ValueError, match="context: 512 there, 1024 now"):
-        folder.start({"config": {**CONFIG, "context": 1024}, "tasks": {}, "started": "then"})
+    with pytest.raises(ValueError, match="frequencies: null there, \"other\" now"):
+        folder.start({"config": {**CONFIG, "frequencies": "other"}, "tasks": {}, "started": "then"})
+    assert run(tmp_path, First(), items, tokenizer, config={**CONFIG, "context": 1024}).known == 12  # longer samples declare a longer context
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
         folder.start({"config": CONFIG, "tasks": tasks, "started": "then"})
     larger = runner.plan({base.task("passkey"): dataclasses.replace(SETTINGS, depths=(0.0, 0.25, 1.0))}, tokenizer)

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 1024  # of a rotation on the CPU: what is touched twice stays in the cache
+LAUNCH_ROWS = 32768  # elsewhere: few launches, bounded temporary memory
 WITHOUT_FP64 = frozenset({"mps"})  # device types on which no fp64 tensor can exist
 
 
@@ -109,8 +110,9 @@ class Table:
     def rotate(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., T, D] -> the same shape and dtype, rotated in fp32 and cast once. `scale` [T] multiplies the result."""
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for a in range(0, x.shape[-2], ROWS_AT_ONCE):  # what is touched twice stays in the cache
-            rows = slice(a, a + ROWS_AT_ONCE)
+        at_once = ROWS_AT_ONCE if x.device.type == "cpu" else LAUNCH_ROWS
+        for a in range(0, x.shape[-2], at_once):
+            rows = slice(a, a + at_once)
             self._rotate(x[..., rows, :], out[..., rows, :], rows, None if scale is None else scale[rows])
         return out
 

@@ -87,6 +87,7 @@ def speeds(device: torch.device, dtype: torch.dtype, overheads: tuple[float, flo
         forward_seconds=overheads[0],
         layer_seconds=overheads[1],
         call_seconds=overheads[2],
+        square=causal_square(device, dtype),
     )
 
 
@@ -104,11 +105,20 @@ def matrix_read(inner: int, outer: int, device: torch.device, dtype: torch.dtype
 
 
 def attention(width: int, device: torch.device, dtype: torch.dtype, keys: int = 4096, heads: int = 8) -> float:
-    """FLOP/s of the last chunk of a prompt."""
+    """FLOP/s of a chunk of a prompt on the keys before it."""
+    return 4 * heads * width * ROWS * keys / attend_seconds(width, keys, keys, device, dtype, heads)
+
+
+def causal_square(device: torch.device, dtype: torch.dtype, width: int = 64, heads: int = 8) -> float:
+    """What a pair of a chunk on itself costs, in pairs of a rectangle."""
+    rectangle = attend_seconds(width, ROWS, ROWS, device, dtype, heads) / (ROWS * ROWS)
+    return max(1.0, attend_seconds(width, ROWS, 0, device, dtype, heads) / (ROWS * (ROWS + 1) // 2) / rectangle)
+
+
+def attend_seconds(width: int, keys: int, offset: int, device: torch.device, dtype: torch.dtype, heads: int) -> float:
     backend = backend_for(device, dtype)
     q, k, v = (torch.randn(1, heads, n, width, device=device, dtype=dtype) for n in (ROWS, keys, keys))
-    pairs = ROWS * keys - ROWS * (ROWS - 1) // 2
-    return 4 * heads * width * pairs / seconds(lambda: backend.attend(q, k, v, Band(keys - ROWS), width**-0.5), device)
+    return seconds(lambda: backend.attend(q, k, v, Band(offset), width**-0.5), device)
 
 
 def keys_read(device: torch.device, dtype: torch.dtype, heads: int = 8, groups: int = 4, width: int = 64) -> float:
@@ -121,9 +131,10 @@ def keys_read(device: torch.device, dtype: torch.dtype, heads: int = 8, groups: 
 
 
 def elementwise(device: torch.device, dtype: torch.dtype, width: int = 2048) -> float:
-    """Bytes/s of a product of two tensors of the size that a chunk has."""
-    a, b, c = (torch.randn(ROWS, width, device=device).to(dtype) for _ in range(3))
-    return 3 * a.numel() * dtype.itemsize / seconds(lambda: torch.mul(a, b, out=c), device)
+    """Bytes/s of a product of two tensors of the size that a chunk has. The result is new memory, as in a model: on the CPU its pages cost more than
+    the product."""
+    a, b = (torch.randn(ROWS, width, device=device).to(dtype) for _ in range(2))
+    return 3 * a.numel() * dtype.itemsize / seconds(lambda: torch.mul(a, b), device)
 
 
 def link(device: torch.device) -> float:
@@ -170,7 +181,7 @@ def token_seconds(model: Any, method: Method, rounds: int = 3) -> float:
 
 
 def seconds(run: Callable[[], Any], device: torch.device, least: float = 0.2) -> float:
-    """Of one call: the best of several after a warm-up; of two where one takes long."""
+    """Of one call: the median of several after a warm-up; the second where one takes long."""
     found: list[float] = []
     with torch.no_grad():
         began = time.perf_counter()
@@ -182,7 +193,7 @@ def seconds(run: Callable[[], Any], device: torch.device, least: float = 0.2) ->
             run()
             synchronise(device)
             found.append(time.perf_counter() - started)
-    return min(found)
+    return statistics.median(found)
 
 
 def synchronise(device: torch.device) -> None:

@@ -217,13 +217,17 @@ def prepare(
 
 
 def configuration(model: str, job: Job, extension: Extension, truncate: str | None, chat: str, chunk_size: int) -> dict[str, Any]:
-    """What decides an answer, beside the task."""
+    """What decides an answer, beside the task. The context does so only through the method and the frequencies that were fixed with it."""
+    from longreach.evals.results import digest
+
+    rotaries = (layer.rotary for layer in extension.layers)
     return {
         "model": model,
         "revision": getattr(job.model.config, "_commit_hash", None),
         "method": extension.method.to_json(),
         "method_text": extension.method.brief(),
         "context": extension.context,
+        "frequencies": digest([None if r is None else [*r.inverse_frequencies.tolist(), r.scaling] for r in rotaries]),
         "trained_window": extension.window.tokens,
         "dtype": str(job.model.dtype).removeprefix("torch."),
         "device": job.model.device.type,

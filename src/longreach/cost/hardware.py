@@ -48,6 +48,7 @@ class Speeds:
     forward_seconds: float  # of a forward, whatever it computes
     layer_seconds: float  # of a layer
     call_seconds: float  # of every attention call beyond the first of a layer
+    square: float = 1.0  # what a pair in the causal square of a forward costs, in pairs of a rectangle: a kernel that cuts coarsely computes both halves
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,11 @@ def prefill(architecture: Architecture, method: Method, schedule: Schedule, spee
     for tokens, times in lengths.items():
         total += products(architecture, tokens, speeds) * times
     forwards = sum(lengths.values())
+    square = (speeds.square - 1) * sum(times * tokens * (tokens + 1) // 2 for tokens, times in lengths.items())
     for (layer, layout), n in layouts(architecture, method).items():
         attended = read_counts(layout, schedule)
         calls = max(0, attended.calls - forwards)
-        flop = 2 * layer.heads * (attended.pairs * (layer.key_width + layer.value_width) + attended.scored * layer.key_width)
+        flop = 2 * layer.heads * ((attended.pairs + square) * (layer.key_width + layer.value_width) + attended.scored * layer.key_width)
         steps = elementwise_bytes(architecture, layer, layout) * schedule.prompt / speeds.elementwise
         total += Seconds(flop / speeds.attention(layer.key_width), steps, calls * speeds.call_seconds) * n
     return total + Seconds(overhead=forwards * (speeds.forward_seconds + len(architecture.layers) * speeds.layer_seconds))

@@ -181,9 +181,12 @@ def write_json(path: Path, data: Any) -> None:
     os.replace(temporary, path)
 
 
+UNDECISIVE = ("context", "lengths", "depths", "samples")  # a sample's answer does not depend on them, beyond what other settings say
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What is not the same, in words."""
-    names = [name for name in sorted({*before, *now} - {"config_hash", "lengths", "depths", "samples"}) if before.get(name) != now.get(name)]
+    names = [name for name in sorted({*before, *now} - {"config_hash", *UNDECISIVE}) if before.get(name) != now.get(name)]
     return "; ".join(f"{name}: {json.dumps(before.get(name))} there, {json.dumps(now.get(name))} now" for name in names)
 
 

@@ -15,7 +15,7 @@ from longreach.evals import budget
 from longreach.evals.base import Sample, Settings, Task
 from longreach.evals.budget import ChatMode, Prompt
 from longreach.evals.engine import Engine, Reply
-from longreach.evals.results import Folder, Record, digest
+from longreach.evals.results import UNDECISIVE, Folder, Record, digest
 
 META = ("length_target", "depth", "depth_actual", "seed")  # have fields of their own in a record
 
@@ -94,7 +94,8 @@ def describe(work: Mapping[Task, Settings], config: Mapping[str, Any]) -> dict[s
         facts = {name: getattr(task, name) for name in ("group", "version", "license", "source", "metric", "random")}
         chosen = {"seed": settings.seed, "options": {**task.options, **settings.options}, "text": text, "data": settings.data}
         size = {"lengths": list(settings.lengths), "depths": list(settings.depths), "samples": settings.samples}
-        found[task.name] = {**facts, **chosen, **size, "config_hash": digest([task.name, task.version, chosen, dict(config)])}
+        deciding = {name: value for name, value in config.items() if name not in UNDECISIVE}
+        found[task.name] = {**facts, **chosen, **size, "config_hash": digest([task.name, task.version, chosen, deciding])}
     return found
 
 
