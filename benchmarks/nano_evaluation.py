@@ -22,10 +22,10 @@ from longreach.evals.base import tasks
 from longreach.methods import registry
 
 WINDOW = auto.Window(512, "nano")
-LENGTHS, LONGEST = (512, 1024, 2048, 4096), 8192
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 BY_DEPTH = ("passkey", "niah", "infinitebench-number-string", "infinitebench-kv-retrieval")
 OTHERS = ("ruler-niah-multikey-1", "ruler-niah-multivalue", "ruler-vt")
-DEPTHS = "0,0.33,0.67,1"
+DEPTHS = "0,0.5,1"
 
 
 def call(*words: object) -> None:
@@ -35,7 +35,7 @@ def call(*words: object) -> None:
         raise SystemExit(f"longreach {' '.join(arguments)} failed")
 
 
-def options(name: str, context: int) -> list[object]:
+def options(name: str, context: int = LENGTHS[-1]) -> list[object]:
     kind = registry()[name]
     return ["--method", *auto.recommended(kind, WINDOW, context).options(), *(["--context", context] if kind.needs_context else [])]
 
@@ -45,7 +45,7 @@ def measurable() -> list[str]:
     found = []
     for name, kind in registry().items():
         try:
-            auto.recommended(kind, WINDOW, LONGEST)
+            auto.recommended(kind, WINDOW, LENGTHS[-1])
         except ValueError as error:
             print(f"{name} is left out: {error}")
             continue
@@ -54,11 +54,10 @@ def measurable() -> list[str]:
 
 
 def measure(name: str, out: Path) -> None:
-    for lengths, factor in ((LENGTHS, 2), ((LONGEST,), 1)):
-        text = ",".join(map(str, lengths))
-        call("eval", "run", *BY_DEPTH, *options(name, LONGEST), "--lengths", text, "--depths", DEPTHS, "--samples", factor, "--out", out / name)
-        call("eval", "run", *OTHERS, *options(name, LONGEST), "--lengths", text, "--samples", 4 * factor, "--out", out / name)
-    call("eval", "ppl", *options(name, LONGEST), "--lengths", ",".join(map(str, (*LENGTHS, LONGEST))), "--out", out / f"{name}-ppl")
+    lengths = ",".join(map(str, LENGTHS))
+    call("eval", "run", *BY_DEPTH, *options(name), "--lengths", lengths, "--depths", DEPTHS, "--samples", 2, "--out", out / name)
+    call("eval", "run", *OTHERS, *options(name), "--lengths", lengths, "--samples", 6, "--out", out / f"{name}-ruler")
+    call("eval", "ppl", *options(name), "--lengths", lengths, "--out", out / f"{name}-ppl")
 
 
 def everything(out: Path) -> list[Path]:
@@ -95,7 +94,7 @@ def main() -> None:
     if args.methods:
         return
     args.page.mkdir(parents=True, exist_ok=True)
-    folders = [args.out / f"{name}{kind}" for kind in ("", "-ppl") for name in measurable()]
+    folders = [args.out / f"{name}{kind}" for kind in ("", "-ruler", "-ppl") for name in measurable()]
     call("eval", "report", *folders, "--html", args.page / "report.html", "--figures", args.page / "figures", "--markdown", args.page / "results.md")
     inside = everything(args.out)
     call("eval", "report", *inside, "--html", args.page / "all-tasks.html", "--figures", args.page / "all-tasks", "--markdown", args.page / "all-tasks.md")
