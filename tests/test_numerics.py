@@ -241,3 +241,24 @@ def test_reference_softmax_over_nothing_is_zero():
     distance = torch.full((10, 10), math.nan)
     out, lse = reference.attention(q, k, v, distance, GOLDEN_ROTARY, 0.5)
     assert out.eq(0).all() and lse.eq(-INF).all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_one_windowed_call_covers_a_band(rows, columns, monkeypatch):
+    """How the CUDA backend trims rows and keys for a flash call, with that call written out: causal to the bottom right, `window` keys back."""
+    from longreach.backends import cuda
+
+    def windowed(q, k, v, scale, window):
+        assert k.shape[2] >= q.shape[2] > 0, "the kernel would align rows without a key elsewhere"
+        out, lse = dense(q, k, v, Band(k.shape[2] - q.shape[2], 0, None if window < 0 else window + 1), scale)
+        return out.float(), lse.float()
+
+    monkeypatch.setattr(cuda, "windowed", windowed)
+    monkeypatch.setattr(cuda, "kernel", kernel)
+    q, k, v = qkv(rows, columns, groups=2)
+    for (low, high), offset in itertools.product(BANDS, (0, columns - rows, columns + 9, -3, 11)):
+        band = Band(offset, low, high)
+        out, lse = cuda.CudaWindow().attend(q, k, v, band, 0.25)
+        want, want_lse = dense(q, k, v, band, 0.25)
+        torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)

@@ -5,6 +5,7 @@ Knows frequencies, pairing, slices and slopes; not where they were read from (se
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ import torch
 
 ROWS_AT_ONCE = 1024  # of a rotation on the CPU: what is touched twice stays in the cache
 LAUNCH_ROWS = 32768  # elsewhere: few launches, bounded temporary memory
+FEW_ROWS = 16  # up to this many, the number of operations counts and not the bytes
 WITHOUT_FP64 = frozenset({"mps"})  # device types on which no fp64 tensor can exist
 
 
@@ -109,12 +111,21 @@ class Table:
 
     def rotate(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., T, D] -> the same shape and dtype, rotated in fp32 and cast once. `scale` [T] multiplies the result."""
+        if x.shape[-2] <= FEW_ROWS and self.rotary.pairing == "half" and self.rotary.width == x.shape[-1]:
+            y = x.float()
+            y = torch.addcmul(y * self._whole[0], y.roll(self.rotary.width // 2, -1), self._whole[1])
+            return (y if scale is None else y * scale[:, None]).to(x.dtype)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         at_once = ROWS_AT_ONCE if x.device.type == "cpu" else LAUNCH_ROWS
         for a in range(0, x.shape[-2], at_once):
             rows = slice(a, a + at_once)
             self._rotate(x[..., rows, :], out[..., rows, :], rows, None if scale is None else scale[rows])
         return out
+
+    @functools.cached_property
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What multiplies a head, and what multiplies it with its halves exchanged."""
+        return torch.cat([self.cos, self.cos], -1), torch.cat([-self.sin, self.sin], -1)
 
     def _rotate(self, x: torch.Tensor, target: torch.Tensor, rows: slice, scale: torch.Tensor | None) -> None:
         """Write the rotation of `x`, whose positions are those of `rows`, into `target`."""

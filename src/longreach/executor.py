@@ -65,7 +65,7 @@ def execute(
 ) -> torch.Tensor:
     """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads."""
     shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
-    out = q.new_empty(shape) if plan.real is None else q.new_zeros(shape)
+    out: torch.Tensor | None = None
     for rows in plan.groups:
         new_k, new_v = rows.take(k), rows.take(v)
         keys = {positions: _extend(layer, plan, store, rows, positions, new_k) for positions in layer.forms}
@@ -76,8 +76,13 @@ def execute(
                 merged = _dense(layer, block, block.take(q), keys[RAW], values, inputs)
             else:
                 merged = _Call(layer, plan, block, backend, inputs, store, keys, values).run(block.take(q))
-            out[block.rows, block.columns_on(out.device)] = merged.transpose(1, 2).to(q.dtype)
-    return out
+            merged = merged.transpose(1, 2).to(q.dtype)
+            if block.whole(q.shape[0], q.shape[2]):
+                return merged.contiguous()
+            if out is None:
+                out = q.new_empty(shape) if plan.real is None else q.new_zeros(shape)
+            out[block.rows, block.columns_on(out.device)] = merged
+    return q.new_zeros(shape) if out is None else out
 
 
 def _extend(layer: Layer, plan: Plan, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:
@@ -126,7 +131,7 @@ class _Call:
     values: Run
 
     def run(self, q: torch.Tensor) -> torch.Tensor:
-        """q [b, H, t, D] -> [b, H, t, E] fp32."""
+        """q [b, H, t, D] -> [b, H, t, E], fp32 if it is merged from parts."""
         merge = Merge(self.rows.count)
         rotated: dict[Any, torch.Tensor] = {}
         for segment in self.layer.layout.segments:
@@ -142,10 +147,7 @@ class _Call:
     def query(self, segment: Segment, q: torch.Tensor) -> torch.Tensor:
         """The queries at the segment's positions, scaled."""
         start, count = self.rows.start, self.rows.count
-        scale = None
-        if segment.query_scale is not None:
-            index = torch.arange(start, start + count, device=exact_device(q.device))
-            scale = segment.query_scale(index).float().to(q.device)
+        scale = None if segment.query_scale is None else self.plan.scale(segment.query_scale, start, count, q.device)
         rotary = self.layer.rotary
         table = None if rotary is None else self.plan.table(rotary, segment.query_positions, start, count, q.device)
         if table is not None:

@@ -19,7 +19,7 @@ class Merge:
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.out: torch.Tensor | None = None  # [B, H, T, D] fp32
+        self.out: torch.Tensor | None = None  # [B, H, T, D] fp32; a single part stays in its dtype
         self.lse: torch.Tensor | None = None  # [B, H, T] fp32
         self.filled = 0  # rows before it were written
 
@@ -28,7 +28,7 @@ class Merge:
         lse = lse.float()
         if self.out is None or self.lse is None:
             if out.shape[2] == self.rows:
-                self.out, self.lse, self.filled = out.float(), lse, self.rows
+                self.out, self.lse, self.filled = out, lse, self.rows
                 return
             self.out = out.new_empty((*out.shape[:2], self.rows, out.shape[3]), dtype=torch.float32)
             self.lse = lse.new_full((*lse.shape[:2], self.rows), NEGATIVE_INFINITY)
@@ -38,6 +38,7 @@ class Merge:
             self.out[:, :, rows], self.lse[:, :, rows], self.filled = out, lse, rows.stop
             return
         self._fill(rows.stop)
+        self.out = self.out.float()
         old_lse = self.lse[:, :, rows]
         # sigmoid(a - b) = exp(a) / (exp(a) + exp(b)); a row that is empty on both sides stays zero.
         share = torch.sigmoid(lse - old_lse).nan_to_num_(0.0)
@@ -58,7 +59,7 @@ class Merge:
         assert self.out is not None and self.lse is not None
         self._fill(self.rows)
         logit = logit.float().view(1, -1, 1)
-        self.out *= torch.sigmoid(self.lse - logit)[..., None]
+        self.out = self.out.float() * torch.sigmoid(self.lse - logit)[..., None]
         self.lse = torch.logaddexp(self.lse, logit.expand_as(self.lse))
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:

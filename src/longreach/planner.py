@@ -5,7 +5,7 @@ Knows lengths and indices; not queries, keys or models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,7 +27,13 @@ class Rows:
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, T, D] -> the real tokens of these rows."""
+        if self.whole(x.shape[0], x.shape[2]):
+            return x
         return x[self.rows, :, self.columns_on(x.device)]
+
+    def whole(self, rows: int, columns: int) -> bool:
+        """Whether these are all tokens of a forward of this size."""
+        return self.rows == slice(0, rows) and isinstance(self.columns, slice) and self.columns == slice(0, columns)
 
     def columns_on(self, device: torch.device) -> slice | torch.Tensor:
         """The columns, to index a tensor of a layer that may lie on another device than the tokens."""
@@ -50,6 +56,7 @@ class Plan:
     columns: int
     store: Store | None = None
     _tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)  # by id of the rotary, which its tables keep alive
+    _scales: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     def table(self, rotary: Rotary, positions: PositionMap, start: int, count: int, device: torch.device) -> Table | None:
         """The rotation of `count` tokens from index `start`, shared by all layers on a device; None where it is the identity."""
@@ -60,6 +67,14 @@ class Plan:
             index = torch.arange(start, start + count, device=exact_device(device))
             self._tables[key] = rotary.table(positions(index)).to(device)
         return self._tables[key]
+
+    def scale(self, of: Callable[[torch.Tensor], torch.Tensor], start: int, count: int, device: torch.device) -> torch.Tensor:
+        """[T] fp32: the factor on the queries of `count` tokens from index `start`, shared by all layers on a device."""
+        key = (of, start, count, device)
+        if key not in self._scales:
+            index = torch.arange(start, start + count, device=exact_device(device))
+            self._scales[key] = of(index).float().to(device)
+        return self._scales[key]
 
     def positions(self, rows: int, device: torch.device) -> torch.Tensor:
         """[B, T] the index of every new token in its row, zero at pads."""

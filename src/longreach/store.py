@@ -39,7 +39,14 @@ class Run:
 
     def slice(self, start: int, stop: int) -> torch.Tensor:
         assert self.start <= start <= stop <= self.stop, f"indices {start}..{stop} are not in {self.start}..{self.stop}"
-        return self.data[:, :, start - self.start : stop - self.start]
+        return part(self.data, slice(0, self.data.shape[0]), start - self.start, stop - self.start)
+
+
+def part(x: torch.Tensor, rows: slice, start: int, stop: int) -> torch.Tensor:
+    """x[rows, :, start:stop], in as few operations as it takes: a decoding step asks for it in every layer."""
+    if rows != slice(0, x.shape[0]):
+        x = x[rows]
+    return x if start == 0 and stop == x.shape[2] else x.narrow(2, start, stop - start)
 
 
 class Buffer:
@@ -77,9 +84,10 @@ class Buffer:
         tail = self.retention.tail
         if tail is None:
             body = self._room(rows, start - self.starts[rows.start] + new.shape[2], new, None)
-            body[rows, :, start - self.starts[rows.start] : stop - self.starts[rows.start]] = new
-            self._set(rows, self.starts[rows.start], stop)
-            return Run(body[rows, :, : stop - self.starts[rows.start]], self.starts[rows.start])
+            first = self.starts[rows.start]
+            part(body, rows, start - first, stop - first).copy_(new)
+            self._set(rows, first, stop)
+            return Run(part(body, rows, 0, stop - first), first)
         if tail == 0:
             self._set(rows, stop, stop)
             return Run(new, start)
@@ -89,9 +97,9 @@ class Buffer:
         keep, first, stop = tail + ROLLBACK, self.starts[rows.start], start + new.shape[2]
         if stop - first <= keep + SLACK:
             body = self._room(rows, stop - first, new, keep + SLACK)
-            body[rows, :, start - first : stop - first] = new
+            part(body, rows, start - first, stop - first).copy_(new)
             self._set(rows, first, stop)
-            return Run(body[rows, :, : stop - first], first)
+            return Run(part(body, rows, 0, stop - first), first)
         if new.shape[2] <= SLACK:
             assert self.body is not None
             kept = max(first, start - keep)  # move the tail to the front, then append

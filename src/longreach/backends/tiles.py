@@ -47,12 +47,16 @@ class Kernel(Protocol):
 def attend(
     kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, rows_per_tile: int = ROWS_PER_TILE
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out [B, H, T, E], lse [B, H, T] fp32."""
+    """-> out [B, H, T, E] in q's dtype or fp32, lse [B, H, T] fp32."""
     rows, columns = q.shape[2], k.shape[2]
     diagonal = band.offset - band.low  # row r sees columns up to diagonal + r
     first = max(0, -diagonal)
     if first >= rows or columns == 0 or (band.high is not None and band.high <= band.low):
         return empty(q, v)
+    if rows == 1:  # one row sees one stretch of columns
+        start = 0 if band.high is None else max(0, band.offset - band.high + 1)
+        stop = min(columns, diagonal + 1)
+        return kernel(q, between(k, start, stop), between(v, start, stop), scale) if start < stop else empty(q, v)
     tiles = _Tiles(kernel, q, k, v, diagonal, scale, Merge(rows))
     if band.high is None:
         tiles.growing(first, rows)
@@ -64,6 +68,11 @@ def attend(
     if tiles.merge.out is None:
         return empty(q, v)
     return tiles.merge.result()
+
+
+def between(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """x[:, :, start:stop], in one operation or none."""
+    return x if start == 0 and stop == x.shape[2] else x.narrow(2, start, stop - start)
 
 
 def widened(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
