@@ -81,7 +81,7 @@ class Hardware:
                 raise ValueError(f"this machine was measured in {' and '.join(self.measured)} only; pass --dtype, or run longreach plan --calibrate again")
             return self.measured[dtype]
         compute, memory = self.peak(dtype) * self.compute_efficiency, self.bandwidth * self.memory_efficiency
-        return Speeds(flat(compute), flat(memory), flat(compute), memory, memory, self.link * self.link_efficiency, 2e-3, 4e-4, 1e-4)
+        return Speeds(flat(compute), flat(memory), flat(compute), memory, memory, self.link * self.link_efficiency, 1.5e-3, 9e-4, 3e-4)
 
 
 def flat(speed: float) -> Curve:
