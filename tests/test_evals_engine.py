@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +21,7 @@ from longreach.cli.eval_options import parse_depths, parse_lengths, take_method_
 from longreach.evals import budget
 from longreach.evals.base import Parts, Sample
 from longreach.evals.model_engine import ModelEngine, attached, span
+from longreach.evals.results import Folder
 from longreach.loading import shipped_book
 from longreach.methods import registry
 
@@ -161,6 +166,47 @@ def test_the_commands_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
         rows = said(capsys, "eval", "ppl", "--protocol", protocol, "--lengths", "96", "--stride", 32, "--text", "@book", "--out", tmp_path / protocol,
                     *(["--passages", 1]))["metrics"]  # fmt: skip
         assert rows and all(row["task"] == protocol for row in rows)
+
+
+@pytest.mark.slow
+def test_a_killed_process_and_two_processes_give_the_numbers_of_one(tmp_path: Path):
+    """With a real model: one run to its end, one that is killed and started again, and two that share a folder at the same time."""
+
+    def start(out: str, *more: str) -> subprocess.Popen[bytes]:
+        asked = ("passkey", "ruler-niah-single-1", "--lengths", "400,800", "--depths", "0,0.5,1", "--samples", "3", "--method", "selfextend")
+        command = [sys.executable, "-m", "longreach.cli", "eval", "run", *asked, "--group-size", "4", "--window", "64", "--out", str(tmp_path / out), *more]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def ended(process: subprocess.Popen[bytes]) -> None:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors.decode()
+
+    def result(out: str) -> tuple[list[dict[str, Any]], Any]:
+        unsteady = ("t_prefill", "tok_per_s", "peak_mem", "reused_tokens")  # clocks, memory, and what stood in the cache
+        records = [{k: v for k, v in asdict(r).items() if k not in unsteady} for r in Folder(tmp_path / out).records()]
+        return records, json.loads((tmp_path / out / "metrics.json").read_text())
+
+    ended(start("whole"))
+    cut, file = start("cut"), tmp_path / "cut" / "samples.jsonl"
+    deadline = time.monotonic() + 300
+    while not (file.exists() and file.read_bytes().count(b"\n") >= 4):
+        assert cut.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    cut.kill()
+    cut.communicate()
+    with file.open("ab") as half:  # a line that was being written when the power went
+        half.write(b'{"bench": "pass')
+    known = file.read_bytes().count(b"\n")
+    assert 4 <= known < 24
+    ended(start("cut"))
+    shards = [start("shards", "--shard", f"{n}/2") for n in range(2)]
+    for shard in shards:
+        ended(shard)
+    want, metrics = result("whole")
+    assert len(want) == 24
+    for out in ("cut", "shards"):
+        got, found = result(out)
+        assert got == want and found == metrics, out
 
 
 @pytest.mark.parametrize(
