@@ -14,9 +14,10 @@ import pytest
 
 import longreach
 from fake_engines import CopyTail, Empty, Failing, First
-from longreach.evals import base, budget, figures, report, results, runner, statistics, truncation
+from longreach.evals import base, budget, figures, report, results, runner, special_figures, statistics, truncation, view
 from longreach.evals.base import Parts, Sample, Settings, Task
 from longreach.evals.results import Folder
+from longreach.evals.view import View
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 SETTINGS = Settings(lengths=(256, 512), depths=(0.0, 0.5, 1.0), samples=2)
@@ -276,7 +277,7 @@ def test_two_runs_are_compared_on_the_same_samples(folders):
 
 
 def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):
-    pictures = report.write(folders, [figures.view(folder) for folder in folders], tmp_path / "page.html", tmp_path / "figures")
+    pictures = report.write(folders, [view.view(folder) for folder in folders], tmp_path / "page.html", tmp_path / "figures")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert {picture.name for picture in pictures} == {"depth_passkey", "accuracy_passkey", "cost"}
     assert page.count("<img ") == 3 == page.count("data:image/png;base64,") == page.count("data:text/csv;base64,")
@@ -289,6 +290,42 @@ def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):
     grid = (tmp_path / "figures" / "depth_passkey.csv").read_text().splitlines()
     assert grid[0] == "run,length,depth,metric,value,n,ci_low,ci_high" and len(grid) == 1 + 6 + 6 + 4
     with pytest.raises(ValueError, match="called the same"):
-        report.write(folders[:1] * 2, [figures.view(folders[0])] * 2, tmp_path / "page.html", tmp_path)
+        report.write(folders[:1] * 2, [view.view(folders[0])] * 2, tmp_path / "page.html", tmp_path)
     with pytest.raises(ValueError, match="no palette"):
-        figures.draw([figures.view(folders[0])], tmp_path, "rainbow")
+        figures.draw([view.view(folders[0])], tmp_path, "rainbow")
+
+
+def test_the_map_of_selfextends_parameters(tmp_path):
+    """One panel for each length beyond the window; what reaches distances beyond 2/3 of it is marked. Fewer than four settings make no map."""
+
+    def made(group: int, window: int) -> View:
+        method = {"method": "selfextend", "group_size": group, "window": window}
+        rows = [results.Row("x", "passkey", n, None, "accuracy", float(group + window), 5, 0.0, 1.0, 0, 0) for n in (512, 1024, 2048)]
+        run = {"config": {"method": method}, "extension": {"trained_window": 512}, "tasks": {"passkey": {"metric": "accuracy"}}}
+        return View(f"{group} {window}", run, [], rows, [])
+
+    settings = [(4, 64), (4, 128), (8, 64), (8, 128)]
+    picture = special_figures.selfextend_map([made(*s) for s in settings], "passkey", tmp_path, "needle")
+    assert picture is not None and picture.png.read_bytes().startswith(b"\x89PNG")
+    lines = [line.split(",") for line in picture.csv.read_text().splitlines()[1:]]
+    assert {(line[0], line[1], line[2]): line[3] for line in lines}["2048", "4", "128"] == "False"  # 128 + 1920 / 4 = 608 > 341
+    assert {(line[0], line[1], line[2]): line[3] for line in lines}["2048", "8", "64"] == "True"  # 64 + 1984 / 8 = 312
+    assert [float(line[4]) for line in lines if line[0] == "1024"] == [68.0, 132.0, 72.0, 136.0]
+    assert special_figures.selfextend_map([made(*s) for s in settings[:3]], "passkey", tmp_path, "needle") is None
+
+
+def test_longbench_by_category_and_bin(tmp_path):
+    """The mean of the means of a category's tasks, not of its samples; bins likewise."""
+    folder = Folder(tmp_path / "run")
+    facts = [("a", "QA", "0-4k", 1.0), ("a", "QA", "4-8k", 0.0), ("b", "QA", "0-4k", 1.0), ("c", "code", "8k+", 0.5)]
+    records = [
+        results.Record("longbench-e", task, "1", f"{task}{n}", None, 9, 0, None, None, 0, "", "", [], {"f1": score}, None, 1, None, None, None, None, "",
+                       meta={"category": category, "bin": name})
+        for n, (task, category, name, score) in enumerate(facts)
+    ]  # fmt: skip
+    v = View("run", {"tasks": {task: {"metric": "f1"} for task in "abc"}}, records, [], [])
+    picture = special_figures.categories([v], "longbench-e", folder.path.parent)
+    assert picture is not None
+    assert picture.csv.read_text().splitlines()[1:] == [
+        "run,category,QA,75.0", "run,category,code,50.0", "run,bin,0-4k,100.0", "run,bin,4-8k,0.0", "run,bin,8k+,50.0",
+    ]  # fmt: skip

@@ -6,9 +6,11 @@ plan predicts; the speeds are those of the operations that it is made of.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,12 @@ import torch
 from longreach.backends import backend_for
 from longreach.backends.tiles import Band
 from longreach.cost import calibration
+from longreach.cost.architecture import read
 from longreach.cost.hardware import Curve, Hardware, Speeds
 from longreach.cost.machine import resident_memory, total_memory
+from longreach.cost.memory import Schedule
+from longreach.cost.timing import elementwise_bytes, prefill
+from longreach.cost.work import layouts
 from longreach.methods.base import Method
 from longreach.methods.rerope import ReRoPE
 from longreach.methods.stock import Stock
@@ -77,7 +83,7 @@ def speeds(device: torch.device, dtype: torch.dtype, overheads: tuple[float, flo
         x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((ROWS, inner), (outer, inner)))
         gemm.append((float(inner * outer), 2 * ROWS * inner * outer / seconds(lambda: torch.nn.functional.linear(x, weight), device)))  # noqa: B023
         gemv.append((float(inner * outer), matrix_read(inner, outer, device, dtype)))
-    return Speeds(
+    found = Speeds(
         gemm=Curve(tuple(gemm)),
         gemv=Curve(tuple(gemv)),
         attention=Curve(tuple((float(width), attention(width, device, dtype)) for width in HEADS)),
@@ -89,6 +95,7 @@ def speeds(device: torch.device, dtype: torch.dtype, overheads: tuple[float, flo
         call_seconds=overheads[2],
         square=causal_square(device, dtype),
     )
+    return replace(found, elementwise=elementwise_in_a_model(device, dtype, found))
 
 
 def matrix_read(inner: int, outer: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -135,6 +142,38 @@ def elementwise(device: torch.device, dtype: torch.dtype, width: int = 2048) -> 
     the product."""
     a, b = (torch.randn(ROWS, width, device=device).to(dtype) for _ in range(2))
     return 3 * a.numel() * dtype.itemsize / seconds(lambda: torch.mul(a, b), device)
+
+
+def elementwise_in_a_model(device: torch.device, dtype: torch.dtype, found: Speeds, rounds: int = 3) -> float:
+    """Bytes/s of what is neither product nor attention nor overhead: what they leave of the seconds of a small model. Between two steps a model has
+    forgotten its caches and takes new memory, which no loop over one step shows; a loop is the upper limit."""
+    from longreach.seam.extend import extend
+    from longreach.streaming import stream
+
+    model, schedule = small(device, dtype), Schedule(2 * ROWS + 1, 1, ROWS)
+    architecture = read(model.config, dtype)
+    ids = torch.ones(schedule.prompt, dtype=torch.long, device=device)
+    taken: list[float] = []
+    with extend(model, Stock(), trained_window=len(ids)) as extension, torch.no_grad():
+        for _ in range(1 + rounds):
+            started = time.perf_counter()
+            for _ in stream(extension, ids, chunk_size=ROWS, losses=False):
+                pass
+            synchronise(device)
+            taken.append(time.perf_counter() - started)
+    left = statistics.median(taken[1:]) - prefill(architecture, Stock(), schedule, replace(found, elementwise=math.inf)).total
+    moved = schedule.prompt * sum(n * elementwise_bytes(architecture, layer, layout) for (layer, layout), n in layouts(architecture, Stock()).items())
+    return min(found.elementwise, moved / left) if left > 0 else found.elementwise
+
+
+def small(device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=4,
+        max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
 def link(device: torch.device) -> float:

@@ -82,8 +82,8 @@ def report(
     """One HTML page of several runs, with everything in it."""
     with output(as_json) as out:
         from longreach.evals import report as pages
-        from longreach.evals.figures import view
         from longreach.evals.results import Folder, runs_in_markdown
+        from longreach.evals.view import view
 
         if not html.parent.is_dir():
             raise ValueError(f"there is no folder {str(html.parent)!r} for the page; create it first")

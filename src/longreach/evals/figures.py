@@ -5,62 +5,24 @@ Knows the folders of runs and matplotlib, which is imported when a picture is dr
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from longreach.evals.results import Folder, Record, Row
+from longreach.evals import canvas, special_figures
+from longreach.evals.canvas import PALETTES, Picture
+from longreach.evals.results import Record, Row
+from longreach.evals.view import View
 
-NEEDLE_COLOURS = ["#F0496E", "#EBB839", "#0CD79F"]  # those of the original needle test
-LINES = ["#1b6ca8", "#d9822b", "#2a9d6f", "#8a5ab5", "#c0392b", "#8a8a8a", "#b5a100", "#4b4b4b"]
-PALETTES = ("needle", "safe")
 RULER_THRESHOLD = 85.6  # Llama-2-7B at 4k: what RULER calls effective
 CLIP = 100.0  # perplexities above it are arrows
 ARROW = {"arrowstyle": "<-"}
 PANELS = 4  # small ones, side by side
+ACROSS = 5  # depth maps, side by side
 LENGTH_HEAD = ("run", "task", "length", "value", "n", "ci_low", "ci_high")
-
-
-@dataclass(frozen=True)
-class View:
-    """A run as pictures and tables see it. `curve` are the rows of curves.csv: position, mean, var, count."""
-
-    label: str
-    run: dict[str, Any]
-    records: list[Record]
-    rows: list[Row]
-    curve: list[tuple[int, float, float, int]]
-
-    @property
-    def window(self) -> int | None:
-        return self.run.get("extension", {}).get("trained_window")
-
-    def metric(self, task: str) -> str:
-        return str(self.run.get("tasks", {}).get(task, {}).get("metric", "accuracy"))
-
-
-@dataclass(frozen=True)
-class Picture:
-    name: str
-    title: str
-    png: Path
-    csv: Path
-
-
-def view(folder: Folder, label: str | None = None) -> View:
-    run = folder.run
-    method = run.get("config", {}).get("method_text")
-    curve: list[tuple[int, float, float, int]] = []
-    if (path := folder.path / "curves.csv").is_file():
-        with open(path, encoding="utf-8", newline="") as stream:
-            curve = [(int(row["position"]), float(row["mean"]), float(row["var"]), int(row["count"])) for row in csv.DictReader(stream)]
-    return View(label or f"{folder.path.name}" + (f": {method}" if method else ""), run, folder.records(), folder.metrics(), curve)
 
 
 def draw(views: Sequence[View], folder: str | Path, palette: str = "needle") -> list[Picture]:
@@ -74,10 +36,12 @@ def draw(views: Sequence[View], folder: str | Path, palette: str = "needle") -> 
     for task in tasks:
         pictures.append(depth_grid(views, task, path, palette))
         pictures.append(accuracy(views, task, path))
+        pictures.append(special_figures.selfextend_map(views, task, path, palette))
     for group in sorted({record.bench for v in views for record in v.records}):
         members = [task for task in tasks if any(record.task == task and record.bench == group for v in views for record in v.records)]
         if len(members) > 1:
             pictures.append(benchmark(views, group, members, path))
+        pictures.append(special_figures.categories(views, group, path))
     pictures += [perplexity(views, path), positions(views, path), cost(views, path)]
     return [picture for picture in pictures if picture is not None]
 
@@ -93,9 +57,13 @@ def depth_grid(views: Sequence[View], task: str, folder: Path, palette: str = "n
     shown = [v for v in views if cells[v.label]]
     if not shown:
         return None
-    figure = _figure(max(4.6, 1.1 + len(shown) * max(2.6, 0.62 * len(lengths))), 1.3 + max(2.0, 0.34 * len(depths)))
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    colours = _colours(palette)
+    across = min(len(shown), ACROSS)
+    down = math.ceil(len(shown) / across)
+    figure = canvas.figure(max(4.6, 1.1 + across * max(2.6, 0.62 * len(lengths))), 0.5 + down * (0.8 + max(2.0, 0.34 * len(depths))))
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for spare in axes[len(shown) :]:
+        spare.set_axis_off()
+    colours = canvas.colours(palette)
     for axis, v in zip(axes, shown):
         grid = [[_value(cells[v.label].get((length, depth))) for length in lengths] for depth in depths]
         image = axis.imshow(grid, cmap=colours, vmin=0, vmax=100, aspect="auto", origin="upper")
@@ -103,46 +71,47 @@ def depth_grid(views: Sequence[View], task: str, folder: Path, palette: str = "n
             for x, value in enumerate(line):
                 if not math.isnan(value) and len(lengths) * len(depths) <= 200:
                     axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color="#222222")
-        axis.set_xticks(range(len(lengths)), [_short(length) for length in lengths], rotation=45 if len(lengths) > 6 else 0)
-        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if axis is axes[0] else [""] * len(depths))
+        axis.set_xticks(range(len(lengths)), [canvas.short(length) for length in lengths], rotation=45 if len(lengths) > 6 else 0)
+        axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if axis in axes[::across] else [""] * len(depths))
         axis.set_title("\n".join(textwrap.wrap(v.label, max(24, 5 * len(lengths)))), fontsize=8.5)
         axis.set_xlabel("length (tokens)", fontsize=8.5)
         axis.tick_params(length=0, labelsize=8)
-        _window_between(axis, lengths, v.window)
+        canvas.window_between(axis, lengths, v.window)
         for side in axis.spines.values():
             side.set_visible(False)
-    axes[0].set_ylabel("depth (%)", fontsize=8.5)
+    for axis in axes[::across]:
+        axis.set_ylabel("depth (%)", fontsize=8.5)
     figure.colorbar(image, ax=list(axes), shrink=0.9, label="score (%)").outline.set_visible(False)
     rows = [(v.label, r.length, r.depth, r.metric, r.value, r.n, r.ci_low, r.ci_high) for v in shown for r in cells[v.label].values()]
     head = ("run", "length", "depth", "metric", "value", "n", "ci_low", "ci_high")
-    return _write(figure, folder, f"depth_{task}", f"{task}: score by depth and length", head, rows)
+    return canvas.write(figure, folder, f"depth_{task}", f"{task}: score by depth and length", head, rows)
 
 
 def accuracy(views: Sequence[View], task: str, folder: Path) -> Picture | None:
     """Score of a task by length, with 95 % bands."""
     if not any(_by_length(v, task) for v in views):
         return None
-    figure = _figure(6.4, 3.6)
+    figure = canvas.figure(6.4, 3.6)
     axis = figure.add_subplot()
-    for v, colour in zip(views, _cycle(len(views))):
+    for v, colour in zip(views, canvas.cycle(len(views))):
         _band(axis, _by_length(v, task), colour, v.label)
     _score_axis(axis, views, [task])
     axis.set_ylabel(f"{views[0].metric(task)} (%)", fontsize=9)
     guess = next((g for v in views if (g := v.run.get("tasks", {}).get(task, {}).get("random")) is not None), None)
     if guess is not None:
-        _level(axis, 100 * guess, "guessing")
-    _legend(figure, axis)
-    return _write(figure, folder, f"accuracy_{task}", f"{task}: score by length", LENGTH_HEAD, _length_rows(views, [task]))
+        canvas.level(axis, 100 * guess, "guessing")
+    canvas.legend(figure, axis)
+    return canvas.write(figure, folder, f"accuracy_{task}", f"{task}: score by length", LENGTH_HEAD, _length_rows(views, [task]))
 
 
 def benchmark(views: Sequence[View], group: str, tasks: Sequence[str], folder: Path) -> Picture | None:
     """The mean of a benchmark's tasks by length, and a small panel for each task."""
     rows = math.ceil(len(tasks) / PANELS)
-    figure = _figure(11, 3 + 1.9 * rows)
+    figure = canvas.figure(11, 3 + 1.9 * rows)
     grid = figure.add_gridspec(1 + rows, PANELS, height_ratios=[1.6] + [1] * rows)
     main = figure.add_subplot(grid[0, :])
     means: list[tuple[Any, ...]] = []
-    for v, colour in zip(views, _cycle(len(views))):
+    for v, colour in zip(views, canvas.cycle(len(views))):
         by_task = [{r.length: r.value for r in found} for task in tasks if (found := _by_length(v, task))]
         lengths = sorted(length for length in (by_task[0] if by_task else {}) if length is not None and all(length in scores for scores in by_task))
         values = [fmean(scores[length] or 0.0 for scores in by_task) for length in lengths]
@@ -151,7 +120,7 @@ def benchmark(views: Sequence[View], group: str, tasks: Sequence[str], folder: P
         means += [(v.label, name, length, value, "", "", "") for length, value in zip(lengths, values)]
     for n, task in enumerate(tasks):
         axis = figure.add_subplot(grid[1 + n // PANELS, n % PANELS])
-        for v, colour in zip(views, _cycle(len(views))):
+        for v, colour in zip(views, canvas.cycle(len(views))):
             _band(axis, _by_length(v, task), colour, None)
         _score_axis(axis, views, [task], small=True)
         axis.set_title(task, fontsize=8)
@@ -160,9 +129,9 @@ def benchmark(views: Sequence[View], group: str, tasks: Sequence[str], folder: P
     _score_axis(main, views, tasks)
     main.set_ylabel("mean score (%)", fontsize=9)
     if group == "ruler":
-        _level(main, RULER_THRESHOLD, f"RULER's threshold {RULER_THRESHOLD}")
-    _legend(figure, main)
-    return _write(figure, folder, f"benchmark_{group}", f"{group}: score by length", LENGTH_HEAD, means + _length_rows(views, tasks))
+        canvas.level(main, RULER_THRESHOLD, f"RULER's threshold {RULER_THRESHOLD}")
+    canvas.legend(figure, main)
+    return canvas.write(figure, folder, f"benchmark_{group}", f"{group}: score by length", LENGTH_HEAD, means + _length_rows(views, tasks))
 
 
 def perplexity(views: Sequence[View], folder: Path) -> Picture | None:
@@ -175,27 +144,27 @@ def perplexity(views: Sequence[View], folder: Path) -> Picture | None:
     if not lines:
         return None
     protocols = sorted({task for _, task in lines})
-    figure = _figure(6.4 * len(protocols), 3.8)
+    figure = canvas.figure(6.4 * len(protocols), 3.8)
     axes = figure.subplots(1, len(protocols), squeeze=False)[0]
     for axis, protocol in zip(axes, protocols):
-        for v, colour in zip(views, _cycle(len(views))):
+        for v, colour in zip(views, canvas.cycle(len(views))):
             rows = lines.get((v.label, protocol), [])
             x, y = [r.length for r in rows], [r.value or 0.0 for r in rows]
             axis.plot(x, [min(value, CLIP) for value in y], color=colour, marker="o", ms=3.5, label=v.label)
             for place, value in zip(x, y):
                 if value > CLIP:
                     axis.annotate(f"{value:.3g}", (place, CLIP), xytext=(0, 12), textcoords="offset points", ha="center", fontsize=7, arrowprops=ARROW)
-        _length_axis(axis, sorted({r.length for key, rows in lines.items() if key[1] == protocol for r in rows if r.length is not None}))
+        canvas.length_axis(axis, sorted({r.length for key, rows in lines.items() if key[1] == protocol for r in rows if r.length is not None}))
         axis.set_ylim(bottom=0)
         if any((r.value or 0) > CLIP for rows in lines.values() for r in rows):
             axis.set_ylim(0, 1.15 * CLIP)
         axis.set_title(protocol, fontsize=10)
         _window_line(axis, views)
     axes[0].set_ylabel("perplexity", fontsize=9)
-    _legend(figure, axes[0])
+    canvas.legend(figure, axes[0])
     table = [(label, task, r.length, r.value, r.n, r.ci_low, r.ci_high) for (label, task), found in lines.items() for r in found]
     head = ("run", "protocol", "length", "perplexity", "documents", "ci_low", "ci_high")
-    return _write(figure, folder, "perplexity", "Perplexity by length (it does not imply recall)", head, table)
+    return canvas.write(figure, folder, "perplexity", "Perplexity by length (it does not imply recall)", head, table)
 
 
 def positions(views: Sequence[View], folder: Path) -> Picture | None:
@@ -203,10 +172,10 @@ def positions(views: Sequence[View], folder: Path) -> Picture | None:
     shown = [v for v in views if v.curve]
     if not shown:
         return None
-    figure = _figure(7.2, 3.8)
+    figure = canvas.figure(7.2, 3.8)
     axis = figure.add_subplot()
     rows: list[tuple[Any, ...]] = []
-    for v, colour in zip(shown, _cycle(len(shown))):
+    for v, colour in zip(shown, canvas.cycle(len(shown))):
         points = [(p, m) for p, m, _, _ in v.curve if not math.isnan(m)]
         weight = min(1.0, 2 / (1 + len(points) / 50))  # about a fiftieth of the curve
         smooth: list[float] = []
@@ -219,8 +188,8 @@ def positions(views: Sequence[View], folder: Path) -> Picture | None:
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     _window_line(axis, shown)
-    _legend(figure, axis)
-    return _write(figure, folder, "positions", "Loss by position", ("run", "position", "nll", "smoothed"), rows)
+    canvas.legend(figure, axis)
+    return canvas.write(figure, folder, "positions", "Loss by position", ("run", "position", "nll", "smoothed"), rows)
 
 
 def cost(views: Sequence[View], folder: Path) -> Picture | None:
@@ -231,9 +200,9 @@ def cost(views: Sequence[View], folder: Path) -> Picture | None:
         ("peak memory (GiB)", lambda r: None if r.peak_mem is None else r.peak_mem / 2**30),
     ]
     rows: list[tuple[Any, ...]] = []
-    figure = _figure(11, 3.2)
+    figure = canvas.figure(11, 3.2)
     axes = figure.subplots(1, len(panels))
-    for v, colour in zip(views, _cycle(len(views))):
+    for v, colour in zip(views, canvas.cycle(len(views))):
         lengths = sorted({r.length_target for r in v.records if r.length_target is not None and r.error is None})
         for axis, (name, value) in zip(axes, panels):
             points = []
@@ -246,11 +215,11 @@ def cost(views: Sequence[View], folder: Path) -> Picture | None:
     if not rows:
         return None
     for axis, (name, _) in zip(axes, panels):
-        _length_axis(axis, sorted({row[2] for row in rows}))
+        canvas.length_axis(axis, sorted({row[2] for row in rows}))
         axis.set_ylim(bottom=0)
         axis.set_title(name, fontsize=9)
-    _legend(figure, axes[0])
-    return _write(figure, folder, "cost", "Cost by length (medians)", ("run", "what", "length", "median", "n"), rows)
+    canvas.legend(figure, axes[0])
+    return canvas.write(figure, folder, "cost", "Cost by length (medians)", ("run", "what", "length", "median", "n"), rows)
 
 
 def _by_length(v: View, task: str) -> list[Row]:
@@ -265,50 +234,16 @@ def _value(row: Row | None) -> float:
     return math.nan if row is None or row.value is None else row.value
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
-
-
-def _colours(palette: str) -> Any:
-    from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap
-
-    made = colormaps["cividis"] if palette == "safe" else LinearSegmentedColormap.from_list("needle", NEEDLE_COLOURS)
-    return made.with_extremes(bad="#e4e4e4")
-
-
-def _cycle(count: int) -> list[str]:
-    return [LINES[n % len(LINES)] for n in range(count)]
-
-
 def _band(axis: Any, rows: list[Row], colour: str, label: str | None) -> None:
     x = [r.length for r in rows]
     axis.plot(x, [r.value for r in rows], color=colour, marker="o", ms=3, lw=1.5, label=label)
     axis.fill_between(x, [r.ci_low for r in rows], [r.ci_high for r in rows], color=colour, alpha=0.15, lw=0)
 
 
-def _length_axis(axis: Any, lengths: list[int], small: bool = False) -> None:
-    axis.set_xscale("log", base=2)
-    ticks = lengths if len(lengths) <= 9 else lengths[:: math.ceil(len(lengths) / 8)]
-    axis.set_xticks(ticks, [_short(tick) for tick in ticks])
-    axis.minorticks_off()
-    axis.tick_params(labelsize=7 if small else 8)
-    axis.spines[["top", "right"]].set_visible(False)
-    if not small:
-        axis.set_xlabel("length (tokens)", fontsize=9)
-
-
 def _score_axis(axis: Any, views: Sequence[View], tasks: Sequence[str], small: bool = False) -> None:
-    _length_axis(axis, sorted({r.length for v in views for task in tasks for r in _by_length(v, task) if r.length is not None}), small)
+    canvas.length_axis(axis, sorted({r.length for v in views for task in tasks for r in _by_length(v, task) if r.length is not None}), small)
     axis.set_ylim(-3, 103)
     _window_line(axis, views, label=not small)
-
-
-def _level(axis: Any, value: float, label: str) -> None:
-    axis.axhline(value, color="#999999", lw=0.8, ls="--")
-    axis.annotate(label, (0.01, value), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
 
 
 def _window_line(axis: Any, views: Sequence[View], label: bool = True) -> None:
@@ -316,34 +251,3 @@ def _window_line(axis: Any, views: Sequence[View], label: bool = True) -> None:
         axis.axvline(window, color="black", ls=":", lw=1)
         if label:
             axis.annotate("trained window", (window, 0.02), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points", fontsize=7)
-
-
-def _legend(figure: Any, axis: Any) -> None:
-    """Below the picture: the names of methods are long."""
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8)
-
-
-def _window_between(axis: Any, lengths: Sequence[Any], window: int | None) -> None:
-    """A line between the columns where the trained window ends."""
-    if window is not None and lengths[0] <= window < lengths[-1]:
-        axis.axvline(sum(length <= window for length in lengths) - 0.5, color="black", ls=":", lw=1.4)
-
-
-def _short(length: Any) -> str:
-    return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
-
-
-def _write(figure: Any, folder: Path, name: str, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Picture:
-    """Picture and numbers, each whole or not at all."""
-    figure.suptitle(title, fontsize=11)
-    picture = Picture(name, title, folder / f"{name}.png", folder / f"{name}.csv")
-    temporary = picture.png.with_suffix(".png.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, picture.png)
-    temporary = picture.csv.with_suffix(".csv.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream).writerows([head, *rows])
-    os.replace(temporary, picture.csv)
-    return picture

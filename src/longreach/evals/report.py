@@ -13,8 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from longreach.evals.figures import Picture, View, draw
+from longreach.evals.canvas import Picture
+from longreach.evals.figures import draw
 from longreach.evals.results import Folder, Row, compare
+from longreach.evals.view import View
 
 WRONG = 12  # wrong answers shown of each run
 LONGEST = 300  # characters of an answer
