@@ -219,14 +219,14 @@ def token_seconds(model: Any, method: Method, rounds: int = 3) -> float:
         return statistics.median((answer(MANY) - answer(FEW)) / (MANY - FEW) for _ in range(rounds))
 
 
-def seconds(run: Callable[[], Any], device: torch.device, least: float = 0.2) -> float:
+def seconds(run: Callable[[], Any], device: torch.device, least: float = 0.6) -> float:
     """Of one call: the median of several after a warm-up; the second where one takes long."""
     found: list[float] = []
     with torch.no_grad():
         began = time.perf_counter()
         run()
         synchronise(device)
-        rounds = 3 if time.perf_counter() - began < 1.0 else 1
+        rounds = 5 if time.perf_counter() - began < 1.0 else 1
         while len(found) < rounds or time.perf_counter() - began < least:
             started = time.perf_counter()
             run()
