@@ -128,15 +128,18 @@ def require_bias(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _self_test(backend: CudaTiles, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest difference of outputs and log-sum-exps to a dense computation, over bands with an offset, a gap and a window."""
+    """Largest difference of outputs and log-sum-exps to a dense computation, over bands with an offset, a gap and a window: a prompt, a short chunk and
+    a decoded token, wide and narrow heads, a batch of two."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    q, k, v = (torch.randn(1, h, t, 64, generator=generator).to(device, dtype) for h, t in ((4, 70), (2, 150), (2, 150)))
     worst = 0.0
-    for band in (Band(80), Band(80, 0, 33), Band(80, 100), Band(80, 20, 60)):
-        out, lse = backend.attend(q, k, v, band, 0.125)
-        want, want_lse = tiles.capped(q.float(), k.float(), v.float(), band, 0.125, softcap=1e6)
-        seen = ~want_lse.isneginf()
-        if not torch.equal(seen, ~lse.isneginf()):
-            return float("inf")
-        worst = max(worst, (out.float() - want).abs().max().item(), (lse - want_lse)[seen].abs().max().item())
+    for rows, width in ((70, 64), (3, 64), (1, 64), (70, 16), (1, 16), (1, 128)):
+        q, k, v = (torch.randn(2, h, t, width, generator=generator).to(device, dtype) for h, t in ((4, rows), (2, 150), (2, 150)))
+        for band in (Band(80), Band(80, 0, 33), Band(80, 100), Band(80, 20, 60), Band(149), Band(149, 0, 33)):
+            out, lse = backend.attend(q, k, v, band, width**-0.5)
+            want, want_lse = tiles.capped(q.float(), k.float(), v.float(), band, width**-0.5, softcap=1e6)
+            seen = ~want_lse.isneginf()
+            if not torch.equal(seen, ~lse.isneginf()):
+                return float("inf")
+            if seen.any():
+                worst = max(worst, (out.float() - want).abs().max().item(), (lse - want_lse)[seen].abs().max().item())
     return worst
