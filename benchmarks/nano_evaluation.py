@@ -59,7 +59,7 @@ def measure(name: str, out: Path) -> None:
     by_depth = BY_DEPTH if name in IN_WHOLE else BY_DEPTH[:2]
     call("eval", "run", *by_depth, *options(name), "--lengths", lengths, "--depths", DEPTHS, "--samples", 2, "--out", out / name)
     if name in IN_WHOLE:
-        call("eval", "run", *OTHERS, *options(name), "--lengths", lengths, "--samples", 6, "--out", out / f"{name}-ruler")
+        call("eval", "run", *OTHERS, *options(name), "--lengths", lengths, "--samples", 6, "--out", out / name)
     call("eval", "ppl", *options(name), "--lengths", lengths, "--out", out / f"{name}-ppl")
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     if args.methods:
         return
     args.page.mkdir(parents=True, exist_ok=True)
-    folders = [path for kind in ("", "-ruler", "-ppl") for name in measurable() if (path := args.out / f"{name}{kind}").exists()]
+    folders = [path for kind in ("", "-ppl") for name in measurable() if (path := args.out / f"{name}{kind}").exists()]
     call("eval", "report", *folders, "--html", args.page / "report.html", "--figures", args.page / "figures", "--markdown", args.page / "results.md")
     inside = everything(args.out)
     call("eval", "report", *inside, "--html", args.page / "all-tasks.html", "--figures", args.page / "all-tasks", "--markdown", args.page / "all-tasks.md")

@@ -6,6 +6,7 @@ Knows matplotlib, which is imported when a picture is drawn; no display, no stat
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ LINES = [
     "#6fb3e0", "#f2b96b", "#7fd1ae", "#c9a6e4", "#f08a7c", "#c4c4c4", "#7a5230", "#d16ba5",
 ]  # fmt: skip
 PALETTES = ("needle", "safe")
+COLOURS = 128  # of a picture's file
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def legend(figure: Any, axis: Any) -> None:
     """Below the picture: the names of methods are long."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8)
+        figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, ncols=1 if len(labels) <= 6 else 2)
 
 
 def window_between(axis: Any, lengths: Sequence[Any], window: int | None) -> None:
@@ -81,11 +83,15 @@ def short(length: Any) -> str:
 
 
 def write(figure: Any, folder: Path, name: str, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Picture:
-    """Picture and numbers, each whole or not at all."""
+    """Picture and numbers, each whole or not at all. A palette makes the file of a drawing a third as large."""
+    from PIL import Image
+
     figure.suptitle(title, fontsize=11)
     picture = Picture(name, title, folder / f"{name}.png", folder / f"{name}.csv")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
     temporary = picture.png.with_suffix(".png.tmp")
-    figure.savefig(temporary, format="png")
+    Image.open(drawn).convert("RGB").quantize(COLOURS).save(temporary, format="png", optimize=True)
     os.replace(temporary, picture.png)
     temporary = picture.csv.with_suffix(".csv.tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as stream:

@@ -15,7 +15,7 @@ from typing import Any
 from longreach.evals import canvas, special_figures
 from longreach.evals.canvas import PALETTES, Picture
 from longreach.evals.results import Record, Row
-from longreach.evals.view import View
+from longreach.evals.view import View, coloured
 
 RULER_THRESHOLD = 85.6  # Llama-2-7B at 4k: what RULER calls effective
 CLIP = 100.0  # perplexities above it are arrows
@@ -93,7 +93,7 @@ def accuracy(views: Sequence[View], task: str, folder: Path) -> Picture | None:
         return None
     figure = canvas.figure(6.4, 3.6)
     axis = figure.add_subplot()
-    for v, colour in zip(views, canvas.cycle(len(views))):
+    for v, colour in coloured(views, lambda v: _by_length(v, task)):
         _band(axis, _by_length(v, task), colour, v.label)
     _score_axis(axis, views, [task])
     axis.set_ylabel(f"{views[0].metric(task)} (%)", fontsize=9)
@@ -111,7 +111,7 @@ def benchmark(views: Sequence[View], group: str, tasks: Sequence[str], folder: P
     grid = figure.add_gridspec(1 + rows, PANELS, height_ratios=[1.6] + [1] * rows)
     main = figure.add_subplot(grid[0, :])
     means: list[tuple[Any, ...]] = []
-    for v, colour in zip(views, canvas.cycle(len(views))):
+    for v, colour in coloured(views, lambda v: any(_by_length(v, task) for task in tasks)):
         by_task = [{r.length: r.value for r in found} for task in tasks if (found := _by_length(v, task))]
         lengths = sorted(length for length in (by_task[0] if by_task else {}) if length is not None and all(length in scores for scores in by_task))
         values = [fmean(scores[length] or 0.0 for scores in by_task) for length in lengths]
@@ -120,7 +120,7 @@ def benchmark(views: Sequence[View], group: str, tasks: Sequence[str], folder: P
         means += [(v.label, name, length, value, "", "", "") for length, value in zip(lengths, values)]
     for n, task in enumerate(tasks):
         axis = figure.add_subplot(grid[1 + n // PANELS, n % PANELS])
-        for v, colour in zip(views, canvas.cycle(len(views))):
+        for v, colour in coloured(views, lambda v: _by_length(v, task)):  # noqa: B023
             _band(axis, _by_length(v, task), colour, None)
         _score_axis(axis, views, [task], small=True)
         axis.set_title(task, fontsize=8)
@@ -147,8 +147,8 @@ def perplexity(views: Sequence[View], folder: Path) -> Picture | None:
     figure = canvas.figure(6.4 * len(protocols), 3.8)
     axes = figure.subplots(1, len(protocols), squeeze=False)[0]
     for axis, protocol in zip(axes, protocols):
-        for v, colour in zip(views, canvas.cycle(len(views))):
-            rows = lines.get((v.label, protocol), [])
+        for v, colour in coloured(views, lambda v: (v.label, protocol) in lines):  # noqa: B023
+            rows = lines[v.label, protocol]
             x, y = [r.length for r in rows], [r.value or 0.0 for r in rows]
             axis.plot(x, [min(value, CLIP) for value in y], color=colour, marker="o", ms=3.5, label=v.label)
             for place, value in zip(x, y):
@@ -175,7 +175,7 @@ def positions(views: Sequence[View], folder: Path) -> Picture | None:
     figure = canvas.figure(7.2, 3.8)
     axis = figure.add_subplot()
     rows: list[tuple[Any, ...]] = []
-    for v, colour in zip(shown, canvas.cycle(len(shown))):
+    for v, colour in coloured(views, lambda v: v.curve):
         points = [(p, m) for p, m, _, _ in v.curve if not math.isnan(m)]
         weight = min(1.0, 2 / (1 + len(points) / 50))  # about a fiftieth of the curve
         smooth: list[float] = []
@@ -202,7 +202,7 @@ def cost(views: Sequence[View], folder: Path) -> Picture | None:
     rows: list[tuple[Any, ...]] = []
     figure = canvas.figure(11, 3.2)
     axes = figure.subplots(1, len(panels))
-    for v, colour in zip(views, canvas.cycle(len(views))):
+    for v, colour in coloured(views, lambda v: any(r.length_target is not None and r.error is None for r in v.records)):
         lengths = sorted({r.length_target for r in v.records if r.length_target is not None and r.error is None})
         for axis, (name, value) in zip(axes, panels):
             points = []

@@ -33,6 +33,7 @@ td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowra
 th { background: var(--soft); position: sticky; top: 0; } th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--link); }
 th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
+td.share { background: color-mix(in srgb, #0cd79f calc(var(--share) * 45%), transparent); } small { opacity: 0.7; } summary { cursor: pointer; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; background: white; border-radius: 6px; }
 figcaption, .note { font-size: 0.88rem; } a { color: var(--link); } code, pre { font-family: ui-monospace, monospace; font-size: 0.85em; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; } .bad { color: var(--bad); }
@@ -82,10 +83,10 @@ def page(folders: Sequence[Folder], views: Sequence[View], pictures: Sequence[Pi
     parts += [section("Perplexity", perplexity_table(views))] if any(row.bench == "perplexity" for view in views for row in view.rows) else []
     parts.append(section("Pictures", "".join(map(figure, pictures))))
     if (pairs := comparisons(folders, views)) is not None:
-        parts.append(section("Paired comparison", pairs))
+        parts.append(section("Paired comparison", pairs, closed=True))
     parts += [section("Errors and cuts", text)] if (text := troubles(views)) else []
-    parts.append(section("Answers that were not fully right", "".join(wrong_answers(view) for view in views) or "<p>None.</p>"))
-    parts.append(section("How it was run", "".join(how(view) for view in views)))
+    parts.append(section("Answers that were not fully right", "".join(wrong_answers(view) for view in views) or "<p>None.</p>", closed=True))
+    parts.append(section("How it was run", "".join(how(view) for view in views), closed=True))
     return (
         f'<!doctype html><html lang=en><head><meta charset=utf-8><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<meta name=viewport content='width=device-width'><title>Long context, measured</title><style>{STYLE}</style></head>"
@@ -93,8 +94,10 @@ def page(folders: Sequence[Folder], views: Sequence[View], pictures: Sequence[Pi
     )
 
 
-def section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+def section(title: str, body: str, closed: bool = False) -> str:
+    """`closed`: what few read is a click away."""
+    inside = f"<details><summary>show</summary>{body}</details>" if closed else body
+    return f"<section><h2>{escape(title)}</h2>{inside}</section>"
 
 
 def escape(value: Any) -> str:
@@ -108,7 +111,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f"<div class=scroll><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
+class Html(str):
+    """A cell that is markup already."""
+
+
 def cell(value: Any) -> str:
+    if isinstance(value, Html):
+        return value
     if isinstance(value, tuple):
         number, text = value
         return f'<td class=n data-value="{escape("" if number is None else number)}">{escape(text)}</td>'
@@ -129,25 +138,45 @@ def runs_table(views: Sequence[View]) -> str:
 
 
 def results_table(views: Sequence[View]) -> str:
-    rows = []
+    """A table for each task and metric: a line for each run, a column for each length."""
+    found: dict[tuple[str, str], list[tuple[str, Row]]] = {}
     for view in views:
         for row in view.rows:
             if row.depth is None and row.bench != "perplexity" and row.value is not None:
-                length = (row.length, str(row.length)) if row.length is not None else (0, "all")
-                rows.append((view.label, row.task, row.metric, length, (row.value, f"{row.value:.1f}"), interval(row), row.n))
-    return table(("run", "task", "metric", "length", "score (%)", "95 % interval", "n"), rows) if rows else "<p>No scored samples.</p>"
+                found.setdefault((row.task, row.metric), []).append((view.label, row))
+    return "".join(by_length(f"{task}: {metric} (%)", cells, "{:.1f}", True) for (task, metric), cells in found.items()) or "<p>No scored samples.</p>"
 
 
 def perplexity_table(views: Sequence[View]) -> str:
-    rows = [
-        (view.label, row.task, row.metric, (row.length, str(row.length)), (row.value, f"{row.value:.4g}"), interval(row), row.n)
-        for view in views for row in view.rows if row.bench == "perplexity" and row.value is not None
-    ]  # fmt: skip
-    return table(("run", "protocol", "measure", "length", "value", "95 % interval", "documents"), rows)
+    found: dict[tuple[str, str], list[tuple[str, Row]]] = {}
+    for view in views:
+        for row in view.rows:
+            if row.bench == "perplexity" and row.value is not None:
+                found.setdefault((row.task, row.metric), []).append((view.label, row))
+    return "".join(by_length(f"{protocol}: {measure}", cells, "{:.4g}", False) for (protocol, measure), cells in found.items())
+
+
+def by_length(title: str, cells: Sequence[tuple[str, Row]], form: str, shaded: bool) -> str:
+    """`cells` are pairs of a run's label and a row of metrics; the interval stands below the value."""
+    lengths = sorted({row.length for _, row in cells}, key=lambda n: (n is None, n or 0))
+    counts = sorted({row.n for _, row in cells if row.length is not None}) or sorted({row.n for _, row in cells})
+    head = ("run", *("all" if n is None else str(n) for n in lengths))
+    at = {(label, row.length): row for label, row in cells}
+    rows = [(label, *(measured(at.get((label, n)), form, shaded) for n in lengths)) for label in dict.fromkeys(label for label, _ in cells)]
+    samples = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"<h3>{escape(title)}</h3><p class=note>n = {samples} for each length</p>{table(head, rows)}"
+
+
+def measured(row: Row | None, form: str, shaded: bool) -> Html | None:
+    if row is None or row.value is None:
+        return None
+    shade = f' style="--share: {row.value / 100:.3f}" class="n share"' if shaded else " class=n"
+    return Html(f'<td{shade} data-value="{row.value}">{form.format(row.value)}<br><small>{escape(interval(row))}</small></td>')
 
 
 def interval(row: Row) -> str:
-    return "" if row.ci_low is None or row.ci_high is None else f"{row.ci_low:.4g} to {row.ci_high:.4g}"
+    digits = ".4g" if row.bench == "perplexity" else ".0f"
+    return "" if row.ci_low is None or row.ci_high is None or row.n < 2 else f"{row.ci_low:{digits}} to {row.ci_high:{digits}}"
 
 
 def caution(views: Sequence[View]) -> str:

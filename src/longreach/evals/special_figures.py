@@ -14,7 +14,7 @@ from typing import Any
 from longreach.evals import canvas
 from longreach.evals.canvas import Picture
 from longreach.evals.results import Record
-from longreach.evals.view import View
+from longreach.evals.view import View, coloured
 from longreach.methods.selfextend import SelfExtend
 
 PANELS = 4
@@ -84,7 +84,8 @@ def categories(views: Sequence[View], group: str, folder: Path) -> Picture | Non
     axes = figure.subplots(1 + binned, 1, squeeze=False)[:, 0]
     shown = [v.label for v in views if scores[v.label]]
     width = 0.8 / len(shown)
-    for n, (label, colour) in enumerate(zip(shown, canvas.cycle(len(shown)))):
+    for n, (v, colour) in enumerate(coloured(views, lambda v: scores[v.label])):
+        label = v.label
         axes[0].bar(
             [x - 0.4 + (n + 0.5) * width for x in range(len(names))], [scores[label].get(name, math.nan) for name in names], width, color=colour, label=label
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longreach.evals.canvas import cycle
 from longreach.evals.results import Folder, Record, Row
 
 
@@ -20,11 +22,24 @@ class View:
     curve: list[tuple[int, float, float, int]]
 
     @property
+    def name(self) -> str:
+        """The model and its method: runs that share them share a colour."""
+        config = self.run.get("config", {})
+        return f"{config.get('model')} {config.get('method_text')}"
+
+    @property
     def window(self) -> int | None:
         return self.run.get("extension", {}).get("trained_window")
 
     def metric(self, task: str) -> str:
         return str(self.run.get("tasks", {}).get(task, {}).get("metric", "accuracy"))
+
+
+def coloured(views: Sequence[View], shown: Callable[[View], Any]) -> list[tuple[View, str]]:
+    """The runs that have something to show, each with the colour that it has in every picture of these runs."""
+    names = list(dict.fromkeys(v.name for v in views))
+    colours = dict(zip(names, cycle(len(names))))
+    return [(v, colours[v.name]) for v in views if shown(v)]
 
 
 def view(folder: Folder, label: str | None = None) -> View:
