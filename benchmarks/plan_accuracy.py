@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import facts, table, write_json
+from common import ROOT, facts, markdown, table, write_json, write_section
 
 import longreach
 from longreach.cost.machine import field_of
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS), help="contexts, in trained windows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan-accuracy.json"))
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/plan.md")
     parser.add_argument("--case", nargs=4, metavar=("MODEL", "DTYPE", "CONTEXT", "METHOD"), help="one case, printed as JSON; used by the script itself")
     args = parser.parse_args()
     if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
@@ -155,6 +156,27 @@ def main() -> None:
     result["load_at_end"] = round(os.getloadavg()[0], 2)
     print(summary(result))
     write_json(args.out, result)
+    if args.docs:
+        write_section(ROOT / "docs/plan.md", "accuracy", in_markdown(result))
+
+
+def in_markdown(result: dict[str, Any]) -> str:
+    """Predicted over measured, a line for each case; bold is outside the gate."""
+
+    def shown(value: float, gate: float) -> str:
+        return f"{value:.2f}" if 1 / gate <= value <= gate else f"**{value:.2f}**"
+
+    rows = []
+    for case in result["cases"]:
+        r = ratios(case)
+        bytes_, peak_ = f"{r['kv_bytes']:.6f}".rstrip("0").rstrip("."), r["peak_bytes"]
+        memory = f"{peak_:.2f}" if abs(peak_ - 1) <= MEMORY_GATE else f"**{peak_:.2f}**"
+        speed = [f"{shown(r[key], TIME_GATE)} ({case[key]:.3g} s)" for key in ("prefill_seconds", "token_seconds")]
+        rows.append([case["model"], str(case["context"]), case["method"]["method"], bytes_, memory, *speed])
+    facts_ = result["facts"]
+    head = ["model", "tokens", "method", "store bytes", "peak memory", "prompt (measured)", "token (measured)"]
+    where = f"{facts_['cpu']}, {facts_['threads']} threads, {result['cases'][0]['dtype']}, PyTorch {facts_['torch']}"
+    return f"Predicted / measured on {where}; load {facts_['load_at_start']} at the start. Bold: outside the aim.\n\n{markdown(head, rows)}"
 
 
 def ratios(case: dict[str, Any]) -> dict[str, float]:
