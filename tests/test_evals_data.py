@@ -145,7 +145,7 @@ def test_the_hub(tmp_path, monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline, and not in the cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
-    with pytest.raises(ValueError, match=r"owner/set from the Hub: offline.*--data-dir"):
+    with pytest.raises(ValueError, match=r"owner/set from the Hub: offline.*--data FOLDER"):
         data.rows(SOURCE, Settings())
 
 

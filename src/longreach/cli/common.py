@@ -28,11 +28,31 @@ MORE = "Parameters of the method are options too, for example [bold]--group-size
 Json = Annotated[bool, typer.Option("--json", help="Standard output is one JSON object and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the logs and warnings of the libraries, and where an error came from.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="'nano' (embedded), a folder, a GGUF file, or the id of a model on the Hugging Face Hub.")]
-Context = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of the whole sequence, new tokens included.")]
+
+
+def tokens(text: str | int) -> int:
+    """ "4096" or "4k" -> 4096."""
+    number, thousands = str(text).strip().lower(), 1
+    if number.endswith("k"):
+        number, thousands = number[:-1], 1024
+    try:
+        found = int(float(number) * thousands)
+    except (ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise typer.BadParameter(f"pass a number of tokens, such as 4096 or 4k, not {text!r}")
+    return found
+
+
+Context = Annotated[
+    int | None, typer.Option("--context", parser=tokens, metavar="TOKENS", help="Tokens of the whole sequence, new tokens included, such as 4096 or 4k.")
+]
 MethodName = Annotated[str | None, typer.Option("--method", help=f"Chosen for the context if not given. {MORE}")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda; the CPU if not given.")]
-TrainedWindow = Annotated[int | None, typer.Option("--trained-window", min=1, help="Overrides the trained window that the configuration states.")]
+TrainedWindow = Annotated[
+    int | None, typer.Option("--trained-window", parser=tokens, metavar="TOKENS", help="Overrides the trained window that the configuration states.")
+]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longreach.cli import text as texts
-from longreach.cli.common import Output
+from longreach.cli.common import Output, tokens
 
 if TYPE_CHECKING:
     from longreach.evals.base import Settings, Task
@@ -23,7 +23,7 @@ Cut = Literal["middle", "left", "right", "right-words", "middle-reencode", "suff
 Names = Annotated[list[str], typer.Argument(metavar="TASK...", help="Tasks, or benchmarks for all their tasks; see `longreach eval list`.")]
 Lengths = Annotated[str | None, typer.Option("--lengths", help="Tokens of prompt and answer, such as 512,1k,2k. If not given: 1, 2 and 4 trained windows.")]
 Depths = Annotated[str, typer.Option("--depths", help="Where facts lie: 0,0.5,1 or from:to:step, such as 0:1:0.1; above 1 they are percents.")]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Samples for every length (and depth).")]
+Samples = Annotated[int, typer.Option("--samples", min=0, help="Samples for every length (and depth); of a benchmark's data 0 stands for all.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the samples.")]
 Text = Annotated[str | None, typer.Option("--text", help="Text to hide facts in: a UTF-8 file (.xz and .gz too) or @book. A task's own filler if not given.")]
 Data = Annotated[str | None, typer.Option("--data", help="File or folder of a benchmark's official data.")]
@@ -72,6 +72,8 @@ def wanted(
     tasks = find_tasks(names)
     chosen = parse_options(options or [], tasks)
     listed = None if lengths is None else parse_lengths(lengths)
+    if samples == 0 and (made := [task.name for task in tasks if not task.needs_data]):
+        raise ValueError(f"--samples 0 means all rows of official data, and {', '.join(made)} makes its samples; pass --samples 5 or more")
     passage = None if text is None else texts.read(text, texts.LARGEST_FILE, out.note)
     return Wanted(tasks, Settings(depths=parse_depths(depths), samples=samples, seed=seed, text=passage, data=data), listed, chosen)
 
@@ -136,19 +138,10 @@ def read_value(text: str) -> Any:
 
 def parse_lengths(listed: str) -> tuple[int, ...]:
     """ "512,1k,2k" -> (512, 1024, 2048)."""
-    found = []
-    for part in listed.split(","):
-        number, thousands = part.strip().lower(), 1
-        if number.endswith("k"):
-            number, thousands = number[:-1], 1024
-        try:
-            length = int(float(number) * thousands)
-        except (ValueError, OverflowError):
-            length = 0
-        if length < 1:
-            raise ValueError(f"--lengths must be numbers of tokens with commas between them, such as 512,1k,2k, not {listed!r}")
-        found.append(length)
-    return tuple(sorted(set(found)))
+    try:
+        return tuple(sorted({tokens(part) for part in listed.split(",")}))
+    except typer.BadParameter:
+        raise ValueError(f"--lengths must be numbers of tokens with commas between them, such as 512,1k,2k, not {listed!r}") from None
 
 
 def parse_depths(listed: str) -> tuple[float, ...]:

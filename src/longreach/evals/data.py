@@ -165,7 +165,7 @@ def download(repo: str, source: Source) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"could not get the data set {repo} from the Hub: {reason} -- download {source.wanted} elsewhere and pass its folder (--data-dir FOLDER)"
+            f"could not get the data set {repo} from the Hub: {reason} -- download {source.wanted} elsewhere and pass its folder (--data FOLDER)"
         ) from error
 
 
