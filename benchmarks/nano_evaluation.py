@@ -1,6 +1,6 @@
 """nano's own page of the evaluation harness: `longreach eval` on offline tasks, every method, 1 to 16 trained windows.
 
-    python benchmarks/nano_evaluation.py                        # results/nano-evaluation/<method>, docs/nano-evaluation and its report.html
+    python benchmarks/nano_evaluation.py                        # results/nano-evaluation/<method>, and the tables and report.html of docs/nano-evaluation
     python benchmarks/nano_evaluation.py --methods yarn pi &    # several processes share the work; the last command writes the page
     python benchmarks/nano_evaluation.py
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from common import ROOT
+from common import ROOT, markdown, write_section
 
 from longreach import auto
 from longreach.cli import main as longreach
@@ -82,6 +83,43 @@ def everything(out: Path) -> list[Path]:
     return [inside, longer]
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics that are not of one depth: only the main metric of a task, and of perplexity the loss."""
+    run, rows = json.loads((folder / "run.json").read_text()), json.loads((folder / "metrics.json").read_text())
+    wanted = {name: facts["metric"] for name, facts in run["tasks"].items()} | {"truncated": "nll"}
+    return [row for row in rows if row["depth"] is None and row["value"] is not None and row["metric"] == wanted.get(row["task"])]
+
+
+def tables(out: Path) -> str:
+    """A table for each task: methods by lengths."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for name in measurable():
+        for folder in (path for kind in ("", "-ppl") if (path := out / f"{name}{kind}").exists()):
+            for row in rows_of(folder):
+                if row["length"] is not None:
+                    found.setdefault(row["task"], {}).setdefault(name, {})[row["length"]] = row
+    parts = []
+    for task in (*BY_DEPTH, *OTHERS, "truncated"):
+        lines, loss = found.get(task, {}), task == "truncated"
+        form = "{:.2f}" if loss else "{:.0f}"
+        body = [[name, *(form.format(cells[n]["value"]) if n in cells else "" for n in LENGTHS)] for name, cells in lines.items()]
+        samples = sorted({row["n"] for cells in lines.values() for row in cells.values()})
+        title = "Loss, nats per token, over the whole of a text of this length" if loss else f"{task}, % of {' or '.join(map(str, samples))} samples"
+        parts.append(f"### {title}\n\n{markdown(['method', *(f'{n} ({n // WINDOW.tokens}x)' for n in LENGTHS)], body)}")
+    return "\n\n".join(parts)
+
+
+def all_tasks(out: Path) -> str:
+    """Every offline task: in the window with plain attention, and at four windows with SelfExtend."""
+    inside, longer = ({row["task"]: row for row in rows_of(out / f"all-tasks-{n}x") if row["length"] is None} for n in (1, 4))
+
+    def cell(row: dict[str, Any] | None) -> str:
+        return "its shortest prompt is longer" if row is None else f"{row['value']:.0f} % of {row['n']}"
+
+    body = [[name, cell(inside.get(name)), cell(longer.get(name))] for name in sorted(longer)]
+    return markdown(["task", "512 tokens, plain attention", "2048 tokens, SelfExtend"], body)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--methods", nargs="+", choices=list(registry()), metavar="NAME", help="measure these only, and write no page")
@@ -97,10 +135,11 @@ def main() -> None:
     if args.methods:
         return
     args.page.mkdir(parents=True, exist_ok=True)
+    write_section(args.page / "README.md", "results", tables(args.out))
     folders = [path for kind in ("", "-ppl") for name in measurable() if (path := args.out / f"{name}{kind}").exists()]
-    call("eval", "report", *folders, "--html", args.page / "report.html", "--figures", args.page / "figures", "--markdown", args.page / "results.md")
-    inside = everything(args.out)
-    call("eval", "report", *inside, "--html", args.page / "all-tasks.html", "--figures", args.page / "all-tasks", "--markdown", args.page / "all-tasks.md")
+    call("eval", "report", *folders, "--html", args.page / "report.html", "--figures", args.page / "figures")
+    everything(args.out)
+    write_section(args.page / "README.md", "all-tasks", all_tasks(args.out))
     sizes = {str(path.relative_to(args.page)): path.stat().st_size for path in sorted(args.page.rglob("*")) if path.is_file()}
     print(json.dumps(sizes, indent=1))
 
