@@ -43,13 +43,17 @@ def options(name: str, context: int = LENGTHS[-1]) -> list[object]:
 
 
 def measurable() -> list[str]:
-    """The methods that have a setting for the longest text; LongRoPE without searched lists and a combination have none."""
+    """The methods that have a setting that reaches the longest text; LongRoPE without searched lists and a combination have none."""
     found = []
     for name, kind in registry().items():
         try:
-            auto.recommended(kind, WINDOW, LENGTHS[-1])
+            method = auto.recommended(kind, WINDOW, LENGTHS[-1])
         except ValueError as error:
             print(f"{name} is left out: {error}")
+            continue
+        capacity = None if kind.needs_context else method.capacity(WINDOW.tokens)
+        if capacity is not None and capacity < LENGTHS[-1] and name != "stock":
+            print(f"{name} is left out: it reaches {capacity} tokens")
             continue
         found.append(name)
     return ["stock", *(name for name in found if name != "stock")]
