@@ -20,7 +20,7 @@ LINES = [
     "#6fb3e0", "#f2b96b", "#7fd1ae", "#c9a6e4", "#f08a7c", "#c4c4c4", "#7a5230", "#d16ba5",
 ]  # fmt: skip
 PALETTES = ("needle", "safe")
-COLOURS = 128  # of a picture's file
+COLOURS = 256  # of a picture's file; with half as many, lines lose their colours
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def legend(figure: Any, axis: Any) -> None:
     """Below the picture: the names of methods are long."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, ncols=1 if len(labels) <= 6 else 2)
+        columns = 2 if len(labels) > 6 and figure.get_figwidth() > 9 else 1
+        figure.set_figheight(figure.get_figheight() + 0.17 * max(0, math.ceil(len(labels) / columns) - 3))
+        figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, ncols=columns)
 
 
 def window_between(axis: Any, lengths: Sequence[Any], window: int | None) -> None:

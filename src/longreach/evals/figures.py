@@ -22,6 +22,7 @@ CLIP = 100.0  # perplexities above it are arrows
 ARROW = {"arrowstyle": "<-"}
 PANELS = 4  # small ones, side by side
 ACROSS = 5  # depth maps, side by side
+CSV_POINTS = 1024  # of a run's smoothed curve; every position is in the run's curves.csv
 LENGTH_HEAD = ("run", "task", "length", "value", "n", "ci_low", "ci_high")
 
 
@@ -73,7 +74,7 @@ def depth_grid(views: Sequence[View], task: str, folder: Path, palette: str = "n
                     axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color="#222222")
         axis.set_xticks(range(len(lengths)), [canvas.short(length) for length in lengths], rotation=45 if len(lengths) > 6 else 0)
         axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths] if axis in axes[::across] else [""] * len(depths))
-        axis.set_title("\n".join(textwrap.wrap(v.label, max(24, 5 * len(lengths)))), fontsize=8.5)
+        axis.set_title("\n".join(textwrap.wrap(v.label, max(24, 5 * len(lengths)), break_long_words=False)), fontsize=8.5)
         axis.set_xlabel("length (tokens)", fontsize=8.5)
         axis.tick_params(length=0, labelsize=8)
         canvas.window_between(axis, lengths, v.window)
@@ -182,14 +183,15 @@ def positions(views: Sequence[View], folder: Path) -> Picture | None:
         for _, value in points:
             smooth.append(value if not smooth else (1 - weight) * smooth[-1] + weight * value)
         axis.plot([p for p, _ in points], smooth, color=colour, lw=1.4, label=v.label)
-        rows += [(v.label, p, m, s) for (p, m), s in zip(points, smooth)]
+        step = math.ceil(len(points) / CSV_POINTS)
+        rows += [(v.label, p, f"{s:.4f}") for (p, _), s in list(zip(points, smooth))[::step]]
     axis.set_xlabel("position (tokens)", fontsize=9)
     axis.set_ylabel("loss (nats per token), smoothed", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     _window_line(axis, shown)
     canvas.legend(figure, axis)
-    return canvas.write(figure, folder, "positions", "Loss by position", ("run", "position", "nll", "smoothed"), rows)
+    return canvas.write(figure, folder, "positions", "Loss by position", ("run", "position", "smoothed"), rows)
 
 
 def cost(views: Sequence[View], folder: Path) -> Picture | None:
