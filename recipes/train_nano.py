@@ -1,7 +1,9 @@
 """Train nano, the small Llama that ships inside Longreach, from scratch.
 
-    python recipes/train_nano.py --corpus DIR --work DIR [--export DIR]                                     # two CPU cores: an hour and a half
-    python recipes/train_nano.py --corpus DIR --work DIR --device cuda --scale 16 --steps STEPS --workers 12   # the model that is shipped
+    python recipes/train_nano.py --corpus DIR --work DIR [--export DIR]    # two CPU cores: an hour and a half
+    python recipes/train_nano.py --corpus DIR --work DIR --export DIR --device cuda --scale 16 --matrix-rate 0.01 --steps 10500 --every 750 --workers 12
+
+The second made the model that is shipped, in six minutes on one H200.
 
 DIR holds `train/` and `validation/` with `*.txt.xz` books. The work folder (outside the package) receives the tokenizer,
 the token cache, checkpoints and `log.jsonl`; a run that is started again continues from its last checkpoint.
