@@ -91,7 +91,7 @@ def text(rng):
 
 
 def slow_rouge_l_set(answer, reference):
-    said, meant = ([s.split() for s in t.split(".") if s.split()] for t in (answer, reference))
+    said, meant = ([s.split() or [""] for s in t.split(".") if s] for t in (answer, reference))
     if not said or not meant:
         return 0.0
     union = {right[i] for right in meant for sentence in said for i, _ in backtrack(right, sentence)}
@@ -109,10 +109,10 @@ def test_rouge_of_sets_is_its_definition():
 def test_rouge_of_sets_is_that_of_the_package():
     package = pytest.importorskip("rouge", reason="the package whose numbers are reproduced is not installed (pip install rouge)")
     rng = random.Random(4)
-    for _ in range(100):
+    for _ in range(500):
         answer, reference = text(rng), text(rng)
-        if scorers.rouge_l_set(answer, reference) == scorers.NOTHING and not (answer.strip(". \n") and reference.strip(". \n")):
-            continue  # the package raises where there are no words
+        if not answer.strip(".") or not reference.strip("."):
+            continue  # the package raises where there is nothing between full stops
         theirs = package.Rouge().get_scores([answer], [reference])[0]["rouge-l"]
         assert scorers.rouge_l_set(answer, reference) == pytest.approx((theirs["p"], theirs["r"], theirs["f"]))
 

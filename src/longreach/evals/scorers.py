@@ -246,7 +246,8 @@ def _rouge(common: int, said: int, meant: int) -> Rouge:
 
 
 def _sentences(text: str) -> list[tuple[str, ...]]:
-    return [words for part in text.split(".") if (words := tuple(part.split()))]
+    """What stands between full stops. Blanks alone, as after a last full stop, are a sentence of one empty word: published numbers count it."""
+    return [tuple(part.split()) or ("",) for part in text.split(".") if part]
 
 
 def _terms(text: str, stemmed: bool) -> list[str]:
