@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES, ROOT, Ratio, Timing, alternate, facts, one_thread, read_bandwidth, seconds_of, table, write_json
+from common import DTYPES, ROOT, Ratio, Timing, alternate, device_of, facts, one_thread, read_bandwidth, seconds_of, table, write_json
 
 from longreach import reference
 from longreach.backends import Backend, backend_for
@@ -563,7 +563,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device; use --device cpu")
     torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn)
-    device = torch.device(options.device, 0 if options.device == "cuda" else None)  # type: ignore[arg-type]
+    device = device_of(options.device)
 
     bandwidth = read_bandwidth(device)
     result: dict[str, Any] = {"benchmark": "attention", "quick": options.quick, "machine": facts(device) | {"read_bandwidth": bandwidth}, "cases": []}

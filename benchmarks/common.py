@@ -27,6 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def device_of(name: str) -> torch.device:
+    """The CPU, or the first card."""
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, date and command line of this run."""
     found: dict[str, Any] = {

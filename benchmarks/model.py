@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, ROOT, Timing, facts, table, write_json
+from attention import relative_error
+from common import DTYPES, ROOT, Timing, device_of, facts, table, write_json
 
 import longreach
 from longreach import LMInfinite, SelfExtend, Stock
+from longreach.speedtest import synchronise
 
 SHAPES: dict[str, dict[str, Any]] = {
     "random-0.5B": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, vocab_size=151936,
@@ -63,8 +65,7 @@ def baselines(device: torch.device) -> tuple[str, ...]:
 
 
 def synchronised(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return time.perf_counter()
 
 
@@ -81,21 +82,17 @@ def answer(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float
     return read - started, (synchronised(device) - read) / new_tokens
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.double() - want.double()).square().mean() / want.double().square().mean()).sqrt().item()
-
-
 def gate(model: Any, contestants: dict[str, Any], ids: torch.Tensor) -> tuple[dict[str, float], list[str]]:
     """Root mean square of the difference to the dense truth over that of the logits: of stock under plain attention, of ours under every method."""
     short, measured = ids[:, :SHORT], {}
     stock = model(short, use_cache=False).logits
     for name, method in contestants.items():
         with longreach.extend(model, method, backend="reference"):
-            want = model(short, use_cache=False).logits
+            want = model(short, use_cache=False).logits.double()
         if isinstance(method, Stock):
-            measured["stock"] = error(stock, want)
+            measured["stock"] = relative_error(stock, want)
         with longreach.extend(model, method):
-            measured[name] = error(model(short, use_cache=False).logits, want)
+            measured[name] = relative_error(model(short, use_cache=False).logits, want)
     most = ERROR_RATIO * max(measured["stock"], FLOOR)
     return measured, [f"{name} is off by {value:.2g}, more than {most:.2g}" for name, value in measured.items() if not value <= most]
 
@@ -121,7 +118,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/model-<device>.json)")
     args = parser.parse_args()
-    device, dtype = torch.device(args.device, 0 if args.device == "cuda" else None), DTYPES[args.dtype]  # type: ignore[arg-type]
+    device, dtype = device_of(args.device), DTYPES[args.dtype]
     result: dict[str, Any] = {"benchmark": "model", "model": args.model, "dtype": args.dtype, "machine": facts(device), "cases": []}
     with torch.inference_mode():
         for tokens in args.tokens:

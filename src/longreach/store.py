@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 
+from longreach.backends.tiles import between
 from longreach.segments import PositionMap, Retention
 
 ROLLBACK = 128  # tokens a crop may always undo (assisted decoding)
@@ -39,14 +40,12 @@ class Run:
 
     def slice(self, start: int, stop: int) -> torch.Tensor:
         assert self.start <= start <= stop <= self.stop, f"indices {start}..{stop} are not in {self.start}..{self.stop}"
-        return part(self.data, slice(0, self.data.shape[0]), start - self.start, stop - self.start)
+        return between(self.data, start - self.start, stop - self.start)
 
 
 def part(x: torch.Tensor, rows: slice, start: int, stop: int) -> torch.Tensor:
     """x[rows, :, start:stop], in as few operations as it takes: a decoding step asks for it in every layer."""
-    if rows != slice(0, x.shape[0]):
-        x = x[rows]
-    return x if start == 0 and stop == x.shape[2] else x.narrow(2, start, stop - start)
+    return between(x if rows == slice(0, x.shape[0]) else x[rows], start, stop)
 
 
 class Buffer:

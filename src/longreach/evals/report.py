@@ -9,7 +9,7 @@ import base64
 import html
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,21 +139,23 @@ def runs_table(views: Sequence[View]) -> str:
 
 def results_table(views: Sequence[View]) -> str:
     """A table for each task and metric: a line for each run, a column for each length."""
-    found: dict[tuple[str, str], list[tuple[str, Row]]] = {}
-    for view in views:
-        for row in view.rows:
-            if row.depth is None and row.bench != "perplexity" and row.value is not None:
-                found.setdefault((row.task, row.metric), []).append((view.label, row))
+    found = grouped(views, lambda row: row.depth is None and row.bench != "perplexity")
     return "".join(by_length(f"{task}: {metric} (%)", cells, "{:.1f}", True) for (task, metric), cells in found.items()) or "<p>No scored samples.</p>"
 
 
 def perplexity_table(views: Sequence[View]) -> str:
+    found = grouped(views, lambda row: row.bench == "perplexity")
+    return "".join(by_length(f"{protocol}: {measure}", cells, "{:.4g}", False) for (protocol, measure), cells in found.items())
+
+
+def grouped(views: Sequence[View], wanted: Callable[[Row], bool]) -> dict[tuple[str, str], list[tuple[str, Row]]]:
+    """The rows that have a value, each with its run's label, by task and metric."""
     found: dict[tuple[str, str], list[tuple[str, Row]]] = {}
     for view in views:
         for row in view.rows:
-            if row.bench == "perplexity" and row.value is not None:
+            if row.value is not None and wanted(row):
                 found.setdefault((row.task, row.metric), []).append((view.label, row))
-    return "".join(by_length(f"{protocol}: {measure}", cells, "{:.4g}", False) for (protocol, measure), cells in found.items())
+    return found
 
 
 def by_length(title: str, cells: Sequence[tuple[str, Row]], form: str, shaded: bool) -> str:

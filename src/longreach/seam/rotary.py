@@ -89,11 +89,13 @@ def frequencies(original: nn.Module, key: Key, positions: torch.Tensor) -> tuple
         )
 
     inverse = buffer.detach().to(exact).double()
-    if not matches(inverse) and callable(compute := getattr(original, "rope_init_fn", None)):
-        # PhiMoE computes them anew in every forward, in fp32, whatever dtype the buffer was cast to
-        inverse = compute(original.config)[0].to(exact).double()
     if matches(inverse):
         return inverse, float(scaling)
+    if callable(compute := getattr(original, "rope_init_fn", None)):
+        # PhiMoE computes them anew in every forward, in fp32, whatever dtype the buffer was cast to
+        inverse = compute(original.config)[0].to(exact).double()
+        if matches(inverse):
+            return inverse, float(scaling)
     raise ValueError(f"the cos and sin of {type(original).__name__} are not those of its inverse frequencies; use the model without extend()")
 
 
