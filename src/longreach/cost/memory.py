@@ -91,7 +91,7 @@ def bounded(tail: int, schedule: Schedule) -> int:
             break
         stop = start + new
         if stop - first > most:
-            first = max(first, start - keep if new <= SLACK else stop - keep)
+            first = max(first, stop - keep)
         size = room(size, stop - first, most)
     return size
 

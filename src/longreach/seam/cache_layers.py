@@ -26,10 +26,30 @@ class StoreLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, store: Store, index: int) -> None:
-        super().__init__()
         self.store = store
         self.index = index
         self.is_initialized = True
+
+    @property
+    def keys(self) -> Any:
+        raise ValueError(
+            "a Longreach cache has no tensor of all keys: it keeps what the method needs, in several forms; write it with extension.save(cache, file), "
+            "copy it with extension.fork(cache), or call remove() for a stock cache"
+        )
+
+    values = keys
+
+    @property
+    def record_past(self) -> bool:
+        return self.store.record_past
+
+    @record_past.setter
+    def record_past(self, active: bool) -> None:
+        self.store.record_past = active
+
+    def activate_past_recording(self) -> None:
+        """Transformers announces that it may crop whatever the next forwards read."""
+        self.record_past = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Buffers are allocated by the store when the first tokens arrive."""

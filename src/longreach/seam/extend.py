@@ -82,6 +82,18 @@ def extend(
     return Extension(model, method, context=context, trained_window=trained_window, backend=backend)
 
 
+class Owner(threading.local):
+    """What a forward under way knows, per thread; and whose caches these are. A cache knows it and not the extension, so it keeps no model alive."""
+
+    plan: Plan | None = None
+    seen: list[Seen] | None = None  # while the model is probed
+    announced: int = 0  # new tokens that the caller may crop again
+
+    def expects(self, store: Store) -> bool:
+        """Whether a forward is under way that writes to `store`."""
+        return self.plan is not None and self.plan.store is store
+
+
 class Extension:
     """A method attached to a model. `remove()` or the end of a `with` block takes it off; the model is then as before."""
 
@@ -124,7 +136,7 @@ class Extension:
         self._dense = backend == "reference"
         if self._dense and exact_device(device_of(model)) != device_of(model):
             raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
-        self._local = threading.local()
+        self._local = self.owner = Owner()
         self._warned = False
         self._remark: str | None = None  # what a user should know about this method on this model
         self._ready = False  # False while the model is probed and measured
@@ -160,6 +172,7 @@ class Extension:
                     self._probe_legacy(self._legacy)
             self._settle()
             self._hooks = [
+                *(outer.register_forward_pre_hook(self._announce, with_kwargs=True) for outer in self._outer()),
                 self.base.register_forward_pre_hook(self._open, with_kwargs=True),
                 self.base.register_forward_hook(self._close),
             ]
@@ -335,7 +348,18 @@ class Extension:
     # -- one forward ----------------------------------------------------------------------------------------------------------
 
     def new_store(self) -> Store:
-        return Store([layer.forms for layer in self.layers], self)
+        return Store([layer.forms for layer in self.layers], self.owner)
+
+    def _outer(self) -> list[PreTrainedModel]:
+        """The models that call the base model: those with a head."""
+        models = (m for m in self.model.modules() if isinstance(m, PreTrainedModel) and m is not self.base)
+        return [m for m in models if any(inner is self.base for inner in m.modules())]
+
+    @torch.compiler.disable
+    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Assisted decoding asks for the logits of its draft tokens, and crops what they do not confirm."""
+        wanted = kwargs.get("logits_to_keep")
+        self._local.announced = wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0
 
     @torch.compiler.disable
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -355,10 +379,11 @@ class Extension:
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             raise ValueError("attention_mask must be the 2-D padding mask [batch, tokens seen so far]; 4-D, packed and prepared masks cannot be honoured")
-        store = None
+        store, announced, self._local.announced = None, self._local.announced, 0
         use_cache = kwargs.get("use_cache")
         if kwargs.get("past_key_values") is not None or (self.config.use_cache if use_cache is None else use_cache):
             kwargs["past_key_values"], store = place(kwargs.get("past_key_values"), self.new_store())
+            store.open(rows, columns, min(columns, announced))
         plan = planner.plan(rows, columns, mask, tokens.device, store)
         if (positions := kwargs.get("position_ids")) is not None:
             check_positions(positions, plan)
@@ -375,7 +400,7 @@ class Extension:
         plan: Plan = self._local.plan
         self._local.plan = None
         if plan.store is not None:
-            plan.store.advance(plan.real, plan.columns)
+            plan.store.advance(plan.real, plan.columns, plan.past)
 
     def _check_length(self, tokens: int) -> None:
         if not self._ready:
@@ -448,11 +473,6 @@ class Extension:
 
     def _backend(self, query: torch.Tensor) -> Backend:
         return backend_for(query.device, query.dtype)
-
-    def expects(self, store: Store) -> bool:
-        """Whether a forward of this extension is under way that writes to `store`."""
-        plan = getattr(self._local, "plan", None)
-        return self._attached and plan is not None and plan.store is store
 
     # -- documents ----------------------------------------------------------------------------------------------------------------
 
