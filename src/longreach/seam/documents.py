@@ -138,7 +138,7 @@ def _own_store(extension: Extension, cache: Any) -> Store:
     store = store_of(cache)
     if store is None:
         raise ValueError("this cache was not filled by an extended model; read the document with extend() in force: model(ids, past_key_values=cache)")
-    if store.owner is not extension:
+    if store.owner is not extension.owner:
         raise ValueError("this cache was filled under another extension; call its save() or fork(), or read the document again under this one")
     return store
 
