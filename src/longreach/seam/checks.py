@@ -22,6 +22,10 @@ HARMLESS = {"position_ids", "use_cache", "output_router_logits", "cache_position
 UNSUPPORTED_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "recurrent", "indexed_attention"}
 
 
+class Inexact(ValueError):
+    """The engine was attached and does not compute what the stock model does: a refusal of a model that we do not know, a fault on one that we do."""
+
+
 def find_base(model: nn.Module) -> Any:
     """The text model that owns the rotary module, or of a legacy family the layers. Raises if there is none, several, or one that is extended already."""
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):

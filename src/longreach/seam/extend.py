@@ -33,7 +33,7 @@ from longreach.planner import Plan
 from longreach.seam import documents, frequencies, layer_kinds, legacy, registration, selfcheck
 from longreach.seam import rotary as probe
 from longreach.seam.cache_layers import place
-from longreach.seam.checks import check_arguments, check_positions, configs_of, find_base, refuse_unsupported
+from longreach.seam.checks import Inexact, check_arguments, check_positions, configs_of, find_base, refuse_unsupported
 from longreach.seam.documents import Document, Entry
 from longreach.seam.placement import device_of
 from longreach.seam.registration import Forwards
@@ -373,7 +373,7 @@ class Extension:
             found = Exactness(rotary, relative(ours.logits, self._stock.first.logits), what)
             passed = found.logits < 1e-3 and rotary < 1e-4
         if not passed:
-            raise ValueError(
+            raise Inexact(
                 f"with neutral parameters {type(self.base).__name__} differs from the stock model by {found.logits:.1e} (a layer by {by_layer:.1e}); "
                 "its attention does something we do not know, use it without extend()"
             )
