@@ -1,9 +1,9 @@
 """Random histories of a cache: whatever is done to it, and in whatever order, the logits are those of the dense truth of the tokens that are left.
 
-A history is drawn from its seed: a family, a method, rows, and operations (append ragged with pads anywhere, decode, generate, hide cached tokens by a mask, crop,
-fork, save and load, reorder, repeat, a forward that fails in any layer, an interrupt, calls that have to be refused, several conversations in turn).
-Beside every cache stands a `Model` of it, plain lists of tokens. After every operation the next logits of every row are compared with one dense forward
-(`backend="reference"`, no cache) of those tokens.
+A history is drawn from its seed: a family, a method, rows, and operations (append ragged with pads anywhere, decode, generate, hide cached tokens by a
+mask, crop, fork, save and load, reorder, repeat, a forward that fails in any layer, an interrupt, calls that have to be refused, several conversations in
+turn). Beside every cache stands a `Model` of it, plain lists of tokens. After every operation the next logits of every row are compared with one dense
+forward (`backend="reference"`, no cache) of those tokens.
 
     python tests/histories.py --first 0 --count 10000 --log histories.jsonl     # resumable: seeds that the log has are not run again
 """
@@ -36,8 +36,8 @@ from longreach.seam.cache_layers import store_of
 from methods_matrix import METHODS, context, refusal
 
 FAMILIES = [
-    "llama", "llama-head8", "llama3", "llama-dynamic", "mistral-sliding", "qwen2", "gemma2", "gemma3", "phi", "phi3-longrope", "cohere", "gpt-oss", "llama4-rope",
-    "deepseek-v2", "smollm3", "ministral3", "gptj", "falcon", "falcon-alibi", "bloom",
+    "llama", "llama-head8", "llama3", "llama-dynamic", "mistral-sliding", "qwen2", "gemma2", "gemma3", "phi", "phi3-longrope", "cohere", "gpt-oss",
+    "llama4-rope", "deepseek-v2", "smollm3", "ministral3", "gptj", "falcon", "falcon-alibi", "bloom",
 ]  # fmt: skip
 CUTTABLE = [method for method in METHODS if method.chunk_invariant]
 GATE = 3e-5
@@ -193,8 +193,8 @@ class History:
             self.shrink()
             return
         kinds: dict[Callable[[], None], int] = {
-            self.append: 8, self.decode: 6, self.generate: 2, self.hide: 3, self.show: 2, self.crop: 4, self.fork: 2, self.save: 1, self.select: 2, self.repeat: 1,
-            self.fail: 4, self.interrupt: 1, self.refused: 1, self.draft: 2,
+            self.append: 8, self.decode: 6, self.generate: 2, self.draft: 2, self.hide: 3, self.show: 2, self.crop: 4, self.fork: 2, self.save: 1,
+            self.select: 2, self.repeat: 1, self.fail: 4, self.interrupt: 1, self.refused: 1, self.meet: 2,
         }  # fmt: skip
         self.rng.choices(list(kinds), list(kinds.values()))[0]()
 
@@ -300,6 +300,20 @@ class History:
         self.talk.model.crop(undone)
         self.log.append(f"draft {count}, {undone} undone")
 
+    def meet(self) -> None:
+        """Rows that were read in portions as unequal as can be come to one length: the tails of their buffers then begin at different tokens."""
+        lengths = [len(row) for row in self.talk.model.rows]
+        if len(lengths) < 2 or max(lengths) > self.most:
+            return
+        for last in (False, True):
+            target = max(lengths) + self.longest_chunk if last else None
+            counts = [target - n if target is not None else self.rng.choice([1, self.longest_chunk]) for n in lengths]
+            columns = max(counts)
+            new = torch.stack([(torch.arange(columns) >= columns - n).long() for n in counts])
+            self.read(torch.tensor([[self.rng.randrange(3, 96) for _ in range(columns)] for _ in counts]), new)
+            lengths = [len(row) for row in self.talk.model.rows]
+        self.decode()
+
     # -- masks ----------------------------------------------------------------------------------------------------------------
 
     def hide(self) -> None:
@@ -327,6 +341,7 @@ class History:
             if "cannot go back" not in str(error) or slots + self.talk.model.cropped <= self.rollback:
                 raise
             self.log.append(f"crop {slots}: refused")
+            self.save()
             return
         self.talk.model.crop(slots)
         self.log.append(f"crop {slots}")
@@ -378,7 +393,7 @@ class History:
     def fail(self) -> None:
         """A forward that raises in some layer, before, in or after its attention."""
         modules = self.pair.extension._modules
-        module = self.rng.choice(modules)
+        module = self.rng.choice([*modules, *modules, self.extended.get_output_embeddings()])
         when = self.rng.choice([module.register_forward_pre_hook, module.register_forward_hook])
 
         def broken(*anything: Any) -> None:

@@ -63,17 +63,18 @@ def failed_forward_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def crop_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crop that is refused has cut some buffers already."""
+    """A crop that is refused has cut some buffers already, and the others follow with the next."""
     real = store.Store.crop
 
     def crop(self: store.Store, slots: int) -> None:
         try:
             real(self, slots)
         except ValueError:
+            left = self.slots.without(min(slots, self.seen))
             for buffer in self.buffers:
-                for row, length in enumerate(self.lengths):
-                    if buffer.reaches(row) == 0:
-                        buffer.rewind(row, max(0, length - slots))
+                for row in range(self.rows):
+                    if buffer.reaches(row) <= left.tokens(row):
+                        buffer.rewind(row, left.tokens(row))
             raise
 
     monkeypatch.setattr(store.Store, "crop", crop)

@@ -6,7 +6,7 @@ Knows nothing of keys, values or models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 

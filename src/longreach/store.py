@@ -327,9 +327,9 @@ class Store:
     def open(self, rows: int, columns: int = 0, announced: int = 0) -> None:
         """Before a forward of `columns` columns. `announced` of its tokens may be cropped again, as assisted decoding does."""
         self.settle()
-        if self.lengths and self.rows != rows:
+        if self.seen and self.rows != rows:
             raise ValueError(f"the cache holds {self.rows} rows but the input has {rows}; pass a batch of {self.rows} or start a new cache")
-        if not self.lengths:
+        if self.rows != rows:
             self.lengths = [0] * rows
             self.slots = Slots.empty(rows)
             self.layers = [LayerStore(retention, rows) for retention in self.retentions]

@@ -31,6 +31,8 @@ from longreach.cli.common import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from longreach.cli.measurements import Measurement
     from longreach.methods.base import Method
     from longreach.seam.extend import Extension
@@ -74,14 +76,16 @@ def command(
             raise ValueError("--family and --markdown belong to --all; add it")
         chosen = method_of(context, method)
         with quiet_transformers(verbose):
-            loaded, _ = load_model(out, model, dtype, device)
-            result = {"model": model, **examine(out, loaded, chosen, declared, tokens, trained_window)}
+            loaded, tokenizer = load_model(out, model, dtype, device)
+            result = {"model": model, **examine(out, loaded, tokenizer, chosen, declared, tokens, trained_window)}
         out.finish(result, lambda console: show(console, result))
         if not result["passed"]:
             raise typer.Exit(FAILED)
 
 
-def examine(out: Output, model: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None) -> dict[str, Any]:
+def examine(
+    out: Output, model: Any, tokenizer: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None
+) -> dict[str, Any]:
     """Everything about one model, as plain data. The model ends in fp32."""
     from longreach import extend
     from longreach.cli import measurements
@@ -92,13 +96,15 @@ def examine(out: Output, model: Any, method: Method | None, declared: int | None
         dial = list(choices(extension))
         subject = method or (extension.method if declared else None)
         rotation = measurements.rotation(extension)
-    groups = [group(None, [rotation, *own(out, model, min(tokens, facts["trained_window"]))])]
+    ids = measurements.texts(model, tokenizer, tokens)
+    groups = [group(None, [rotation, *own(out, model, ids[:, : facts["trained_window"]])])]
     for each in measurements.subjects(subject, tokens):
         out.note(f"measuring {each} on {tokens} tokens")
-        groups.append(group(each, measurements.consistency(model, each, measurements.random_ids(model, tokens), declared)))
+        groups.append(group(each, measurements.consistency(model, each, ids[:1], declared)))
     return {
         "device": str(measurements.device_of(model)),
         "tokens": tokens,
+        "texts": measurements.TEXTS,
         "extension": facts,
         "dial": dial,
         "groups": groups,
@@ -110,19 +116,17 @@ def group(method: Method | None, found: list[Measurement]) -> dict[str, Any]:
     return {"method": None if method is None else method.to_json(), "measurements": [m.to_json() for m in found]}
 
 
-def own(out: Output, model: Any, tokens: int) -> list[Measurement]:
+def own(out: Output, model: Any, ids: torch.Tensor) -> list[Measurement]:
     """The engine with neutral parameters: in the model's own precision if that is half, then in fp32, which the model is left in."""
     import torch
 
     from longreach.cli import measurements
 
-    ids = measurements.random_ids(model, tokens)
-    half = None
+    found = []
     if next(model.parameters()).dtype != torch.float32:
         out.note(f"measuring neutral parameters in {next(model.parameters()).dtype}, then everything in fp32")
-        half = measurements.half_precision(model, ids)
+        found.append(measurements.half_precision(model, ids))
         model.float()
-    found = [] if half is None else [measurements.half_ratio(*half, measurements.logits(model, ids))]
     return found + measurements.neutral(model, ids)
 
 
@@ -181,7 +185,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
         if remark := row["refusal"] or row["warning"]:
             console.print(Text(f"  {row['times']}x: {remark}"))
 
-    gates = Table(title=f"\nmeasured (relative to the largest logit, fp32 unless said; {result['tokens']} tokens)", title_justify="left", box=box.SIMPLE)
+    gates = Table(title=f"\nmeasured (relative to the largest logit, fp32 unless said; {result['texts']} texts, {result['tokens']} tokens)", title_justify="left", box=box.SIMPLE)
     for column in ("", "measurement", "value", "gate"):
         gates.add_column(column, justify="right" if column in ("value", "gate") else "left")
     for group in result["groups"]:

@@ -43,7 +43,7 @@ def run(out: Output, method: str | None, names: list[str] | None, markdown: Path
 
 def summary(family: Family) -> str:
     if family.refusal is not None:
-        return f"refused: {family.refusal}"
+        return f"{'FAILS' if family.failed else 'refused'}: {family.refusal}"
     measured = [cell for cell in family.cells if cell.refusal is None]
     refused = len(family.cells) - len(measured)
     if not measured:
@@ -63,12 +63,13 @@ def show(console: Console, result: dict[str, Any]) -> None:
         table.add_column(column, justify="right" if "against" in column else "left", no_wrap=column in ("family", "method"))
     for family in result["families"]:
         if family["refusal"]:
-            table.add_row(family["name"], "every", "", "", Text(f"refused: {family['refusal']}"))
+            table.add_row(family["name"], "every", "", "", Text(f"{'FAILS' if family['failed'] else 'refused'}: {family['refusal']}"))
         for cell in family["cells"]:
             if cell["refusal"]:
                 table.add_row(family["name"], cell["method"], "", "", Text(f"refused: {cell['refusal']}"))
             else:
                 state = "[green]pass[/green]" if cell["passed"] else "[bold red]FAIL[/bold red]"
-                table.add_row(family["name"], cell["method"], f"{cell['fast']:.1e}", f"{cell['neutral']:.1e}", state)
+                fast, neutral = ("not finite" if cell[name] is None else f"{cell[name]:.1e}" for name in ("fast", "neutral"))
+                table.add_row(family["name"], cell["method"], fast, neutral, state)
     console.print(table)
     console.print("all gates pass" if result["passed"] else "[bold red]a gate fails: please report it[/bold red]")
