@@ -450,6 +450,12 @@ class Extension:
             self._local.refuse_nested(store)
             store.open(rows, columns, 0 if caller is None else min(columns, caller.announced))
         plan = planner.plan(rows, columns, mask, tokens.device, store)
+        if plan.past is not None and (hidden := sum(b - a for past in plan.past for a, b in past.hidden)):
+            warnings.warn(
+                f"attention_mask hides {hidden} tokens that are in the cache: they are not seen, and all others keep the distances they were read with, "
+                "whatever position_ids say",
+                stacklevel=2,
+            )
         if (positions := kwargs.get("position_ids")) is not None:
             check_positions(positions, plan)
         layer_kinds.refuse_shifted(self._slot_scales, plan)
