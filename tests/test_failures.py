@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 
 import longreach
 from families import build, tokens
@@ -232,6 +232,27 @@ def test_prompt_lookup_of_any_length(model, method, count):
         assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=count, max_new_tokens=25, do_sample=False), plain)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("count", [20, 200])
+def test_an_extended_assistant_may_draft_any_number(model, method, count):
+    """Drafts are decoded one by one and cropped together; how many there may be is said in the generation settings of the assistant."""
+    assistant = build("llama", eos_token_id=None, num_hidden_layers=1)
+    assistant.generation_config = GenerationConfig(
+        pad_token_id=0, eos_token_id=NEVER, num_assistant_tokens=count, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+    ids = tokens(1, 300)
+
+    def three(ids: torch.Tensor, scores: object, **more: object) -> torch.Tensor:  # later rounds show nothing new
+        return torch.full((ids.shape[0],), ids.shape[1] >= 303, device=ids.device)
+
+    with longreach.extend(model, method, trained_window=4096), longreach.extend(assistant, method, trained_window=4096):
+        plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+        drafted = model.generate(
+            ids, assistant_model=assistant, max_new_tokens=count + 20, do_sample=False, stopping_criteria=StoppingCriteriaList([three])
+        )
+        assert 303 <= drafted.shape[1] <= 308 and torch.equal(drafted, plain[:, : drafted.shape[1]])
+
+
 @torch.no_grad()
 def test_a_long_draft_may_be_undone_and_memory_shrinks_again(model):
     ids = tokens(1, 900)
@@ -257,7 +278,8 @@ def test_a_cache_that_records_its_past_can_forget_a_whole_forward(model):
         cache = model(ids[:, :300], use_cache=True).past_key_values
         for layer in cache.layers:
             layer.activate_past_recording()
-        model(tokens(1, 390, seed=3), past_key_values=cache)
+        model(tokens(1, 300, seed=3), past_key_values=cache)
+        model(tokens(1, 90, seed=3), past_key_values=cache)
         cache.crop(-390)
         for layer in cache.layers:
             layer.record_past = False

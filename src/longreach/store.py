@@ -291,8 +291,9 @@ class Store:
         self.layers: list[LayerStore] = []
         self.lengths: list[int] = []
         self.slots = Slots.empty(0)
-        self.announced = 0  # tokens of the last forward that a crop will undo, or most of them
-        self.record_past = False  # Transformers announces a crop after every forward
+        self.announced = 0  # tokens that a crop may undo after this forward, where somebody has said so
+        self.record_past = False  # Transformers announces that it may crop all that is read from one crop to the next
+        self.since_crop = 0  # slots
         self._finishing: tuple[list[int], Slots] | None = None
 
     @property
@@ -325,7 +326,7 @@ class Store:
     # -- a forward ------------------------------------------------------------------------------------------------------------
 
     def open(self, rows: int, columns: int = 0, announced: int = 0) -> None:
-        """Before a forward of `columns` columns. `announced` of its tokens may be cropped again, as assisted decoding does."""
+        """Before a forward of `columns` columns. The last `announced` tokens may be cropped after it, as assisted decoding does."""
         self.settle()
         if self.seen and self.rows != rows:
             raise ValueError(f"the cache holds {self.rows} rows but the input has {rows}; pass a batch of {self.rows} or start a new cache")
@@ -333,7 +334,7 @@ class Store:
             self.lengths = [0] * rows
             self.slots = Slots.empty(rows)
             self.layers = [LayerStore(retention, rows) for retention in self.retentions]
-        self.announced = announced or (columns if self.record_past else 0)
+        self.announced = max(announced, self.since_crop + columns if self.record_past else 0)
 
     def past(self, mask: torch.Tensor | None) -> list[Past]:
         """What a mask [B, seen] of the slots so far leaves visible; None: all tokens.
@@ -379,6 +380,7 @@ class Store:
             if start < length:
                 slots.keeping(row, start)
         slots.append(real, columns)
+        self.since_crop += columns
         self._finishing = [start + count for start, count in zip(starts, counts, strict=True)], slots
         self.settle()
 
@@ -397,6 +399,7 @@ class Store:
     def crop(self, slots: int) -> None:
         """Forget the last `slots` columns, or raise and leave everything as it is."""
         self.settle()
+        self.since_crop = 0
         slots = min(slots, self.seen)
         if not slots:
             return
@@ -453,4 +456,4 @@ class Store:
         self.slots.select(index.tolist())
 
     def reset(self) -> None:
-        self.layers, self.lengths, self.slots, self._finishing = [], [], Slots.empty(0), None
+        self.layers, self.lengths, self.slots, self._finishing, self.since_crop = [], [], Slots.empty(0), None, 0

@@ -38,7 +38,7 @@ from longreach.seam.documents import Document, Entry
 from longreach.seam.placement import device_of
 from longreach.seam.registration import Forwards
 from longreach.seam.rotary import IdentityRotary, Seen
-from longreach.store import Store
+from longreach.store import ROLLBACK, Store
 
 logger = logging.getLogger("longreach")
 _numbers = itertools.count(1)  # one attention name per extension, so that two extended models do not meet
@@ -448,7 +448,8 @@ class Extension:
         if kwargs.get("past_key_values") is not None or (self.config.use_cache if use_cache is None else use_cache):
             kwargs["past_key_values"], store = place(kwargs.get("past_key_values"), self.new_store())
             self._local.refuse_nested(store)
-            store.open(rows, columns, 0 if caller is None else min(columns, caller.announced))
+            drafts = getattr(getattr(self.model, "generation_config", None), "num_assistant_tokens", None) or 0  # that this model makes for another
+            store.open(rows, columns, max(0 if caller is None else min(columns, caller.announced), drafts + 1 if drafts >= ROLLBACK else 0))
         plan = planner.plan(rows, columns, mask, tokens.device, store)
         if plan.past is not None and (hidden := sum(b - a for past in plan.past for a, b in past.hidden)):
             warnings.warn(
