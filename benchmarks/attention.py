@@ -568,6 +568,7 @@ def main() -> int:
     bandwidth = read_bandwidth(device)
     result: dict[str, Any] = {"benchmark": "attention", "quick": options.quick, "machine": facts(device) | {"read_bandwidth": bandwidth}, "cases": []}
     print(f"{result['machine']['cpu']}, {result['machine']['threads']} threads, torch {result['machine']['torch']}, reads {bandwidth / 1e9:.1f} GB/s")
+    out = options.out or ROOT / "benchmarks" / "results" / f"attention-{options.device}{'-quick' if options.quick else ''}.json"
     with torch.inference_mode():
         for case in chosen:
             for name in dtypes:
@@ -578,9 +579,8 @@ def main() -> int:
                     rounds = options.repeats or (5 if settings.kind == "prefill" else SLACK + 32)
                     entry = measure(settings, name, rounds, device, bandwidth)
                 result["cases"].append(entry)
+                write_json(out, result)
                 print(show(entry), flush=True)
-    out = options.out or ROOT / "benchmarks" / "results" / f"attention-{options.device}{'-quick' if options.quick else ''}.json"
-    write_json(out, result)
     print(f"\nwritten to {out.resolve().relative_to(ROOT) if out.resolve().is_relative_to(ROOT) else out.name}")
     return 0 if all(entry["gate"]["passed"] for entry in result["cases"]) else 1
 

@@ -29,6 +29,7 @@ from longreach import LMInfinite, SelfExtend, Stock
 from longreach.speedtest import synchronise
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "random-1M": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024),
     "random-0.5B": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, vocab_size=151936,
                         tie_word_embeddings=True),
     "random-1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
@@ -119,6 +120,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/model-<device>.json)")
     args = parser.parse_args()
     device, dtype = device_of(args.device), DTYPES[args.dtype]
+    out = args.out or ROOT / "benchmarks" / "results" / f"model-{args.device}.json"
     result: dict[str, Any] = {"benchmark": "model", "model": args.model, "dtype": args.dtype, "machine": facts(device), "cases": []}
     with torch.inference_mode():
         for tokens in args.tokens:
@@ -127,24 +129,26 @@ def main() -> int:
             measured, failures = gate(model, contestants, ids)
             entry: dict[str, Any] = {"tokens": tokens, "gate": {"passed": not failures, "measured": measured, "failures": failures}}
             result["cases"].append(entry)
+            write_json(out, result)
             differences = "; ".join(f"{name} {value:.2g}" for name, value in measured.items())
             print(f"\n{args.model}, {args.dtype}, {tokens} tokens; difference to the dense truth of {SHORT}: {differences}")
             if failures:
-                print("THE GATE FAILED, nothing is timed: " + "; ".join(failures))
+                print("THE GATE FAILED, nothing is timed: " + "; ".join(failures), flush=True)
+                del model
                 continue
+            entry |= {"methods": {name: method.to_json() for name, method in contestants.items()}}
             prefill, decode = ({name: Timing() for name in (*baselines(device), *contestants)} for _ in range(2))
             for name, read, token in rounds(model, contestants, ids, args.new_tokens, args.rounds):
                 prefill[name].seconds.append(read)
                 decode[name].seconds.append(token)
+                entry |= {kind: {n: t.to_json() for n, t in timings.items() if t.seconds} for kind, timings in (("prefill", prefill), ("token", decode))}
+                write_json(out, result)  # a case may take minutes, and be cut
             rows, best = [], [min(timing[name].median for name in baselines(device)) for timing in (prefill, decode)]
             for name in prefill:
                 ratio = [prefill[name].median / best[0], decode[name].median / best[1]]
                 rows.append([name, f"{prefill[name].median:.3f}", f"{ratio[0]:.2f}", f"{decode[name].median * 1e3:.2f}", f"{ratio[1]:.2f}"])
-            entry |= {"methods": {name: method.to_json() for name, method in contestants.items()}}
-            entry |= {"prefill": {n: t.to_json() for n, t in prefill.items()}, "token": {n: t.to_json() for n, t in decode.items()}}
             print(table("", ["", "prefill s", "ours/stock", "ms a token", "ours/stock"], rows), flush=True)
             del model
-    write_json(args.out or ROOT / "benchmarks" / "results" / f"model-{args.device}.json", result)
     return 0 if all(entry["gate"]["passed"] for entry in result["cases"]) else 1
 
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from families import DEVICE
 from longreach import STRING, DualChunk, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend, StreamingLLM, planner, reference
 from longreach.backends import backend_for, tiles
 from longreach.backends.cpu import CpuBackend, kernel
@@ -59,15 +60,17 @@ def test_tiles_equal_dense(rows, columns, core, groups, monkeypatch):
 
 
 @pytest.mark.parametrize("groups", [1, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cpu_backend_grouped_heads_and_dtypes(groups, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_backend_grouped_heads_and_dtypes(groups, dtype):
+    """Of the device that is tested, see families.py."""
     q, k, v = qkv(70, 110, heads=8, groups=groups, dtype=dtype)
+    backend = backend_for(torch.device(DEVICE), dtype)
     for band in (Band(40), Band(40, 0, 20), Band(40, 50)):
-        out, lse = CpuBackend().attend(q, k, v, band, 0.25)
+        out, lse = (x.double().cpu() for x in backend.attend(*(x.to(DEVICE) for x in (q, k, v)), band, 0.25))
         want, want_lse = dense(q, k, v, band, 0.25)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=0)
-        torch.testing.assert_close(lse.double(), want_lse, atol=tolerance, rtol=0)
+        torch.testing.assert_close(out, want, atol=tolerance, rtol=0)
+        torch.testing.assert_close(lse, want_lse, atol=tolerance, rtol=0)
 
 
 def test_cpu_backend_values_may_be_narrower_than_keys():
