@@ -125,8 +125,9 @@ def own(out: Output, model: Any, ids: torch.Tensor) -> list[Measurement]:
     found = []
     if next(model.parameters()).dtype != torch.float32:
         out.note(f"measuring neutral parameters in {next(model.parameters()).dtype}, then everything in fp32")
+        measurements.require_ordinary(model)
         found.append(measurements.half_precision(model, ids))
-        model.float()
+        torch.nn.Module.float(model)  # Transformers' own declines a model from a GGUF file
     return found + measurements.neutral(model, ids)
 
 

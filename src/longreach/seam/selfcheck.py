@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from longreach.differences import relative, root_mean_square
+from longreach.seam.placement import ordinary
 
 HALVES = (torch.bfloat16, torch.float16)
 RATIO = 1.5  # our error in half precision is at most this multiple of the better stock kernel's
@@ -143,8 +144,7 @@ def _wide(x: Any) -> Any:
 
 def truth(model: nn.Module, modules: Sequence[nn.Module], run: Callable[[], torch.Tensor], inputs: Sequence[Streams]) -> dict[str, Any]:
     """`truth` and `without` of a `Stock`: the run in fp32, or why there is none. Weights may be packed or kept elsewhere, or a module may not fit."""
-    packed = getattr(model, "hf_quantizer", None) is not None or any(hasattr(tensor, "__tensor_flatten__") for tensor in model.parameters())
-    if packed or any(tensor.is_meta for tensor in model.parameters()):
+    if not ordinary(model):
         return {"without": "its weights are quantised, sharded or off-loaded"}
     try:
         with in_fp32(model):
