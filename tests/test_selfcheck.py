@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -204,3 +205,42 @@ def test_a_rotation_that_gives_nan_is_no_match(monkeypatch):
     monkeypatch.setattr(rotary, "match", broken)
     with refuses(r"applies its rotary in a way we do not know \(off by inf\)"):
         longreach.extend(build("llama"), Stock())
+
+
+@pytest.mark.parametrize("longer_than", [0, 12], ids=["at extend", "after it"])
+def test_check_of_all_families_does_not_pass_nan(longer_than, monkeypatch, capsys):
+    """An engine that is refused by its own self-check is no family that is refused by intent."""
+    from longreach.cli import main
+
+    def broken(layer, plan, store, backend, q, *rest):
+        out = execute(layer, plan, store, backend, q, *rest)
+        return out * float("nan") if q.shape[2] > longer_than else out
+
+    arguments = ["check", "--all", "--family", "llama", "--method", "selfextend"]
+    assert main([*arguments, "--json"]) == 0 and json.loads(capsys.readouterr().out)["passed"]
+    monkeypatch.setattr(seam, "execute", broken)
+    assert main([*arguments, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["passed"] and not found["families"][0]["passed"]
+    if longer_than:
+        assert found["families"][0]["cells"][0]["fast"] is None and found["families"][0]["cells"][0]["refusal"] is None
+    assert main(arguments) == 1
+    assert "a gate fails" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_of_a_model_does_not_pass_nan(dtype, monkeypatch, capsys):
+    from longreach.cli import main
+
+    def broken(layer, plan, store, backend, q, *rest):
+        out = execute(layer, plan, store, backend, q, *rest)
+        if q.shape[2] > 12:
+            out[0, -1, 0, 0] = float("nan")
+        return out
+
+    monkeypatch.setattr(seam, "execute", broken)
+    assert main(["check", "--dtype", dtype, "--tokens", "48", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    failed = [m["name"] for group in found["groups"] for m in group["measurements"] if not m["passed"]]
+    assert not found["passed"] and any("neutral" in name for name in failed) and any("fast path" in name for name in failed)
+    assert any("half precision" in name for name in failed) == (dtype == "bfloat16")

@@ -186,7 +186,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
         if remark := row["refusal"] or row["warning"]:
             console.print(Text(f"  {row['times']}x: {remark}"))
 
-    gates = Table(title=f"\nmeasured (relative to the largest logit, fp32 unless said; {result['texts']} texts, {result['tokens']} tokens)", title_justify="left", box=box.SIMPLE)
+    how = f"relative to the largest logit, fp32 unless said; {result['texts']} texts, {result['tokens']} tokens"
+    gates = Table(title=f"\nmeasured ({how})", title_justify="left", box=box.SIMPLE)
     for column in ("", "measurement", "value", "gate"):
         gates.add_column(column, justify="right" if column in ("value", "gate") else "left")
     for group in result["groups"]:

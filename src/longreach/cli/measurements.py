@@ -122,7 +122,7 @@ def require_ordinary(model: Any) -> None:
 
 
 def half_precision(model: Any, ids: torch.Tensor) -> Measurement:
-    """Root-mean-square error of neutral parameters in the model's own half precision against stock in fp32, as a multiple of that of the better stock kernel."""
+    """Root-mean-square error of neutral parameters in the model's own half precision against stock in fp32, over that of the better stock kernel."""
     kernels = ["sdpa", "eager"] if getattr(model, "_supports_sdpa", False) else ["eager"]
     squares = dict.fromkeys(["ours", *kernels], 0.0)
     for row in ids.split(1):  # logits of a large vocabulary are large
