@@ -99,7 +99,8 @@ def hidden(streams: Streams) -> torch.Tensor:
 
 def _streams(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
     shape = (args[0] if args else kwargs["hidden_states"]).shape
-    return {name: x.detach() for name, x in [*enumerate(args), *kwargs.items()] if isinstance(x, torch.Tensor) and x.shape == shape}
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {name: x.detach() for name, x in named if isinstance(x, torch.Tensor) and x.shape == shape}
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any], streams: Streams) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,7 +117,8 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
     def widen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not isinstance(module, nn.Embedding) and module not in replaced:  # of a large table few rows are read: its output is widened
             replaced[module] = []
-            for held in (module._parameters, module._buffers):
+            every: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for held in every:
                 for name, tensor in list(held.items()):
                     if tensor is not None and tensor.dtype in HALVES and not tensor.is_meta:
                         replaced[module].append((held, name, tensor))
