@@ -178,7 +178,8 @@ class Gate:
     failures: list[str] = field(default_factory=list)
 
     def check(self, name: str, value: float, limit: float) -> None:
-        self.measured[name] = value
+        if math.isfinite(value):  # JSON has no NaN
+            self.measured[name] = value
         if not value <= limit:
             self.failures.append(f"{name} is {value:.3g}, more than {limit:.3g}")
 
@@ -221,8 +222,8 @@ def compare(
         return
     assert stock is not None and stock_want is not None
     mine, theirs = relative_error(ours, want), relative_error(stock, stock_want)
-    gate.measured[f"{where}, relative error of stock"] = theirs
-    gate.measured[f"{where}, relative error of ours"] = mine
+    gate.check(f"{where}, relative error of stock", theirs, math.inf)
+    gate.check(f"{where}, relative error of ours", mine, math.inf)
     gate.check(f"{where}, our error over stock's", mine / theirs, ERROR_RATIO)
 
 

@@ -382,6 +382,67 @@ def test_gguf_that_cannot_be_loaded(tmp_path):
 # -- torch.compile and pipelines ------------------------------------------------------------------------------------------------
 
 
+def compile_in_place(model: Any, how: str, **arguments: Any) -> Any:
+    """The ways people compile a model, of which only the first leaves the model itself as it is."""
+    if how == "torch.compile(model)":
+        return torch.compile(model, **arguments)
+    part = model.get_submodule(model.base_model_prefix) if "base" in how else model
+    if how.endswith(".compile()"):
+        part.compile(**arguments)
+    elif how.endswith(".forward"):
+        part.forward = torch.compile(part.forward, **arguments)
+    else:
+        setattr(model, model.base_model_prefix, torch.compile(part, **arguments))
+    return model
+
+
+WAYS = ["torch.compile(model)", "model.compile()", "model.forward", "base.compile()", "base.forward", "base"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False], ids=["compiled, then extended", "extended, then compiled"])
+@pytest.mark.parametrize(("family", "how"), [*(("llama", how) for how in WAYS), ("bloom", "model.forward"), ("bloom", "base")])
+@torch.no_grad()
+def test_every_way_to_compile(family, how, before):
+    torch._dynamo.reset()
+    model = build(family)
+    stock, expected = model(IDS).logits, logits_of(model)
+    compiled = None
+    if before:
+        compiled = compile_in_place(model, how, backend="eager")
+        assert difference(compiled(IDS).logits, stock) <= 1e-5
+    with longreach.extend(model if compiled is None else compiled, METHOD):
+        if compiled is None:
+            compiled = compile_in_place(model, how, backend="eager")
+        assert difference(chunked(compiled, IDS, [30, 9, *[1] * 11]), expected) <= 1e-5
+    assert difference(compiled(IDS).logits, stock) <= 1e-5
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3"])
+@torch.no_grad()
+def test_the_number_of_graphs_does_not_grow_with_layers_or_tokens(family):
+    """Compiled code that reads the number of its layer would be made anew for each, until torch.compile gives up."""
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    for layers in (4, 30):
+        torch._dynamo.reset()
+        counters.clear()
+        types = {"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)} if family == "gemma3" else {}
+        model = build(family, num_hidden_layers=layers, **types)
+        with longreach.extend(model, METHOD), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+            compiled = torch.compile(model, backend="eager")
+            got = chunked(compiled, IDS, [30, 9, *[1] * 4])
+            graphs.append(counters["stats"]["unique_graphs"])
+            chunked(compiled, IDS, [30, 9, *[1] * 11])
+            assert counters["stats"]["unique_graphs"] == graphs[-1]  # further tokens compile nothing
+            assert difference(got, chunked(model, IDS, [30, 9, *[1] * 4])) <= 1e-5
+    assert graphs[0] == graphs[1] > 0
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow  # tracing costs more than everything else here
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @torch.no_grad()

@@ -125,8 +125,9 @@ def own(out: Output, model: Any, ids: torch.Tensor) -> list[Measurement]:
     found = []
     if next(model.parameters()).dtype != torch.float32:
         out.note(f"measuring neutral parameters in {next(model.parameters()).dtype}, then everything in fp32")
+        measurements.require_ordinary(model)
         found.append(measurements.half_precision(model, ids))
-        model.float()
+        torch.nn.Module.float(model)  # Transformers' own declines a model from a GGUF file
     return found + measurements.neutral(model, ids)
 
 
@@ -185,7 +186,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
         if remark := row["refusal"] or row["warning"]:
             console.print(Text(f"  {row['times']}x: {remark}"))
 
-    gates = Table(title=f"\nmeasured (relative to the largest logit, fp32 unless said; {result['texts']} texts, {result['tokens']} tokens)", title_justify="left", box=box.SIMPLE)
+    how = f"relative to the largest logit, fp32 unless said; {result['texts']} texts, {result['tokens']} tokens"
+    gates = Table(title=f"\nmeasured ({how})", title_justify="left", box=box.SIMPLE)
     for column in ("", "measurement", "value", "gate"):
         gates.add_column(column, justify="right" if column in ("value", "gate") else "left")
     for group in result["groups"]:

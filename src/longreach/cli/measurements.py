@@ -25,6 +25,7 @@ from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
 from longreach.seam import selfcheck
 from longreach.seam.extend import Extension, extend
+from longreach.seam.placement import ordinary
 
 ITSELF, ROTATION, ROTATION_HALF, HALF_RATIO = 1e-4, 1e-4, 2e-2, selfcheck.RATIO
 TEXTS = 4  # places of the book
@@ -112,8 +113,16 @@ def rotation(extension: Extension) -> Measurement:
     return Measurement(f"our {extension.exactness.what} against the model's own, all layers", extension.exactness.rotary, ROTATION_HALF if half else ROTATION)
 
 
+def require_ordinary(model: Any) -> None:
+    if not ordinary(model):
+        raise ValueError(
+            "the weights of this model are quantised or kept elsewhere, so there is no fp32 to measure against; check the model it was made from, or read "
+            "the measured exactness of this one in extend(model, ...).describe()"
+        )
+
+
 def half_precision(model: Any, ids: torch.Tensor) -> Measurement:
-    """Root-mean-square error of neutral parameters in the model's own half precision against stock in fp32, as a multiple of that of the better stock kernel."""
+    """Root-mean-square error of neutral parameters in the model's own half precision against stock in fp32, over that of the better stock kernel."""
     kernels = ["sdpa", "eager"] if getattr(model, "_supports_sdpa", False) else ["eager"]
     squares = dict.fromkeys(["ours", *kernels], 0.0)
     for row in ids.split(1):  # logits of a large vocabulary are large

@@ -311,7 +311,8 @@ class Extension:
 
     def _listen(self, inputs: dict[str, Any], keep_original: bool) -> tuple[list[Seen], list[tuple[probe.Key, torch.Tensor, torch.Tensor]]]:
         """One forward in which every attention layer reports its q and k and returns its values."""
-        self._local.seen = seen = []
+        seen: list[Seen] = []
+        self._local.seen = seen
         self._identity.record = [] if keep_original else None
         try:
             self.base(**inputs)

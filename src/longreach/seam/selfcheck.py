@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from longreach.differences import relative, root_mean_square
+from longreach.seam.placement import ordinary
 
 HALVES = (torch.bfloat16, torch.float16)
 RATIO = 1.5  # our error in half precision is at most this multiple of the better stock kernel's
@@ -98,7 +99,8 @@ def hidden(streams: Streams) -> torch.Tensor:
 
 def _streams(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
     shape = (args[0] if args else kwargs["hidden_states"]).shape
-    return {name: x.detach() for name, x in [*enumerate(args), *kwargs.items()] if isinstance(x, torch.Tensor) and x.shape == shape}
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {name: x.detach() for name, x in named if isinstance(x, torch.Tensor) and x.shape == shape}
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any], streams: Streams) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -115,7 +117,8 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
     def widen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not isinstance(module, nn.Embedding) and module not in replaced:  # of a large table few rows are read: its output is widened
             replaced[module] = []
-            for held in (module._parameters, module._buffers):
+            every: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for held in every:
                 for name, tensor in list(held.items()):
                     if tensor is not None and tensor.dtype in HALVES and not tensor.is_meta:
                         replaced[module].append((held, name, tensor))
@@ -143,8 +146,7 @@ def _wide(x: Any) -> Any:
 
 def truth(model: nn.Module, modules: Sequence[nn.Module], run: Callable[[], torch.Tensor], inputs: Sequence[Streams]) -> dict[str, Any]:
     """`truth` and `without` of a `Stock`: the run in fp32, or why there is none. Weights may be packed or kept elsewhere, or a module may not fit."""
-    packed = getattr(model, "hf_quantizer", None) is not None or any(hasattr(tensor, "__tensor_flatten__") for tensor in model.parameters())
-    if packed or any(tensor.is_meta for tensor in model.parameters()):
+    if not ordinary(model):
         return {"without": "its weights are quantised, sharded or off-loaded"}
     try:
         with in_fp32(model):
