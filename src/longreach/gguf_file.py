@@ -28,6 +28,10 @@ ALIGNMENT = 32  # of the weights, where the file does not say
 CHUNK = 2**22  # numbers turned into fp32 at a time
 
 
+class Length(int):
+    """Of a list in the metadata, which is not kept."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """One tensor: `rows` of `row` bytes each from byte `start` of the file on."""
@@ -44,13 +48,14 @@ class Stored:
 class Header:
     """What a file says of itself.
 
-    facts   metadata; a list is given as its length.
-    sketch  a GGUF file of the same facts, without the lists of the vocabulary and with one number in place of every weight.
+    facts    metadata; a list is given as its length.
+    entries  the same as they stand in the file.
     """
 
+    version: int
     facts: dict[str, Any]
+    entries: dict[str, bytes]
     tensors: tuple[Stored, ...]
-    sketch: bytes
 
     @property
     def architecture(self) -> str:
@@ -114,21 +119,19 @@ class _Reader:
                 self.skip(*self.unpack("Q"))
         else:
             raise ValueError(f"its metadata has a list of the unknown type {inner}; download the file again")
-        return count
+        return Length(count)
 
     def header(self) -> Header:
         self.at = len(MAGIC)
-        version, tensors, entries = self.unpack("IQQ")
+        version, tensors, count = self.unpack("IQQ")
         if version not in VERSIONS:
             raise ValueError(f"it is of version {version}, and {' and '.join(map(str, VERSIONS))} are read; convert the model anew with llama.cpp")
-        facts, kept = {}, []
-        for _ in range(entries):
+        facts, entries = {}, {}
+        for _ in range(count):
             start = self.at
             key = self.string()
-            (kind,) = self.unpack("I")
-            facts[key] = self.value(kind)
-            if kind != ARRAY or not key.startswith("tokenizer."):
-                kept.append(bytes(self.data[start : self.at]))
+            facts[key] = self.value(*self.unpack("I"))
+            entries[key] = bytes(self.data[start : self.at])
         infos = [(self.string(), self.unpack(f"{self._dimensions()}Q"), *self.unpack("IQ")) for _ in range(tensors)]
         alignment = facts.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
@@ -137,10 +140,11 @@ class _Reader:
             raise ValueError("it has two tensors of one name; download the file again")
         begin = -(-self.at // alignment) * alignment
         stored = tuple(self._stored(name, dims, kind, begin + offset) for name, dims, kind, offset in infos)
-        facts["general.architecture"]  # noqa: B018  every file has one: KeyError is a damaged header
-        sketch = MAGIC + struct.pack("<IQQ", version, tensors, len(kept)) + b"".join(kept)
-        sketch += b"".join(struct.pack("<Q", len(name.encode())) + name.encode() + struct.pack("<IQIQ", 1, 1, 0, 0) for name, *_ in infos)
-        return Header(facts, stored, sketch + bytes(-len(sketch) % alignment) + bytes(4))
+        if not isinstance(facts["general.architecture"], str):  # every file has one: KeyError is a damaged header
+            raise ValueError("it does not name its architecture; download the file again")
+        if (parts := facts.get("split.count", 1)) > 1:
+            raise ValueError(f"it is one of {parts} parts of a model; join them with llama-gguf-split --merge")
+        return Header(version, facts, entries, stored)
 
     def _dimensions(self) -> int:
         (count,) = self.unpack("I")
@@ -177,10 +181,22 @@ def configuration(found: Header) -> Any:
     from transformers import AutoConfig
 
     with TemporaryDirectory() as folder:
-        (Path(folder) / "sketch.gguf").write_bytes(found.sketch)
-        stated = f"{found.architecture}.vocab_size" in found.facts
-        size = {} if stated or "tokenizer.ggml.tokens" not in found.facts else {"vocab_size": found.facts["tokenizer.ggml.tokens"]}
-        return AutoConfig.from_pretrained(folder, gguf_file="sketch.gguf", **size)
+        (Path(folder) / "sketch.gguf").write_bytes(sketch(found))
+        return AutoConfig.from_pretrained(folder, gguf_file="sketch.gguf")
+
+
+def sketch(found: Header) -> bytes:
+    """A GGUF file of the same metadata without the lists of the vocabulary, which cost seconds, and with one number in place of every weight."""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    known = GGUF_CONFIG_MAPPING.get(found.architecture, {})
+    counted = "vocab_size" not in known or f"{found.architecture}.vocab_size" not in found.facts  # then Transformers counts the words
+    lists = {key for key in found.facts if key.startswith("tokenizer.ggml.") and isinstance(found.facts[key], Length)}
+    kept = [entry for key, entry in found.entries.items() if key not in lists or (counted and key == "tokenizer.ggml.tokens")]
+    names = [tensor.name.encode() for tensor in found.tensors]
+    made = MAGIC + struct.pack("<IQQ", found.version, len(names), len(kept)) + b"".join(kept)
+    made += b"".join(struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 1, 0, 0) for name in names)
+    return made + bytes(-len(made) % found.facts.get("general.alignment", ALIGNMENT)) + bytes(4)
 
 
 def model(file: Path, found: Header, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

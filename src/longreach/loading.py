@@ -147,7 +147,7 @@ def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
     if len(text) <= LONGEST_REASON:
         return text
-    ends = [match.start() for match in re.finditer(r"[.;:] ", text) if match.start() <= LONGEST_REASON]
+    ends = [match.start() for match in re.finditer(r"[.;] ", text) if match.start() <= LONGEST_REASON]
     return text[: ends[-1]] if ends else text[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
 
 
