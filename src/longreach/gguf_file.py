@@ -176,9 +176,12 @@ def streamed_by_transformers(architecture: str) -> bool:
     return architecture in GGUF_CONFIG_ARCHS
 
 
-def configuration(found: Header) -> Any:
+def configuration(file: Path, found: Header) -> Any:
     """What Transformers makes of the metadata."""
     from transformers import AutoConfig
+
+    if streamed_by_transformers(found.architecture):
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
     with TemporaryDirectory() as folder:
         (Path(folder) / "sketch.gguf").write_bytes(sketch(found))
@@ -203,7 +206,7 @@ def model(file: Path, found: Header, dtype: torch.dtype) -> tuple[Any, dict[str,
     """-> (the model, bit-equal to what Transformers' own loader makes of the file; what its loader says of names that were missing or left over)."""
     from transformers import AutoModelForCausalLM
 
-    config = configuration(found)
+    config = configuration(file, found)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     made, info = type(empty).from_pretrained(None, config=config, state_dict=weights(file, found, empty, dtype), dtype=dtype, output_loading_info=True)

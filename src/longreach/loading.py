@@ -74,7 +74,7 @@ def _load_gguf(file: Path, dtype: torch.dtype, where: torch.device) -> tuple[Any
 
     from longreach import gguf_file
 
-    with _reading(str(file), "pass a whole GGUF file of an architecture that Transformers converts"):
+    with reading(str(file), "pass a whole GGUF file of an architecture that Transformers converts"):
         header = gguf_file.header(file)
         if gguf_file.streamed_by_transformers(header.architecture):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
@@ -101,7 +101,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _load(source: str, dtype: torch.dtype | None, where: torch.device, shown: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _reading(shown, f"pass {KINDS}", Path(source)):
+    with reading(shown, f"pass {KINDS}", Path(source)):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -118,8 +118,8 @@ def _whole(info: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _reading(shown: str, advice: str, folder: Path | None = None) -> Iterator[None]:
-    """Whatever a reader of foreign files meets becomes one sentence. A folder is looked through for what it lacks, once it could not be read."""
+def reading(shown: str, advice: str, folder: Path | None = None) -> Iterator[None]:
+    """Whatever a reader of foreign files meets becomes one sentence that ends in the advice. What a folder lacks is looked for once it could not be read."""
     try:
         yield
     except Exception as error:
