@@ -15,6 +15,7 @@ import torch
 import transformers as t
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gguf_files
 import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, encodings, planner
@@ -332,13 +333,7 @@ def write_gguf(file: Path, model: Any) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    names = [*byte_tokenizer().convert_ids_to_tokens(list(range(config.vocab_size - 1))), "ĠĠ"]  # the reader wants one merge at least
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(names)
-    writer.add_token_types([3, 3, 3] + [1] * (len(names) - 3))
-    writer.add_token_merges(["Ġ Ġ"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    gguf_files.vocabulary(writer, config.vocab_size)
     names_in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):

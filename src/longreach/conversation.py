@@ -104,9 +104,10 @@ class Conversation:
         """The answer to a question, which becomes a turn. Raises ValueError if it does not fit any more."""
         ids = self.sequence(question)
         if self.limit is not None and len(ids) + max_new_tokens > self.limit:
+            shorter = "forget the earlier turns (/reset), " if self.turns else ""
             raise ValueError(
                 f"with this question and {max_new_tokens} new tokens the conversation needs {len(ids) + max_new_tokens} tokens, more than its context of "
-                f"{self.limit}; forget the earlier turns (/reset), declare a larger context, or ask for fewer new tokens"
+                f"{self.limit}; {shorter}declare a larger context, or ask for fewer new tokens"
             )
         self._rewind(ids)
         try:

@@ -17,6 +17,7 @@ from longreach.cli.common import (
     Context,
     Device,
     Dtype,
+    Encoding,
     Json,
     MethodName,
     Model,
@@ -32,6 +33,7 @@ from longreach.cli.common import (
     size,
     writer,
 )
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from longreach.conversation import Conversation
@@ -48,7 +50,8 @@ def command(
     model: Model = "nano",
     declared: Context = None,
     method: MethodName = None,
-    file: Annotated[str | None, typer.Option("--file", "-f", help="The text to talk about: a UTF-8 file (.xz and .gz too) or @book.")] = None,
+    file: Annotated[str | None, typer.Option("--file", "-f", help="The text to talk about: a file (.xz and .gz too) or @book.")] = None,
+    encoding: Encoding = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
     hide: Annotated[list[str] | None, typer.Option("--hide", help="A sentence to hide in the text; may be given several times, then spread evenly.")] = None,
@@ -70,7 +73,7 @@ def command(
         if file == text.STDIN:
             raise ValueError("standard input is where the questions come from; pass the text as a file")
         chosen = method_of(context, method)
-        document = text.read(file, text.LARGEST_FILE, out.note) if file is not None else ""
+        document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
         with quiet_transformers(verbose):
             import longreach
             from longreach.conversation import Conversation
@@ -88,7 +91,7 @@ def command(
                     out.warn(facts["warning"])
                 with progress_bar(out, fitted.tokens) as progress:
                     read = talk.read(progress)
-                out.note(f"{read} tokens of text read; {HELP}" if read else HELP)
+                out.note(f"{counted(read, 'token')} of text read; {HELP}" if read else HELP)
                 turns = converse(out, talk, extension, max_new_tokens, Sampling(temperature or None, seed=seed))
         out.finish({"model": model, "context": fitted.context, "document_tokens": read, "turns": turns, "extension": facts}, lambda console: None)
 
@@ -171,7 +174,7 @@ def questions(out: Output) -> Iterator[str]:
         import readline  # noqa: F401  gives input() a history and editing
     while True:
         if asking:
-            out.errors.print("\n[bold]> [/bold]", end="")
+            out.errors.print("\n> ", end="", style="bold")
         line = sys.stdin.readline() if not asking else _typed()
         if not line:
             return

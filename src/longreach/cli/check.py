@@ -29,6 +29,7 @@ from longreach.cli.common import (
     pairs_table,
     quiet_transformers,
 )
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def examine(
     ids = measurements.texts(model, tokenizer, tokens)
     groups = [group(None, [rotation, *own(out, model, ids[:, : facts["trained_window"]])])]
     for each in measurements.subjects(subject, tokens):
-        out.note(f"measuring {each} on {tokens} tokens")
+        out.note(f"measuring {each} on {counted(tokens, 'token')}")
         groups.append(group(each, measurements.consistency(model, each, ids[:1], declared)))
     return {
         "device": str(measurements.device_of(model)),
@@ -167,11 +168,11 @@ def show(console: Console, result: dict[str, Any]) -> None:
     sliding = facts["layers"] - len(ours) - chunked
     layers = f"{facts['layers']}: {len(ours)} with the method, {sliding} sliding and {chunked} chunked as trained, {len(without)} without positions"
     rows = [
-        ("trained window", f"{facts['trained_window']} tokens ({facts['trained_window_reason']})"),
+        ("trained window", f"{counted(facts['trained_window'], 'token')} ({facts['trained_window_reason']})"),
         ("layers", layers),
         ("backend", f"{facts['backend']}, {facts['dtype']}, {result['device']}"),
         ("looked at", str(from_json(facts["method"]))),
-        ("capacity", "unlimited" if facts["capacity"] is None else f"{facts['capacity']} tokens"),
+        ("capacity", "unlimited" if facts["capacity"] is None else counted(facts["capacity"], "token")),
     ]
     console.print(pairs_table(result["model"], rows))
 
@@ -194,10 +195,11 @@ def show(console: Console, result: dict[str, Any]) -> None:
         if group["method"] is not None:
             gates.add_row("", Text(brief(group["method"]), style="bold"), "", "")
         for m in group["measurements"]:
-            state = "skip" if m["value"] is None and m["passed"] else "[green]pass[/green]" if m["passed"] else "[bold red]FAIL[/bold red]"
+            state = Text("skip") if m["value"] is None and m["passed"] else Text("pass", "green") if m["passed"] else Text("FAIL", "bold red")
             gates.add_row(state, Text(m["name"]), m["note"] if m["value"] is None else f"{m['value']:.2g}", f"{m['gate']:.2g}")
     console.print(gates)
-    console.print("all gates pass" if result["passed"] else "[bold red]a gate fails: do not trust this model under Longreach, and report it[/bold red]")
+    failed = "a gate fails: do not trust this model under Longreach, and report it"
+    console.print("all gates pass" if result["passed"] else failed, style="" if result["passed"] else "bold red")
 
 
 def brief(method: dict[str, Any]) -> str:

@@ -19,6 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from longreach.quantities import token_count
+
 if TYPE_CHECKING:
     from longreach.methods.base import Method
 
@@ -32,22 +34,17 @@ Model = Annotated[str, typer.Option("--model", "-m", help="'nano' (embedded), a 
 
 def tokens(text: str | int) -> int:
     """ "4096" or "4k" -> 4096."""
-    number, thousands = str(text).strip().lower(), 1
-    if number.endswith("k"):
-        number, thousands = number[:-1], 1024
     try:
-        found = int(float(number) * thousands)
-    except (ValueError, OverflowError):
-        found = 0
-    if found < 1:
-        raise typer.BadParameter(f"pass a number of tokens, such as 4096 or 4k, not {text!r}")
-    return found
+        return token_count(text, "it")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 Context = Annotated[
     int | None, typer.Option("--context", parser=tokens, metavar="TOKENS", help="Tokens of the whole sequence, new tokens included, such as 4096 or 4k.")
 ]
 MethodName = Annotated[str | None, typer.Option("--method", help=f"Chosen for the context if not given. {MORE}")]
+Encoding = Annotated[str | None, typer.Option("--encoding", help="Of the text, such as utf-16 or latin-1; UTF-8 if not given.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda; the CPU if not given.")]
 TrainedWindow = Annotated[
@@ -65,11 +62,11 @@ class Output:
 
     @property
     def tables(self) -> Console:
-        return Console(file=self.stdout, highlight=False)
+        return Console(file=self.stdout, highlight=False, markup=False)  # what is printed may hold brackets of its own
 
     def note(self, text: str) -> None:
         """A line for people, on standard error in both modes."""
-        self.errors.print(text, markup=False, soft_wrap=True)
+        self.errors.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.note(f"warning: {text}")
@@ -86,7 +83,7 @@ class Output:
 @contextmanager
 def output(as_json: bool, verbose: bool = False) -> Iterator[Output]:
     """Streams of one command. In JSON mode a stray print of any library cannot reach standard output."""
-    found = Output(as_json, sys.stdout, Console(stderr=True, highlight=False))
+    found = Output(as_json, sys.stdout, Console(stderr=True, highlight=False, markup=False))
     with redirect_stdout(sys.stderr if as_json else sys.stdout), warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")  # ours are in the report of an extension, and printed from there

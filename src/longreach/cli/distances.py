@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli.common import Json, Output, check_picture, output
+from longreach.cli.common import Json, Output, check_picture, output, tokens
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +26,12 @@ LAYERS_SEARCHED = 256  # for a late segment, which has no fixed distances
 def command(
     context: typer.Context,
     method: Annotated[str, typer.Argument(help="selfextend, lm-infinite, ...; its parameters follow as options, see `longreach methods`.")],
-    length: Annotated[int, typer.Option("--length", "-n", help=f"Number of tokens, at most {MOST_TOKENS}.")] = 10,
+    length: Annotated[int, typer.Option("--length", "-n", parser=tokens, metavar="TOKENS", help=f"Number of tokens, at most {MOST_TOKENS}.")] = 10,
     layer: Annotated[int, typer.Option("--layer", min=0, help="The layer, for methods that treat layers differently.")] = 0,
     png: Annotated[Path | None, typer.Option("--png", help="Draw the matrix into this file instead of printing it.")] = None,
-    trained_window: Annotated[int | None, typer.Option("--trained-window", min=2, help="For the picture: mark what so many tokens do not train.")] = None,
+    trained_window: Annotated[
+        int | None, typer.Option("--trained-window", parser=tokens, metavar="TOKENS", help="For the picture: mark what so many tokens do not train.")
+    ] = None,
     base: Annotated[float, typer.Option("--rope-base", min=1.0, help="For the picture of a frequency method: the model's rope_theta.")] = 1e4,
     dims: Annotated[int, typer.Option("--rotary-dims", min=2, help="For the picture of a frequency method: rotated dims of a head.")] = 128,
     as_json: Json = False,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longreach.cli.common import Json, output
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,14 +62,14 @@ def show_tasks(console: Console, found: list[dict[str, Any]]) -> None:
     for group in dict.fromkeys(task["group"] for task in sorted(found, key=lambda task: task["group"])):
         members = [task for task in found if task["group"] == group]
         licences = " / ".join(dict.fromkeys(task["license"] for task in members))
-        console.print(f"{group or 'tasks of their own'}: {licences}", markup=False, style="bold")
+        console.print(f"{group or 'tasks of their own'}: {licences}", style="bold")
         table = plain_table("task", "data", "metric", "options and their defaults")
         table.columns[0].no_wrap = True
         for task in members:
             options = ", ".join(f"{name}={value}" for name, value in task["options"].items())
             table.add_row(task["name"], "needed" if task["needs_data"] else "made", task["metric"], options)
         console.print(table)
-    console.print("A benchmark's name stands for all its tasks. Options are given as --option NAME=VALUE.", markup=False)
+    console.print("A benchmark's name stands for all its tasks. Options are given as --option NAME=VALUE.")
 
 
 def report(
@@ -82,19 +83,23 @@ def report(
     """One HTML page of several runs, with everything in it."""
     with output(as_json) as out:
         from longreach.evals import report as pages
-        from longreach.evals.results import Folder, runs_in_markdown
+        from longreach.evals.results import Folder, runs_in_markdown, write_whole, writing
         from longreach.evals.view import view
 
         if not html.parent.is_dir():
             raise ValueError(f"there is no folder {str(html.parent)!r} for the page; create it first")
         if html.is_dir():
             raise ValueError(f"{str(html)!r} is a folder; name a file, such as {html / 'report.html'}")
+        if figures is not None and figures.exists() and not figures.is_dir():
+            raise ValueError(f"{str(figures)!r} is a file; name a folder for the pictures")
         opened = [Folder(folder) for folder in folders]
-        pictures = pages.write(opened, [view(folder) for folder in opened], html, figures or html.parent / "figures", palette)
+        views = [view(folder) for folder in opened]
+        with writing(html):
+            pictures = pages.write(opened, views, html, figures or html.parent / "figures", palette)
         if markdown is not None:
-            markdown.write_text(runs_in_markdown(opened), encoding="utf-8")
+            write_whole(markdown, runs_in_markdown(opened))
         result = {"html": str(html), "figures": [{"title": p.title, "png": str(p.png), "csv": str(p.csv)} for p in pictures]}
-        out.finish(result, lambda console: console.print(f"{html}: {len(opened)} runs, {len(pictures)} pictures", markup=False))
+        out.finish(result, lambda console: console.print(f"{html}: {counted(len(opened), 'run')}, {counted(len(pictures), 'picture')}"))
 
 
 def compare(
@@ -111,7 +116,7 @@ def compare(
 
 
 def show_comparison(console: Console, a: Path, b: Path, rows: list[dict[str, Any]]) -> None:
-    console.print(f"A: {a}\nB: {b}", markup=False)
+    console.print(f"A: {a}\nB: {b}")
     table = plain_table("task", "metric", "length", "n", "A (%)", "B (%)", "B - A", "95 % interval", "only A", "only B", "p")
     for r in rows:
         length = "all" if r["length"] is None else str(r["length"])

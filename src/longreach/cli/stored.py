@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from longreach.cli import text
 from longreach.cli.common import Output, progress_bar
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from longreach.conversation import Conversation
@@ -60,7 +61,7 @@ def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request
         with progress_bar(out, tokens) as progress:
             read = talk.read(progress)
         talk.save(file)
-        out.note(f"{read} tokens read and saved to {file}; ask about them with --document {file}")
+        out.note(f"{counted(read, 'token')} read and saved to {file}; ask about them with --document {file}")
         return talk
     except BaseException:
         extension.remove()

@@ -7,10 +7,12 @@ loses at most the line it was writing. The shards of a run write a file each int
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,12 +88,23 @@ class Folder:
             raise ValueError(f"shards are counted from 0: pass 0/{world} to {max(0, world - 1)}/{world}, not {index}/{world}")
         self.file = self.path / (f"{SAMPLES}.jsonl" if world == 1 else f"{SAMPLES}-{index}-of-{world}.jsonl")
 
+    def check(self) -> None:
+        """Refuses, before any work is done, a folder that cannot be."""
+        if self.path == Path():
+            raise ValueError("the results need a folder; name one, such as results")
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"{str(there)!r} is a file; name a folder for the results")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"this user may not write into {str(there)!r}; choose another folder for the results")
+
     def start(self, run: Mapping[str, Any]) -> None:
-        """Write run.json. Raises ValueError if the folder holds a run of other settings."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Write run.json. Raises ValueError if the folder holds a run of other settings, or cannot be written."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         tasks = dict(run["tasks"])
         if (self.path / RUN).exists():
-            before = read_json(self.path / RUN)
+            before = read_object(self.path / RUN)
             if different := differences(before.get("config", {}), run["config"]):
                 raise ValueError(f"{str(self.path)!r} holds a run of other settings ({different}); choose another folder, or the same settings to go on")
             for name, settings in tasks.items():
@@ -113,13 +126,13 @@ class Folder:
     def conclude(self, rows: list[Row], ended: str) -> None:
         """The same with rows that do not come from samples, such as perplexities."""
         write_json(self.path / METRICS, [dataclasses.asdict(row) for row in rows])
-        write_json(self.path / RUN, {**read_json(self.path / RUN), "ended": ended})
+        write_json(self.path / RUN, {**read_object(self.path / RUN), "ended": ended})
 
     def append(self, record: Record) -> None:
         data = dataclasses.asdict(record)
         if record.prompt is None:
             del data["prompt"]
-        with open(self.file, "a", encoding="utf-8") as stream:
+        with writing(self.path), open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(data) + "\n")  # ASCII: an answer may hold half a character
 
     def records(self) -> list[Record]:
@@ -134,10 +147,9 @@ class Folder:
     @property
     def run(self) -> dict[str, Any]:
         if not (self.path / RUN).is_file():
-            raise ValueError(f"{str(self.path)!r} holds no {RUN}; pass a folder that `longreach eval run` or `longreach eval ppl` has written")
-        found = read_json(self.path / RUN)
-        assert isinstance(found, dict)
-        return found
+            what = f"{str(self.path)!r} holds no {RUN}" if self.path.is_dir() else f"there is no folder {str(self.path)!r}"
+            raise ValueError(f"{what}; pass a folder that `longreach eval run` or `longreach eval ppl` has written")
+        return read_object(self.path / RUN)
 
     def metrics(self) -> list[Row]:
         """From the samples where there are any, for shards may have been added; else as written."""
@@ -174,11 +186,39 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); choose another folder") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object, so it is not what a run has written; choose another folder")
+    return found
+
+
 def write_json(path: Path, data: Any) -> None:
+    write_whole(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
     """The whole file or none; the shards of a run may write it at the same time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a place that cannot be written becomes a sentence. What was written before stays, and a run goes on from it."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        again = "free some space and run the same command again, which goes on from what is there"
+        fix = again if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else "choose another place"
+        raise ValueError(f"{str(path)!r} cannot be written ({reason}); {fix}") from error
 
 
 UNDECISIVE = ("context", "lengths", "depths", "samples")  # a sample's answer does not depend on them, beyond what other settings say
@@ -218,6 +258,9 @@ def compare(a: Folder, b: Folder) -> list[dict[str, Any]]:
 
     Raises ValueError where the runs have no sample in common.
     """
+    for folder in (a, b):
+        if not folder.run.get("tasks"):
+            raise ValueError(f"{str(folder.path)!r} holds no answers to compare; pass folders of `longreach eval run`, or use `longreach eval report`")
     first, second = ({(*r.key, r.prompt_sha256): r for r in folder.records() if r.error is None} for folder in (a, b))
     common = sorted(first.keys() & second.keys())
     if not common:

@@ -16,6 +16,7 @@ from longreach.evals.base import Sample, Settings, Task
 from longreach.evals.budget import ChatMode, Prompt
 from longreach.evals.engine import Engine, Reply
 from longreach.evals.results import UNDECISIVE, Folder, Record, digest
+from longreach.quantities import counted
 
 META = ("length_target", "depth", "depth_actual", "seed")  # have fields of their own in a record
 
@@ -105,8 +106,9 @@ def overflowing(items: Sequence[Item], limit: int | None) -> str | None:
     if not long:
         return None
     most = max(item.needs for item in long)
+    need = f"{len(long)} of {counted(len(items), 'sample')} {'needs' if len(long) == 1 else 'need'}"
     return (
-        f"{len(long)} of {len(items)} samples need more than {limit} tokens with their answers, the longest {most}; "
+        f"{need} more than {counted(limit or 0, 'token')} with the answer, the longest {most}; "
         f"pass --context {most}, shorter --lengths, or --truncate middle, which cuts their documents and counts it"
     )
 
@@ -221,7 +223,7 @@ class Clock:
     def step(self, item: Item, errors: int) -> Step:
         self.done, self.read = self.done + 1, self.read + item.needs
         left = (time.perf_counter() - self.started) * (self.tokens - self.read) / self.read
-        return Step(self.done, self.total, self.read, self.tokens, errors, left, f"{item.task.name}, {item.tokens} tokens")
+        return Step(self.done, self.total, self.read, self.tokens, errors, left, f"{item.task.name}, {counted(item.tokens, 'token')}")
 
 
 @dataclass(frozen=True)

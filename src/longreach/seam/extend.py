@@ -30,6 +30,7 @@ from longreach.executor import Inputs, Layer, execute
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planner import Plan
+from longreach.quantities import counted, token_count
 from longreach.seam import documents, frequencies, layer_kinds, legacy, registration, selfcheck
 from longreach.seam import rotary as probe
 from longreach.seam.cache_layers import keep_in_generation, place
@@ -83,14 +84,14 @@ def extend(
     model: PreTrainedModel,
     method: Method | None = None,
     *,
-    context: int | None = None,
-    trained_window: int | None = None,
+    context: int | str | None = None,
+    trained_window: int | str | None = None,
     backend: str = "auto",
 ) -> Extension:
     """Make `model` usable at a longer context, without training.
 
     method          a method with its parameters; if None, the dial chooses one for `context`.
-    context         the largest number of tokens of a sequence, new tokens included. Longer input raises.
+    context         the largest number of tokens of a sequence, new tokens included, such as 16384 or "16k". Longer input raises.
     trained_window  overrides the trained window read from the configuration.
     backend         "auto", or "reference" for the dense truth: slow, for checking.
 
@@ -98,7 +99,8 @@ def extend(
     before or after.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile calls the model that it wraps, and so sees what is attached to it
-    return Extension(model, method, context=context, trained_window=trained_window, backend=backend)
+    tokens = None if context is None else token_count(context), None if trained_window is None else token_count(trained_window, "trained_window")
+    return Extension(model, method, context=tokens[0], trained_window=tokens[1], backend=backend)
 
 
 class Extension:
@@ -120,8 +122,6 @@ class Extension:
         self.config = self.base.config
         refuse_unsupported(self.config)
         if trained_window is not None:
-            if trained_window < 1:
-                raise ValueError(f"trained_window must be a positive number of tokens, not {trained_window}")
             self.window = auto.Window(trained_window, "given")
         else:
             self.window = auto.trained_window(self.config)
@@ -614,8 +614,8 @@ class Extension:
             f"method      {self.method}",
             f"recalls     {r['recalls']}",
             f"window      {self.window.tokens} trained ({self.window.reason})",
-            f"context     {'not declared' if self.context is None else f'{self.context} tokens declared'}",
-            f"capacity    {'unlimited' if self.capacity is None else f'{self.capacity} tokens'}",
+            f"context     {'not declared' if self.context is None else counted(self.context, 'token') + ' declared'}",
+            f"capacity    {'unlimited' if self.capacity is None else counted(self.capacity, 'token')}",
             f"layers      {layers}",
             f"backend     {r['backend']}, {r['dtype']}",
             f"exactness   {self.exactness}",
