@@ -32,7 +32,7 @@ def test_what_extend_needs(model):
         longreach.extend(model, 4096)
     with refuses("backend must be"):
         longreach.extend(model, Stock(), backend="fast")
-    with refuses("positive number"):
+    with refuses("a number of tokens"):
         longreach.extend(model, context=0)
     with refuses("positive number"):
         longreach.extend(model, Stock(), trained_window=0)

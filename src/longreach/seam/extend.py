@@ -452,9 +452,9 @@ class Extension:
             drafts = getattr(getattr(self.model, "generation_config", None), "num_assistant_tokens", None) or 0  # that this model makes for another
             store.open(rows, columns, max(0 if caller is None else min(columns, caller.announced), drafts + 1 if drafts >= ROLLBACK else 0))
         plan = planner.plan(rows, columns, mask, tokens.device, store)
-        if plan.past is not None and (hidden := sum(b - a for past in plan.past for a, b in past.hidden)):
+        if plan.past is not None and any(past.hidden for past in plan.past):
             warnings.warn(
-                f"attention_mask hides {hidden} tokens that are in the cache: they are not seen, and all others keep the distances they were read with, "
+                "attention_mask hides tokens that are in the cache: they are not seen, and all others keep the distances they were read with, "
                 "whatever position_ids say",
                 stacklevel=2,
             )
