@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from longreach.differences import largest
 from longreach.encodings import Alibi, Rotary
@@ -242,7 +243,8 @@ def seam_of(model: nn.Module) -> LegacySeam | None:
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is None:
         return None
-    bases = [module for module in model.modules() if isinstance(getattr(module, family.blocks, None), nn.ModuleList) and hasattr(module, "config")]
+    # torch.compile's wrapper of a base model has its attributes too
+    bases = [m for m in model.modules() if isinstance(m, PreTrainedModel) and isinstance(getattr(m, family.blocks, None), nn.ModuleList)]
     if len(bases) != 1 or not all(hasattr(block, family.attention) for block in getattr(bases[0], family.blocks)):
         return None  # code of its own under a known name
     seam = LegacySeam(bases[0], family)
