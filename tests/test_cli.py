@@ -519,7 +519,11 @@ def test_compressed_files(run: Run, folders: dict[str, str], book: Path, tmp_pat
         ("empty.txt", b"", [], "is empty"),
         ("blank.txt", b" \n\t\n", [], "is empty"),
         ("zeros.bin", b"abc\0def", [], "binary (byte 0 at offset 3)"),
-        ("latin.txt", "café".encode("latin-1"), [], "not UTF-8 text (byte 0xe9 at offset 3)"),
+        ("latin.txt", "café".encode("latin-1"), [], "not UTF-8 text (byte 0xe9 at offset 3); convert it to UTF-8, or pass --encoding NAME"),
+        ("wide.txt", "wide and plain".encode("utf-16-le"), [], "looks like UTF-16-LE text; pass --encoding utf-16-le"),
+        ("wide.txt", "wide and plain".encode("utf-16-be"), [], "looks like UTF-16-BE text; pass --encoding utf-16-be"),
+        ("odd.txt", b"\xff\xfeabc", [], "is not UTF-16 text"),
+        ("plain.txt", b"plain", ["--encoding", "klingon"], "there is no encoding 'klingon'; pass --encoding utf-8"),
         ("long.txt", b"x" * 101, ["--max-bytes", 100], "longer than 100 bytes"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import index
 
-MOST_TOKENS = 2**40  # more than anything reads; beyond it a number is a slip of the keyboard
+MOST_TOKENS = 2**32  # more than anything reads; beyond it a number is a slip of the keyboard
 
 
 def token_count(given: str | int, name: str = "context") -> int:

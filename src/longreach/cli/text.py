@@ -124,7 +124,7 @@ def _decode(data: bytes, source: str, most: int, note: Callable[[str], None], en
     if "\0" in text:
         if encoding is None and (wide := _wide(data)) is not None:
             raise ValueError(f"{source} looks like {wide.upper()} text; pass --encoding {wide}")
-        raise ValueError(f"{source} is binary (character 0 at offset {text.index(chr(0))}); pass a text file")
+        raise ValueError(f"{source} is binary (byte 0 at offset {data.index(0)}); pass a text file, or --encoding NAME if it is one")
     return text
 
 
