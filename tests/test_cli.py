@@ -160,7 +160,7 @@ def test_version(run: Run) -> None:
         (["nonsense"], "choose one of: demo, run, chat, methods, distances, check"),
         (["distances"], "see longreach distances --help"),
         (["distances", "stock", "--length", "x"], "--length"),
-        (["distances", "stock", "--length", 0], "between 1 and 4096"),
+        (["distances", "stock", "--length", 0], "must be a positive number of tokens"),
         (["distances", "stock", "--length", 5000], "between 1 and 4096"),
         (["distances", "--window", 4, "selfextend"], "name the method before its parameters"),
         (["distances", "selfextnd"], f"did you mean 'selfextend'? choose one of: {', '.join(registry())}"),
@@ -232,7 +232,7 @@ def test_a_parameter_may_be_a_method() -> None:
     assert parameters.build("combined", shlex.split(brief(made.to_json()))[1:]) == made
     with pytest.raises(ValueError, match="yarn needs --factor"):
         parameters.build("combined", ["--encoding", "yarn", "--positions", "stock"])
-    with pytest.raises(ValueError, match='pass --encoding "METHOD --parameter VALUE"'):
+    with pytest.raises(ValueError, match='pass --text-encoding "METHOD --parameter VALUE"'):
         parameters.build("combined", ["--positions", "stock"])
     with pytest.raises(ValueError, match="did you mean 'yarn'"):
         parameters.build("combined", ["--encoding", "yarm", "--positions", "stock"])
@@ -519,11 +519,11 @@ def test_compressed_files(run: Run, folders: dict[str, str], book: Path, tmp_pat
         ("empty.txt", b"", [], "is empty"),
         ("blank.txt", b" \n\t\n", [], "is empty"),
         ("zeros.bin", b"abc\0def", [], "binary (byte 0 at offset 3)"),
-        ("latin.txt", "café".encode("latin-1"), [], "not UTF-8 text (byte 0xe9 at offset 3); convert it to UTF-8, or pass --encoding NAME"),
-        ("wide.txt", "wide and plain".encode("utf-16-le"), [], "looks like UTF-16-LE text; pass --encoding utf-16-le"),
-        ("wide.txt", "wide and plain".encode("utf-16-be"), [], "looks like UTF-16-BE text; pass --encoding utf-16-be"),
+        ("latin.txt", "café".encode("latin-1"), [], "not UTF-8 text (byte 0xe9 at offset 3); convert it to UTF-8, or pass --text-encoding NAME"),
+        ("wide.txt", "wide and plain".encode("utf-16-le"), [], "looks like UTF-16-LE text; pass --text-encoding utf-16-le"),
+        ("wide.txt", "wide and plain".encode("utf-16-be"), [], "looks like UTF-16-BE text; pass --text-encoding utf-16-be"),
         ("odd.txt", b"\xff\xfeabc", [], "is not UTF-16 text"),
-        ("plain.txt", b"plain", ["--encoding", "klingon"], "there is no encoding 'klingon'; pass --encoding utf-8"),
+        ("plain.txt", b"plain", ["--text-encoding", "klingon"], "there is no encoding 'klingon'; pass --text-encoding utf-8"),
         ("long.txt", b"x" * 101, ["--max-bytes", 100], "longer than 100 bytes"),
     ],
 )

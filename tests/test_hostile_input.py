@@ -46,7 +46,7 @@ CASES = [
     (f"{PASSKEY} --depths 0:1:nan", "--depths must be"),
     (f"{PASSKEY} --truncate up", "'middle', 'left', 'right', 'right-words', 'middle-reencode', 'suffix-with-head'; see longreach eval run --help"),
     (f'{PASSKEY} --text ""', "there is no file ''"),
-    (f"{PASSKEY} --text bin.bin", "--encoding"),
+    (f"{PASSKEY} --text bin.bin", "--text-encoding"),
     (f"{PASSKEY} --data nope", "leave it out"),
     (f"{PASSKEY} --model cut.gguf", "could not load 'cut.gguf'"),
     (f"{PASSKEY} --model bin.bin", "does not begin with the letters GGUF"),
@@ -72,7 +72,7 @@ CASES = [
     ("distances combined --encoding \"yarn --factor '4\" --positions selfextend", "cannot be taken apart (no closing quotation)"),
     ("distances yarn --factor 4 --png y.png --trained-window 8 --rope-base inf", "--rope-base must be a number above 1"),
     ("distances yarn --factor 4 --png y.png --trained-window 8 --rope-base 1", "--rope-base must be a number above 1"),
-    ("distances yarn --factor 4 --png y.png --trained-window 8 --rotary-dims 99999999998", "--rotary-dims must be even and at most"),
+    ("distances yarn --factor 4 --png y.png --trained-window 8 --rotary-dims 99999999998", "--rotary-dims must be at most"),
     (f"{SELF} --length nan", "such as 4096 or '4k'"),
     (f"{SELF} --length 5k", "--length must be between"),
 ]

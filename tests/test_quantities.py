@@ -22,7 +22,7 @@ def test_numbers_of_tokens(given, tokens):
 
 @pytest.mark.parametrize("given", ["", "k", "0", 0, -5, "-5", "4.7", "0.3k", 4.0, True, None, "nan", "inf", "1e30", MOST_TOKENS + 1, "4k tokens", b"4k", [4]])
 def test_what_is_no_number_of_tokens(given):
-    with pytest.raises(ValueError, match=r"trained_window must be a number of tokens, such as 4096 or '4k', not"):
+    with pytest.raises(ValueError, match=r"trained_window must be a positive number of tokens, such as 4096 or '4k', not"):
         token_count(given, "trained_window")
 
 
@@ -32,7 +32,7 @@ def test_python_takes_what_the_command_line_takes():
         assert extension.context == 1024 and extension.window.tokens == 512
     assert longreach.plan("nano", "4k", "A100-80", new_tokens="1k").request.new_tokens == 1024
     for wrong in ({"context": "many"}, {"context": 0}, {"context": 64, "trained_window": -1}):
-        with pytest.raises(ValueError, match=f"{[*wrong][-1]} must be a number of tokens"):
+        with pytest.raises(ValueError, match=f"{[*wrong][-1]} must be a positive number of tokens"):
             longreach.extend(model, **wrong)
 
 

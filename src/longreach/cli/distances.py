@@ -78,8 +78,10 @@ def pairs_of(method: Method, window: int, context: int, base: float, dims: int) 
     from longreach import plots
     from longreach.seam import frequencies
 
-    if dims % 2 or dims > MOST_DIMS:
-        raise ValueError(f"--rotary-dims must be even and at most {MOST_DIMS}, not {dims}: dims of one head are rotated in pairs")
+    if dims % 2:
+        raise ValueError(f"--rotary-dims must be even, not {dims}: dims are rotated in pairs")
+    if dims > MOST_DIMS:
+        raise ValueError(f"--rotary-dims must be at most {MOST_DIMS}, not {dims}; they are those of one head")
     if not 1 < base < math.inf:
         raise ValueError(f"--rope-base must be a number above 1, such as 10000, not {base:g}")
     own, new = frequencies.without_model(method, window, context, base, dims)
