@@ -232,7 +232,7 @@ def test_a_parameter_may_be_a_method() -> None:
     assert parameters.build("combined", shlex.split(brief(made.to_json()))[1:]) == made
     with pytest.raises(ValueError, match="yarn needs --factor"):
         parameters.build("combined", ["--encoding", "yarn", "--positions", "stock"])
-    with pytest.raises(ValueError, match='pass --text-encoding "METHOD --parameter VALUE"'):
+    with pytest.raises(ValueError, match='pass --encoding "METHOD --parameter VALUE"'):
         parameters.build("combined", ["--positions", "stock"])
     with pytest.raises(ValueError, match="did you mean 'yarn'"):
         parameters.build("combined", ["--encoding", "yarm", "--positions", "stock"])
