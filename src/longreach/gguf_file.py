@@ -79,7 +79,7 @@ def header(file: Path) -> Header:
             try:
                 return _Reader(data).header()
             except (struct.error, UnicodeDecodeError, KeyError, OverflowError) as error:
-                raise ValueError(f"its header is cut off or damaged ({error}); download the file again") from error
+                raise ValueError("its header is cut off or damaged; download the file again") from error
 
 
 class _Reader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import index
 
-MOST_TOKENS = 2**40  # more than anything reads; beyond it a number is a slip of the keyboard
+MOST_TOKENS = 2**32  # more than anything reads; beyond it a number is a slip of the keyboard
 
 
 def token_count(given: str | int, name: str = "context") -> int:
@@ -22,7 +22,7 @@ def token_count(given: str | int, name: str = "context") -> int:
     except (ValueError, TypeError):
         pass
     if not 1 <= found <= MOST_TOKENS or found != int(found):
-        raise ValueError(f"{name} must be a number of tokens, such as 4096 or '4k', not {given!r}")
+        raise ValueError(f"{name} must be a positive number of tokens, such as 4096 or '4k', not {given!r}")
     return int(found)
 
 

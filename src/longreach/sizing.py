@@ -216,13 +216,11 @@ def configuration(model: Any, config: str | Path | dict[str, Any] | None) -> tup
         raise ValueError(f"{model!r} is not a model; pass a name, a folder or a Transformers configuration")
     if config is not None:
         data = config if isinstance(config, dict) else content(Path(config).expanduser())
-        kind = data.get("model_type")
-        try:
-            made = AutoConfig.for_model(**data) if kind else None
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"this is no configuration that Transformers knows ({' '.join(str(error).split())[:200]}); update transformers") from error
-        if made is None:
+        if not data.get("model_type"):
             raise ValueError('a configuration names its architecture; add "model_type", such as "llama"')
+        shown = "config" if isinstance(config, dict) else str(config)
+        with reading(shown, "it is no configuration that Transformers knows; update transformers, or pass that of another model"):
+            made = AutoConfig.for_model(**data)
         shown = str(Path(config).expanduser().parent) if isinstance(config, str | Path) else made.model_type
         return made, shown if model == EMBEDDED else model
     if model == EMBEDDED and not Path(model).exists():

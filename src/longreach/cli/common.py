@@ -44,7 +44,7 @@ Context = Annotated[
     int | None, typer.Option("--context", parser=tokens, metavar="TOKENS", help="Tokens of the whole sequence, new tokens included, such as 4096 or 4k.")
 ]
 MethodName = Annotated[str | None, typer.Option("--method", help=f"Chosen for the context if not given. {MORE}")]
-Encoding = Annotated[str | None, typer.Option("--encoding", help="Of the text, such as utf-16 or latin-1; UTF-8 if not given.")]
+Encoding = Annotated[str | None, typer.Option("--text-encoding", help="Of the text, such as utf-16 or latin-1; UTF-8 if not given.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda; the CPU if not given.")]
 TrainedWindow = Annotated[

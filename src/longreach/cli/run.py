@@ -279,12 +279,13 @@ def table(result: dict[str, Any], extension: Extension) -> Any:
     def speed(value: float | None) -> str:
         return "" if value is None else f", {value:.1f} tokens/s"
 
+    prompt = counted(result["prompt_tokens"], "token")
     rows = [
         ("method", str(extension.method)),
         ("reason", result["reason"]),
         ("context", f"{counted(result['context'], 'token')}, {'declared' if result['context_declared'] else 'prompt and new tokens'}"),
         ("capacity", "unlimited" if result["capacity"] is None else counted(result["capacity"], "token")),
-        ("prompt", counted(result["prompt_tokens"], "token") + f", {result['prefill_seconds']:.2f} s to the first new one{speed(result['prefill_tokens_per_second'])}"),
+        ("prompt", f"{prompt}, {result['prefill_seconds']:.2f} s to the first new one{speed(result['prefill_tokens_per_second'])}"),
         ("answer", f"{counted(result['new_tokens'], 'token')}{speed(result['decode_tokens_per_second'])}"),
         ("keys and values", size(result["kv_store_bytes"])),
     ]

@@ -116,15 +116,15 @@ def _decode(data: bytes, source: str, most: int, note: Callable[[str], None], en
     try:
         text = data.decode(encoding or "utf-8-sig")
     except LookupError:
-        raise ValueError(f"there is no encoding {encoding!r}; pass --encoding utf-8, utf-16, latin-1, cp1252 or another that Python knows") from None
+        raise ValueError(f"there is no encoding {encoding!r}; pass --text-encoding utf-8, utf-16, latin-1, cp1252 or another that Python knows") from None
     except UnicodeError as error:
         where = f" (byte 0x{data[error.start]:02x} at offset {error.start})" if isinstance(error, UnicodeDecodeError) else ""
         name = "UTF-8" if encoding is None else encoding.upper()
-        raise ValueError(f"{source} is not {name} text{where}; convert it to UTF-8, or pass --encoding NAME, such as latin-1") from None
+        raise ValueError(f"{source} is not {name} text{where}; convert it to UTF-8, or pass --text-encoding NAME, such as latin-1") from None
     if "\0" in text:
         if encoding is None and (wide := _wide(data)) is not None:
-            raise ValueError(f"{source} looks like {wide.upper()} text; pass --encoding {wide}")
-        raise ValueError(f"{source} is binary (character 0 at offset {text.index(chr(0))}); pass a text file")
+            raise ValueError(f"{source} looks like {wide.upper()} text; pass --text-encoding {wide}")
+        raise ValueError(f"{source} is binary (byte 0 at offset {data.index(0)}); pass a text file, or --text-encoding NAME if it is one")
     return text
 
 

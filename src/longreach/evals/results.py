@@ -155,7 +155,12 @@ class Folder:
         """From the samples where there are any, for shards may have been added; else as written."""
         if records := self.records():
             return summarise(records)
-        return [Row(**row) for row in read_json(self.path / METRICS)] if (self.path / METRICS).is_file() else []
+        if not (self.path / METRICS).is_file():
+            return []
+        try:
+            return [Row(**row) for row in read_json(self.path / METRICS)]
+        except TypeError as error:
+            raise ValueError(f"{str(self.path / METRICS)!r} does not hold the rows of a run ({error}); run again, or choose another folder") from None
 
     def _drop_torn_line(self) -> None:
         if not self.file.exists():
@@ -170,7 +175,10 @@ def read_records(file: Path) -> list[Record]:
     """The lines of a file; a last one without its end was torn when the run was killed, and does not count."""
     known = {f.name for f in dataclasses.fields(Record)}
     found = []
-    whole, _, _torn = file.read_text(encoding="utf-8").rpartition("\n")
+    try:
+        whole, _, _torn = file.read_text(encoding="utf-8").rpartition("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(file)!r} is not text ({error.reason} at byte {error.start}); remove the file, or choose another folder") from None
     for number, line in enumerate(whole.splitlines() if whole else [], 1):
         try:
             found.append(Record(**{name: value for name, value in json.loads(line).items() if name in known}))
@@ -190,6 +198,8 @@ def read_object(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} holds no JSON object, so it is not what a run has written; choose another folder")
+    if wrong := [name for name in ("config", "tasks") if not isinstance(found.get(name, {}), dict)]:
+        raise ValueError(f"{str(path)!r} does not describe a run ({' and '.join(wrong)}); choose another folder")
     return found
 
 
@@ -217,7 +227,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
         again = "free some space and run the same command again, which goes on from what is there"
-        fix = again if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else "choose another place"
+        fix = again if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else "choose another place"
         raise ValueError(f"{str(path)!r} cannot be written ({reason}); {fix}") from error
 
 
