@@ -135,3 +135,22 @@ def test_store_counts_slots_and_tokens_apart():
     assert store.lengths == [0, 1]
     with pytest.raises(ValueError, match="start a new cache"):
         store.open(3)
+
+
+@pytest.mark.parametrize("long_first", [True, False])
+def test_a_body_shrinks_only_when_no_row_needs_its_room(long_first):
+    """Rows of a forward with a long rollback are written where they are, or from a copy; neither may cut the other off."""
+    buffer, rows = Buffer(Retention(tail=10), 2), (slice(0, 1), slice(1, 2))
+    for row, stop in zip(rows, (500, 20), strict=True):
+        append(buffer, row, 0, stop)
+    ends = [500, 20]
+    for chunk in (300, 1, 1):
+        for row in (rows if long_first else rows[::-1]):
+            end = ends[row.start]
+            assert holds(buffer.extend(row, end, entries(end, end + chunk), rollback=300 if chunk > 1 else ROLLBACK))
+        buffer.commit()
+        ends = [end + chunk for end in ends]
+        for row in rows:
+            stop = ends[row.start]
+            kept = buffer.body[row.start, 0, : stop - buffer.starts[row.start], 0]
+            assert torch.equal(kept, torch.arange(buffer.starts[row.start], stop).float())

@@ -221,11 +221,16 @@ class Buffer:
         stop = min(self.retention.head, start + new.shape[2])
         self.head[rows, :, start:stop] = new[:, :, : stop - start]
 
+    def _held(self) -> int:
+        """The most entries that a row has in the body, those of the forward under way too."""
+        stored = (stop - start for start, stop in zip(self.starts, self.ends, strict=True))
+        return max(*stored, *(added.stop - added.first for added in self._added if added.new is None), 0)
+
     def _room(self, needed: int, like: torch.Tensor, most: int | None) -> torch.Tensor:
         """A body of at least `needed` entries per row. One that a long rollback has made larger than `most` shrinks again."""
-        old, held = (0, 0) if self.body is None else (self.body.shape[2], max(b - a for a, b in zip(self.starts, self.ends, strict=True)))
+        old = 0 if self.body is None else self.body.shape[2]
         size = room(old, needed, most)
-        if most is not None and size > most >= max(held, needed):
+        if most is not None and size > most >= max(needed, self._held()):
             size = most
         if self.body is None or size != old:
             with torch.inference_mode(False):
