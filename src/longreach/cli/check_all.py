@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from longreach.cli import targets
 from longreach.cli.common import Output
 
 if TYPE_CHECKING:
     from longreach.evals.exactness import Family
 
 
-def run(out: Output, method: str | None, names: list[str] | None, markdown: Path | None) -> dict[str, Any]:
+def run(out: Output, method: str | None, names: list[str] | None, markdown: Path | None, force: bool = False) -> dict[str, Any]:
     """Measure, write the page if wanted; -> the result as plain data."""
     from longreach.cli import parameters
     from longreach.evals import exactness
@@ -25,8 +26,8 @@ def run(out: Output, method: str | None, names: list[str] | None, markdown: Path
     known = [*FAMILIES, *REFUSED]
     if unknown := sorted(set(names or ()) - set(known)):
         raise ValueError(f"unknown family {unknown[0]!r}; choose among: {', '.join(known)}")
-    if markdown is not None and not markdown.parent.is_dir():
-        raise ValueError(f"there is no folder {str(markdown.parent)!r} for the page; create it first")
+    if markdown is not None:
+        targets.check(out, markdown, targets.FAMILIES_PAGE, force)
     wanted = None if method is None else [parameters.find(method).name]
     found: list[Family] = []
     for family in exactness.survey(names, wanted):

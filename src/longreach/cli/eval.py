@@ -5,15 +5,22 @@ Knows options, tables and folders of runs; running is in eval_run.py, eval_ppl.p
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli.common import Json, output
+from longreach.cli import targets
+from longreach.cli.common import Force, Json, output
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from longreach.evals.canvas import Picture
 
 PALETTE = Annotated[str, typer.Option("--palette", help="Colours of the depth maps: needle, or safe for the colour-blind.")]
 
@@ -77,6 +84,7 @@ def report(
     figures: Annotated[Path | None, typer.Option("--figures", help="Folder for the pictures and their csv; `figures` beside the page if not given.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write the results as tables in Markdown.")] = None,
     palette: PALETTE = "needle",
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """One HTML page of several runs, with everything in it."""
@@ -85,16 +93,34 @@ def report(
         from longreach.evals.results import Folder, runs_in_markdown
         from longreach.evals.view import view
 
-        if not html.parent.is_dir():
-            raise ValueError(f"there is no folder {str(html.parent)!r} for the page; create it first")
-        if html.is_dir():
-            raise ValueError(f"{str(html)!r} is a folder; name a file, such as {html / 'report.html'}")
-        opened = [Folder(folder) for folder in folders]
-        pictures = pages.write(opened, [view(folder) for folder in opened], html, figures or html.parent / "figures", palette)
+        targets.check(out, html, targets.REPORT_PAGE, force)
         if markdown is not None:
-            markdown.write_text(runs_in_markdown(opened), encoding="utf-8")
+            targets.check(out, markdown, targets.REPORT_TABLES, force)
+        opened = [Folder(folder) for folder in folders]
+        folder = figures or html.parent / "figures"
+        with TemporaryDirectory(dir=html.parent, prefix=".report-") as made:  # what the pictures are called is known when they are drawn
+            pictures = pages.write(opened, [view(each) for each in opened], Path(made) / html.name, made, palette)
+            pictures = placed(pictures, folder, force)
+            os.replace(Path(made) / html.name, html)
+        if markdown is not None:
+            markdown.write_text(f"<!-- written by longreach eval report -->\n\n{runs_in_markdown(opened)}", encoding="utf-8")
         result = {"html": str(html), "figures": [{"title": p.title, "png": str(p.png), "csv": str(p.csv)} for p in pictures]}
         out.finish(result, lambda console: console.print(f"{html}: {len(opened)} runs, {len(pictures)} pictures", markup=False))
+
+
+def placed(pictures: list[Picture], folder: Path, force: bool) -> list[Picture]:
+    """Move the pictures and their numbers into the folder, if all of them may be there."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; name a folder for the pictures")
+    folder.mkdir(parents=True, exist_ok=True)
+    final = [dataclasses.replace(p, png=folder / p.png.name, csv=folder / p.csv.name) for p in pictures]
+    for picture in final:
+        targets.refuse(picture.png, targets.PICTURE, force)
+        targets.refuse(picture.csv, targets.NUMBERS, force)
+    for drawn, picture in zip(pictures, final, strict=True):
+        shutil.move(drawn.csv, picture.csv)
+        shutil.move(drawn.png, picture.png)
+    return final
 
 
 def compare(

@@ -17,7 +17,7 @@ from typing import Any
 
 from longreach.evals import statistics
 
-RUN, METRICS, SAMPLES = "run.json", "metrics.json", "samples"
+RUN, METRICS, CURVES, SAMPLES = "run.json", "metrics.json", "curves.csv", "samples"
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,15 @@ class Folder:
         self.file = self.path / (f"{SAMPLES}.jsonl" if world == 1 else f"{SAMPLES}-{index}-of-{world}.jsonl")
 
     def start(self, run: Mapping[str, Any]) -> None:
-        """Write run.json. Raises ValueError if the folder holds a run of other settings."""
+        """Write run.json. Raises ValueError if the folder holds a run of other settings, or files of somebody else's under the names of ours."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{str(self.path)!r} is a file; name a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         tasks = dict(run["tasks"])
         if (self.path / RUN).exists():
             before = read_json(self.path / RUN)
+            if not isinstance(before, dict) or "config" not in before:
+                raise ValueError(f"{str(self.path / RUN)!r} was not written by Longreach; choose another folder")
             if different := differences(before.get("config", {}), run["config"]):
                 raise ValueError(f"{str(self.path)!r} holds a run of other settings ({different}); choose another folder, or the same settings to go on")
             for name, settings in tasks.items():
@@ -101,6 +105,8 @@ class Folder:
                         f"{str(self.path)!r} holds {name} with other settings ({differences(known, settings)}); choose another folder, or the same settings"
                     )
             run = {**run, "started": before.get("started", run["started"]), "tasks": {**before.get("tasks", {}), **tasks}}
+        elif strange := [name for name in (METRICS, CURVES, self.file.name) if (self.path / name).exists()]:
+            raise ValueError(f"{str(self.path)!r} holds {strange[0]} but no {RUN}, so it is no run of Longreach that could go on; choose another folder")
         write_json(self.path / RUN, run)
         self._drop_torn_line()
 
