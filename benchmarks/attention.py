@@ -178,7 +178,8 @@ class Gate:
     failures: list[str] = field(default_factory=list)
 
     def check(self, name: str, value: float, limit: float) -> None:
-        self.measured[name] = value
+        if math.isfinite(value):  # JSON has no NaN
+            self.measured[name] = value
         if not value <= limit:
             self.failures.append(f"{name} is {value:.3g}, more than {limit:.3g}")
 
@@ -221,8 +222,8 @@ def compare(
         return
     assert stock is not None and stock_want is not None
     mine, theirs = relative_error(ours, want), relative_error(stock, stock_want)
-    gate.measured[f"{where}, relative error of stock"] = theirs
-    gate.measured[f"{where}, relative error of ours"] = mine
+    gate.check(f"{where}, relative error of stock", theirs, math.inf)
+    gate.check(f"{where}, relative error of ours", mine, math.inf)
     gate.check(f"{where}, our error over stock's", mine / theirs, ERROR_RATIO)
 
 
@@ -568,6 +569,7 @@ def main() -> int:
     bandwidth = read_bandwidth(device)
     result: dict[str, Any] = {"benchmark": "attention", "quick": options.quick, "machine": facts(device) | {"read_bandwidth": bandwidth}, "cases": []}
     print(f"{result['machine']['cpu']}, {result['machine']['threads']} threads, torch {result['machine']['torch']}, reads {bandwidth / 1e9:.1f} GB/s")
+    out = options.out or ROOT / "benchmarks" / "results" / f"attention-{options.device}{'-quick' if options.quick else ''}.json"
     with torch.inference_mode():
         for case in chosen:
             for name in dtypes:
@@ -578,9 +580,8 @@ def main() -> int:
                     rounds = options.repeats or (5 if settings.kind == "prefill" else SLACK + 32)
                     entry = measure(settings, name, rounds, device, bandwidth)
                 result["cases"].append(entry)
+                write_json(out, result)
                 print(show(entry), flush=True)
-    out = options.out or ROOT / "benchmarks" / "results" / f"attention-{options.device}{'-quick' if options.quick else ''}.json"
-    write_json(out, result)
     print(f"\nwritten to {out.resolve().relative_to(ROOT) if out.resolve().is_relative_to(ROOT) else out.name}")
     return 0 if all(entry["gate"]["passed"] for entry in result["cases"]) else 1
 

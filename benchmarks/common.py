@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 import os
 import platform
 import shlex
@@ -153,11 +154,19 @@ def read_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The whole file or the old one, never half of it."""
+    """The whole file or the old one, never half of it. A number that is none, as a failed gate may measure, is written as its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

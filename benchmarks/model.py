@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from longreach import LMInfinite, SelfExtend, Stock
 from longreach.speedtest import synchronise
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "random-1M": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024),
     "random-0.5B": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, vocab_size=151936,
                         tie_word_embeddings=True),
     "random-1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
@@ -94,7 +96,8 @@ def gate(model: Any, contestants: dict[str, Any], ids: torch.Tensor) -> tuple[di
         with longreach.extend(model, method):
             measured[name] = relative_error(model(short, use_cache=False).logits, want)
     most = ERROR_RATIO * max(measured["stock"], FLOOR)
-    return measured, [f"{name} is off by {value:.2g}, more than {most:.2g}" for name, value in measured.items() if not value <= most]
+    failures = [f"{name} is off by {value:.2g}, more than {most:.2g}" for name, value in measured.items() if not value <= most]
+    return {name: value for name, value in measured.items() if math.isfinite(value)}, failures  # JSON has no NaN
 
 
 def rounds(model: Any, contestants: dict[str, Any], ids: torch.Tensor, new_tokens: int, count: int) -> Iterator[tuple[str, float, float]]:
@@ -119,6 +122,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/model-<device>.json)")
     args = parser.parse_args()
     device, dtype = device_of(args.device), DTYPES[args.dtype]
+    out = args.out or ROOT / "benchmarks" / "results" / f"model-{args.device}.json"
     result: dict[str, Any] = {"benchmark": "model", "model": args.model, "dtype": args.dtype, "machine": facts(device), "cases": []}
     with torch.inference_mode():
         for tokens in args.tokens:
@@ -127,24 +131,26 @@ def main() -> int:
             measured, failures = gate(model, contestants, ids)
             entry: dict[str, Any] = {"tokens": tokens, "gate": {"passed": not failures, "measured": measured, "failures": failures}}
             result["cases"].append(entry)
+            write_json(out, result)
             differences = "; ".join(f"{name} {value:.2g}" for name, value in measured.items())
             print(f"\n{args.model}, {args.dtype}, {tokens} tokens; difference to the dense truth of {SHORT}: {differences}")
             if failures:
-                print("THE GATE FAILED, nothing is timed: " + "; ".join(failures))
+                print("THE GATE FAILED, nothing is timed: " + "; ".join(failures), flush=True)
+                del model
                 continue
+            entry |= {"methods": {name: method.to_json() for name, method in contestants.items()}}
             prefill, decode = ({name: Timing() for name in (*baselines(device), *contestants)} for _ in range(2))
             for name, read, token in rounds(model, contestants, ids, args.new_tokens, args.rounds):
                 prefill[name].seconds.append(read)
                 decode[name].seconds.append(token)
+                entry |= {kind: {n: t.to_json() for n, t in timings.items() if t.seconds} for kind, timings in (("prefill", prefill), ("token", decode))}
+                write_json(out, result)  # a case may take minutes, and be cut
             rows, best = [], [min(timing[name].median for name in baselines(device)) for timing in (prefill, decode)]
             for name in prefill:
                 ratio = [prefill[name].median / best[0], decode[name].median / best[1]]
                 rows.append([name, f"{prefill[name].median:.3f}", f"{ratio[0]:.2f}", f"{decode[name].median * 1e3:.2f}", f"{ratio[1]:.2f}"])
-            entry |= {"methods": {name: method.to_json() for name, method in contestants.items()}}
-            entry |= {"prefill": {n: t.to_json() for n, t in prefill.items()}, "token": {n: t.to_json() for n, t in decode.items()}}
             print(table("", ["", "prefill s", "ours/stock", "ms a token", "ours/stock"], rows), flush=True)
             del model
-    write_json(args.out or ROOT / "benchmarks" / "results" / f"model-{args.device}.json", result)
     return 0 if all(entry["gate"]["passed"] for entry in result["cases"]) else 1
 
 

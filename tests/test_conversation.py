@@ -240,6 +240,8 @@ def test_reset_forgets_the_turns_and_keeps_the_document(model: Any) -> None:
 def test_what_does_not_fit_is_refused_and_changes_nothing(model: Any) -> None:
     with longreach.extend(model, SelfExtend(8, 16)) as extension:
         talk = Conversation(model, tokenizer(), DOCUMENT, extension=extension, limit=140)
+        with pytest.raises(ValueError, match=r"more than its context of 140; declare a larger context"):  # there are no turns to forget
+            talk.ask("Who was it that was there?", 100)
         answer = talk.ask("Who?", 10).ids
         with pytest.raises(ValueError, match=r"more than its context of 140; forget the earlier turns \(/reset\)"):
             talk.ask("Who was it that was there?", 100)

@@ -170,6 +170,8 @@ def test_styles(style, tokenizer):
         assert task.score(sample, f" {key}.") == {"accuracy": 1.0}
         assert task.score(sample, f" {key}7.") == {"accuracy": float(style == "selfextend")}
         assert task.score(sample, f"\n{key}") == {"accuracy": 1.0}
+        assert task.score(sample, f" 00{key}") == {"accuracy": float(style in ("selfextend", "yarn", "lm-infinite"))}, "some compare numbers, some digits"
+        assert task.score(sample, f" \uff17 {key}") == {"accuracy": float(style in ("selfextend", "infinitebench"))}, "digits of other scripts"
         assert task.score(sample, f" it is\n{key}")["accuracy"] == float(style != "lm-infinite")
 
 

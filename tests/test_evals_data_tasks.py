@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from longreach.evals import base
 from longreach.evals.base import Settings
-from longreach.evals.tasks import infinitebench, leval, longbench, longbench_v2, loogle
+from longreach.evals.tasks import leval, longbench, longbench_v2, loogle
 
 GROUPS = ("longbench", "longbench-e", "leval", "infinitebench", "longbench-v2", "loogle")
 TASKS = {name: task for name, task in base.tasks().items() if task.group in GROUPS and task.needs_data}
@@ -98,6 +99,8 @@ def right(name: str, sample: base.Sample) -> str:
         return f"It was '{sample.references[0]}'."
     if name == "longbench-v2":
         return f"The correct answer is **({sample.references[0]})**"
+    if name == "infinitebench-code-debug":
+        return f"{sample.references[0]}. it is"
     if name == "loogle-shortdep-cloze":
         return json.dumps(dict(zip(sample.meta["masks"], sample.references)))
     return sample.references[0]
@@ -125,7 +128,7 @@ def test_prompts_and_scores(folder, name):
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.random is not None])
 def test_guessing_a_letter_scores_the_random_baseline(folder, name):
-    say = "The correct answer is ({})" if name == "longbench-v2" else "{}"
+    say = {"longbench-v2": "The correct answer is ({})", "infinitebench-code-debug": "{}."}.get(name, "{}")
     for sample in made(name, folder):
         assert sum(TASKS[name].score(sample, say.format(letter))[TASKS[name].metric] for letter in "ABCD") / 4 == TASKS[name].random
 
@@ -205,12 +208,19 @@ def test_infinitebench_questions(folder):
 @pytest.mark.parametrize(
     ("name", "answer", "expected"),
     [
-        ("code-debug", "B. pkg.load", 1), ("code-debug", "The answer is: B", 1), ("code-debug", "pkg.load()", 1), ("code-debug", "it is C", 0),
-        ("longbook-choice-eng", "The answer is C, not A", 0), ("longbook-choice-eng", "A man: C", 1), ("longbook-choice-eng", "Could it be", 1),
-        ("longbook-choice-eng", "answer is:Cx", 1), ("longbook-choice-eng", "Bo", 0), ("official-kv-retrieval", '"cb59052b-9128-4979-9c0e-e1de4adcf73b"}', 1),
-        ("official-kv-retrieval", "xcb59052b-9128-4979-9c0e-e1de4adcf73b", 0), ("code-run", "returns -42", 1), ("code-run", "-42 it is", 0),
-        ("math-find", "-93.50 is", 1), ("math-find", "93", 0), ("official-passkey", "It is 71432 or 5", 1), ("official-passkey", "071432", 0),
-        ("longdialogue-qa-eng", "It is Ishmael.", 1), ("longbook-qa-eng", "ann", 1), ("longbook-qa-chn", "张", 2 / 3),
+        ("code-debug", "B. pkg.load", 1), ("code-debug", "The answer is: B", 1), ("code-debug", "pkg.load()", 0), ("code-debug", "it is C", 0),
+        ("code-debug", "pkg.load is B", 0), ("code-debug", "B", 0), ("code-debug", "The option is: `pkg.load`", 1), ("code-debug", "it is:`pkg.load`", 1),
+        ("code-debug", "answer: pkg.load", 1), ("code-debug", "answer:  pkg", 0), ("code-debug", "answer:\nOption B", 1), ("code-debug", "is:pkg.load", 0),
+        ("code-debug", "is:\tB", 1),
+        ("longbook-choice-eng", "The answer is C, not A", 1), ("longbook-choice-eng", "A man: C", 0), ("longbook-choice-eng", "Could it be", 1),
+        ("longbook-choice-eng", "C. It is A house", 1), ("longbook-choice-eng", "answer is:Cx", 0), ("longbook-choice-eng", "answer is: Cx", 1),
+        ("longbook-choice-eng", "Bo", 0), ("longbook-choice-eng", "no. C", 1), ("longbook-choice-eng", "no, CD then C", 0),
+        ("official-kv-retrieval", '"cb59052b-9128-4979-9c0e-e1de4adcf73b"}', 1), ("official-kv-retrieval", "xcb59052b-9128-4979-9c0e-e1de4adcf73b", 0),
+        ("official-kv-retrieval", "\x00cb59052b-9128-4979-9c0e-e1de4adcf73b", 0), ("code-run", "returns -42", 1), ("code-run", "-42 it is", 0),
+        ("code-run", "The return value is -42.", 1), ("code-run", "`-42`", 1), ("code-run", "-42!", 0), ("code-run", "-4_2", 1), ("code-run", "9" * 9999, 0),
+        ("math-find", "-93.50 is", 1), ("math-find", "93", 0), ("math-find", "\uff19\uff13.5", 1), ("official-passkey", "It is 71432 or 5", 1),
+        ("official-passkey", "071432", 0), ("longdialogue-qa-eng", "It is Ishmael.", 1), ("longdialogue-qa-eng", "Ishmaelite", 0),
+        ("longbook-qa-eng", "ann", 1), ("longbook-qa-chn", "张", 2 / 3),
     ],
 )  # fmt: skip
 def test_infinitebench_answers(folder, name, answer, expected):
@@ -224,8 +234,19 @@ def test_infinitebench_refuses_an_answer_that_is_no_option(tmp_path):
         made("infinitebench-code-debug", tmp_path)
 
 
-def test_the_last_letter_that_stands_alone_even_an_article():
-    assert infinitebench.chosen("B. It is A house") == "A" and infinitebench.chosen("") is None and infinitebench.chosen("e, f") is None
+def test_infinitebench_takes_the_first_name_and_refuses_none(tmp_path):
+    jsonl(tmp_path / "longdialogue_qa_eng.jsonl", [{"context": "c", "input": "", "answer": ["ACE", "ROTHSTEIN"], "options": []}])
+    task = TASKS["infinitebench-longdialogue-qa-eng"]
+    (sample,) = made(task.name, tmp_path)
+    assert task.score(sample, "rothstein") == {"accuracy": 0} and task.score(sample, "(V.O.) 'Ace'?") == {"accuracy": 1}
+    jsonl(tmp_path / "longdialogue_qa_eng.jsonl", [{"context": "c", "input": "", "answer": [], "options": []}])
+    with pytest.raises(ValueError, match="row 1: there is no answer"):
+        made(task.name, tmp_path)
+
+
+def test_infinitebench_summaries_are_not_stemmed(folder):
+    task = TASKS["infinitebench-longbook-sum-eng"]
+    assert task.score(made(task.name, folder)[0], "book whale")["rouge_lsum"] == pytest.approx(2 * (1 / 2) * (1 / 7) / (1 / 2 + 1 / 7))
 
 
 @pytest.mark.parametrize(
@@ -233,8 +254,9 @@ def test_the_last_letter_that_stands_alone_even_an_article():
     [
         ("coursera", "CB", 1), ("coursera", "B", 0.25), ("coursera", "ABC", 0), ("coursera", "", 0), ("tpo", "the answer: C", 1), ("tpo", "AC", 0),
         ("gsm100", "so 3. The answer is: $13.", 1), ("gsm100", "Left are 13\n\nQuestion: 5", 1), ("gsm100", "The answer is 1,300", 0),
-        ("gsm100", "13.0", 1), ("codeu", 'It prints [ "a" , "b" ]', 1), ("codeu", "['a', 'b'] " + "word " * 9, 0),
-        ("topic-retrieval", "the benefits of  reading!", 1), ("topic-retrieval", "reading", 0),
+        ("gsm100", "13.0", 1), ("gsm100", "$13.75", 1), ("gsm100", "The answer is -13", 1),
+        ("codeu", 'It prints [ "a" , "b" ]', 1), ("codeu", "['a', 'b'] " + "word " * 9, 0),
+        ("topic-retrieval", "the benefits of  reading!", 1), ("topic-retrieval", "reading", 0), ("topic-retrieval", "benefits of reading", 0),
     ],
 )  # fmt: skip
 def test_leval_answers(folder, name, answer, expected):
@@ -270,10 +292,14 @@ def test_longbench_v2_slots_are_filled_once_and_the_phrase_is_read(folder, tmp_p
 
 def test_loogle_cloze(folder):
     task, sample = TASKS["loogle-shortdep-cloze"], made("loogle-shortdep-cloze", folder)[0]
-    assert task.score(sample, "{'<mask-0>': 'Ann', '<mask-1>': 'bob'}") == {"exact": 0.5, "partial": 1}
-    assert task.score(sample, "<mask-1>: Bob\n<mask-0>: ann lee.") == {"exact": 1, "partial": 1}
+    assert task.score(sample, "{'<mask-0>': 'Ann', '<mask-1>': 'bob'}") == {"exact": 0, "partial": 0.5}
+    assert task.score(sample, " {'<mask-1>': 'Bob', '<mask-0>': 'Dr. Lee'}\n") == {"exact": 0.5, "partial": 1}
+    assert task.score(sample, "{'<mask-1>': 'Bo', '<mask-0>': 'An'}") == {"exact": 0, "partial": 0}, "a word in common, not a string within a string"
+    assert task.score(sample, "<mask-1>: Bob\n<mask-0>: Ann Lee") == task.score(sample, "So {'<mask-1>': 'Bob'}") == {"exact": 0, "partial": 0}
     assert task.score(sample, "__import__('os')")["exact"] == 0
-    assert loogle.filled_in('{"<mask-0>": "A, B", "<mask-1>": null}') == {"<mask-0>": "A, B", "<mask-1>": "null"}
+    assert loogle.filled_in("{'<mask-0>': 5}") == {"<mask-0>": 5} and loogle.filled_in('{"<mask-0>": null}') == loogle.filled_in("[1]") == {}
+    for text in ("{" * 10**6, "{'a': " + "9" * 10**6 + "}", "{[]: 1}", "-" * 10**5 + "1", "{'<mask-1>': 'Bob'}\x00"):
+        assert loogle.filled_in(text) == {}
     assert made("loogle-longdep-qa", folder)[0].meta == {"document": 0, "type": "comprehension and reasoning"}
 
 
@@ -319,6 +345,8 @@ def test_ruler_questions_fill_a_length_with_documents(tmp_path, name, write, fil
         assert any(answer in sample.parts.document for answer in sample.references) and sample.chat == "prefix"
         assert sample.parts.document.count("Document ") == sample.meta["documents"]
         assert task.score(sample, f"I say {sample.references[0].upper()}.") == {"string_match": 1} and task.score(sample, "") == {"string_match": 0}
+        phrase = replace(sample, references=("two words",))
+        assert task.score(phrase, "Two words") == {"string_match": 1} and task.score(phrase, "two\x07words") == {"string_match": 0}
     alone = list(task.samples(Words(), Settings(lengths=(700,), samples=2, data=str(tmp_path), seed=3)))
     assert alone == samples[6:8], "a sample does not depend on what is made beside it"
     other = next(iter(task.samples(Words(), Settings(lengths=(260,), samples=1, data=str(tmp_path), seed=4))))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -72,6 +74,77 @@ def test_the_files_of_a_run(tmp_path, items, tokenizer):
     assert results.lm_eval(described, Folder(tmp_path).metrics())["results"]["passkey"]["accuracy,none"] == pytest.approx(whole["value"] / 100)
 
 
+def test_a_disk_that_is_full_in_the_middle_of_a_run(tmp_path, items, tokenizer):
+    """The line that did not fit is torn as on a full disk; what was written counts, and the same call goes on from it."""
+    run(tmp_path / "whole", First(), items, tokenizer)
+    file, (soft, hard) = tmp_path / "cut" / "samples.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step: runner.Step) -> None:
+        if step.done == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, hard))
+
+    try:
+        with pytest.raises(ValueError, match=r"cannot be written \(file too large\); free some space and run the same command again"):
+            run(tmp_path / "cut", First(), items, tokenizer, progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes().count(b"\n") == 3 and not file.read_bytes().endswith(b"\n")
+    assert len(Folder(tmp_path / "cut").records()) == 3
+    assert run(tmp_path / "cut", First(), items, tokenizer) == runner.Outcome(9, 0, 3, 0)
+    unsteady = ("t_prefill", "tok_per_s", "peak_mem")
+    whole, cut = ([{k: v for k, v in record.items() if k not in unsteady} for record in untimed(tmp_path / name)] for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_a_file_that_could_not_be_replaced_is_the_old_one_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    results.write_json(tmp_path / "run.json", {"a": 1})
+
+    def full(*paths: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(ValueError, match=r"no space left on device.*free some space"):
+        results.write_json(tmp_path / "run.json", {"a": 2})
+    assert results.read_json(tmp_path / "run.json") == {"a": 1} and [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_folders_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/dev/null/x"):
+        with pytest.raises(ValueError, match="is a file; name a folder for the results"):
+            Folder(path).check()
+    with pytest.raises(ValueError, match="name one, such as results"):
+        Folder("").check()
+    with pytest.raises(ValueError, match=r"cannot be written .*; choose another place"):
+        Folder("/proc/nothing").start({"config": {}, "tasks": {}})
+    Folder(tmp_path / "new" / "deep").check()
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_not_a_run_is_said_so(tmp_path):
+    """Before: two folders that do not exist had "no sample in common"."""
+    good = tmp_path / "good"
+    good.mkdir()
+    (good / "run.json").write_text('{"config": {}, "tasks": {"passkey": {}}}')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name, says in (("none", "there is no folder"), ("file", "there is no folder"), ("empty", "holds no run.json")):
+        with pytest.raises(ValueError, match=rf"{says}.*pass a folder that `longreach eval run`"):
+            results.compare(Folder(good), Folder(tmp_path / name))
+    broken = {"[1]": "no JSON object", '{"tasks": 5}': r"does not describe a run \(tasks\)", "{": "is not JSON", '{"tasks": {}}': "no answers to compare"}
+    for text, says in broken.items():
+        (tmp_path / "empty" / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            results.compare(Folder(good), Folder(tmp_path / "empty"))
+    (good / "samples.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"is not text .*remove the file"):
+        Folder(good).records()
+    (good / "samples.jsonl").unlink()
+    (good / "metrics.json").write_text('[{"colour": "red"}]')
+    with pytest.raises(ValueError, match="does not hold the rows of a run"):
+        Folder(good).metrics()
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path, items, tokenizer):
     run(tmp_path / "whole", First(), items, tokenizer)
     with pytest.raises(KeyboardInterrupt):
@@ -121,7 +194,7 @@ def test_a_folder_holds_one_run_only(tmp_path, items, tokenizer):
     (tmp_path / "samples.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1 of"):
         folder.records()
-    with pytest.raises(ValueError, match=r"holds no run\.json"):
+    with pytest.raises(ValueError, match="there is no folder"):
         _ = Folder(tmp_path / "other").run
 
 
@@ -266,15 +339,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory, items: list[runner.Item], 
     return [Folder(root / name) for name in ("first", "tail", "hostile")]
 
 
-def test_two_runs_are_compared_on_the_same_samples(folders):
+def test_two_runs_are_compared_on_the_same_samples(folders, tmp_path):
     rows = results.compare(folders[0], folders[1])
     every = next(row for row in rows if row["length"] is None)
     right = [record.metrics["accuracy"] for record in folders[1].records()]
     assert (every["n"], every["a"], every["only_b"]) == (12, 100, 0) and every["b"] == pytest.approx(100 * sum(right) / 12, abs=1e-3)
     assert every["only_a"] == right.count(0.0) and every["p"] == pytest.approx(2 / 2 ** right.count(0.0))
     assert results.compare(folders[0], folders[2])[0]["n"] == 8  # samples that failed are not compared
+    (tmp_path / "run.json").write_bytes((folders[0].path / "run.json").read_bytes())
     with pytest.raises(ValueError, match="no sample in common"):
-        results.compare(folders[0], Folder(folders[0].path / "nothing"))
+        results.compare(folders[0], Folder(tmp_path))
 
 
 def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):

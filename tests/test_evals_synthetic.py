@@ -320,10 +320,14 @@ def test_boxes_are_read_and_cleaned():
         r"\boxed{\text{Alice~Selby}}",
         r"\boxed{\boxed{Alice  Selby}}",
         '\\boxed{"Alice Selby"}',
-        r"\boxed{No} \boxed{Alice Selby} \boxed{",
+        r"\boxed{No} \boxed{Alice Selby}",
+        r"\boxed{{Alice Selby}} {",
+        "\\boxed{\\[Alice\n Selby\\] }",
     ):
         assert match(answer, right) == 1.0
-    for answer in ("Alice Selby", r"\boxed{Alice Selby} or \boxed{Hugo Selby}", r"\boxed{}", r"\boxed{Alice Selby", r"\boxed{alice selby}"):
+    for answer in ("Alice Selby", r"\boxed{Alice Selby} or \boxed{Hugo Selby}", r"\boxed{}", r"\boxed{Alice Selby", r"\boxed{alice selby}",
+                   r"\boxed{No} \boxed{Alice Selby} \boxed{", r"\boxed {Alice Selby}", r"\fbox{Alice Selby}", "\\boxed{“Alice Selby”}", r"\boxed{Alice~ Selby}",
+                   r"\boxed{{{Alice Selby}}}", r"\boxed{`Alice Selby`}"):  # fmt: skip
         assert match(answer, right) == 0.0
 
 

@@ -147,7 +147,7 @@ def test_crop_within_the_rollback_leaves_no_trace(model, method):
     mask[1, 3:8] = 0  # the second row's text begins with three tokens, then pads of a turn
     with longreach.extend(model, method):
         cache = model(ids[:, :60], attention_mask=mask[:, :60], use_cache=True).past_key_values
-        model(tokens(2, 30, seed=9), attention_mask=torch.ones(2, 90).long(), past_key_values=cache)
+        model(tokens(2, 30, seed=9), attention_mask=mask, past_key_values=cache)
         cache.crop(-30)
         after = model(ids[:, 60:], attention_mask=mask, past_key_values=cache).logits
         fresh = model(ids[:, :60], attention_mask=mask[:, :60], use_cache=True).past_key_values

@@ -187,12 +187,10 @@ def test_tables_that_are_not_rotary_are_noticed():
         longreach.extend(model, Stock())
 
 
-def test_slow_but_exact_and_models_without_a_head():
+def test_slow_but_exact():
     model = build("bloom", pretraining_tp=2, slow_but_exact=True)
     with refuses("slow_but_exact=False"):
         longreach.extend(model, Stock())
-    with refuses("causal language model"):
-        longreach.extend(build("bloom").transformer, Stock())
 
 
 def test_code_of_its_own_under_a_known_name():

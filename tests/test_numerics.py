@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from longreach import STRING, DualChunk, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend, StreamingLLM, planner, reference
+from families import DEVICE
+from longreach import STRING, DualChunk, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend, StreamingLLM, differences, planner, reference
 from longreach.backends import backend_for, tiles
 from longreach.backends.cpu import CpuBackend, kernel
 from longreach.backends.tiles import Band
@@ -59,15 +60,17 @@ def test_tiles_equal_dense(rows, columns, core, groups, monkeypatch):
 
 
 @pytest.mark.parametrize("groups", [1, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cpu_backend_grouped_heads_and_dtypes(groups, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_backend_grouped_heads_and_dtypes(groups, dtype):
+    """Of the device that is tested, see families.py."""
     q, k, v = qkv(70, 110, heads=8, groups=groups, dtype=dtype)
+    backend = backend_for(torch.device(DEVICE), dtype)
     for band in (Band(40), Band(40, 0, 20), Band(40, 50)):
-        out, lse = CpuBackend().attend(q, k, v, band, 0.25)
+        out, lse = (x.double().cpu() for x in backend.attend(*(x.to(DEVICE) for x in (q, k, v)), band, 0.25))
         want, want_lse = dense(q, k, v, band, 0.25)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=0)
-        torch.testing.assert_close(lse.double(), want_lse, atol=tolerance, rtol=0)
+        torch.testing.assert_close(out, want, atol=tolerance, rtol=0)
+        torch.testing.assert_close(lse, want_lse, atol=tolerance, rtol=0)
 
 
 def test_cpu_backend_values_may_be_narrower_than_keys():
@@ -142,6 +145,24 @@ def test_merge_into_some_rows_only():
     merged.add(torch.ones(1, 1, 2, 1), torch.zeros(1, 1, 2), first_row=2)
     merged.add(torch.full((1, 1, 4, 1), 3.0), torch.zeros(1, 1, 4))
     assert merged.result()[0].flatten().tolist() == [3.0, 3.0, 2.0, 2.0]
+
+
+# -- differences ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF, -INF])
+@pytest.mark.parametrize("where", ["ours", "want", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_not_finite_is_infinitely_far(bad, where, dtype):
+    ours, want = torch.ones(3, 4, dtype=dtype), torch.full((3, 4), 2.0, dtype=dtype)
+    for measure in (differences.relative, differences.root_mean_square):
+        assert measure(ours, want) == 0.5 and measure(want, want) == 0
+        a, b = ours.clone(), want.clone()
+        for x in {"ours": (a,), "want": (b,), "both": (a, b)}[where]:
+            x[1, 2] = bad
+        assert measure(a, b) == INF and max(0.5, measure(a, b)) == INF  # as a running worst has it
+    assert differences.largest(torch.tensor([1.0, bad])) == INF and differences.largest(ours[:0]) == 0
+    assert differences.root_mean_square(1e-30 * ours.double(), 2e-30 * ours.double()) == pytest.approx(0.5)
 
 
 # -- rotation ------------------------------------------------------------------------------------------------------------------
@@ -264,3 +285,24 @@ def test_one_windowed_call_covers_a_band(rows, columns, monkeypatch):
         want, want_lse = dense(q, k, v, band, 0.25)
         torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=0)
         torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("part", ["out", "lse"])
+def test_self_tests_of_the_card_do_not_pass_nan(part, monkeypatch):
+    """With a kernel that gives one NaN, whatever it gives before and after."""
+    from longreach.backends import cuda
+
+    def broken(*arguments, **more):
+        out, lse = kernel(*arguments, **more)
+        (out if part == "out" else lse)[0, 0, -1] = math.nan
+        return out, lse
+
+    monkeypatch.setattr(cuda, "kernel", kernel)
+    cuda.require_bias.__wrapped__(CPU, torch.float32)
+    assert cuda._self_test(cuda.CudaTiles(), CPU, torch.float32) < 1e-4
+    monkeypatch.setattr(cuda, "kernel", broken)
+    assert cuda._self_test(cuda.CudaTiles(), CPU, torch.float32) == INF
+    with pytest.raises(ValueError, match="no CUDA attention of this PyTorch passes the self-test"):
+        cuda.cuda_backend.__wrapped__(CPU, torch.float32)
+    with pytest.raises(ValueError, match="off by inf"):
+        cuda.require_bias.__wrapped__(CPU, torch.float32)

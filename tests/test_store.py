@@ -17,6 +17,11 @@ def entries(start: int, stop: int, rows: int = 1) -> torch.Tensor:
     return torch.arange(start, stop).float().view(1, 1, -1, 1).repeat(rows, 2, 1, 3)
 
 
+def append(buffer: Buffer, rows: slice, start: int, stop: int) -> None:
+    buffer.extend(rows, start, entries(start, stop, rows.stop - rows.start))
+    buffer.commit()
+
+
 def holds(run) -> bool:
     return torch.equal(run.data[0, 0, :, 0], torch.arange(run.start, run.stop).float())
 
@@ -31,6 +36,7 @@ def test_a_run_holds_all_that_its_queries_see(tail, chunks):
         assert run.start <= (0 if tail is None else max(0, end - tail + 1))
         end += size
         assert buffer.pinned(ONE, end).data[0, 0, :, 0].tolist() == list(range(min(4, end)))
+        buffer.commit()
         if tail is not None:
             assert buffer.body.shape[2] <= tail + ROLLBACK + SLACK
 
@@ -41,28 +47,29 @@ def test_rollback_of_the_declared_length_always_works(tail, back):
     buffer = Buffer(Retention(tail=tail), 1)
     end = 0
     for size in (900, 1, 1, 30, 64, 1):
-        buffer.extend(ONE, end, entries(end, end + size))
+        append(buffer, ONE, end, end + size)
         end += size
-    buffer.rewind(ONE, end - back)
+    assert buffer.reaches(0) <= end - back
+    buffer.rewind(0, end - back)
     run = buffer.extend(ONE, end - back, entries(end - back, end - back + 5))
     assert holds(run) and run.start <= (0 if tail is None else max(0, end - back - tail + 1))
 
 
 def test_rollback_beyond_what_is_kept_raises():
     buffer = Buffer(Retention(tail=10), 1)
-    buffer.extend(ONE, 0, entries(0, 1000))
-    with pytest.raises(ValueError, match="crop less"):
-        buffer.rewind(ONE, 500)
+    append(buffer, ONE, 0, 1000)
+    assert 500 < buffer.reaches(0) <= 1000 - ROLLBACK
     short = Buffer(Retention(tail=10), 1)
-    short.extend(ONE, 0, entries(0, 100))
-    short.rewind(ONE, 0)  # nothing was dropped yet
+    append(short, ONE, 0, 100)
+    assert short.reaches(0) == 0  # nothing was dropped yet
+    short.rewind(0, 0)
     assert holds(short.extend(ONE, 0, entries(0, 3)))
 
 
 def test_rows_move_alone():
     buffer = Buffer(Retention(tail=20), 3)
-    buffer.extend(slice(0, 3), 0, entries(0, 15, rows=3))
-    buffer.extend(slice(1, 2), 15, entries(15, 600))
+    append(buffer, slice(0, 3), 0, 15)
+    append(buffer, slice(1, 2), 15, 600)
     assert buffer.ends == [15, 600, 15]
     assert holds(buffer.extend(slice(0, 1), 15, entries(15, 16)))
     assert holds(buffer.extend(slice(1, 2), 600, entries(600, 601)))
@@ -72,6 +79,7 @@ def test_select_reorders_rows():
     buffer = Buffer(Retention(head=2), 2)
     buffer.extend(slice(0, 1), 0, entries(0, 5))
     buffer.extend(slice(1, 2), 0, entries(10, 17))
+    buffer.commit()
     buffer.select(torch.tensor([1, 1, 0]))
     assert buffer.ends == [7, 7, 5] and buffer.head[:, 0, 0, 0].tolist() == [10, 10, 0]
 
@@ -127,3 +135,22 @@ def test_store_counts_slots_and_tokens_apart():
     assert store.lengths == [0, 1]
     with pytest.raises(ValueError, match="start a new cache"):
         store.open(3)
+
+
+@pytest.mark.parametrize("long_first", [True, False])
+def test_a_body_shrinks_only_when_no_row_needs_its_room(long_first):
+    """Rows of a forward with a long rollback are written where they are, or from a copy; neither may cut the other off."""
+    buffer, rows = Buffer(Retention(tail=10), 2), (slice(0, 1), slice(1, 2))
+    for row, stop in zip(rows, (500, 20), strict=True):
+        append(buffer, row, 0, stop)
+    ends = [500, 20]
+    for chunk in (300, 1, 1):
+        for row in (rows if long_first else rows[::-1]):
+            end = ends[row.start]
+            assert holds(buffer.extend(row, end, entries(end, end + chunk), rollback=300 if chunk > 1 else ROLLBACK))
+        buffer.commit()
+        ends = [end + chunk for end in ends]
+        for row in rows:
+            stop = ends[row.start]
+            kept = buffer.body[row.start, 0, : stop - buffer.starts[row.start], 0]
+            assert torch.equal(kept, torch.arange(buffer.starts[row.start], stop).float())

@@ -77,3 +77,24 @@ def test_refusals(model):
         with pytest.raises(ValueError, match="one sequence"):
             next(longreach.stream(extension, tokens(2, 9)))
         assert list(longreach.stream(extension, [])) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("token", [0, 37, 98])
+@torch.no_grad()
+def test_a_model_that_gives_nan_is_not_scored_on_the_rest(model, bad, token):
+    """NaN is what a first token has, which nothing precedes; a loss that a model makes NaN must not look like it."""
+    seen = 0
+
+    def spoil(module, args, output):
+        nonlocal seen
+        if seen <= token < seen + output.shape[1]:
+            output[:, token - seen] = bad
+        seen += output.shape[1]
+
+    hook = model.lm_head.register_forward_hook(spoil)
+    try:
+        with pytest.raises(ValueError, match=f"NaN or infinity for token {token + 1}, .*float32"):
+            list(longreach.stream(model, tokens(1, 100)[0], chunk_size=30))
+    finally:
+        hook.remove()

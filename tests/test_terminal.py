@@ -185,7 +185,7 @@ def test_a_narrow_terminal_loses_no_word(run: Run, monkeypatch: pytest.MonkeyPat
         (["run", "--file", "@book", "--save-document", "d", "--method", "lm-infinite", "--n-local", "256"], "method: ", "nothing was saved"),
         (["demo"], None, "nothing was kept"),
         (["plan", "--calibrate"], "measuring", "nothing was kept"),
-        (["eval", "run", "passkey", "--lengths", "16k", "--out", "out"], "reading sample 1 of 25 (passkey, ", "0 of 25 samples are kept in "),
+        (["eval", "run", "passkey", "--lengths", "16k", "--out", "out"], "reading sample 1 of 25 (passkey, ", "0 of 25 samples kept in "),
     ],
     ids=["run", "save", "demo", "plan", "eval"],
 )

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 import transformers as t
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gguf_files
 import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, encodings, planner
 from longreach.backends.plain import PlainBackend
 from longreach.encodings import Rotary
 from longreach.executor import Inputs, Layer, execute
+from longreach.seam.cache_layers import store_of
 from longreach.segments import Identity
 from test_cli import SMALL
 from test_cli import tokenizer as byte_tokenizer
@@ -142,6 +145,108 @@ def test_a_model_that_was_never_loaded_is_refused():
         longreach.extend(build("llama").to("meta"), METHOD)
 
 
+# -- autocast -------------------------------------------------------------------------------------------------------------------
+
+HALVES = [torch.bfloat16, torch.float16]
+FAMILIES_CAST = ["llama", "gemma2", "gpt-oss", "deepseek-v3", "bloom", "falcon"]
+
+
+def autocast(dtype: torch.dtype) -> Any:
+    return torch.autocast(IDS.device.type, dtype)
+
+
+def rms(logits: torch.Tensor, truth: torch.Tensor) -> float:
+    return (logits.float() - truth).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES_CAST)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@torch.no_grad()
+def test_autocast_errs_as_stock_does(family, dtype):
+    """Extended inside or outside: what is measured and the error against fp32 are those of the weights, and of stock under autocast."""
+    model, ids = build(family), tokens(4, 48)
+    truth = model(ids).logits
+    with autocast(dtype):
+        stock = model(ids)
+        with longreach.extend(model, SelfExtend(1, 16)) as extension:
+            ours, parts = model(ids), chunked(model, ids, [20, 3, *[1] * 25])
+            assert extension.exactness.logits <= 1e-4 and extension.exactness.layers is None
+    assert ours.logits.dtype == stock.logits.dtype
+    assert rms(ours.logits, truth) <= 1.5 * rms(stock.logits, truth) and rms(parts, truth) <= 1.5 * rms(stock.logits, truth)
+    assert difference(model(ids).logits, truth) == 0
+
+
+@pytest.mark.parametrize("method", [METHOD, LMInfinite(9, 3)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@torch.no_grad()
+def test_a_cache_filled_under_autocast_goes_on_outside_and_the_other_way_round(family, method):
+    """It holds the dtype of the weights either way, so what was read in fp32 stays exact."""
+    model = build(family)
+    with longreach.extend(model, method) as extension:
+        truth = model(IDS, use_cache=False).logits
+        for inside in (False, True):
+            with autocast(torch.bfloat16) if inside else nullcontext():
+                cache = model(IDS[:, :40], use_cache=True).past_key_values
+            assert {b.body.dtype for layer in store_of(cache).layers for b in layer.buffers if b.body is not None} == {torch.float32}
+            with nullcontext() if inside else autocast(torch.bfloat16):
+                rest = torch.cat([model(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(40, 50)], 1)
+            assert rest.dtype == (torch.float32 if inside else torch.bfloat16)
+            assert difference(rest, truth[:, 40:]) < 0.05
+            with autocast(torch.bfloat16) if inside else nullcontext():
+                cache = model(IDS[:, :40], use_cache=True).past_key_values
+                if not inside:
+                    again = chunked(model, IDS, [40, *[1] * 10])
+            if not inside:
+                with autocast(torch.bfloat16):
+                    model(IDS[:, 40:45], past_key_values=cache)
+                cache.crop(-5)  # what was read under autocast is gone, and what was read before is as it was
+                assert difference(torch.cat([model(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(40, 50)], 1), again[:, 40:]) == 0
+        assert extension.exactness.dtype == "float32"
+
+
+@torch.no_grad()
+def test_generate_under_autocast():
+    model = build("llama")
+    with longreach.extend(model, METHOD), autocast(torch.bfloat16):
+        want = IDS
+        for _ in range(8):
+            want = torch.cat([want, model(want, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        made = model.generate(IDS, max_new_tokens=8, do_sample=False)
+        agree = (made[:, : want.shape[1]] == want).float().mean().item()
+    assert made.shape[0] == 2 and agree > 0.95  # a near tie may fall the other way in bf16
+
+
+@torch.no_grad()
+def test_half_weights_under_the_other_half():
+    model = build("llama").bfloat16()
+    truth = build("llama")(IDS).logits
+    with longreach.extend(model, SelfExtend(1, 16)), autocast(torch.float16):
+        cache = model(IDS[:, :40], use_cache=True).past_key_values
+        logits = model(IDS[:, 40:], past_key_values=cache).logits
+    assert difference(logits, truth[:, 40:]) < 0.1
+
+
+def test_gradients_are_refused_under_autocast_as_elsewhere():
+    model = build("llama")
+    with longreach.extend(model, METHOD), autocast(torch.bfloat16), pytest.raises(NotImplementedError, match="remove"):
+        model(IDS, labels=IDS).loss.backward()
+
+
+@torch.no_grad()
+def test_models_that_accelerate_prepared_and_the_trainer(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'longreach[interop]'")
+    truth = logits_of(build("llama"))
+    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(build("llama"), evaluation_mode=True)
+    ours = logits_of(prepared)
+    assert ours.dtype == torch.float32 and 0 < difference(ours, truth) < 0.1
+    model = small_llama()
+    with longreach.extend(model, METHOD):
+        arguments = t.TrainingArguments(output_dir=str(tmp_path), bf16=True, use_cpu=True, report_to=[], per_device_eval_batch_size=2)
+        rows = [{"input_ids": row, "labels": row} for row in IDS]
+        loss = t.Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+        assert abs(loss - model(IDS, labels=IDS).loss.item()) < 0.05
+
+
 # -- adapters and quantised weights ---------------------------------------------------------------------------------------------
 
 
@@ -228,13 +333,7 @@ def write_gguf(file: Path, model: Any) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    names = [*byte_tokenizer().convert_ids_to_tokens(list(range(config.vocab_size - 1))), "ĠĠ"]  # the reader wants one merge at least
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(names)
-    writer.add_token_types([3, 3, 3] + [1] * (len(names) - 3))
-    writer.add_token_merges(["Ġ Ġ"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    gguf_files.vocabulary(writer, config.vocab_size)
     names_in_file = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
@@ -276,6 +375,67 @@ def test_gguf_that_cannot_be_loaded(tmp_path):
 
 
 # -- torch.compile and pipelines ------------------------------------------------------------------------------------------------
+
+
+def compile_in_place(model: Any, how: str, **arguments: Any) -> Any:
+    """The ways people compile a model, of which only the first leaves the model itself as it is."""
+    if how == "torch.compile(model)":
+        return torch.compile(model, **arguments)
+    part = model.get_submodule(model.base_model_prefix) if "base" in how else model
+    if how.endswith(".compile()"):
+        part.compile(**arguments)
+    elif how.endswith(".forward"):
+        part.forward = torch.compile(part.forward, **arguments)
+    else:
+        setattr(model, model.base_model_prefix, torch.compile(part, **arguments))
+    return model
+
+
+WAYS = ["torch.compile(model)", "model.compile()", "model.forward", "base.compile()", "base.forward", "base"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False], ids=["compiled, then extended", "extended, then compiled"])
+@pytest.mark.parametrize(("family", "how"), [*(("llama", how) for how in WAYS), ("bloom", "model.forward"), ("bloom", "base")])
+@torch.no_grad()
+def test_every_way_to_compile(family, how, before):
+    torch._dynamo.reset()
+    model = build(family)
+    stock, expected = model(IDS).logits, logits_of(model)
+    compiled = None
+    if before:
+        compiled = compile_in_place(model, how, backend="eager")
+        assert difference(compiled(IDS).logits, stock) <= 1e-5
+    with longreach.extend(model if compiled is None else compiled, METHOD):
+        if compiled is None:
+            compiled = compile_in_place(model, how, backend="eager")
+        assert difference(chunked(compiled, IDS, [30, 9, *[1] * 11]), expected) <= 1e-5
+    assert difference(compiled(IDS).logits, stock) <= 1e-5
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3"])
+@torch.no_grad()
+def test_the_number_of_graphs_does_not_grow_with_layers_or_tokens(family):
+    """Compiled code that reads the number of its layer would be made anew for each, until torch.compile gives up."""
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    for layers in (4, 30):
+        torch._dynamo.reset()
+        counters.clear()
+        types = {"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)} if family == "gemma3" else {}
+        model = build(family, num_hidden_layers=layers, **types)
+        with longreach.extend(model, METHOD), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+            compiled = torch.compile(model, backend="eager")
+            got = chunked(compiled, IDS, [30, 9, *[1] * 4])
+            graphs.append(counters["stats"]["unique_graphs"])
+            chunked(compiled, IDS, [30, 9, *[1] * 11])
+            assert counters["stats"]["unique_graphs"] == graphs[-1]  # further tokens compile nothing
+            assert difference(got, chunked(model, IDS, [30, 9, *[1] * 4])) <= 1e-5
+    assert graphs[0] == graphs[1] > 0
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow  # tracing costs more than everything else here

@@ -18,6 +18,7 @@ from longreach.methods.dual_chunk import DualChunk
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
+from longreach.quantities import counted
 
 WINDOW_SHARE = 8  # neighbour window = trained window / 8; see docs/nano.md for the evidence
 WELL_TRAINED = (2, 3)  # only the lower two thirds of the trained positions are trusted (the authors' empirical rule)
@@ -109,7 +110,7 @@ def frugal(choice: Choice, budget: Budget) -> Choice:
     """The first of the methods that need less memory and fit, or an error with the largest context that the dial's own choice could have."""
     wanted, context, window = choice.method, choice.context, choice.window
     most = largest(lambda n: budget.fits(by_length(window, n).method, n), context)
-    needs = f"{wanted.brief()} needs about {gigabytes(budget.needs(wanted, context))} for {context} tokens and {gigabytes(budget.free)} are free"
+    needs = f"{wanted.brief()} needs about {gigabytes(budget.needs(wanted, context))} for {counted(context, 'token')} and {gigabytes(budget.free)} are free"
     for kind in (DualChunk, LMInfinite):
         method = kind.suggest(window.tokens, context)
         if method is None or not budget.fits(method, context):
@@ -135,7 +136,8 @@ def by_length(window: Window, context: int) -> Choice:
         raise ValueError(f"context must be a positive number of tokens, not {context!r}; count the prompt and the new tokens")
     length = window.tokens
     if context <= length:
-        return Choice(Stock(), context, window, f"{context} tokens fit the trained window of {length} ({window.reason}): plain attention")
+        fit = "1 token fits" if context == 1 else f"{context} tokens fit"
+        return Choice(Stock(), context, window, f"{fit} the trained window of {length} ({window.reason}): plain attention")
     trusted = largest_distance_allowed(length)
     loose: SelfExtend | None = None
     for group in range(2, LARGEST_GROUP + 1):

@@ -125,9 +125,10 @@ class Conversation:
         """
         ids = self.sequence(question)
         if self.limit is not None and len(ids) + max_new_tokens > self.limit:
+            shorter = "forget the earlier turns (/reset), " if self.turns else ""
             raise ValueError(
                 f"with this question and {max_new_tokens} new tokens the conversation needs {len(ids) + max_new_tokens} tokens, more than its context of "
-                f"{self.limit}; forget the earlier turns (/reset), declare a larger context, or ask for fewer new tokens"
+                f"{self.limit}; {shorter}declare a larger context, or ask for fewer new tokens"
             )
         self._rewind(ids)
         try:

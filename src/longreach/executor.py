@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def execute(
     for rows in plan.groups:
         new_k, new_v = rows.take(k), rows.take(v)
         keys = {positions: _extend(layer, plan, store, rows, positions, new_k) for positions in layer.forms}
-        values = Run(new_v, 0) if store is None else store.values.extend(rows.rows, rows.start, new_v)
+        values = Run(new_v, 0) if store is None else store.values.extend(rows.rows, rows.start, new_v, plan.rollback)
         at_once = rows.count if layer.dense or layer.layout.late is not None else QUERIES_AT_ONCE
         for block in rows.blocks(at_once):
             if layer.dense:
@@ -94,7 +95,7 @@ def _extend(layer: Layer, plan: Plan, store: LayerStore | None, rows: Rows, posi
     if not layer.dense and layer.rotary is not None and count:
         table = plan.table(layer.rotary, positions, rows.start, count, new.device)
         new = new if table is None else table.rotate(new)
-    return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new)
+    return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new, plan.rollback)
 
 
 def _dense(layer: Layer, rows: Rows, q: torch.Tensor, keys: Run, values: Run, inputs: Inputs) -> torch.Tensor:
@@ -113,6 +114,7 @@ def _dense(layer: Layer, rows: Rows, q: torch.Tensor, keys: Run, values: Run, in
         softcap=inputs.softcap,
         sink=inputs.sink,
         late=layer.layout.late,
+        barred=rows.barred(0, total, q.device),
     )
     return out
 
@@ -157,7 +159,7 @@ class _Call:
     def segment(self, segment: Segment, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
         start = self.rows.start
         key, pinned = (segment.query_positions, segment.query_scale), segment.visible.last_key is not None
-        for piece in segment.visible.pieces(start, start + self.rows.count):
+        for piece in self.pieces(segment):
             if key not in rotated:
                 rotated[key] = self.query(segment, q)
             out, lse = self.backend.attend(
@@ -170,6 +172,14 @@ class _Call:
                 self.bias(segment, piece, q.device),
             )
             merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
+
+    def pieces(self, segment: Segment) -> Iterator[Piece]:
+        """What the queries see of a segment; keys that the mask of this forward hides cut a piece in two."""
+        for piece in segment.visible.pieces(self.rows.start, self.rows.start + self.rows.count):
+            if not self.rows.hidden:
+                yield piece
+            else:
+                yield from (replace(piece, from_key=a, to_key=b) for a, b in self.rows.seen(piece.from_key, piece.to_key))
 
     def bias(self, segment: Segment, piece: Piece, device: torch.device) -> Bias | None:
         """What ALiBi adds to the logits of a piece, from the positions of its queries and keys."""
@@ -212,10 +222,14 @@ class _Call:
                 logits = self.inputs.softcap * torch.tanh(logits / self.inputs.softcap)
             if self.layer.alibi is not None:
                 logits = logits - (self.layer.alibi.on(q.device) * late.distance).float().view(-1, 1, 1)
-            logits = logits.masked_fill(i - j < late.low, NEGATIVE_INFINITY)
+            no_candidate = i - j < late.low
+            if (barred := self.rows.barred(late.first_key, b - late.low, q.device)) is not None:
+                no_candidate = no_candidate | barred
+                no_candidate |= (~no_candidate).sum(1, keepdim=True) < late.k
+            logits = logits.masked_fill(no_candidate, NEGATIVE_INFINITY)
             best = logits.topk(late.k, dim=-1)
             lse = torch.logsumexp(best.values, -1)
             chosen = values.repeat_interleave(groups, 1).float()[:, :, None].expand(-1, -1, b - a, -1, -1)
             picked = chosen.gather(3, best.indices[..., None].expand(*best.indices.shape, values.shape[3]))
-            out = (torch.exp(best.values - lse[..., None])[..., None, :] @ picked)[..., 0, :]
+            out = (torch.exp(best.values - lse[..., None]).nan_to_num(0.0)[..., None, :] @ picked)[..., 0, :]
             merge.add(out, lse, a - start)

@@ -5,6 +5,9 @@ Knows Transformers' loaders. Weights come from safetensors or GGUF only, and cod
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,69 +16,139 @@ from typing import Any
 import torch
 
 EMBEDDED = "nano"
+KINDS = "a folder with config.json, tokenizer files and *.safetensors, a GGUF file, the id of a model on the Hub such as 'owner/name', or 'nano'"
+LONGEST_REASON = 300  # characters of what a library says of its own error
 
 
 def load(name: str = EMBEDDED, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None) -> tuple[Any, Any]:
     """-> (model, tokenizer), in eval mode.
 
-    name    "nano", the id of a model on the Hugging Face Hub, a folder with a model in the format of Transformers, or a GGUF file,
-            whose weights Transformers turns into ordinary ones.
+    name    "nano", the id of a model on the Hugging Face Hub, a folder with a model in the format of Transformers, or a GGUF file (of any
+            name, or the only one in a folder), whose weights become ordinary ones.
     dtype   a torch dtype or its name; None is fp32 for nano and GGUF, and the checkpoint's own for every other model.
     device  where the model goes; None is the CPU.
 
-    Raises ValueError, with the fix, if there is no such model or it has no safetensors.
+    Raises ValueError, with the fix, if there is no such model, if it has no safetensors, or if it lacks weights of its architecture.
     """
-    dtype = parse_dtype(dtype)
-    if name == EMBEDDED and not Path(name).exists():
+    dtype, where, path = parse_dtype(dtype), _device(device), Path(name).expanduser()
+    if name == EMBEDDED and not path.exists():
         with as_file(files("longreach") / "nano") as folder:
             if not (folder / "model.safetensors").exists():
                 raise ValueError("this installation lacks the files of nano; reinstall longreach, or pass a folder or a Hub id")
-            return _load(str(folder), dtype or torch.float32, device, "nano")
-    if Path(name).suffix.lower() == ".gguf":
-        return _load_gguf(Path(name).expanduser(), dtype or torch.float32, device)
-    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"there is no folder {name!r}; pass a folder with config.json and *.safetensors, a Hub id such as 'owner/name', or 'nano'")
-    return _load(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, dtype, device, name)
+            return _load(str(folder), dtype or torch.float32, where, "nano")
+    if (file := gguf_of(name)) is not None:
+        return _load_gguf(file, dtype or torch.float32, where)
+    return _load(str(path) if path.is_dir() else name, dtype, where, name)
 
 
-def _load_gguf(file: Path, dtype: torch.dtype, device: str | torch.device | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def gguf_of(name: str) -> Path | None:
+    """The GGUF file that a name means; None where it means something else. Raises ValueError if it is a path that means nothing."""
+    from longreach.gguf_file import is_gguf
 
-    where = _device(device)
-    if not file.is_file():
-        raise ValueError(f"there is no file {str(file)!r}; pass the path of a GGUF file, a folder, a Hub id such as 'owner/name', or 'nano'")
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise ValueError(f"there is no model without a name; pass {KINDS}")
+    if path.is_dir():
+        if any(path.glob("*.safetensors")):
+            return None
+        found = sorted(file for file in path.iterdir() if file.is_file() and is_gguf(file))
+        if len(found) > 1:
+            raise ValueError(f"{name!r} holds {len(found)} GGUF files; name one of them: {', '.join(str(file) for file in found[:8])}")
+        return found[0] if found else None
+    if path.is_file():
+        if is_gguf(path):
+            return path
+        fix = f"name its folder, {str(path.parent)!r}" if path.suffix == ".safetensors" else f"pass {KINDS}"
+        raise ValueError(f"{name!r} is no GGUF file, for it does not begin with the letters GGUF; {fix}")
+    if path.suffix.lower() == ".gguf":
+        raise ValueError(f"there is no file {name!r}; pass {KINDS}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"there is no folder {name!r}; pass {KINDS}")
+    return None
+
+
+def _load_gguf(file: Path, dtype: torch.dtype, where: torch.device) -> tuple[Any, Any]:
     if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         raise ValueError(f"reading a GGUF file needs {' and '.join(missing)}; pip install 'longreach[interop]'")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # readers of a foreign format meet anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"could not load {str(file)!r}: {reason} -- pass a whole GGUF file of an architecture that Transformers converts") from error
+    from transformers import TOKENIZER_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    from longreach import gguf_file
+
+    with reading(str(file), "pass a whole GGUF file of an architecture that Transformers converts"):
+        header = gguf_file.header(file)
+        if gguf_file.streamed_by_transformers(header.architecture):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+        else:
+            model, info = gguf_file.model(file, header, dtype)
+            tokenizer = TOKENIZER_MAPPING.get(type(model.config), PreTrainedTokenizerFast).from_pretrained(file.parent, gguf_file=file.name)
+        _whole(info)
     return model.to(where).eval(), tokenizer
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    where = torch.device(device or "cpu")
+    try:
+        where = torch.device(device or "cpu")
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; pass device='cpu' or device='cuda'") from None
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; pass device='cpu'")
     return where
 
 
-def _load(source: str, dtype: torch.dtype | None, device: str | torch.device | None, shown: str) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
+def _load(source: str, dtype: torch.dtype | None, where: torch.device, shown: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = _device(device)
-    try:
+    with reading(shown, f"pass {KINDS}", Path(source)):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(
-            f"could not load {shown!r}: {reason} -- pass a folder with config.json, tokenizer files and *.safetensors, or the id of a public model on the Hub"
-        ) from error
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        _whole(info)
     return model.to(where).eval(), tokenizer
+
+
+def _whole(info: dict[str, Any]) -> None:
+    """Transformers fills in weights that a checkpoint lacks with random numbers; then every answer is noise."""
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"it lacks {missing[0]}{more}, without which the model would answer at random")
+
+
+@contextmanager
+def reading(shown: str, advice: str, folder: Path | None = None) -> Iterator[None]:
+    """Whatever a reader of foreign files meets becomes one sentence that ends in the advice. What a folder lacks is looked for once it could not be read."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise
+        reason = _lacking(folder) if folder is not None and folder.is_dir() else None
+        raise ValueError(f"could not load {shown!r}: {reason or _sentence(error)}; {advice}") from error
+
+
+def _lacking(folder: Path) -> str | None:
+    wanted = {
+        "config.json": ("config.json", "adapter_config.json"),
+        "tokenizer files (such as tokenizer.json)": ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json"),
+        "weights (*.safetensors)": ("*.safetensors",),
+    }
+    lacking = [what for what, patterns in wanted.items() if not any(any(folder.glob(pattern)) for pattern in patterns)]
+    if not lacking:
+        return None
+    pickled = any(folder.glob("pytorch_model*.bin"))
+    return f"the folder has no {' and no '.join(lacking)}" + (" (pickled weights are not read: convert them to safetensors)" if pickled else "")
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, in whole sentences."""
+    text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    if len(text) <= LONGEST_REASON:
+        return text
+    ends = [match.start() for match in re.finditer(r"[.;] ", text) if match.start() <= LONGEST_REASON]
+    return text[: ends[-1]] if ends else text[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -5,6 +5,7 @@ Knows lengths and indices; not queries, keys or models.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,7 +14,8 @@ import torch
 
 from longreach.encodings import Rotary, Table, exact_device
 from longreach.segments import Constant, PositionMap
-from longreach.store import Store
+from longreach.slots import Stretch
+from longreach.store import Past, Store
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Rows:
     columns: slice | torch.Tensor  # where the new tokens lie among the columns of this forward
     start: int
     count: int
+    hidden: tuple[Stretch, ...] = ()  # indices before `start` that no new token may see
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, T, D] -> the real tokens of these rows."""
@@ -44,7 +47,25 @@ class Rows:
         for a in range(0, self.count, size):
             b = min(self.count, a + size)
             columns = self.columns[a:b] if isinstance(self.columns, torch.Tensor) else slice(self.columns.start + a, self.columns.start + b)
-            yield Rows(self.rows, columns, self.start + a, b - a)
+            yield Rows(self.rows, columns, self.start + a, b - a, self.hidden)
+
+    def barred(self, from_key: int, to_key: int, device: torch.device) -> torch.Tensor | None:
+        """[to_key - from_key] which keys are hidden; None: none."""
+        if not self.hidden:
+            return None
+        barred = torch.ones(to_key, dtype=torch.bool, device=device)
+        for a, b in self.seen(0, to_key):
+            barred[a:b] = False
+        return barred[from_key:]
+
+    def seen(self, from_key: int, to_key: int) -> Iterator[Stretch]:
+        """The stretches of from_key .. to_key that are not hidden."""
+        for a, b in self.hidden:
+            if from_key < min(a, to_key):
+                yield from_key, min(a, to_key)
+            from_key = max(from_key, b)
+        if from_key < to_key:
+            yield from_key, to_key
 
 
 @dataclass(eq=False)
@@ -55,8 +76,14 @@ class Plan:
     real: torch.Tensor | None  # [B, T] on the CPU, None if every column is a real token
     columns: int
     store: Store | None = None
+    past: list[Past] | None = None  # per row, what it may see of the store
     _tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)  # by id of the rotary, which its tables keep alive
     _scales: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rollback(self) -> int:
+        """Tokens that a crop may undo after this forward."""
+        return 0 if self.store is None else self.store.rollback
 
     def table(self, rotary: Rotary, positions: PositionMap, start: int, count: int, device: torch.device) -> Table | None:
         """The rotation of `count` tokens from index `start`, shared by all layers on a device; None where it is the identity."""
@@ -94,29 +121,49 @@ class Plan:
 
 
 def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, store: Store | None) -> Plan:
-    """mask [B, >= columns] bool or None. A token's index is its row's stored length plus its rank among the real new tokens."""
-    if store is not None:
-        store.open(rows)
-    lengths = store.lengths if store is not None else [0] * rows
-    real = None
+    """The plan of `columns` new columns for `rows` rows, on top of an open `store` or of nothing.
+
+    mask  [B, M] of zeros and ones or None, one column per slot of the store and one per new column; columns beyond them speak of tokens that are not
+          there yet. A new token's index follows that of the last token of its row that the mask leaves visible.
+
+    Raises ValueError if the mask is not of this kind or shows what is not stored.
+    """
+    seen = 0 if store is None else store.seen
     if mask is not None:
-        if mask.shape[0] != rows or mask.shape[1] < columns:
-            raise ValueError(
-                f"attention_mask of shape {list(mask.shape)} does not cover {rows} rows of {columns} new tokens; pass one column per token seen so far"
-            )
-        new = mask[:, mask.shape[1] - columns :].bool().cpu()
-        real = None if bool(new.all()) else new
-    if real is None and len(set(lengths)) == 1:
-        groups = [Rows(slice(0, rows), slice(0, columns), lengths[0], columns)]
+        mask = _checked(mask, rows, seen, columns)
+    past = [Past(0)] * rows if store is None else store.past(None if mask is None else mask[:, :seen])
+    real = None if mask is None else mask[:, seen : seen + columns].cpu()
+    if real is None or bool(real.all()):
+        real, where = None, [()] * rows
+        new: list[slice | torch.Tensor] = [slice(0, columns)] * rows
     else:
-        groups = []
-        for row in range(rows):
-            where = torch.arange(columns) if real is None else real[row].nonzero()[:, 0]
-            if where.numel():
-                groups.append(Rows(slice(row, row + 1), _as_slice(where, device), lengths[row], where.numel()))
-    return Plan(groups, real, columns, store)
+        found = [row.nonzero()[:, 0] for row in real]
+        where, new = [tuple(row.tolist()) for row in found], [_as_slice(row, device) for row in found]
+    counts = [columns] * rows if real is None else [len(row) for row in where]
+    # what a call reads must agree for all of its rows, the places of their buffers too
+    keys = list(zip(where, past, [None] * rows if store is None else store.places(), strict=True))
+    groups = []
+    for _, same in itertools.groupby(range(rows), key=keys.__getitem__):
+        members = list(same)
+        row = members[0]
+        if counts[row]:
+            groups.append(Rows(slice(row, members[-1] + 1), new[row], past[row].start, counts[row], past[row].hidden))
+    return Plan(groups, real, columns, store, past)
+
+
+def _checked(mask: torch.Tensor, rows: int, seen: int, columns: int) -> torch.Tensor:
+    if mask.shape[0] != rows or mask.shape[1] < seen + columns:
+        raise ValueError(
+            f"attention_mask of shape {list(mask.shape)} does not cover {rows} rows of {seen} tokens seen and {columns} new ones; pass one column per token, "
+            "those in the cache included"
+        )
+    if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError("attention_mask must be 1 where a token is seen and 0 where it is not; other values (packed or additive masks) cannot be honoured")
+    return mask.bool()
 
 
 def _as_slice(where: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
+    if not where.numel():
+        return slice(0, 0)
     first, last = int(where[0]), int(where[-1])
     return slice(first, last + 1) if last - first + 1 == where.numel() else where.to(device)

@@ -28,8 +28,11 @@ def attention(
     softcap: float | None = None,
     sink: torch.Tensor | None = None,
     late: TopK | None = None,
+    barred: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B, H, T, D], k [B, G, N, D], v [B, G, N, E] un-rotated; distance [T, N], NaN where hidden; query t has index N - T + t.
+
+    barred  [N] keys that a mask hides from all queries, whatever the method says.
 
     -> out [B, H, T, E] and the log-sum-exp [B, H, T], both fp64.
     """
@@ -39,12 +42,15 @@ def attention(
     if query_scale is not None:
         q = q * query_scale.double()[:, None]
     visible = ~distance.isnan()
+    candidates = ~visible
+    if barred is not None:
+        visible, candidates = visible & ~barred, candidates & ~barred
     logits = scores(q, k, distance.nan_to_num(0.0), rotary, scale, alibi)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~visible, -math.inf)
     if late is not None:
-        logits = _with_late(logits, q, k, visible, rotary, scale, alibi, softcap, late)
+        logits = _with_late(logits, q, k, candidates, rotary, scale, alibi, softcap, late)
     lse = torch.logsumexp(logits, dim=-1)
     if sink is not None:
         lse = torch.logaddexp(lse, sink.double().view(1, -1, 1))
@@ -76,7 +82,7 @@ def _with_late(
     logits: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
-    visible: torch.Tensor,
+    candidate: torch.Tensor,
     rotary: Rotary | None,
     scale: float,
     alibi: Alibi | None,
@@ -87,7 +93,7 @@ def _with_late(
     queries, keys = logits.shape[-2:]
     i = torch.arange(keys - queries, keys, device=logits.device)[:, None]
     j = torch.arange(keys, device=logits.device)[None, :]
-    candidate = ~visible & (j >= late.first_key) & (i - j >= late.low)
+    candidate = candidate & (j >= late.first_key) & (i - j >= late.low)
     candidate &= candidate.sum(-1, keepdim=True) >= late.k
     if late.rows == "last":
         candidate &= i == keys - 1

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from longreach import auto
+from longreach import auto, gguf_file
 from longreach.cost import hardware as devices
 from longreach.cost import terms, timing
 from longreach.cost.architecture import Architecture, read
@@ -24,11 +24,12 @@ from longreach.cost.memory import Schedule, kv_bytes, largest, store_forms, temp
 from longreach.cost.theory import Term
 from longreach.cost.timing import Bound, Seconds
 from longreach.cost.work import Recall, recall
-from longreach.loading import EMBEDDED, parse_dtype
+from longreach.loading import EMBEDDED, gguf_of, parse_dtype, reading
 from longreach.methods import registry
 from longreach.methods.base import Method
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
+from longreach.quantities import token_count
 
 ORDER: tuple[Recall, ...] = ("everything", "what is retrieved", "recent only", "fluent only", "untrained")
 
@@ -136,19 +137,21 @@ def row_json(row: Row) -> dict[str, Any]:
 
 def plan(
     model: Any = EMBEDDED,
-    context: int | None = None,
+    context: int | str | None = None,
     hardware: str | Path | Hardware = "cpu",
     *,
     config: str | Path | dict[str, Any] | None = None,
-    new_tokens: int = 128,
+    new_tokens: int | str = 128,
     concurrency: int = 1,
     method: Method | None = None,
     dtype: str | torch.dtype | None = None,
-    trained_window: int | None = None,
-    chunk_size: int = 512,
+    trained_window: int | str | None = None,
+    chunk_size: int | str = 512,
     calibration: Path | None = None,
 ) -> Plan:
     """What it costs to read `context` tokens, the last `new_tokens` of them generated, for `concurrency` users at a time.
+
+    Numbers of tokens may be written as 16384 or "16k".
 
     model           "nano", the id of a model on the Hub, a folder, or a Transformers configuration. Weights are neither loaded nor downloaded.
     hardware        a card such as "A100-80", a TOML file, "cpu" or "cuda" of this machine once it was calibrated, or a `Hardware`.
@@ -161,8 +164,11 @@ def plan(
 
     Raises ValueError, with the fix, for requests that make no sense; a request that cannot be met is a plan with `nearest`.
     """
-    check(context, new_tokens, concurrency, chunk_size)
-    assert context is not None
+    if context is None:
+        raise ValueError("pass context=N (--context N), the tokens of the prompt and of the answer together")
+    context, new_tokens, chunk_size = token_count(context), token_count(new_tokens, "new_tokens"), token_count(chunk_size, "chunk_size")
+    check(context, new_tokens, concurrency)
+    trained_window = None if trained_window is None else token_count(trained_window, "trained_window")
     found, name = configuration(model, config)
     wanted = parse_dtype(dtype) or (torch.float32 if model == EMBEDDED and config is None else None)
     architecture = read(found, wanted)
@@ -191,11 +197,10 @@ def waiting(request: Request, row: Row) -> list[str]:
     return [f"the host's memory holds the keys and values of {held} of the {outside} users that would wait; ask for {row.users + held} at a time"]
 
 
-def check(context: int | None, new_tokens: int, concurrency: int, chunk_size: int) -> None:
-    for name, value in (("context", context), ("new_tokens", new_tokens), ("concurrency", concurrency), ("chunk_size", chunk_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a number of at least 1, not {value!r}; pass {name}=N (--{name.replace('_', '-')} N)")
-    if context is not None and context <= new_tokens:
+def check(context: int, new_tokens: int, concurrency: int) -> None:
+    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
+        raise ValueError(f"concurrency must be a number of at least 1, not {concurrency!r}; pass concurrency=N (--concurrency N)")
+    if context <= new_tokens:
         raise ValueError(f"a context of {context} leaves no room for a prompt beside {new_tokens} new tokens; pass a context of at least {new_tokens + 1}")
 
 
@@ -211,23 +216,21 @@ def configuration(model: Any, config: str | Path | dict[str, Any] | None) -> tup
         raise ValueError(f"{model!r} is not a model; pass a name, a folder or a Transformers configuration")
     if config is not None:
         data = config if isinstance(config, dict) else content(Path(config).expanduser())
-        kind = data.get("model_type")
-        try:
-            made = AutoConfig.for_model(**data) if kind else None
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"this is no configuration that Transformers knows ({' '.join(str(error).split())[:200]}); update transformers") from error
-        if made is None:
+        if not data.get("model_type"):
             raise ValueError('a configuration names its architecture; add "model_type", such as "llama"')
+        shown = "config" if isinstance(config, dict) else str(config)
+        with reading(shown, "it is no configuration that Transformers knows; update transformers, or pass that of another model"):
+            made = AutoConfig.for_model(**data)
         shown = str(Path(config).expanduser().parent) if isinstance(config, str | Path) else made.model_type
         return made, shown if model == EMBEDDED else model
     if model == EMBEDDED and not Path(model).exists():
         with as_file(files("longreach") / "nano") as folder:
             return AutoConfig.from_pretrained(str(folder)), model
-    try:
-        return AutoConfig.from_pretrained(str(Path(model).expanduser()) if Path(model).expanduser().exists() else model, trust_remote_code=False), model
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"could not read the configuration of {model!r}: {reason} -- pass a folder, a public id on the Hub, or --config FILE") from error
+    file, folder = gguf_of(model), Path(model).expanduser()
+    with reading(model, "pass a folder with config.json, a GGUF file, a public id on the Hub, or --config FILE"):
+        if file is not None:
+            return gguf_file.configuration(file, gguf_file.header(file)), model
+        return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False), model
 
 
 def content(path: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ are never stored. Knows buffers, lengths and rollback; not positions, models or 
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -14,13 +16,14 @@ import torch
 
 from longreach.backends.tiles import between
 from longreach.segments import PositionMap, Retention
+from longreach.slots import Slots, Stretch, runs
 
 ROLLBACK = 128  # tokens a crop may always undo (assisted decoding)
 SLACK = 64  # tokens a bounded buffer takes before it moves its tail to the front
 
 
 def room(old: int, needed: int, most: int | None) -> int:
-    """Entries of a body that had `old` and needs `needed`: it grows by an eighth, and never beyond `most`."""
+    """Entries of a body that had `old` and needs `needed` <= `most`: it grows by an eighth, and never beyond `most`."""
     if needed <= old:
         return old
     size = max(needed + SLACK, old + old // 8)
@@ -48,12 +51,28 @@ def part(x: torch.Tensor, rows: slice, start: int, stop: int) -> torch.Tensor:
     return between(x if rows == slice(0, x.shape[0]) else x[rows], start, stop)
 
 
+@dataclass(eq=False)
+class _Added:
+    """What the forward under way adds to some rows of a buffer. It counts when the forward is finished: see `Buffer.commit`."""
+
+    rows: slice
+    start: int  # index of the first new token
+    stop: int
+    first: int  # index of the first entry that is needed once it counts
+    new: torch.Tensor | None = None  # the last new entries, up to `stop`; None: they are in the body already
+    old: torch.Tensor | None = None  # entries [first, ...) of the body that move to its front
+
+
 class Buffer:
     """One form of keys, or the values, of all rows: the first `head` indices and the last `tail` (None: all).
 
-    The body is contiguous. If bounded it holds `tail + ROLLBACK + SLACK` entries at most: when it is full, its tail moves to the
-    front, once in SLACK tokens. If not, it grows by an eighth of its size: a token then costs eight copied entries, little beside the
-    whole length that attention reads for it.
+    The body is contiguous. If bounded it holds `tail + ROLLBACK + SLACK` entries: when it is full, its tail moves to the front, once in
+    SLACK tokens. If not, it grows by an eighth of its size: a token then costs eight copied entries, little beside the whole length that
+    attention reads for it.
+
+    A forward adds in two steps. `extend` hands out the run that the new queries read, and writes only where nothing is stored; where there is
+    no such place, the run is a copy. `commit` makes it count, and only then is anything forgotten. A forward that fails in any layer
+    therefore leaves every buffer as it was: `discard`.
     """
 
     def __init__(self, retention: Retention, rows: int) -> None:
@@ -63,75 +82,95 @@ class Buffer:
         self.starts = [0] * rows  # index of the first entry of the body
         self.ends = [0] * rows  # number of tokens of the row
         self.sharers: WeakSet[Buffer] = WeakSet()  # the forks that read the same memory, this one among them; empty: nobody else
+        self._added: list[_Added] = []
+        self._head_before: torch.Tensor | None = None  # of a forward that writes over first tokens
 
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.head, self.body) if t is not None)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows begin at the same index, or nothing but first tokens is kept."""
+        return self.retention.tail == 0 or self.starts.count(self.starts[0]) == len(self.starts)
 
     def pinned(self, rows: slice, stop: int) -> Run:
         """The first indices, up to `stop`."""
         assert self.head is not None
         return Run(self.head[rows, :, : min(stop, self.retention.head)], 0)
 
-    def extend(self, rows: slice, start: int, new: torch.Tensor) -> Run:
-        """Store `new` [B, H, T, D] at indices start..start+T; -> a run with all entries that its own queries can see."""
-        self.rewind(rows, start)
+    # -- a forward ------------------------------------------------------------------------------------------------------------
+
+    def extend(self, rows: slice, start: int, new: torch.Tensor, rollback: int = ROLLBACK) -> Run:
+        """`new` [B, H, T, D] goes to indices start .. start + T -> a run with all entries that its own queries can see.
+
+        `start` may lie before the end of these rows: what they hold from there on is forgotten when the forward is finished.
+        rollback  tokens that a crop may undo afterwards.
+        """
         self._own()
         if self.retention.head > start:
             self._pin(rows, start, new)
-        stop = start + new.shape[2]
-        tail = self.retention.tail
-        if tail is None:
-            body = self._room(rows, start - self.starts[rows.start] + new.shape[2], new, None)
-            first = self.starts[rows.start]
-            part(body, rows, start - first, stop - first).copy_(new)
-            self._set(rows, first, stop)
-            return Run(part(body, rows, 0, stop - first), first)
+        first, stop, tail = self.starts[rows.start], start + new.shape[2], self.retention.tail
         if tail == 0:
-            self._set(rows, stop, stop)
+            self._added.append(_Added(rows, stop, stop, stop))
             return Run(new, start)
-        return self._extend_bounded(rows, start, new, tail)
-
-    def _extend_bounded(self, rows: slice, start: int, new: torch.Tensor, tail: int) -> Run:
-        keep, first, stop = tail + ROLLBACK, self.starts[rows.start], start + new.shape[2]
-        if stop - first <= keep + SLACK:
-            body = self._room(rows, stop - first, new, keep + SLACK)
+        most = None if tail is None else tail + rollback + SLACK
+        if start == self.ends[rows.start] and (most is None or stop - first <= most):
+            body = self._room(stop - first, new, most)
             part(body, rows, start - first, stop - first).copy_(new)
-            self._set(rows, first, stop)
+            self._added.append(_Added(rows, start, stop, first))
             return Run(part(body, rows, 0, stop - first), first)
-        if new.shape[2] <= SLACK:
-            assert self.body is not None
-            kept = max(first, start - keep)  # move the tail to the front, then append
-            self.body[rows, :, : start - kept] = self.body[rows, :, kept - first : start - first].clone()
-            self._set(rows, kept, start)
-            return self._extend_bounded(rows, start, new, tail)
-        seen = max(first, start - max(tail, keep - new.shape[2]))  # a long chunk: attend to a copy, keep its end
+        seen = first if tail is None else max(first, start - tail)
         run = new if seen == start or self.body is None else torch.cat([self.body[rows, :, seen - first : start - first], new], dim=2)
-        kept = max(seen, stop - keep)
-        body = self._room(rows, stop - kept, new, keep + SLACK)
-        body[rows, :, : stop - kept] = run[:, :, kept - seen :]
-        self._set(rows, kept, stop)
+        kept = first if tail is None else max(first, stop - tail - rollback)
+        self._added.append(_Added(rows, start, stop, kept, new[:, :, max(0, kept - start) :].clone()))
         return Run(run, seen)
 
-    def rewind(self, rows: slice, stop: int) -> None:
-        """Forget what is at index `stop` and later."""
+    def commit(self) -> None:
+        """What the forward added counts from now on. May be called again where it was interrupted."""
+        while self._added:
+            self._count(self._added[0])
+            del self._added[0]
+        self._head_before = None
+
+    def discard(self) -> None:
+        """The forward failed: as if it had never begun."""
+        self._added.clear()
+        if self._head_before is not None:
+            self.head, self._head_before = self._head_before, None
+
+    def _count(self, added: _Added) -> None:
+        rows, first, new = added.rows, self.starts[added.rows.start], added.new
+        if new is not None:
+            length, tail = added.stop - added.first, self.retention.tail
+            if added.old is None and self.body is not None and first < added.first < added.start:
+                added.old = self.body[rows, :, added.first - first : added.start - first].clone()  # so that an interrupted move can be made again
+            body = self._room(length, new, None if tail is None else max(length, tail + ROLLBACK + SLACK))
+            if added.old is not None:
+                body[rows, :, : added.old.shape[2]] = added.old
+            body[rows, :, length - new.shape[2] : length] = new
         for row in range(rows.start, rows.stop):
-            if self.ends[row] <= stop:
-                continue
-            tail = self.retention.tail
-            if tail and self.starts[row] > max(0, stop - tail + 1):
-                raise ValueError(f"cannot go back to token {stop}: this store keeps what a rollback of {ROLLBACK} tokens needs; crop less or start a new cache")
-            self.ends[row] = stop
-            self.starts[row] = min(self.starts[row], stop)
+            self.starts[row], self.ends[row] = added.first, added.stop
+
+    # -- between forwards -----------------------------------------------------------------------------------------------------
+
+    def reaches(self, row: int) -> int:
+        """The smallest length to which a row can be cut."""
+        tail, first = self.retention.tail, self.starts[row]
+        return first + tail - 1 if tail and first else 0
+
+    def rewind(self, row: int, stop: int) -> None:
+        """Forget what a row holds at index `stop` and later; not before `reaches`."""
+        self.ends[row] = min(self.ends[row], stop)
+        self.starts[row] = min(self.starts[row], stop)
 
     def select(self, index: torch.Tensor) -> None:
         """Rows become rows `index` (beam search, expansion, selection)."""
         rows = index.tolist()
+        with torch.inference_mode(False):
+            head, body = (None if x is None else x.index_select(0, index.to(x.device)) for x in (self.head, self.body))
         self._leave()
-        if self.head is not None:
-            self.head = self.head.index_select(0, index.to(self.head.device))
-        if self.body is not None:
-            self.body = self.body.index_select(0, index.to(self.body.device))
+        self.head, self.body = head, body
         self.starts, self.ends = [self.starts[r] for r in rows], [self.ends[r] for r in rows]
 
     def fork(self) -> Buffer:
@@ -156,39 +195,49 @@ class Buffer:
         self._leave()
         self.head, self.body, self.starts, self.ends = head, None, starts, ends
         if body is not None:
-            tail = self.retention.tail
-            room = self._room(slice(0, len(starts)), body.shape[2], body, None if tail is None else tail + ROLLBACK + SLACK)
-            room[:, :, : body.shape[2]] = body
+            tail, length = self.retention.tail, body.shape[2]
+            self._room(length, body, None if tail is None else max(length, tail + ROLLBACK + SLACK))[:, :, :length] = body
+
+    # -- memory: never a tensor of inference mode, which nobody could write to outside it ------------------------------------------
 
     def _own(self) -> None:
         """Before a write: memory that no fork reads."""
         if len(self.sharers) > 1:
-            self.head = None if self.head is None else self.head.clone()
-            self.body = None if self.body is None else self.body.clone()
+            with torch.inference_mode(False):
+                self.head = None if self.head is None else self.head.clone()
+                self.body = None if self.body is None else self.body.clone()
             self._leave()
 
     def _leave(self) -> None:
         self.sharers.discard(self)
         self.sharers = WeakSet()
 
-    def _set(self, rows: slice, start: int, stop: int) -> None:
-        for row in range(rows.start, rows.stop):
-            self.starts[row], self.ends[row] = start, stop
-
     def _pin(self, rows: slice, start: int, new: torch.Tensor) -> None:
-        if self.head is None:
-            self.head = new.new_zeros((len(self.starts), new.shape[1], self.retention.head, new.shape[3]))
+        with torch.inference_mode(False):
+            if self.head is None:
+                self.head = new.new_zeros((len(self.starts), new.shape[1], self.retention.head, new.shape[3]))
+            elif self._head_before is None and start < max(self.ends[rows]):
+                self.head, self._head_before = self.head.clone(), self.head
         stop = min(self.retention.head, start + new.shape[2])
         self.head[rows, :, start:stop] = new[:, :, : stop - start]
 
-    def _room(self, rows: slice, needed: int, like: torch.Tensor, most: int | None) -> torch.Tensor:
-        """A body of at least `needed` entries per row."""
+    def _held(self) -> int:
+        """The most entries that a row has in the body, those of the forward under way too."""
+        stored = (stop - start for start, stop in zip(self.starts, self.ends, strict=True))
+        return max(*stored, *(added.stop - added.first for added in self._added if added.new is None), 0)
+
+    def _room(self, needed: int, like: torch.Tensor, most: int | None) -> torch.Tensor:
+        """A body of at least `needed` entries per row. One that a long rollback has made larger than `most` shrinks again."""
         old = 0 if self.body is None else self.body.shape[2]
-        if self.body is None or needed > old:
-            size = room(old, needed, most)
-            grown = like.new_empty((len(self.starts), like.shape[1], size, like.shape[3]))
+        size = room(old, needed, most)
+        if most is not None and size > most >= max(needed, self._held()):
+            size = most
+        if self.body is None or size != old:
+            with torch.inference_mode(False):
+                grown = like.new_empty((len(self.starts), like.shape[1], size, like.shape[3]))
             if self.body is not None:
-                grown[:, :, :old] = self.body
+                kept = min(old, size)
+                grown[:, :, :kept] = self.body[:, :, :kept]
             self.body = grown
         return self.body
 
@@ -227,85 +276,189 @@ class LayerStore:
         return other
 
 
-class Store:
-    """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts."""
+@dataclass(frozen=True)
+class Past:
+    """What a forward may see of the tokens of a row: its new tokens get the indices from `start` on, and of those before it `hidden` are not seen."""
 
-    def __init__(self, retentions: list[dict[PositionMap, Retention]], owner: Any) -> None:
+    start: int
+    hidden: tuple[Stretch, ...] = ()
+
+
+class Store:
+    """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts.
+
+    owner  whoever may continue it; only ever compared.
+    """
+
+    def __init__(self, retentions: list[dict[PositionMap, Retention]], owner: object) -> None:
         self.owner = owner
         self.retentions = retentions
         self.layers: list[LayerStore] = []
         self.lengths: list[int] = []
-        self.seen = 0
-        self._real: torch.Tensor | None = None  # [B, seen] which slots hold real tokens; None while all do
+        self.slots = Slots.empty(0)
+        self.announced = 0  # tokens that a crop may undo after this forward, where somebody has said so
+        self.record_past = False  # Transformers announces that it may crop all that is read from one crop to the next
+        self.since_crop = 0  # slots
+        self._finishing: tuple[list[int], Slots] | None = None
 
     @property
     def rows(self) -> int:
         return len(self.lengths)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers)
-
-    def open(self, rows: int) -> None:
-        if self.lengths and self.rows != rows:
-            raise ValueError(f"the cache holds {self.rows} rows but the input has {rows}; pass a batch of {self.rows} or start a new cache")
-        if not self.lengths:
-            self.lengths = [0] * rows
-            self.layers = [LayerStore(retention, rows) for retention in self.retentions]
-
-    def advance(self, real: torch.Tensor | None, columns: int) -> None:
-        """Count the tokens of a finished forward; `real` [B, T] on the CPU, None if all are."""
-        if real is not None and self._real is None:
-            self._real = torch.ones(self.rows, self.seen, dtype=torch.bool)
-        if self._real is not None:
-            self._real = torch.cat([self._real, torch.ones(self.rows, columns, dtype=torch.bool) if real is None else real], dim=1)
-        counts = [columns] * self.rows if real is None else real.sum(1).tolist()
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self.seen += columns
-
-    def crop(self, slots: int) -> None:
-        """Forget the last `slots` columns."""
-        slots = min(slots, self.seen)
-        if not slots:
-            return
-        lengths = [length - slots for length in self.lengths]
-        if self._real is not None:
-            lost = self._real[:, self.seen - slots :].sum(1).tolist()
-            lengths = [length - int(gone) for length, gone in zip(self.lengths, lost, strict=True)]
-        for layer in self.layers:
-            for buffer in layer.buffers:
-                for row, length in enumerate(lengths):
-                    buffer.rewind(slice(row, row + 1), length)
-        self.lengths, self.seen = lengths, self.seen - slots
-        if self._real is not None:
-            self._real = self._real[:, : self.seen]
-
-    def fork(self) -> Store:
-        """A store of the same content that goes on by itself. Keys and values are shared until one side writes; see `Buffer.fork`."""
-        other = Store(self.retentions, self.owner)
-        other.layers = [layer.fork() for layer in self.layers]
-        other.lengths, other.seen, other._real = [*self.lengths], self.seen, self._real
-        return other
+    def seen(self) -> int:
+        return self.slots.seen
 
     @property
     def real(self) -> torch.Tensor | None:
         """[B, seen] which slots hold real tokens; None while all do."""
-        return self._real
+        return self.slots.real
+
+    @property
+    def rollback(self) -> int:
+        """Tokens that a crop may undo after the forward under way."""
+        return max(ROLLBACK, self.announced)
+
+    @property
+    def buffers(self) -> Iterator[Buffer]:
+        return (buffer for layer in self.layers for buffer in layer.buffers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    # -- a forward ------------------------------------------------------------------------------------------------------------
+
+    def open(self, rows: int, columns: int = 0, announced: int = 0) -> None:
+        """Before a forward of `columns` columns. The last `announced` tokens may be cropped after it, as assisted decoding does."""
+        self.settle()
+        if self.seen and self.rows != rows:
+            raise ValueError(f"the cache holds {self.rows} rows but the input has {rows}; pass a batch of {self.rows} or start a new cache")
+        if self.rows != rows:
+            self.lengths = [0] * rows
+            self.slots = Slots.empty(rows)
+            self.layers = [LayerStore(retention, rows) for retention in self.retentions]
+        self.announced = max(announced, self.since_crop + columns if self.record_past else 0)
+
+    def past(self, mask: torch.Tensor | None) -> list[Past]:
+        """What a mask [B, seen] of the slots so far leaves visible; None: all tokens.
+
+        A token that is hidden keeps its index. A new one follows the last token that is visible: what lies behind that is forgotten when the
+        forward is finished. Raises ValueError where a slot is shown that holds no token, or where too much would have to be forgotten.
+        """
+        real = self.slots.real
+        if mask is None or not self.seen or bool(mask.all() if real is None else torch.equal(mask.cpu(), real)):
+            return [Past(length) for length in self.lengths]
+        mask = mask.cpu()
+        if real is not None and bool((shown := mask & ~real).any()):
+            row, slot = shown.nonzero()[0].tolist()
+            raise ValueError(
+                f"attention_mask shows slot {slot} of row {row}, whose token was a pad when it was read, so nothing is stored of it; "
+                "keep the zeros of earlier calls, or read the text again with a new cache"
+            )
+        return [self._past(row, mask[row] if real is None else mask[row][real[row]]) for row in range(self.rows)]
+
+    def _past(self, row: int, visible: torch.Tensor) -> Past:
+        """visible [tokens of the row]."""
+        hidden = runs(~visible)
+        start = hidden.pop()[0] if hidden and hidden[-1][1] == len(visible) else len(visible)
+        if start < (least := max(buffer.reaches(row) for buffer in self.buffers)):
+            raise ValueError(
+                f"attention_mask hides the last {len(visible) - start} tokens of row {row}, and of the tokens before them too little is kept to go on from "
+                f"there (this method can go back to token {least}); pass the mask with the call that reads them, or read the text again"
+            )
+        return Past(start, tuple(hidden))
+
+    def places(self) -> list[Any]:
+        """Per row, where its buffers begin: rows may be read in one call only where these are equal."""
+        if self.rows < 2 or all(buffer.even for buffer in self.buffers):
+            return [None] * self.rows
+        return [tuple(buffer.starts[row] for buffer in self.buffers if not buffer.even) for row in range(self.rows)]
+
+    def advance(self, real: torch.Tensor | None, columns: int, past: list[Past] | None = None) -> None:
+        """The forward is finished: its tokens count; `real` [B, T] on the CPU, None if all are. An interrupt is made good at the next use."""
+        starts = self.lengths if past is None else [p.start for p in past]
+        counts = [columns] * self.rows if real is None else real.sum(1).tolist()
+        slots = self.slots.copy()
+        for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True)):
+            if start < length:
+                slots.keeping(row, start)
+        slots.append(real, columns)
+        self.since_crop += columns
+        self._finishing = [start + count for start, count in zip(starts, counts, strict=True)], slots
+        self.settle()
+
+    def settle(self) -> None:
+        """What a finished forward added counts, what one that failed has added is gone."""
+        if self._finishing is None:
+            for buffer in self.buffers:
+                buffer.discard()
+            return
+        for buffer in self.buffers:
+            buffer.commit()
+        (self.lengths, self.slots), self._finishing = self._finishing, None
+
+    # -- between forwards -----------------------------------------------------------------------------------------------------
+
+    def crop(self, slots: int) -> None:
+        """Forget the last `slots` columns, or raise and leave everything as it is."""
+        self.settle()
+        self.since_crop = 0
+        slots = min(slots, self.seen)
+        if not slots:
+            return
+        left = self.slots.without(slots)
+        lengths = [left.tokens(row) for row in range(self.rows)]
+        least = [max(buffer.reaches(row) for buffer in self.buffers) for row in range(self.rows)]
+        for row, (length, floor) in enumerate(zip(lengths, least, strict=True)):
+            if length < floor:
+                raise ValueError(
+                    f"cannot go back to token {length} of row {row}: of its {self.lengths[row]} tokens the last {self.lengths[row] - floor} can be forgotten "
+                    f"(at least {ROLLBACK} behind the last one that was read); crop less or start a new cache"
+                )
+        for buffer in self.buffers:
+            for row, length in enumerate(lengths):
+                buffer.rewind(row, length)
+        self.lengths, self.slots = lengths, left
+        again = min(length - floor for length, floor in zip(lengths, least, strict=True))
+        if any(least) and again < slots and not self.announced:
+            warnings.warn(f"{slots} tokens were forgotten; only {again} more can be, until new ones are read", stacklevel=4)
+
+    def fork(self) -> Store:
+        """A store of the same content that goes on by itself. Keys and values are shared until one side writes; see `Buffer.fork`."""
+        self.settle()
+        other = Store(self.retentions, self.owner)
+        other.layers = [layer.fork() for layer in self.layers]
+        other.lengths, other.slots, other.record_past = [*self.lengths], self.slots.copy(), self.record_past
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Store:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError("a Longreach cache cannot be pickled or passed to torch.save; write it with extension.save(cache, file, ids), read it with load(file)")
 
     def restore(self, lengths: list[int], seen: int, real: torch.Tensor | None) -> None:
         """Become an empty store that has counted this much; the caller fills the buffers of `layers`."""
         self.reset()
         self.open(len(lengths))
-        self.lengths, self.seen, self._real = lengths, seen, real
+        self.lengths, self.slots = lengths, Slots.empty(len(lengths)) if real is None else Slots.of(real)
+        self.slots.seen = seen
 
     def select(self, index: torch.Tensor) -> None:
-        for layer in self.layers:
-            for buffer in layer.buffers:
-                buffer.select(index)
+        """Rows become rows `index`; of none, the store is empty again."""
+        self.settle()
+        rows = index.tolist()
+        if not rows:
+            return self.reset()
+        if any(not -self.rows <= row < self.rows for row in rows):
+            raise ValueError(f"rows {rows} are not all among the {self.rows} of this cache; pass indices from 0 to {self.rows - 1}")
+        index = index % self.rows
+        for buffer in self.buffers:
+            buffer.select(index)
         self.lengths = [self.lengths[row] for row in index.tolist()]
-        if self._real is not None:
-            self._real = self._real[index.cpu()]
+        self.slots.select(index.tolist())
 
     def reset(self) -> None:
-        self.layers, self.lengths, self.seen, self._real = [], [], 0, None
+        self.layers, self.lengths, self.slots, self._finishing, self.since_crop = [], [], Slots.empty(0), None, 0

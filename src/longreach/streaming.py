@@ -45,7 +45,7 @@ def stream(
     losses      False skips the language-model head except for the last token of a chunk.
     cache       the `cache` of an earlier chunk, to go on where it ended (its last token's successor has no loss then: NaN).
 
-    Raises ValueError if the method's capacity is passed: stream with a bounded method such as LMInfinite.
+    Raises ValueError if the method's capacity is passed (stream with a bounded method such as LMInfinite), or if the model gives a loss that is not finite.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
@@ -73,9 +73,20 @@ def stream(
             if last is not None:
                 found[:1] = F.cross_entropy(last[None], chunk[:1]).cpu()
             found[1:] = F.cross_entropy(logits[:-1], chunk[1:], reduction="none").cpu()
+            require_finite(found if last is not None else found[1:], start + (last is None))
         last = logits[-1].clone()
         yield Chunk(start, found, cache, cache_bytes(cache))
         start += chunk.numel()
+
+
+def require_finite(losses: torch.Tensor, start: int = 0) -> None:
+    """NaN says "nothing precedes it" in what `stream` yields, so what a model has made of a token must not be NaN. `start`: index of the first."""
+    if bool((wrong := ~losses.isfinite()).any()):
+        index = start + int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"the model gives NaN or infinity for token {index}, so there is no loss to report; load it in another dtype (float32, or bfloat16 where float16 "
+            "overflows), or check its weights"
+        )
 
 
 def _chunks(ids: torch.Tensor | Iterable[int], size: int) -> Iterator[torch.Tensor]:

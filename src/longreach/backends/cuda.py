@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from longreach.backends import biased, tiles
 from longreach.backends.biased import Bias
 from longreach.backends.tiles import Band
+from longreach.differences import largest
 
 
 class CudaTiles:
@@ -122,7 +123,7 @@ def require_bias(device: torch.device, dtype: torch.dtype) -> None:
         wide_k = torch.cat([k.float(), torch.stack([column, torch.ones_like(column)], -1).float().expand(1, 2, -1, -1)], -1)
         want, want_lse = tiles.capped(wide_q, wide_k, v.float(), band, 0.125, softcap=1e6)
         seen = ~want_lse.isneginf()
-        worst = max(worst, (out.float() - want).abs().max().item(), (lse - want_lse)[seen].abs().max().item())
+        worst = max(worst, largest(out.float() - want), largest((lse - want_lse)[seen]))
     if not worst < (1e-3 if dtype == torch.float32 else 5e-2):
         raise ValueError(f"the bias of ALiBi is off by {worst:.1e} on this device; move the model to 'cpu' or update PyTorch")
 
@@ -140,6 +141,5 @@ def _self_test(backend: CudaTiles, device: torch.device, dtype: torch.dtype) -> 
             seen = ~want_lse.isneginf()
             if not torch.equal(seen, ~lse.isneginf()):
                 return float("inf")
-            if seen.any():
-                worst = max(worst, (out.float() - want).abs().max().item(), (lse - want_lse)[seen].abs().max().item())
+            worst = max(worst, largest(out.float() - want), largest((lse - want_lse)[seen]))
     return worst

@@ -142,9 +142,10 @@ def _sentence(error: Exception) -> str:
 
 def _with_fix(error: Exception, given: list[str]) -> str:
     """Typer's own sentence, and where to look."""
-    sentence = str(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
+    sentence = str(error.format_message()).rstrip(".").replace("Value error, ", "")  # type: ignore[attr-defined]
     if given[0] in COMMANDS:
-        return f"{sentence}; see longreach {given[0]} --help"
+        context = getattr(error, "ctx", None)
+        return f"{sentence}; see {context.command_path if context else f'longreach {given[0]}'} --help"
     return f"{sentence}; choose one of: {', '.join(COMMANDS)}"
 
 

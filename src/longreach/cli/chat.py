@@ -19,6 +19,7 @@ from longreach.cli.common import (
     Context,
     Device,
     Dtype,
+    Encoding,
     Json,
     MethodName,
     Model,
@@ -35,6 +36,7 @@ from longreach.cli.common import (
 )
 from longreach.cli.console import stopping_gently
 from longreach.cli.session import ROOM, Session
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from longreach.generation import Answer, Sampling
@@ -57,7 +59,8 @@ def command(
     model: Model = "nano",
     declared: Context = None,
     method: MethodName = None,
-    file: Annotated[str | None, typer.Option("--file", "-f", help="The text to talk about: a UTF-8 file (.xz and .gz too) or @book.")] = None,
+    file: Annotated[str | None, typer.Option("--file", "-f", help="The text to talk about: a file (.xz and .gz too) or @book.")] = None,
+    encoding: Encoding = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
     hide: Annotated[list[str] | None, typer.Option("--hide", help="A sentence to hide in the text; may be given several times, then spread evenly.")] = None,
@@ -87,7 +90,7 @@ def command(
         for option, value in (("--system", system), *(("--hide", sentence) for sentence in hide or [])):
             text.check_argument(option, value)
         chosen = method_of(context, method)
-        document = text.read(file, text.LARGEST_FILE, out.note) if file is not None else ""
+        document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
         with quiet_transformers(verbose):
             from longreach.generation import Sampling
 
@@ -99,7 +102,7 @@ def command(
             session.begin(document, system)
             try:
                 read = session.read()
-                out.note(f"{read} tokens of text read; {HINT}" if document else HINT)
+                out.note(f"{counted(read, 'token')} of text read; {HINT}" if document else HINT)
                 turns = converse(session, Sampling(temperature or None, seed=seed))
                 result = {"model": model, "context": session.talk.limit, "document_tokens": read, "turns": turns, "extension": session.extension.report()}
             finally:
@@ -145,7 +148,7 @@ def converse(session: Session, sampling: Sampling) -> list[dict[str, Any]]:
             if not asking or isinstance(error, BrokenPipeError):
                 raise
             out.error(" ".join(str(error).split()))
-        answered = f"{len(turns)} question{'' if len(turns) == 1 else 's'} answered, the conversation is not saved"
+        answered = f"{counted(len(turns), 'question')} answered, the conversation is not saved"
         out.kept = f"the conversation is saved in {session.saved}" if session.saved else answered
     return turns
 
@@ -174,8 +177,7 @@ def obey(session: Session, name: str, rest: str) -> None:
 
 
 def held(session: Session) -> str:
-    turns = len(session.talk.turns)
-    return f"{session.talk.known} tokens and {turns} turn{'' if turns == 1 else 's'}"
+    return f"{counted(session.talk.known, 'token')} and {counted(len(session.talk.turns), 'turn')}"
 
 
 def ask(session: Session, question: str, sampling: Sampling, asking: bool) -> Answer | None:

@@ -31,8 +31,11 @@ from longreach.cli.common import (
     pairs_table,
     quiet_transformers,
 )
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
+    import torch
+
     from longreach.cli.measurements import Measurement
     from longreach.methods.base import Method
     from longreach.seam.extend import Extension
@@ -78,14 +81,16 @@ def command(
             raise ValueError("--family and --markdown belong to --all; add it")
         chosen = method_of(context, method)
         with quiet_transformers(verbose):
-            loaded, _ = load_model(out, model, dtype, device)
-            result = {"model": model, **examine(out, loaded, chosen, declared, tokens, trained_window)}
+            loaded, tokenizer = load_model(out, model, dtype, device)
+            result = {"model": model, **examine(out, loaded, tokenizer, chosen, declared, tokens, trained_window)}
         out.finish(result, lambda console: show(console, result))
         if not result["passed"]:
             raise typer.Exit(FAILED)
 
 
-def examine(out: Output, model: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None) -> dict[str, Any]:
+def examine(
+    out: Output, model: Any, tokenizer: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None
+) -> dict[str, Any]:
     """Everything about one model, as plain data. The model ends in fp32."""
     from longreach import extend
     from longreach.cli import measurements
@@ -96,13 +101,15 @@ def examine(out: Output, model: Any, method: Method | None, declared: int | None
         dial = list(choices(extension))
         subject = method or (extension.method if declared else None)
         rotation = measurements.rotation(extension)
-    groups = [group(None, [rotation, *own(out, model, min(tokens, facts["trained_window"]))])]
+    ids = measurements.texts(model, tokenizer, tokens)
+    groups = [group(None, [rotation, *own(out, model, ids[:, : facts["trained_window"]])])]
     for each in measurements.subjects(subject, tokens):
-        out.note(f"measuring {each} on {tokens} tokens")
-        groups.append(group(each, measurements.consistency(model, each, measurements.random_ids(model, tokens), declared)))
+        out.note(f"measuring {each} on {counted(tokens, 'token')}")
+        groups.append(group(each, measurements.consistency(model, each, ids[:1], declared)))
     return {
         "device": str(measurements.device_of(model)),
         "tokens": tokens,
+        "texts": measurements.TEXTS,
         "extension": facts,
         "dial": dial,
         "groups": groups,
@@ -114,19 +121,18 @@ def group(method: Method | None, found: list[Measurement]) -> dict[str, Any]:
     return {"method": None if method is None else method.to_json(), "measurements": [m.to_json() for m in found]}
 
 
-def own(out: Output, model: Any, tokens: int) -> list[Measurement]:
+def own(out: Output, model: Any, ids: torch.Tensor) -> list[Measurement]:
     """The engine with neutral parameters: in the model's own precision if that is half, then in fp32, which the model is left in."""
     import torch
 
     from longreach.cli import measurements
 
-    ids = measurements.random_ids(model, tokens)
-    half = None
+    found = []
     if next(model.parameters()).dtype != torch.float32:
         out.note(f"measuring neutral parameters in {next(model.parameters()).dtype}, then everything in fp32")
-        half = measurements.half_precision(model, ids)
-        model.float()
-    found = [] if half is None else [measurements.half_ratio(*half, measurements.logits(model, ids))]
+        measurements.require_ordinary(model)
+        found.append(measurements.half_precision(model, ids))
+        torch.nn.Module.float(model)  # Transformers' own declines a model from a GGUF file
     return found + measurements.neutral(model, ids)
 
 
@@ -166,11 +172,11 @@ def show(console: Console, result: dict[str, Any]) -> None:
     sliding = facts["layers"] - len(ours) - chunked
     layers = f"{facts['layers']}: {len(ours)} with the method, {sliding} sliding and {chunked} chunked as trained, {len(without)} without positions"
     rows = [
-        ("trained window", f"{facts['trained_window']} tokens ({facts['trained_window_reason']})"),
+        ("trained window", f"{counted(facts['trained_window'], 'token')} ({facts['trained_window_reason']})"),
         ("layers", layers),
         ("backend", f"{facts['backend']}, {facts['dtype']}, {result['device']}"),
         ("looked at", str(from_json(facts["method"]))),
-        ("capacity", "unlimited" if facts["capacity"] is None else f"{facts['capacity']} tokens"),
+        ("capacity", "unlimited" if facts["capacity"] is None else counted(facts["capacity"], "token")),
     ]
     console.print(pairs_table(result["model"], rows))
 
@@ -185,17 +191,19 @@ def show(console: Console, result: dict[str, Any]) -> None:
         if remark := row["refusal"] or row["warning"]:
             console.print(Text(f"  {row['times']}x: {remark}"))
 
-    gates = Table(title=f"\nmeasured (relative to the largest logit, fp32 unless said; {result['tokens']} tokens)", title_justify="left", box=box.SIMPLE)
+    how = f"relative to the largest logit, fp32 unless said; {result['texts']} texts, {result['tokens']} tokens"
+    gates = Table(title=f"\nmeasured ({how})", title_justify="left", box=box.SIMPLE)
     for column in ("", "measurement", "value", "gate"):
         gates.add_column(column, justify="right" if column in ("value", "gate") else "left")
     for group in result["groups"]:
         if group["method"] is not None:
             gates.add_row("", Text(brief(group["method"]), style="bold"), "", "")
         for m in group["measurements"]:
-            state = "skip" if m["value"] is None and m["passed"] else "[green]pass[/green]" if m["passed"] else "[bold red]FAIL[/bold red]"
+            state = Text("skip") if m["value"] is None and m["passed"] else Text("pass", "green") if m["passed"] else Text("FAIL", "bold red")
             gates.add_row(state, Text(m["name"]), m["note"] if m["value"] is None else f"{m['value']:.2g}", f"{m['gate']:.2g}")
     console.print(gates)
-    console.print("all gates pass" if result["passed"] else "[bold red]a gate fails: do not trust this model under Longreach, and report it[/bold red]")
+    failed = "a gate fails: do not trust this model under Longreach, and report it"
+    console.print("all gates pass" if result["passed"] else failed, style="" if result["passed"] else "bold red")
 
 
 def brief(method: dict[str, Any]) -> str:

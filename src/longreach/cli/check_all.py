@@ -22,6 +22,7 @@ def run(out: Output, method: str | None, names: list[str] | None, markdown: Path
     from longreach.cli import parameters
     from longreach.evals import exactness
     from longreach.evals.families import FAMILIES, REFUSED
+    from longreach.evals.results import write_whole
 
     known = [*FAMILIES, *REFUSED]
     if unknown := sorted(set(names or ()) - set(known)):
@@ -36,7 +37,7 @@ def run(out: Output, method: str | None, names: list[str] | None, markdown: Path
     if markdown is not None:
         from longreach.evals.families_page import page
 
-        markdown.write_text(page(found), encoding="utf-8")
+        write_whole(markdown, page(found))
         out.note(f"wrote {markdown}")
     gates = {"fast_against_dense": exactness.FAST, "neutral_against_stock": exactness.NEUTRAL}
     return {"gates": gates, "families": [family.to_json() for family in found], "passed": all(family.passed for family in found)}
@@ -44,7 +45,7 @@ def run(out: Output, method: str | None, names: list[str] | None, markdown: Path
 
 def summary(family: Family) -> str:
     if family.refusal is not None:
-        return f"refused: {family.refusal}"
+        return f"{'FAILS' if family.failed else 'refused'}: {family.refusal}"
     measured = [cell for cell in family.cells if cell.refusal is None]
     refused = len(family.cells) - len(measured)
     if not measured:
@@ -64,12 +65,13 @@ def show(console: Console, result: dict[str, Any]) -> None:
         table.add_column(column, justify="right" if "against" in column else "left", no_wrap=column in ("family", "method"))
     for family in result["families"]:
         if family["refusal"]:
-            table.add_row(family["name"], "every", "", "", Text(f"refused: {family['refusal']}"))
+            table.add_row(family["name"], "every", "", "", Text(f"{'FAILS' if family['failed'] else 'refused'}: {family['refusal']}"))
         for cell in family["cells"]:
             if cell["refusal"]:
                 table.add_row(family["name"], cell["method"], "", "", Text(f"refused: {cell['refusal']}"))
             else:
-                state = "[green]pass[/green]" if cell["passed"] else "[bold red]FAIL[/bold red]"
-                table.add_row(family["name"], cell["method"], f"{cell['fast']:.1e}", f"{cell['neutral']:.1e}", state)
+                state = Text("pass", "green") if cell["passed"] else Text("FAIL", "bold red")
+                fast, neutral = ("not finite" if cell[name] is None else f"{cell[name]:.1e}" for name in ("fast", "neutral"))
+                table.add_row(family["name"], cell["method"], fast, neutral, state)
     console.print(table)
-    console.print("all gates pass" if result["passed"] else "[bold red]a gate fails: please report it[/bold red]")
+    console.print("all gates pass" if result["passed"] else "a gate fails: please report it", style="" if result["passed"] else "bold red")

@@ -15,6 +15,7 @@ from longreach.cli.console import Output as Output
 from longreach.cli.console import output as output
 from longreach.cli.console import progress_bar as progress_bar
 from longreach.cli.console import quiet_transformers as quiet_transformers
+from longreach.quantities import token_count
 
 if TYPE_CHECKING:
     from longreach.methods.base import Method
@@ -30,22 +31,17 @@ Model = Annotated[str, typer.Option("--model", "-m", help="'nano' (embedded), a 
 
 def tokens(text: str | int) -> int:
     """ "4096" or "4k" -> 4096."""
-    number, thousands = str(text).strip().lower(), 1
-    if number.endswith("k"):
-        number, thousands = number[:-1], 1024
     try:
-        found = int(float(number) * thousands)
-    except (ValueError, OverflowError):
-        found = 0
-    if found < 1:
-        raise typer.BadParameter(f"pass a number of tokens, such as 4096 or 4k, not {text!r}")
-    return found
+        return token_count(text, "it")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 Context = Annotated[
     int | None, typer.Option("--context", parser=tokens, metavar="TOKENS", help="Tokens of the whole sequence, new tokens included, such as 4096 or 4k.")
 ]
 MethodName = Annotated[str | None, typer.Option("--method", help=f"Chosen for the context if not given. {MORE}")]
+Encoding = Annotated[str | None, typer.Option("--text-encoding", help="Of the text, such as utf-16 or latin-1; UTF-8 if not given.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda; the CPU if not given.")]
 TrainedWindow = Annotated[

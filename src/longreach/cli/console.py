@@ -19,6 +19,8 @@ from typing import IO, Any, Protocol
 
 from rich.console import Console
 
+from longreach.quantities import counted
+
 LONG = 2048  # tokens from which progress is shown
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 NOTHING = "nothing was kept"
@@ -69,7 +71,7 @@ class Output:
 
     @property
     def tables(self) -> Console:
-        return Terminal(file=self.stdout, highlight=False)
+        return Terminal(file=self.stdout, highlight=False, markup=False)  # what is printed may hold brackets of its own
 
     def note(self, text: str) -> None:
         """A line for people, on standard error in both modes."""
@@ -85,7 +87,7 @@ class Output:
 
     def say(self, text: str) -> None:
         """A line on standard error in every mode: what somebody asked for."""
-        self.errors.print(text, markup=False, soft_wrap=True)
+        self.errors.print(text, soft_wrap=True)
 
     def aside(self, renderable: Any) -> None:
         """A table for people, on standard error."""
@@ -126,7 +128,7 @@ def output(as_json: bool, verbose: bool = False, quiet: bool = False) -> Iterato
     """
     if verbose and quiet:
         raise ValueError("--verbose and --quiet contradict each other; leave out one")
-    found = Output(as_json, sys.stdout, Terminal(stderr=True, file=sys.stderr, highlight=False), quiet)
+    found = Output(as_json, sys.stdout, Terminal(stderr=True, file=sys.stderr, highlight=False, markup=False), quiet)
     others: Any = sys.stderr if verbose else Discard()
     try:
         with redirect_stdout(others), redirect_stderr(others), warnings.catch_warnings():
@@ -214,7 +216,7 @@ def _lines(out: Output, tokens: int, what: str) -> Update:
     def update(done: int, what: str | None = None) -> None:
         if done and pace.due():
             left = duration(pace.seconds * (tokens - done) / done)
-            out.note(f"{what or doing}: {done} of {tokens} tokens ({100 * done // tokens} %), about {left} left")
+            out.note(f"{what or doing}: {done} of {counted(tokens, 'token')} ({100 * done // tokens} %), about {left} left")
 
     return update
 

@@ -13,7 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longreach.cli import text
-from longreach.cli.common import Device, Dtype, Force, Json, Model, Output, Quiet, Verbose, load_model, output, progress_bar, quiet_transformers, size
+from longreach.cli.common import (
+    Device,
+    Dtype,
+    Encoding,
+    Force,
+    Json,
+    Model,
+    Output,
+    Quiet,
+    Verbose,
+    load_model,
+    output,
+    progress_bar,
+    quiet_transformers,
+    size,
+)
 from longreach.cli.targets import check_picture
 
 if TYPE_CHECKING:
@@ -24,7 +39,8 @@ if TYPE_CHECKING:
 
 def command(
     model: Model = "nano",
-    file: Annotated[str, typer.Option("--file", "-f", help="The book: a UTF-8 file (.xz and .gz too), or @book, which comes with nano.")] = text.BOOK,
+    file: Annotated[str, typer.Option("--file", "-f", help="The book: a file (.xz and .gz too), or @book, which comes with nano.")] = text.BOOK,
+    encoding: Encoding = None,
     lengths: Annotated[str, typer.Option("--lengths", help="Lengths of the texts, in trained windows.")] = "1,2,4,8",
     depths: Annotated[int, typer.Option("--depths", min=1, help="Depths at which a key is hidden, evenly spread.")] = 5,
     keys: Annotated[int, typer.Option("--keys", min=1, help="Keys for every length and depth.")] = 2,
@@ -49,7 +65,7 @@ def command(
 
         plan = Plan(whole_numbers(lengths), depths, keys, loss_length, stream_length, texts, seed)
         check_picture(out, png, force)
-        book = text.read(file, text.LARGEST_FILE, out.note)
+        book = text.read(file, text.LARGEST_FILE, out.note, encoding)
         with quiet_transformers(verbose):
             from longreach import auto, demo, plots
 
@@ -85,16 +101,19 @@ def bar(out: Output, plan: Plan, window: int) -> Iterator[Progress]:
 
 
 def show(console: Console, model: str, result: dict[str, Any], words: dict[str, str], png: Path) -> None:
+    from rich.text import Text
+
     from longreach.demo import NAMES
 
     window = result["window"]
-    console.print(f"\n[bold]{model}[/bold] was trained on {window} tokens and has not been trained further. Every method reads the same texts.\n")
+    trained = f" was trained on {window} tokens and has not been trained further. Every method reads the same texts.\n"
+    console.print(Text.assemble("\n", (model, "bold"), trained))
     console.print(found_table(result))
     console.print(depth_table(result))
     console.print(loss_table(result))
     console.print(cost_table(result))
     for name in NAMES:
-        console.print(f"[bold]{NAMES[name]}[/bold]{words[name].removeprefix(NAMES[name])}\n")
+        console.print(Text.assemble((NAMES[name], "bold"), words[name].removeprefix(NAMES[name]), "\n"))
     console.print("A low loss is not recall: look at both before you choose. `longreach run --context N` chooses for a length; `longreach methods` lists all.")
     console.print(f"\nfigure: {png}   ({result['seconds']:.0f} s)")
 

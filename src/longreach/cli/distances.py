@@ -5,12 +5,13 @@ Knows methods and their layouts; loads no model.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli.common import Force, Json, Output, output
+from longreach.cli.common import Force, Json, Output, output, tokens
 from longreach.cli.targets import check_picture
 
 if TYPE_CHECKING:
@@ -21,17 +22,20 @@ if TYPE_CHECKING:
 
 TAKES_METHOD_PARAMETERS = True
 MOST_TOKENS = 4096
+MOST_DIMS = 4096
 LAYERS_SEARCHED = 256  # for a late segment, which has no fixed distances
 
 
 def command(
     context: typer.Context,
     method: Annotated[str, typer.Argument(help="selfextend, lm-infinite, ...; its parameters follow as options, see `longreach methods`.")],
-    length: Annotated[int, typer.Option("--length", "-n", help=f"Number of tokens, at most {MOST_TOKENS}.")] = 10,
+    length: Annotated[int, typer.Option("--length", "-n", parser=tokens, metavar="TOKENS", help=f"Number of tokens, at most {MOST_TOKENS}.")] = 10,
     layer: Annotated[int, typer.Option("--layer", min=0, help="The layer, for methods that treat layers differently.")] = 0,
     png: Annotated[Path | None, typer.Option("--png", help="Draw the matrix into this file instead of printing it.")] = None,
-    trained_window: Annotated[int | None, typer.Option("--trained-window", min=2, help="For the picture: mark what so many tokens do not train.")] = None,
-    base: Annotated[float, typer.Option("--rope-base", min=1.0, help="For the picture of a frequency method: the model's rope_theta.")] = 1e4,
+    trained_window: Annotated[
+        int | None, typer.Option("--trained-window", parser=tokens, metavar="TOKENS", help="For the picture: mark what so many tokens do not train.")
+    ] = None,
+    base: Annotated[float, typer.Option("--rope-base", help="For the picture of a frequency method: the model's rope_theta.")] = 1e4,
     dims: Annotated[int, typer.Option("--rotary-dims", min=2, help="For the picture of a frequency method: rotated dims of a head.")] = 128,
     force: Force = False,
     as_json: Json = False,
@@ -78,6 +82,10 @@ def pairs_of(method: Method, window: int, context: int, base: float, dims: int) 
 
     if dims % 2:
         raise ValueError(f"--rotary-dims must be even, not {dims}: dims are rotated in pairs")
+    if dims > MOST_DIMS:
+        raise ValueError(f"--rotary-dims must be at most {MOST_DIMS}, not {dims}; they are those of one head")
+    if not 1 < base < math.inf:
+        raise ValueError(f"--rope-base must be a number above 1, such as 10000, not {base:g}")
     own, new = frequencies.without_model(method, window, context, base, dims)
     return plots.Pairs(own.inverse, new.inverse, window, context, method.largest_distance(context), new.scaling)
 

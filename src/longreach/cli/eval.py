@@ -16,6 +16,7 @@ import typer
 
 from longreach.cli import targets
 from longreach.cli.common import Force, Json, output
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,14 +69,14 @@ def show_tasks(console: Console, found: list[dict[str, Any]]) -> None:
     for group in dict.fromkeys(task["group"] for task in sorted(found, key=lambda task: task["group"])):
         members = [task for task in found if task["group"] == group]
         licences = " / ".join(dict.fromkeys(task["license"] for task in members))
-        console.print(f"{group or 'tasks of their own'}: {licences}", markup=False, style="bold")
+        console.print(f"{group or 'tasks of their own'}: {licences}", style="bold")
         table = plain_table("task", "data", "metric", "options and their defaults")
         table.columns[0].no_wrap = True
         for task in members:
             options = ", ".join(f"{name}={value}" for name, value in task["options"].items())
             table.add_row(task["name"], "needed" if task["needs_data"] else "made", task["metric"], options)
         console.print(table)
-    console.print("A benchmark's name stands for all its tasks. Options are given as --option NAME=VALUE.", markup=False)
+    console.print("A benchmark's name stands for all its tasks. Options are given as --option NAME=VALUE.")
 
 
 def report(
@@ -90,28 +91,28 @@ def report(
     """One HTML page of several runs, with everything in it."""
     with output(as_json) as out:
         from longreach.evals import report as pages
-        from longreach.evals.results import Folder, runs_in_markdown
+        from longreach.evals.results import Folder, runs_in_markdown, write_whole, writing
         from longreach.evals.view import view
 
         targets.check(out, html, targets.REPORT_PAGE, force)
         if markdown is not None:
             targets.check(out, markdown, targets.REPORT_TABLES, force)
-        opened = [Folder(folder) for folder in folders]
         folder = figures or html.parent / "figures"
-        with TemporaryDirectory(dir=html.parent, prefix=".report-") as made:  # what the pictures are called is known when they are drawn
-            pictures = pages.write(opened, [view(each) for each in opened], Path(made) / html.name, made, palette)
-            pictures = placed(pictures, folder, force)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is a file; name a folder for the pictures")
+        opened = [Folder(each) for each in folders]
+        views = [view(each) for each in opened]
+        with writing(html), TemporaryDirectory(dir=html.parent, prefix=".report-") as made:  # what the pictures are called is known when they are drawn
+            pictures = placed(pages.write(opened, views, Path(made) / html.name, made, palette), folder, force)
             os.replace(Path(made) / html.name, html)
         if markdown is not None:
-            markdown.write_text(f"<!-- written by longreach eval report -->\n\n{runs_in_markdown(opened)}", encoding="utf-8")
+            write_whole(markdown, f"<!-- written by longreach eval report -->\n\n{runs_in_markdown(opened)}")
         result = {"html": str(html), "figures": [{"title": p.title, "png": str(p.png), "csv": str(p.csv)} for p in pictures]}
-        out.finish(result, lambda console: console.print(f"{html}: {len(opened)} runs, {len(pictures)} pictures", markup=False))
+        out.finish(result, lambda console: console.print(f"{html}: {counted(len(opened), 'run')}, {counted(len(pictures), 'picture')}"))
 
 
 def placed(pictures: list[Picture], folder: Path, force: bool) -> list[Picture]:
     """Move the pictures and their numbers into the folder, if all of them may be there."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file; name a folder for the pictures")
     folder.mkdir(parents=True, exist_ok=True)
     final = [dataclasses.replace(p, png=folder / p.png.name, csv=folder / p.csv.name) for p in pictures]
     for picture in final:
@@ -137,7 +138,7 @@ def compare(
 
 
 def show_comparison(console: Console, a: Path, b: Path, rows: list[dict[str, Any]]) -> None:
-    console.print(f"A: {a}\nB: {b}", markup=False)
+    console.print(f"A: {a}\nB: {b}")
     table = plain_table("task", "metric", "length", "n", "A (%)", "B (%)", "B - A", "95 % interval", "only A", "only B", "p")
     for r in rows:
         length = "all" if r["length"] is None else str(r["length"])

@@ -33,6 +33,7 @@ from longreach.cli.common import (
 )
 from longreach.cli.eval_options import ChunkSize, read_value
 from longreach.cli.eval_run import now
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +71,7 @@ def command(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness, such as mmlu, to see that a method does no harm. Needs lm_eval: pip install 'longreach[eval]'.
+    """Run tasks of lm-evaluation-harness, such as mmlu, to see that a method does no harm. Needs lm_eval: pip install 'longreach\\[eval]'.
 
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`. Without a method, the dial chooses
     for --context; without both, for the trained window.
@@ -118,7 +119,7 @@ def command(
         rows, report = lm_harness.scores(found), found["longreach"]
         if report["shortened_requests"]:
             out.warn(
-                f"{report['shortened_requests']} of {report['requests']} requests were longer than {report['max_length']} tokens and lost "
+                f"{report['shortened_requests']} of {counted(report['requests'], 'request')} were longer than {report['max_length']} tokens and lost "
                 f"{report['tokens_left_out']} of their tokens; their scores are not those of the whole prompts"
             )
         result = {"model": model, "context": extension.context, **report, "limit": documents, "seed": seed, "out": out_file and str(out_file), "scores": rows}
@@ -153,7 +154,7 @@ def parse_limit(limit: float | None) -> int | float | None:
     """A number of documents, or a share of them below 1."""
     if limit is None or 0 < limit < 1:
         return limit
-    if limit < 1 or limit != int(limit):
+    if not (1 <= limit < math.inf) or limit != int(limit):
         raise ValueError(f"--limit must be a number of documents, such as 50, or a share of them, such as 0.1, not {limit:g}")
     return int(limit)
 
@@ -195,4 +196,4 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         numbers = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("value", "stderr"))
         table.add_row(row["task"], row["metric"], row["filter"], *numbers, "" if row["n"] is None else str(row["n"]))
     console.print(table)
-    console.print("Short tasks show that a method does no harm, not what it reaches; run `longreach eval run passkey` too.", markup=False)
+    console.print("Short tasks show that a method does no harm, not what it reaches; run `longreach eval run passkey` too.")

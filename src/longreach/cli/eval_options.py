@@ -25,12 +25,12 @@ Lengths = Annotated[str | None, typer.Option("--lengths", help="Tokens of prompt
 Depths = Annotated[str, typer.Option("--depths", help="Where facts lie: 0,0.5,1 or from:to:step, such as 0:1:0.1; above 1 they are percents.")]
 Samples = Annotated[int, typer.Option("--samples", min=0, help="Samples for every length (and depth); of a benchmark's data 0 stands for all.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the samples.")]
-Text = Annotated[str | None, typer.Option("--text", help="Text to hide facts in: a UTF-8 file (.xz and .gz too) or @book. A task's own filler if not given.")]
+Text = Annotated[str | None, typer.Option("--text", help="Text to hide facts in: a file (.xz and .gz too) or @book. A task's own filler if not given.")]
 Data = Annotated[str | None, typer.Option("--data", help="File or folder of a benchmark's official data.")]
 Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of a task, such as style=yarn. May be repeated.")]
 Truncate = Annotated[Cut | None, typer.Option("--truncate", help="What to leave out of too long prompts, and count. Without it, too long is an error.")]
 Chat = Annotated[Literal["auto", "off"], typer.Option("--chat", help="off: never use the model's chat template; auto: where the task says so.")]
-ChunkSize = Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens of one forward.")]
+ChunkSize = Annotated[int, typer.Option("--chunk-size", parser=tokens, metavar="TOKENS", help="Prompt tokens of one forward.")]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def wanted(
     text: str | None,
     data: str | None,
     options: list[str] | None,
+    encoding: str | None = None,
 ) -> Wanted:
     """Whatever is wrong with the options is said here, before a model is loaded."""
     from longreach.evals.base import Settings
@@ -74,7 +75,9 @@ def wanted(
     listed = None if lengths is None else parse_lengths(lengths)
     if samples == 0 and (made := [task.name for task in tasks if not task.needs_data]):
         raise ValueError(f"--samples 0 means all rows of official data, and {', '.join(made)} makes its samples; pass --samples 5 or more")
-    passage = None if text is None else texts.read(text, texts.LARGEST_FILE, out.note)
+    if data is not None and not any(task.needs_data for task in tasks):
+        raise ValueError(f"--data is for benchmarks with official data, and {', '.join(task.name for task in tasks)} makes its samples; leave it out")
+    passage = None if text is None else texts.read(text, texts.LARGEST_FILE, out.note, encoding)
     return Wanted(tasks, Settings(depths=parse_depths(depths), samples=samples, seed=seed, text=passage, data=data), listed, chosen)
 
 
@@ -109,7 +112,7 @@ def find_tasks(names: list[str]) -> list[Task]:
     known = base.tasks()
     found: dict[str, Task] = {}
     for name in names:
-        members = [task for task in known.values() if task.group == name] or [base.task(name)]
+        members = [task for task in known.values() if name and task.group == name] or [base.task(name)]
         found |= {task.name: task for task in members}
     return list(found.values())
 

@@ -5,11 +5,9 @@ Knows options and files; measuring is done in `longreach.evals.perplexity`.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import math
-import os
 import sys
 from pathlib import Path
 from random import Random
@@ -22,6 +20,7 @@ from longreach.cli.common import (
     Context,
     Device,
     Dtype,
+    Encoding,
     Json,
     MethodName,
     Model,
@@ -32,9 +31,11 @@ from longreach.cli.common import (
     method_of,
     output,
     quiet_transformers,
+    tokens,
 )
 from longreach.cli.eval_options import ChunkSize, parse_lengths
 from longreach.cli.eval_run import now
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +51,8 @@ Protocol = Literal["truncated", "sliding", "streaming"]
 def command(
     context: typer.Context,
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")],
-    files: Annotated[list[str] | None, typer.Option("--text", help="A UTF-8 file (.xz and .gz too) or @book; one document each. @book if not given.")] = None,
+    files: Annotated[list[str] | None, typer.Option("--text", help="A file (.xz and .gz too) or @book; one document each. @book if not given.")] = None,
+    encoding: Encoding = None,
     model: Model = "nano",
     declared: Context = None,
     method: MethodName = None,
@@ -62,7 +64,9 @@ def command(
     ] = "truncated",
     lengths: Annotated[str | None, typer.Option("--lengths", help="Lengths of texts, of windows (sliding), or of the stream: its last one counts.")] = None,
     passages: Annotated[int | None, typer.Option("--passages", min=1, help="Cut so many passages out of each text, at drawn places, as documents.")] = None,
-    stride: Annotated[int, typer.Option("--stride", min=1, help="New tokens of a window (sliding), or of a stretch (streaming).")] = 256,
+    stride: Annotated[
+        int, typer.Option("--stride", parser=tokens, metavar="TOKENS", help="New tokens of a window (sliding), or of a stretch (streaming).")
+    ] = 256,
     weighting: Annotated[Literal["token", "window"], typer.Option("--weighting", help="window: the published script's mean over windows (sliding).")] = "token",
     seed: Annotated[int, typer.Option("--seed", help="Of the passages.")] = 0,
     chunk_size: ChunkSize = 512,
@@ -79,14 +83,17 @@ def command(
     """
     started = now()
     with output(as_json, verbose) as out:
+        from longreach.evals.results import Folder
+
+        folder = Folder(out_folder)
+        folder.check()
         chosen = method_of(context, method)
         wanted = None if lengths is None else parse_lengths(lengths)
-        sources = {name: texts.read(name, texts.LARGEST_FILE, out.note) for name in files or [texts.BOOK]}
+        sources = {name: texts.read(name, texts.LARGEST_FILE, out.note, encoding) for name in files or [texts.BOOK]}
         with quiet_transformers(verbose):
             from longreach import auto
             from longreach.evals import environment, perplexity
             from longreach.evals.model_engine import attached, span
-            from longreach.evals.results import Folder
             from longreach.seam.checks import find_base
 
             loaded, tokenizer = load_model(out, model, dtype, device)
@@ -96,7 +103,8 @@ def command(
             documents = read_documents(tokenizer, sources, max(found), passages, seed)
             bounds = span(chosen, window, declared, max(found))
             if bounds.limit is not None and max(found) > bounds.limit:
-                raise ValueError(f"--lengths up to {max(found)} exceed {bounds.limit} tokens; pass --context {max(found)}, another method, or shorter ones")
+                limit = counted(bounds.limit, "token")
+                raise ValueError(f"--lengths up to {max(found)} exceed {limit}; pass --context {max(found)}, another method, or shorter ones")
             if protocol != "sliding":
                 documents = long_enough(out, documents, found)
             with attached(loaded, tokenizer, chosen, bounds.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
@@ -106,7 +114,6 @@ def command(
                 out.note(f"method: {extension.method} ({facts['reason']})")
                 if facts["warning"]:
                     out.warn(facts["warning"])
-                folder = Folder(out_folder)
                 config = {
                     "model": model, "method": extension.method.to_json(), "method_text": extension.method.brief(), "context": extension.context,
                     "trained_window": window, "dtype": facts["dtype"], "device": loaded.device.type, "chunk_size": chunk_size, "protocol": protocol,
@@ -158,10 +165,10 @@ def long_enough(out: Output, documents: list[Document], lengths: tuple[int, ...]
     kept = [doc for doc in documents if len(doc) >= max(lengths)]
     if not kept:
         longest = max(len(doc) for doc in documents)
-        raise ValueError(f"no text has {max(lengths)} tokens, the longest has {longest}; pass longer texts, or --lengths up to {longest}")
+        raise ValueError(f"no text has {counted(max(lengths), 'token')}, the longest has {longest}; pass longer texts, or --lengths up to {longest}")
     for doc in documents:
         if len(doc) < max(lengths):
-            out.warn(f"{doc.name} has {len(doc)} tokens, fewer than {max(lengths)}, and is left out")
+            out.warn(f"{doc.name} has {counted(len(doc), 'token')}, fewer than {max(lengths)}, and is left out")
     return kept
 
 
@@ -198,14 +205,13 @@ def rows_of_stretch(stretch: Stretch) -> list[Row]:
 
 def write_curve(path: Path, curve: Curve) -> None:
     """Positions that some document has; the first token of a text is predicted by nothing."""
-    temporary = path.with_suffix(".csv.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("position", "mean", "var", "count"))
-        for place, (mean, variance, count) in enumerate(zip(curve.mean.tolist(), curve.variance.tolist(), curve.count.tolist())):
-            if count:
-                writer.writerow((place, f"{mean:.6f}", f"{variance:.6f}", count))
-    os.replace(temporary, path)
+    from longreach.evals.results import write_whole
+
+    lines = ["position,mean,var,count"]
+    for place, (mean, variance, count) in enumerate(zip(curve.mean.tolist(), curve.variance.tolist(), curve.count.tolist())):
+        if count:
+            lines.append(f"{place},{mean:.6f},{variance:.6f},{count}")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def show(console: Console, rows: list[Row]) -> None:
@@ -220,4 +226,4 @@ def show(console: Console, rows: list[Row]) -> None:
             "" if bits is None else f"{bits.value:.4f}", str(values["nll"].n),
         )  # fmt: skip
     console.print(table)
-    console.print("A low perplexity does not imply recall; run `longreach eval run passkey` too.", markup=False)
+    console.print("A low perplexity does not imply recall; run `longreach eval run passkey` too.")

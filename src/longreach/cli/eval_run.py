@@ -20,6 +20,7 @@ from longreach.cli.common import (
     Context,
     Device,
     Dtype,
+    Encoding,
     Json,
     MethodName,
     Model,
@@ -50,6 +51,7 @@ from longreach.cli.eval_options import (
     take_method_options,
     wanted,
 )
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +79,7 @@ def command(
     samples: Samples = 5,
     seed: Seed = 0,
     text: Text = None,
+    encoding: Encoding = None,
     data: Data = None,
     options: Options = None,
     truncate: Truncate = None,
@@ -97,23 +100,25 @@ def command(
     """
     started = now()
     with output(as_json, verbose, quiet) as out:
+        from longreach.evals.results import Folder
+
         names = take_method_options(context, names)
         chosen = method_of(context, method)
         part = parse_shard(shard)
-        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options)
+        folder = Folder(out_folder, part)
+        folder.check()
+        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
         with quiet_transformers(verbose):
             loaded, tokenizer = load_model(out, model, dtype, device)
             job = prepare(loaded, tokenizer, asked, chosen, declared, truncate, chat, trained_window)
             from longreach.evals import environment, runner
             from longreach.evals.model_engine import attached
-            from longreach.evals.results import Folder
 
             with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
                 assert engine.extension is not None
                 announce(out, job, engine.extension)
                 config = configuration(model, job, engine.extension, truncate, chat, chunk_size)
                 tasks = runner.describe(job.work, config)
-                folder = Folder(out_folder, part)
                 folder.start({
                     "config": config, "tasks": tasks, "samples": len(job.items), "environment": environment.describe(job.model.device),
                     "extension": engine.extension.report(), "command": ["longreach", *sys.argv[1:]], "started": started, "ended": None,
@@ -154,6 +159,7 @@ def estimate(
     samples: Samples = 5,
     seed: Seed = 0,
     text: Text = None,
+    encoding: Encoding = None,
     data: Data = None,
     options: Options = None,
     chat: Chat = "auto",
@@ -169,7 +175,7 @@ def estimate(
     with output(as_json, verbose) as out:
         names = take_method_options(context, names)
         chosen = method_of(context, method)
-        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options)
+        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
         with quiet_transformers(verbose):
             loaded, tokenizer = load_model(out, model, dtype, device)
             job = prepare(loaded, tokenizer, asked, chosen, declared, None, chat, trained_window)
@@ -249,7 +255,7 @@ def announce(out: Output, job: Job, extension: Extension) -> None:
     if beyond:
         out.warn(f"up to {job.span.context} tokens, beyond the capacity of {extension.capacity}: distances that were never trained, for comparison only")
     tokens = sum(item.tokens for item in job.items)
-    out.note(f"{len(job.items)} samples, {tokens} tokens of prompts, the longest sequence {max(item.needs for item in job.items)}")
+    out.note(f"{counted(len(job.items), 'sample')}, {counted(tokens, 'token')} of prompts, the longest sequence {max(item.needs for item in job.items)}")
 
 
 @contextmanager
@@ -282,15 +288,15 @@ def progress_of(out: Output, folder: Path) -> Iterator[Progress]:
 
 def keep(out: Output, step: Step, folder: Path) -> None:
     """What an interrupt leaves."""
-    out.kept = f"{step.done} of {step.total} samples are kept in {folder}, and the same command goes on from there"
+    out.kept = f"{step.done} of {counted(step.total, 'sample')} kept in {folder}, and the same command goes on from there"
 
 
 def summary(out: Output, outcome: Outcome, file: Path) -> None:
-    out.note(f"{outcome.answered} samples answered, {outcome.known} known before, {outcome.failed} failed")
+    out.note(f"{counted(outcome.answered, 'sample')} answered, {outcome.known} known before, {outcome.failed} failed")
     if outcome.truncated:
-        out.warn(f"{outcome.truncated} prompts were cut; their lengths are in {file} as truncated_tokens")
+        out.warn(f"{counted(outcome.truncated, 'prompt')} cut; {file} holds the number of tokens that each lost, as truncated_tokens")
     if outcome.failed:
-        out.warn(f"{outcome.failed} samples failed; {file} says why, and the same command tries them again")
+        out.warn(f"{counted(outcome.failed, 'sample')} failed; {file} says why, and the same command tries again")
 
 
 def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:

@@ -1,27 +1,35 @@
 """What `longreach check` measures on a model: how far the engine is from the dense truth, from stock, and from itself.
 
-Knows a model, extensions and random token ids; not gates' wording or terminals. Differences are relative to the largest logit.
+Knows a model, extensions and texts; not gates' wording or terminals. Differences are relative to the largest logit. What is measured is real text, in
+several places of a book: on random ids a trained model is in states that no text brings about, where rounding decides what no text lets it decide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
 
-from longreach.evals.exactness import FAST, NEUTRAL, difference
+from longreach.differences import TINY
+from longreach.differences import relative as difference
+from longreach.evals.exactness import FAST, NEUTRAL
+from longreach.loading import shipped_book
 from longreach.methods.base import Method
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
+from longreach.seam import selfcheck
 from longreach.seam.extend import Extension, extend
+from longreach.seam.placement import ordinary
 
-ITSELF, ROTATION, ROTATION_HALF, HALF_RATIO = 1e-4, 1e-4, 2e-2, 1.5
+ITSELF, ROTATION, ROTATION_HALF, HALF_RATIO = 1e-4, 1e-4, 2e-2, selfcheck.RATIO
+TEXTS = 4  # places of the book
+CHARACTERS = 8  # of the book for a token, to begin with
 DECODED = 8  # last tokens that are decoded one by one
 SHORTER_BY = 37  # the padded row of the batch; odd, so that no border falls together
 
@@ -41,13 +49,21 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         finite = self.value is not None and isfinite(self.value)
-        note = self.note if finite or self.value is None else "not finite"
+        note = self.note if finite or self.value is None else self.note or "not finite"
         return {"name": self.name, "value": self.value if finite else None, "gate": self.gate, "passed": self.passed, "note": note}
 
 
-def random_ids(model: Any, count: int) -> torch.Tensor:
-    known = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(0, known, (1, count), generator=torch.Generator().manual_seed(0)).to(device_of(model))
+def texts(model: Any, tokenizer: Any, count: int) -> torch.Tensor:
+    """[TEXTS, count] the tokens of as many places of the shipped book, each beginning as the tokenizer begins a text."""
+    book, rows = shipped_book(), []
+    for number in range(TEXTS):
+        start, length = len(book) * number // TEXTS, CHARACTERS * count
+        while len(ids := tokenizer(book[start : start + length])["input_ids"]) < count:
+            length *= 2
+            if start + length > len(book):
+                raise ValueError(f"the tokenizer makes {len(ids)} tokens of a quarter of a book, and {count} are to be measured; pass fewer --tokens")
+        rows.append(ids[:count])
+    return torch.tensor(rows).to(device_of(model))
 
 
 def device_of(model: Any) -> torch.device:
@@ -62,14 +78,19 @@ def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, cach
 
 
 @contextmanager
-def definition(model: Any) -> Iterator[None]:
-    """Stock attention as the model's own code defines it: a fused stock kernel may ignore soft-caps or sinks."""
+def implementation(model: Any, name: str) -> Iterator[None]:
+    """Stock attention with one of its kernels."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def definition(model: Any) -> AbstractContextManager[None]:
+    """Stock attention as the model's own code defines it: a fused stock kernel may ignore soft-caps or sinks."""
+    return implementation(model, "eager")
 
 
 def reaches_beyond_plain(method: Method, tokens: int) -> bool:
@@ -92,29 +113,50 @@ def rotation(extension: Extension) -> Measurement:
     return Measurement(f"our {extension.exactness.what} against the model's own, all layers", extension.exactness.rotary, ROTATION_HALF if half else ROTATION)
 
 
-def half_precision(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the stock model and of the engine with neutral parameters in the model's own half precision."""
-    stock = logits(model, ids)
-    with extend(model, Stock()):
-        return stock, logits(model, ids)
+def require_ordinary(model: Any) -> None:
+    if not ordinary(model):
+        raise ValueError(
+            "the weights of this model are quantised or kept elsewhere, so there is no fp32 to measure against; check the model it was made from, or read "
+            "the measured exactness of this one in extend(model, ...).describe()"
+        )
 
 
-def half_ratio(stock: torch.Tensor, ours: torch.Tensor, truth: torch.Tensor) -> Measurement:
-    """Our root-mean-square error against the fp32 stock run, as a multiple of the one that stock itself has."""
-    errors = [(x - truth).square().mean().sqrt().item() for x in (stock, ours)]
-    value = errors[1] / max(errors[0], 1e-30)
-    return Measurement("half precision: our error against fp32 stock, as a multiple of stock's own", value, HALF_RATIO)
+def half_precision(model: Any, ids: torch.Tensor) -> Measurement:
+    """Root-mean-square error of neutral parameters in the model's own half precision against stock in fp32, over that of the better stock kernel."""
+    kernels = ["sdpa", "eager"] if getattr(model, "_supports_sdpa", False) else ["eager"]
+    squares = dict.fromkeys(["ours", *kernels], 0.0)
+    for row in ids.split(1):  # logits of a large vocabulary are large
+        with definition(model), selfcheck.in_fp32(model):
+            truth = logits(model, row)
+        for name in kernels:
+            with implementation(model, name):
+                squares[name] += square(logits(model, row) - truth)
+        with extend(model, Stock()):
+            squares["ours"] += square(logits(model, row) - truth)
+    stock, best = min((squares[name] if isfinite(squares[name]) else inf, name) for name in kernels)
+    name = "half precision: our error against fp32 stock, as a multiple of the better stock kernel's"
+    if stock == inf:
+        return Measurement(name, inf, HALF_RATIO, f"stock itself is NaN or infinite in {next(model.parameters()).dtype}")
+    return Measurement(f"{name} ({best})", (squares["ours"] / max(stock, TINY)) ** 0.5, HALF_RATIO)
+
+
+def square(x: torch.Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64 if x.device.type != "mps" else None).item())
 
 
 def neutral(model: Any, ids: torch.Tensor) -> list[Measurement]:
-    with definition(model):
-        before = logits(model, ids)
-        with extend(model, Stock()):
-            ours = logits(model, ids)
-        after = logits(model, ids)
+    """Of all texts the worst."""
+    worst, same, moved = 0.0, True, 0.0
+    for row in ids.split(1):
+        with definition(model):
+            before = logits(model, row)
+            with extend(model, Stock()):
+                ours = logits(model, row)
+            after = logits(model, row)
+        worst, same, moved = max(worst, difference(ours, before)), same and torch.equal(before, after), max(moved, difference(after, before))
     return [
-        Measurement(f"neutral parameters against stock, {ids.shape[1]} tokens", difference(ours, before), NEUTRAL),
-        Measurement("model after remove() against before (bit-identical)", 0.0 if torch.equal(before, after) else difference(after, before) or 1.0, 0.0),
+        Measurement(f"neutral parameters against stock, {len(ids)} texts of {ids.shape[1]} tokens", worst, NEUTRAL),
+        Measurement("model after remove() against before (bit-identical)", 0.0 if same else moved or 1.0, 0.0),
     ]
 
 

@@ -30,7 +30,7 @@ def command(
             from longreach.cli import methods_page
 
             written = [str(path) for path in methods_page.write(markdown)]
-            out.finish({"written": written}, lambda console: console.print("\n".join(written), markup=False, soft_wrap=True))
+            out.finish({"written": written}, lambda console: console.print("\n".join(written), soft_wrap=True))
             return
         found = [describe(method) for method in registry().values()]
         out.finish({"methods": found}, lambda console: show(console, found))

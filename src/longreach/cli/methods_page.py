@@ -207,7 +207,10 @@ def write(path: Path) -> list[Path]:
     """Fill the page and draw the pictures -> the files written."""
     if not path.is_file():
         raise ValueError(f"there is no page {str(path)!r} with generated sections; pass docs/methods.md of the repository")
-    page = filled(path.read_text(encoding="utf-8"))
+    try:
+        page = filled(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{str(path)!r} is not text in UTF-8; pass docs/methods.md of the repository") from None
     folder = path.parent / FOLDER
     folder.mkdir(exist_ok=True)
     pictures = []

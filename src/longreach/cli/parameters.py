@@ -16,6 +16,8 @@ from typing import Any, Literal
 from longreach.methods import parameters, registry
 from longreach.methods.base import Method
 
+LARGEST = 2**48  # of a whole number; no index reaches it, and a tensor of numbers beyond 2**63 cannot be
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -146,7 +148,10 @@ def _is_method(annotation: Any) -> bool:
 def convert(option: str, annotation: Any, text: str | None) -> Any:
     """The text of an option as a value of its type; raises with the type it wants."""
     if _is_method(annotation) and text and text.strip():
-        name, *arguments = shlex.split(text)
+        try:
+            name, *arguments = shlex.split(text)
+        except ValueError as error:
+            raise ValueError(f"{option} {text!r} cannot be taken apart ({str(error).lower()}); pass {option} {_example(annotation)}") from None
         return build(name, arguments)
     if text is None:
         if annotation is bool:
@@ -182,6 +187,8 @@ def _convert(annotation: Any, text: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
         return text.lower() == "true"
+    if annotation is int and abs(int(text)) > LARGEST:
+        raise ValueError(text)
     if annotation in (int, float, str):
         return annotation(text)
     raise ValueError(text)

@@ -29,8 +29,10 @@ from longreach.cli.common import (
     pairs_table,
     quiet_transformers,
     size,
+    tokens,
 )
 from longreach.cli.targets import check_picture
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from longreach.sizing import Plan, Row
@@ -46,9 +48,9 @@ def command(
     declared: Context = None,
     hardware: Annotated[str, typer.Option("--hardware", help="H200, H100-80, A100-80, RTX4090, ..., cpu, cuda (calibrated), or a TOML file.")] = "cpu",
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Users at a time.")] = 1,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens of the answer, part of the context.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", parser=tokens, metavar="TOKENS", help="Tokens of the answer, part of the context.")] = 128,
     method: MethodName = None,
-    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens of one forward.")] = 512,
+    chunk_size: Annotated[int, typer.Option("--chunk-size", parser=tokens, metavar="TOKENS", help="Prompt tokens of one forward.")] = 512,
     dtype: Dtype = None,
     trained_window: TrainedWindow = None,
     png: Annotated[Path | None, typer.Option("--png", help="Draw cost against length into this file.")] = None,
@@ -123,8 +125,8 @@ def show(console: Console, found: Plan) -> None:
     speeds = "measured on this machine" if request.hardware.measured is not None else f"{request.hardware.source}, at assumed efficiencies"
     rows = [
         ("model", f"{weights.parameters:,} parameters, {size(weights.nbytes)} in {request.dtype}"),
-        ("trained window", f"{request.window.tokens} tokens ({request.window.reason})"),
-        ("request", f"{request.context} tokens, {request.new_tokens} of them new, {request.concurrency} at a time"),
+        ("trained window", f"{counted(request.window.tokens, 'token')} ({request.window.reason})"),
+        ("request", f"{counted(request.context, 'token')}, {request.new_tokens} of them new, {request.concurrency} at a time"),
         ("hardware", f"{request.hardware.name}, {size(request.hardware.memory)} ({speeds})"),
     ]
     console.print(pairs_table(request.model, rows))

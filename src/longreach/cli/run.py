@@ -16,6 +16,7 @@ from longreach.cli.common import (
     Context,
     Device,
     Dtype,
+    Encoding,
     Force,
     Json,
     MethodName,
@@ -33,6 +34,7 @@ from longreach.cli.common import (
     rate,
     size,
 )
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from longreach.conversation import Conversation
@@ -50,8 +52,9 @@ def command(
     method: MethodName = None,
     file: Annotated[
         str | None,
-        typer.Option("--file", "-f", help="The text to read: a UTF-8 file (.xz and .gz too), - for standard input, or @book, a book that comes with nano."),
+        typer.Option("--file", "-f", help="The text to read: a file (.xz and .gz too), - for standard input, or @book, a book that comes with nano."),
     ] = None,
+    encoding: Encoding = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction that follows the text.")] = "",
     system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
@@ -87,7 +90,7 @@ def command(
         if top_p is not None and not top_p > 0:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
         chosen = method_of(context, method)
-        request = text.Request("" if document else text.read(file, max_bytes, out.note), prompt.strip(), system, hide, depth)
+        request = text.Request("" if document else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)
         stored.check(out, document, save_document, request, file, truncate, force)
         if not request.user.strip():
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
@@ -216,7 +219,7 @@ def fit(
 
 def too_long(prompt: int, new: int, limit: int, declared: bool, method: Method | None, window: int) -> str:
     total = prompt + new
-    sentence = f"the prompt has {prompt} tokens and with {new} new ones needs {total}, more than "
+    sentence = f"the prompt has {counted(prompt, 'token')} and with {new} new ones needs {total}, more than "
     if declared:
         return f"{sentence}the declared context of {limit}; pass --context {total}, a shorter text, or --truncate middle"
     return (
@@ -275,13 +278,14 @@ def table(result: dict[str, Any], extension: Extension) -> Any:
     def speed(value: float | None) -> str:
         return "" if value is None else f", {value:.1f} tokens/s"
 
+    prompt = counted(result["prompt_tokens"], "token")
     rows = [
         ("method", str(extension.method)),
         ("reason", result["reason"]),
-        ("context", f"{result['context']} tokens, {'declared' if result['context_declared'] else 'prompt and new tokens'}"),
-        ("capacity", "unlimited" if result["capacity"] is None else f"{result['capacity']} tokens"),
-        ("prompt", f"{result['prompt_tokens']} tokens, {result['prefill_seconds']:.2f} s to the first new one{speed(result['prefill_tokens_per_second'])}"),
-        ("answer", f"{result['new_tokens']} tokens{speed(result['decode_tokens_per_second'])}"),
+        ("context", f"{counted(result['context'], 'token')}, {'declared' if result['context_declared'] else 'prompt and new tokens'}"),
+        ("capacity", "unlimited" if result["capacity"] is None else counted(result["capacity"], "token")),
+        ("prompt", f"{prompt}, {result['prefill_seconds']:.2f} s to the first new one{speed(result['prefill_tokens_per_second'])}"),
+        ("answer", f"{counted(result['new_tokens'], 'token')}{speed(result['decode_tokens_per_second'])}"),
         ("keys and values", size(result["kv_store_bytes"])),
     ]
     if result["truncated"] is not None:

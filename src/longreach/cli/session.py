@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from longreach.cli import stored, targets
 from longreach.cli.console import Output, progress_bar
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,8 +86,8 @@ class Session:
             limit = method.capacity(window.tokens)
             if limit is not None and tokens >= limit:
                 raise ValueError(
-                    f"the text has {tokens} tokens, and {method.brief()} reaches {limit} on a trained window of {window.tokens}; choose other parameters, "
-                    "leave out --method to have them chosen, or pass a shorter text"
+                    f"the text has {counted(tokens, 'token')}, and {method.brief()} reaches {limit} on a trained window of {window.tokens}; choose other "
+                    "parameters, leave out --method to have them chosen, or pass a shorter text"
                 )
             return None, limit
         context = tokens + ROOM
@@ -136,7 +137,7 @@ class Session:
         context = self._larger(needed, limit)
         window = self.window.tokens
         self._attach(self.choice.method, context, context)
-        left = f"the trained window of {window} tokens" if limit == window else f"its context of {limit} tokens"
+        left = f"the trained window of {counted(window, 'token')}" if limit == window else f"its context of {counted(limit, 'token')}"
         self.out.note(f"the conversation leaves {left}: reading it again with {self.extension.method}")
         if warning := self.extension.report()["warning"]:
             self.out.warn(warning)
@@ -161,7 +162,7 @@ class Session:
             except ValueError as error:
                 refused = error
         if warned is None:
-            raise ValueError(f"{refused}; or forget the turns with /reset") from refused
+            raise ValueError(f"{refused}" + ("; or forget the turns with /reset" if self.talk.turns else "")) from refused
         return warned
 
     def reset(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from longreach.cli import targets, text
 from longreach.cli.common import Output, progress_bar
+from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from longreach.conversation import Conversation
@@ -67,8 +68,8 @@ def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request
         with progress_bar(out, tokens) as progress:
             read = talk.read(progress)
         talk.save(file)
-        out.kept = f"{read} tokens are saved in {file}"
-        out.note(f"{read} tokens read and saved to {file}; ask about them with --document {file}")
+        out.kept = f"{counted(read, 'token')} saved in {file}"
+        out.note(f"{counted(read, 'token')} read and saved to {file}; ask about them with --document {file}")
         return talk
     except BaseException:
         extension.remove()

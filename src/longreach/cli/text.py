@@ -5,6 +5,7 @@ Knows files and tokenizers; not models or methods.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import lzma
 import os
@@ -20,9 +21,11 @@ from longreach.evals.budget import open_ended
 from longreach.evals.haystack import hide
 from longreach.evals.truncation import Side as Side
 from longreach.evals.truncation import keep_tokens, token_spans
+from longreach.quantities import counted
 
 COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
 LARGEST_FILE = 256 * 2**20
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # the longer first
 STDIN = "-"
 BOOK = "@book"  # the book that comes with nano
 
@@ -60,7 +63,7 @@ class Truncation:
     kept_tokens: int
 
     def __str__(self) -> str:
-        return f"{self.document_tokens - self.kept_tokens} of the document's {self.document_tokens} tokens were left out ({self.side})"
+        return f"{self.document_tokens - self.kept_tokens} of the document's {counted(self.document_tokens, 'token')} were left out ({self.side})"
 
 
 def check_argument(option: str, value: str | None) -> None:
@@ -69,25 +72,28 @@ def check_argument(option: str, value: str | None) -> None:
         raise ValueError(f"{option} is not UTF-8 text; convert it to UTF-8 first")
 
 
-def read(file: str | None, most: int, note: Callable[[str], None]) -> str:
-    """The text of `file`, of standard input for "-" or where something is piped in, else "". Raises for what is not text."""
+def read(file: str | None, most: int, note: Callable[[str], None], encoding: str | None = None) -> str:
+    """The text of `file`, of standard input for "-" or where something is piped in, else "". Raises for what is not text.
+
+    encoding  None is UTF-8, or what a byte order mark says.
+    """
     if file is None:
         if not _piped():
             return ""
         note("reading the text from standard input")
-        return _decode(sys.stdin.buffer.read(most + 1), "standard input", most)
+        return _decode(sys.stdin.buffer.read(most + 1), "standard input", most, note, encoding)
     if file == STDIN:
         if sys.stdin is None:
             raise ValueError("standard input is closed, so there is no text in it; pipe a text in, or pass --file FILE")
         if sys.stdin.isatty():
             note("reading the text from the terminal; Ctrl-D on a line of its own ends it")
-        return _required(_decode(sys.stdin.buffer.read(most + 1), "standard input", most), "standard input")
+        return _required(_decode(sys.stdin.buffer.read(most + 1), "standard input", most, note, encoding), "standard input")
     if file == BOOK:
         from longreach.loading import shipped_book
 
         return shipped_book()
     path = Path(file).expanduser()
-    if not path.exists():
+    if not file.strip() or not path.exists():
         raise ValueError(f"there is no file {file!r}; pass the path of a text file, or - for standard input")
     if path.is_dir():
         raise ValueError(f"{file!r} is a folder; pass one text file")
@@ -100,7 +106,7 @@ def read(file: str | None, most: int, note: Callable[[str], None]) -> str:
         raise ValueError(f"{file!r} is not a valid {path.suffix} file; pass a text file, plain or compressed") from None
     except OSError as error:
         raise ValueError(f"{file!r} could not be read ({error.strerror or error}); pass a text file") from None
-    return _required(_decode(data, repr(file), most), repr(file))
+    return _required(_decode(data, repr(file), most, note, encoding), repr(file))
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -116,15 +122,34 @@ def _piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
-def _decode(data: bytes, source: str, most: int) -> str:
+def _decode(data: bytes, source: str, most: int, note: Callable[[str], None], encoding: str | None) -> str:
     if len(data) > most:
         raise ValueError(f"{source} is longer than {most} bytes; pass a larger --max-bytes, or a part of the text")
-    if b"\0" in data:
-        raise ValueError(f"{source} is binary (byte 0 at offset {data.index(0)}); pass a text file in UTF-8")
+    if encoding is None:
+        encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+        if encoding is not None:
+            note(f"reading {source} as {encoding.upper()}, as its first bytes say")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); convert it to UTF-8 first") from None
+        text = data.decode(encoding or "utf-8-sig")
+    except LookupError:
+        raise ValueError(f"there is no encoding {encoding!r}; pass --text-encoding utf-8, utf-16, latin-1, cp1252 or another that Python knows") from None
+    except UnicodeError as error:
+        where = f" (byte 0x{data[error.start]:02x} at offset {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        name = "UTF-8" if encoding is None else encoding.upper()
+        raise ValueError(f"{source} is not {name} text{where}; convert it to UTF-8, or pass --text-encoding NAME, such as latin-1") from None
+    if "\0" in text:
+        if encoding is None and (wide := _wide(data)) is not None:
+            raise ValueError(f"{source} looks like {wide.upper()} text; pass --text-encoding {wide}")
+        raise ValueError(f"{source} is binary (byte 0 at offset {data.index(0)}); pass a text file, or --text-encoding NAME if it is one")
+    return text
+
+
+def _wide(data: bytes) -> str | None:
+    """The encoding of two bytes a character, without a mark, that most of a text looks like; None if it does not."""
+    for name, high in (("utf-16-le", data[1::2]), ("utf-16-be", data[::2])):
+        if high.count(0) > len(high) / 2:
+            return name
+    return None
 
 
 def _required(text: str, source: str) -> str:
@@ -158,7 +183,7 @@ def shorten(tokenizer: Any, request: Request, most: int, side: Side) -> tuple[li
         if over <= 0:
             return ids, Truncation(side, len(spans), len(tokenizer(shorter, add_special_tokens=False)["input_ids"]))
         keep -= over if over < keep else 1  # characters of several tokens may need one step less than they are over
-    raise ValueError(f"the prompt alone has {rest} tokens and nothing of the document fits into {most}; shorten the prompt or declare a larger --context")
+    raise ValueError(f"the prompt alone has {counted(rest, 'token')} and no document fits into {most}; shorten it or declare a larger --context")
 
 
 def shorten_document(tokenizer: Any, document: str, most: int, side: Side) -> tuple[str, Truncation]:
@@ -171,4 +196,4 @@ def shorten_document(tokenizer: Any, document: str, most: int, side: Side) -> tu
         if tokens <= most:
             return shorter, Truncation(side, len(spans), tokens)
         keep -= min(keep, tokens - most)
-    raise ValueError(f"nothing of the text fits into {most} tokens; declare a larger --context")
+    raise ValueError(f"nothing of the text fits into {counted(most, 'token')}; declare a larger --context")

@@ -117,7 +117,7 @@ def read(config: Any, dtype: torch.dtype | None = None) -> Architecture:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text, dtype=found.dtype)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"no causal language model can be built from this {text.model_type} configuration ({reason}); pass that of a decoder") from error
     verify(model, found.layers)

@@ -91,7 +91,7 @@ def bounded(tail: int, schedule: Schedule) -> int:
             break
         stop = start + new
         if stop - first > most:
-            first = max(first, start - keep if new <= SLACK else stop - keep)
+            first = max(first, stop - keep)
         size = room(size, stop - first, most)
     return size
 
@@ -133,7 +133,8 @@ def temporary_bytes(architecture: Architecture, method: Method, schedule: Schedu
     attention = max(attention_bytes(layer, layout, schedule, b, expands_groups) for layer, layout in layouts(architecture, method)) + t * stream
     logits = architecture.vocabulary * (b + 8)
     growth = max(growing(layer, layout, schedule) for layer, layout in layouts(architecture, method)) * b
-    return rows * max(feed_forward, attention, logits, growth)
+    waiting = sum(n * added(layer, layout, schedule) for (layer, layout), n in layouts(architecture, method).items()) * b
+    return rows * (max(feed_forward, attention, logits, growth) + waiting)
 
 
 def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int, expands_groups: bool) -> int:
@@ -150,6 +151,15 @@ def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int
     if expands_groups and layer.heads > layer.kv_heads:
         total += schedule.stored * layer.heads * (layer.key_width + layer.value_width) * b
     return total
+
+
+def added(layer: Attention, layout: Layout, schedule: Schedule) -> int:
+    """Numbers that wait in a copy until the whole forward has succeeded: those of a long chunk for which a bounded buffer has no room."""
+    found = 0
+    for kept, size in buffers(layer, layout, schedule):
+        if kept.tail and schedule.chunked > kept.tail + ROLLBACK + SLACK and schedule.step > SLACK:
+            found += min(schedule.step, kept.tail + ROLLBACK) * size // entries(kept, schedule)
+    return found
 
 
 def growing(layer: Attention, layout: Layout, schedule: Schedule) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from longreach.evals import truncation
 from longreach.evals.base import Parts, Sample
+from longreach.quantities import counted
 
 ChatMode = Literal["auto", "off"]
 DOCUMENT_CUTS = ("middle", "left", "right", "right-words")
@@ -79,7 +80,7 @@ def fit(tokenizer: Any, sample: Sample, limit: int | None, truncate: str | None 
         return prompt
     if truncate is None:
         raise ValueError(
-            f"{sample.id}: {len(prompt.ids)} tokens of prompt and {sample.max_new_tokens} of answer are more than {limit}; "
+            f"{sample.id}: {counted(len(prompt.ids), 'token')} of prompt and {sample.max_new_tokens} of answer are more than {limit}; "
             f"declare a context of {prompt.needs} (--context {prompt.needs}), choose shorter lengths, or pass --truncate middle"
         )
     most = limit - sample.max_new_tokens
@@ -101,14 +102,14 @@ def _cut_document(tokenizer: Any, prompt: Prompt, most: int, truncate: str, chat
         if (over := len(found.ids) - most) <= 0:
             return replace(found, sample=sample, truncated=len(prompt.ids) - len(found.ids))
         keep -= over  # the tokens at the seam may be one or two more than they were
-    raise ValueError(f"{sample.id}: without its document the prompt still has more than {most} tokens; declare a larger context")
+    raise ValueError(f"{sample.id}: without its document the prompt still has more than {counted(most, 'token')}; declare a larger context")
 
 
 def _cut_prompt(tokenizer: Any, prompt: Prompt, most: int, truncate: str) -> Prompt:
     ids, keep = prompt.ids, most
     while len(ids) > most:  # tokenising anew may make a few more than were kept
         if keep < 2:
-            raise ValueError(f"{prompt.sample.id}: nothing of the prompt fits into {most} tokens; declare a larger context")
+            raise ValueError(f"{prompt.sample.id}: nothing of the prompt fits into {counted(most, 'token')}; declare a larger context")
         ids = truncation.suffix_with_head(prompt.ids, keep) if truncate == "suffix-with-head" else truncation.middle_reencode(tokenizer, prompt.ids, keep)
         ids = open_ended(tokenizer, ids)
         keep -= max(1, len(ids) - most)

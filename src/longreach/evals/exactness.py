@@ -6,6 +6,7 @@ Knows families and methods and how to compare logits; not terminals or pages. Ev
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 
+from longreach.differences import relative
 from longreach.evals import families
 from longreach.methods import registry
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
+from longreach.seam.checks import Inexact
 from longreach.seam.extend import Extension, extend
 
 FAST, NEUTRAL = 1e-5, 1e-4  # gates
@@ -38,30 +41,29 @@ class Cell:
     def passed(self) -> bool:
         return self.refusal is not None or (self.fast is not None and self.fast <= FAST and self.neutral is not None and self.neutral <= NEUTRAL)
 
+    def to_json(self) -> dict[str, Any]:
+        """A difference that is not finite, which never passes, is null: JSON has no infinity."""
+        finite = {name: value if value is not None and math.isfinite(value) else None for name, value in (("fast", self.fast), ("neutral", self.neutral))}
+        return {**asdict(self), **finite, "passed": self.passed}
+
 
 @dataclass(frozen=True)
 class Family:
-    """A family, its kinds of layers in words, and its cells; or why no method can be attached."""
+    """A family, its kinds of layers in words, and its cells; or why no method can be attached. `failed`: not by intent, but as the engine is not exact."""
 
     name: str
     architecture: str
     layers: str = ""
     refusal: str | None = None
     cells: list[Cell] = field(default_factory=list)
+    failed: bool = False
 
     @property
     def passed(self) -> bool:
-        return all(cell.passed for cell in self.cells)
+        return not self.failed and all(cell.passed for cell in self.cells)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "cells": [{**asdict(cell), "passed": cell.passed} for cell in self.cells], "passed": self.passed}
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest absolute difference, relative to the largest value of `b`; infinite if anything is not finite."""
-    if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
-        return float("inf")
-    return ((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-30)).item()
+        return {**asdict(self), "cells": [cell.to_json() for cell in self.cells], "passed": self.passed}
 
 
 def survey(names: list[str] | None = None, methods: list[str] | None = None) -> Iterator[Family]:
@@ -74,7 +76,7 @@ def survey(names: list[str] | None = None, methods: list[str] | None = None) -> 
             with extend(model, Stock(), trained_window=families.WINDOW) as extension:
                 layers, pairs = kinds(extension), pairs_of(extension)
         except ValueError as error:
-            yield Family(name, architecture, refusal=str(error))
+            yield Family(name, architecture, refusal=str(error), failed=isinstance(error, Inexact))
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # far beyond the windows on purpose; remarks are in the cells
@@ -91,15 +93,17 @@ def measure(family: str, model: Any, kind: type[Method], pairs: int) -> Cell:
             truth = model(ids, use_cache=False).logits
         with extend(model, method, context=declared) as extension:
             remark, replaced = extension.report()["warning"], extension.report()["sliding_window_overridden"]
-            fast = difference(model(ids, use_cache=True).logits, truth)
+            fast = relative(model(ids, use_cache=True).logits, truth)
         ids = ids[:, :NEUTRAL_TOKENS]
         with extend(model, neutral, context=NEUTRAL_TOKENS if neutral.needs_context else None, trained_window=families.WINDOW):
             ours = model(ids, use_cache=False).logits
+    except Inexact as error:
+        return Cell(family, kind.name, math.inf, math.inf, remark=str(error))
     except ValueError as error:
         return Cell(family, kind.name, refusal=str(error))
     # a method replaces a window that every layer has, so the stock model it should equal has none
     stock = families.build(family, sliding_window=None) if replaced else model
-    return Cell(family, kind.name, fast, difference(ours, stock(ids).logits), remark=remark)
+    return Cell(family, kind.name, fast, relative(ours, stock(ids).logits), remark=remark)
 
 
 def kinds(extension: Extension) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from longreach import auto
 from longreach.seam.extend import Extension
 from longreach.store import ROLLBACK
-from longreach.streaming import stream
+from longreach.streaming import require_finite, stream
 
 Overflow = Literal["refuse", "middle", "left"]
 OVERFLOWS = ("refuse", "middle", "left")
@@ -102,7 +102,9 @@ class LongContextLM(HFLM):
         total, greedy, done = 0.0, True, 0
         for logits in self._logits((context + continuation)[:-1], len(context) - 1):
             wanted = torch.tensor(continuation[done : done + len(logits)], device=logits.device)
-            total += logits.float().log_softmax(-1).gather(-1, wanted[:, None]).sum().item()
+            likelihoods = logits.float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+            require_finite(likelihoods.masked_fill(likelihoods.isneginf(), 0.0))  # a token that a model rules out has no probability, which is an answer
+            total += likelihoods.sum().item()
             greedy = greedy and bool((logits.argmax(-1) == wanted).all())
             done += len(wanted)
         assert done == len(continuation)

@@ -7,10 +7,12 @@ loses at most the line it was writing. The shards of a run write a file each int
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,16 +88,34 @@ class Folder:
             raise ValueError(f"shards are counted from 0: pass 0/{world} to {max(0, world - 1)}/{world}, not {index}/{world}")
         self.file = self.path / (f"{SAMPLES}.jsonl" if world == 1 else f"{SAMPLES}-{index}-of-{world}.jsonl")
 
-    def start(self, run: Mapping[str, Any]) -> None:
-        """Write run.json. Raises ValueError if the folder holds a run of other settings, or files of somebody else's under the names of ours."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{str(self.path)!r} is a file; name a folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        tasks = dict(run["tasks"])
+    def check(self) -> None:
+        """Refuses, before any work is done, a folder that cannot be."""
+        if self.path == Path():
+            raise ValueError("the results need a folder; name one, such as results")
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"{str(there)!r} is a file; name a folder for the results")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"this user may not write into {str(there)!r}; choose another folder for the results")
+        self._before()
+
+    def _before(self) -> dict[str, Any] | None:
+        """The run that the folder holds, which may go on. Raises ValueError where files of somebody else's have the names of ours."""
         if (self.path / RUN).exists():
-            before = read_json(self.path / RUN)
-            if not isinstance(before, dict) or "config" not in before:
+            found = read_object(self.path / RUN)
+            if "config" not in found:
                 raise ValueError(f"{str(self.path / RUN)!r} was not written by Longreach; choose another folder")
+            return found
+        if strange := [name for name in (METRICS, CURVES, self.file.name) if (self.path / name).exists()]:
+            raise ValueError(f"{str(self.path)!r} holds {strange[0]} but no {RUN}, so it is no run of Longreach that could go on; choose another folder")
+        return None
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        """Write run.json. Raises ValueError if the folder holds a run of other settings or files of somebody else's, or cannot be written."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        tasks = dict(run["tasks"])
+        if (before := self._before()) is not None:
             if different := differences(before.get("config", {}), run["config"]):
                 raise ValueError(f"{str(self.path)!r} holds a run of other settings ({different}); choose another folder, or the same settings to go on")
             for name, settings in tasks.items():
@@ -105,8 +125,6 @@ class Folder:
                         f"{str(self.path)!r} holds {name} with other settings ({differences(known, settings)}); choose another folder, or the same settings"
                     )
             run = {**run, "started": before.get("started", run["started"]), "tasks": {**before.get("tasks", {}), **tasks}}
-        elif strange := [name for name in (METRICS, CURVES, self.file.name) if (self.path / name).exists()]:
-            raise ValueError(f"{str(self.path)!r} holds {strange[0]} but no {RUN}, so it is no run of Longreach that could go on; choose another folder")
         write_json(self.path / RUN, run)
         self._drop_torn_line()
 
@@ -119,13 +137,13 @@ class Folder:
     def conclude(self, rows: list[Row], ended: str) -> None:
         """The same with rows that do not come from samples, such as perplexities."""
         write_json(self.path / METRICS, [dataclasses.asdict(row) for row in rows])
-        write_json(self.path / RUN, {**read_json(self.path / RUN), "ended": ended})
+        write_json(self.path / RUN, {**read_object(self.path / RUN), "ended": ended})
 
     def append(self, record: Record) -> None:
         data = dataclasses.asdict(record)
         if record.prompt is None:
             del data["prompt"]
-        with open(self.file, "a", encoding="utf-8") as stream:
+        with writing(self.path), open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(data) + "\n")  # ASCII: an answer may hold half a character
 
     def records(self) -> list[Record]:
@@ -140,16 +158,20 @@ class Folder:
     @property
     def run(self) -> dict[str, Any]:
         if not (self.path / RUN).is_file():
-            raise ValueError(f"{str(self.path)!r} holds no {RUN}; pass a folder that `longreach eval run` or `longreach eval ppl` has written")
-        found = read_json(self.path / RUN)
-        assert isinstance(found, dict)
-        return found
+            what = f"{str(self.path)!r} holds no {RUN}" if self.path.is_dir() else f"there is no folder {str(self.path)!r}"
+            raise ValueError(f"{what}; pass a folder that `longreach eval run` or `longreach eval ppl` has written")
+        return read_object(self.path / RUN)
 
     def metrics(self) -> list[Row]:
         """From the samples where there are any, for shards may have been added; else as written."""
         if records := self.records():
             return summarise(records)
-        return [Row(**row) for row in read_json(self.path / METRICS)] if (self.path / METRICS).is_file() else []
+        if not (self.path / METRICS).is_file():
+            return []
+        try:
+            return [Row(**row) for row in read_json(self.path / METRICS)]
+        except TypeError as error:
+            raise ValueError(f"{str(self.path / METRICS)!r} does not hold the rows of a run ({error}); run again, or choose another folder") from None
 
     def _drop_torn_line(self) -> None:
         if not self.file.exists():
@@ -164,7 +186,10 @@ def read_records(file: Path) -> list[Record]:
     """The lines of a file; a last one without its end was torn when the run was killed, and does not count."""
     known = {f.name for f in dataclasses.fields(Record)}
     found = []
-    whole, _, _torn = file.read_text(encoding="utf-8").rpartition("\n")
+    try:
+        whole, _, _torn = file.read_text(encoding="utf-8").rpartition("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(file)!r} is not text ({error.reason} at byte {error.start}); remove the file, or choose another folder") from None
     for number, line in enumerate(whole.splitlines() if whole else [], 1):
         try:
             found.append(Record(**{name: value for name, value in json.loads(line).items() if name in known}))
@@ -180,11 +205,41 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); choose another folder") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object, so it was not written by Longreach; choose another folder")
+    if wrong := [name for name in ("config", "tasks") if not isinstance(found.get(name, {}), dict)]:
+        raise ValueError(f"{str(path)!r} does not describe a run ({' and '.join(wrong)}); choose another folder")
+    return found
+
+
 def write_json(path: Path, data: Any) -> None:
+    write_whole(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
     """The whole file or none; the shards of a run may write it at the same time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except BaseException:  # an interrupt too
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a place that cannot be written becomes a sentence. What was written before stays, and a run goes on from it."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        again = "free some space and run the same command again, which goes on from what is there"
+        fix = again if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else "choose another place"
+        raise ValueError(f"{str(path)!r} cannot be written ({reason}); {fix}") from error
 
 
 UNDECISIVE = ("context", "lengths", "depths", "samples")  # a sample's answer does not depend on them, beyond what other settings say
@@ -224,6 +279,9 @@ def compare(a: Folder, b: Folder) -> list[dict[str, Any]]:
 
     Raises ValueError where the runs have no sample in common.
     """
+    for folder in (a, b):
+        if not folder.run.get("tasks"):
+            raise ValueError(f"{str(folder.path)!r} holds no answers to compare; pass folders of `longreach eval run`, or use `longreach eval report`")
     first, second = ({(*r.key, r.prompt_sha256): r for r in folder.records() if r.error is None} for folder in (a, b))
     common = sorted(first.keys() & second.keys())
     if not common:

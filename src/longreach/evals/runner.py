@@ -16,6 +16,7 @@ from longreach.evals.base import Sample, Settings, Task
 from longreach.evals.budget import ChatMode, Prompt
 from longreach.evals.engine import Engine, Reply
 from longreach.evals.results import UNDECISIVE, Folder, Record, digest
+from longreach.quantities import counted
 
 META = ("length_target", "depth", "depth_actual", "seed")  # have fields of their own in a record
 
@@ -105,8 +106,9 @@ def overflowing(items: Sequence[Item], limit: int | None) -> str | None:
     if not long:
         return None
     most = max(item.needs for item in long)
+    need = f"{len(long)} of {counted(len(items), 'sample')} {'needs' if len(long) == 1 else 'need'}"
     return (
-        f"{len(long)} of {len(items)} samples need more than {limit} tokens with their answers, the longest {most}; "
+        f"{need} more than {counted(limit or 0, 'token')} with the answer, the longest {most}; "
         f"pass --context {most}, shorter --lengths, or --truncate middle, which cuts their documents and counts it"
     )
 
@@ -225,7 +227,9 @@ class Clock:
 
     def step(self, following: Item | None, errors: int) -> Step:
         left = (time.perf_counter() - self.started) * (self.tokens - self.tokens_read) / self.tokens_read if self.tokens_read else None
-        what = "done" if following is None else f"reading sample {self.done + 1} of {self.total} ({following.task.name}, {following.tokens:,} tokens)"
+        what = "done"
+        if following is not None:
+            what = f"reading sample {self.done + 1} of {self.total} ({following.task.name}, {counted(following.tokens, 'token')})"
         return Step(self.done, self.total, self.tokens_read, self.tokens, errors, left, what)
 
 

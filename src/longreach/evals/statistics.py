@@ -85,5 +85,11 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Comparison:
 def mcnemar(only_a: int, only_b: int) -> float:
     """The exact two-sided probability of so uneven a split of the samples on which two methods disagree, if both were equally good."""
     n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return float(min(1.0, 2 * tail / 2**n))
+    term = tail = 1  # n over k, and the sum up to k
+    dropped = 0  # low bits of both: hundreds of leading bits are kept, and integers of n bits would make this quadratic
+    for k in range(min(only_a, only_b)):
+        term = term * (n - k) // (k + 1)
+        tail += term
+        if term.bit_length() > 512:
+            term, tail, dropped = term >> 256, tail >> 256, dropped + 256
+    return float(min(1.0, (tail << (dropped + 1)) / (1 << n)))

@@ -19,7 +19,12 @@ def length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 
 def pairs(rows: Sequence[Hashable], columns: Sequence[Hashable]) -> list[tuple[int, int]]:
-    """The places (i, j) of one longest common subsequence, read from the ends.
+    """The places (i, j) of one longest common subsequence."""
+    return walk(rows, columns)[0]
+
+
+def walk(rows: Sequence[Hashable], columns: Sequence[Hashable]) -> tuple[list[tuple[int, int]], int]:
+    """The places (i, j) of one longest common subsequence, read from the ends, and the steps until either side is used up.
 
     Where rows[i] and columns[j] differ, the way goes to the row above if only that one has the full value, else to the column before.
     Published scores depend on this rule wherever there is more than one longest subsequence.
@@ -35,7 +40,7 @@ def pairs(rows: Sequence[Hashable], columns: Sequence[Hashable]) -> list[tuple[i
             i -= 1
         else:
             j -= 1
-    return found[::-1]
+    return found[::-1], len(rows) + len(columns) - (i + 1) - (j + 1) - len(found)
 
 
 def _rows(a: Sequence[Hashable], b: Sequence[Hashable]) -> Iterator[int]:

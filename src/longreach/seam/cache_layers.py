@@ -6,9 +6,12 @@ the executor stores them, because only it knows which of them are real tokens.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from longreach.store import Store
@@ -26,10 +29,30 @@ class StoreLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, store: Store, index: int) -> None:
-        super().__init__()
         self.store = store
         self.index = index
         self.is_initialized = True
+
+    @property
+    def keys(self) -> Any:
+        raise ValueError(
+            "a Longreach cache has no tensor of all keys: it keeps what the method needs, in several forms; write it with extension.save(cache, file), "
+            "copy it with extension.fork(cache), or call remove() for a stock cache"
+        )
+
+    values = keys
+
+    @property
+    def record_past(self) -> bool:
+        return self.store.record_past
+
+    @record_past.setter
+    def record_past(self, active: bool) -> None:
+        self.store.record_past = active
+
+    def activate_past_recording(self) -> None:
+        """Transformers announces that it may crop whatever the next forwards read."""
+        self.record_past = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Buffers are allocated by the store when the first tokens arrive."""
@@ -82,6 +105,26 @@ class StoreLayer(CacheLayerMixin):
         raise ValueError("a Longreach cache cannot be offloaded; create the DynamicCache without offloading=True")
 
     prefetch = offload
+
+
+def keep_in_generation(model: Any) -> Callable[[], None]:
+    """A few families drop the cache within `generate` at the length where their own frequencies switch. Ours are fixed for a sequence, so the cache stays.
+
+    -> what undoes it.
+    """
+    own = getattr(model, "prepare_inputs_for_generation", None)
+    if own is None or "prepare_inputs_for_generation" in vars(model):
+        return lambda: None
+
+    @functools.wraps(own)
+    def prepare(input_ids: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        found = own(input_ids, *args, past_key_values=past_key_values, **kwargs)
+        if store_of(past_key_values) is not None and found.get("past_key_values") is None:
+            return GenerationMixin.prepare_inputs_for_generation(model, input_ids, *args, past_key_values=past_key_values, **kwargs)
+        return found
+
+    model.prepare_inputs_for_generation = prepare
+    return lambda: vars(model).pop("prepare_inputs_for_generation", None)
 
 
 def store_of(cache: object) -> Store | None:

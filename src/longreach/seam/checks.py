@@ -22,11 +22,15 @@ HARMLESS = {"position_ids", "use_cache", "output_router_logits", "cache_position
 UNSUPPORTED_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "recurrent", "indexed_attention"}
 
 
+class Inexact(ValueError):
+    """The engine was attached and does not compute what the stock model does: a refusal of a model that we do not know, a fault on one that we do."""
+
+
 def find_base(model: nn.Module) -> Any:
     """The text model that owns the rotary module, or of a legacy family the layers. Raises if there is none, several, or one that is extended already."""
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
         raise ValueError(f"{type(model).__name__} is not a Transformers model; load one with longreach.load(...) or AutoModelForCausalLM")
-    if (seam := legacy.seam_of(model)) is not None and hasattr(model, "generate"):
+    if (seam := legacy.seam_of(model)) is not None:
         return seam.base
     # some versions leave a rotary module in every attention layer too, which nothing calls
     owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and isinstance(getattr(m, "rotary_emb", None), nn.Module)]
@@ -36,10 +40,12 @@ def find_base(model: nn.Module) -> Any:
         raise ValueError(f"{type(model).__name__} is a multimodal wrapper; extend its text model, loaded as a causal language model")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; Longreach extends decoder-only causal language models")
-    if not owners or not hasattr(model, "generate") or not hasattr(owners[0].config, "num_hidden_layers"):
+    if not owners or not hasattr(owners[0].config, "num_hidden_layers"):
         raise ValueError(
             f"{type(model).__name__} has no rotary position module, so there are no rotary positions to extend; use a causal language model with RoPE"
         )
+    if any(getattr(module, "is_causal", True) is False for module in owners[0].modules()) or getattr(owners[0].config, "is_causal", True) is False:
+        raise ValueError(f"{type(model).__name__} lets tokens attend to later ones, and every method here is causal; use a causal language model with RoPE")
     return owners[0]
 
 

@@ -85,8 +85,6 @@ def save(extension: Extension, cache: Any, file: Path, ids: Any, notes: Mapping[
     places = {}
     dtypes = {entry.dtype for entry in extension.entries}
     for name, buffer in _buffers(store):
-        for row, length in enumerate(store.lengths):
-            buffer.rewind(slice(row, row + 1), length)  # what a forward that failed has left behind
         places[name] = {"starts": buffer.starts, "ends": buffer.ends}
         for part, tensor in buffer.entries().items():
             if tensor.dtype not in dtypes:
@@ -138,7 +136,7 @@ def _own_store(extension: Extension, cache: Any) -> Store:
     store = store_of(cache)
     if store is None:
         raise ValueError("this cache was not filled by an extended model; read the document with extend() in force: model(ids, past_key_values=cache)")
-    if store.owner is not extension:
+    if store.owner is not extension.owner:
         raise ValueError("this cache was filled under another extension; call its save() or fork(), or read the document again under this one")
     return store
 

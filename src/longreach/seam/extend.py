@@ -10,33 +10,36 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-import threading
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import DynamicCache, PreTrainedModel
 
 from longreach import auto, planner
-from longreach.backends import Backend, backend_for
+from longreach.backends import backend_for
+from longreach.differences import relative
 from longreach.encodings import Alibi, Rotary, exact_device
 from longreach.executor import Inputs, Layer, execute
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planner import Plan
-from longreach.seam import documents, frequencies, layer_kinds, legacy, selfcheck
+from longreach.quantities import counted, token_count
+from longreach.seam import documents, frequencies, layer_kinds, legacy, registration, selfcheck
 from longreach.seam import rotary as probe
-from longreach.seam.cache_layers import place
-from longreach.seam.checks import check_arguments, check_positions, configs_of, find_base, refuse_unsupported
+from longreach.seam.cache_layers import keep_in_generation, place
+from longreach.seam.checks import Inexact, check_arguments, check_positions, configs_of, find_base, refuse_unsupported
 from longreach.seam.documents import Document, Entry
 from longreach.seam.placement import device_of
+from longreach.seam.registration import Forwards
 from longreach.seam.rotary import IdentityRotary, Seen
-from longreach.store import Store
+from longreach.store import ROLLBACK, Store
 
 logger = logging.getLogger("longreach")
 _numbers = itertools.count(1)  # one attention name per extension, so that two extended models do not meet
@@ -46,32 +49,49 @@ PROBE_POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21, 30, 34, 41, 55)
 
 @dataclass(frozen=True)
 class Exactness:
-    """Measured on this model at attach time, relative to the largest value."""
+    """Measured on this model at attach time, on 12 tokens with neutral parameters.
 
-    rotary: float  # q and k of every layer: our rotation against the model's own; of a legacy family, the output of every attention layer
-    logits: float  # 12 tokens: this engine with neutral parameters against the stock model
+    rotary        q and k of every layer: our rotation against the model's own; of a legacy family, the output of every attention layer. Relative to the
+                  largest value.
+    logits        against the stock model's eager code in fp32, relative to the largest logit. In half precision against the same weights computed in
+                  fp32, root mean square over that of the logits; where that cannot be, against the nearer stock kernel.
+    layers        half precision: the same of the attention layers, each on the input that it has in the stock model; the largest.
+    stock_logits, stock_layers  what the better of the stock kernels (eager, sdpa) has of these errors by itself.
+    """
+
+    rotary: float
+    logits: float
     what: str = "rotation"  # "attention" of a legacy family
-    layers: float | None = None  # attention layers, each on its stock input: measured where rounding moves the logits more than the gate
+    layers: float | None = None
+    stock_logits: float | None = None
+    stock_layers: float | None = None
+    dtype: str = "float32"
+    without: str = ""  # half precision: why there is nothing in fp32 to compare with
 
     def __str__(self) -> str:
-        text = f"{self.what} {self.rotary:.1e}, logits {self.logits:.1e} (largest relative difference to the stock model on {len(PROBE_POSITIONS)} tokens)"
-        if self.layers is not None:
-            text += f"; rounding in half precision moves these logits, as the choice of experts does: on its stock input a layer differs by {self.layers:.1e}"
-        return text
+        text = f"{self.what} {self.rotary:.1e}, logits {self.logits:.1e}"
+        if self.layers is None:
+            return f"{text} (largest relative difference to the stock model on {len(PROBE_POSITIONS)} tokens)"
+        if self.stock_logits is None or self.stock_layers is None:
+            return f"{text}, a layer {self.layers:.1e} (relative difference to the nearer stock kernel: rounding of {self.dtype}; {self.without})"
+        return (
+            f"{text} where stock itself has {self.stock_logits:.1e}, a layer {self.layers:.1e} where stock has {self.stock_layers:.1e} (relative error against "
+            f"the same weights in fp32, on {len(PROBE_POSITIONS)} tokens: rounding of {self.dtype})"
+        )
 
 
 def extend(
     model: PreTrainedModel,
     method: Method | None = None,
     *,
-    context: int | None = None,
-    trained_window: int | None = None,
+    context: int | str | None = None,
+    trained_window: int | str | None = None,
     backend: str = "auto",
 ) -> Extension:
     """Make `model` usable at a longer context, without training.
 
     method          a method with its parameters; if None, the dial chooses one for `context`.
-    context         the largest number of tokens of a sequence, new tokens included. Longer input raises.
+    context         the largest number of tokens of a sequence, new tokens included, such as 16384 or "16k". Longer input raises.
     trained_window  overrides the trained window read from the configuration.
     backend         "auto", or "reference" for the dense truth: slow, for checking.
 
@@ -79,7 +99,8 @@ def extend(
     before or after.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile calls the model that it wraps, and so sees what is attached to it
-    return Extension(model, method, context=context, trained_window=trained_window, backend=backend)
+    tokens = None if context is None else token_count(context), None if trained_window is None else token_count(trained_window, "trained_window")
+    return Extension(model, method, context=tokens[0], trained_window=tokens[1], backend=backend)
 
 
 class Extension:
@@ -101,8 +122,6 @@ class Extension:
         self.config = self.base.config
         refuse_unsupported(self.config)
         if trained_window is not None:
-            if trained_window < 1:
-                raise ValueError(f"trained_window must be a positive number of tokens, not {trained_window}")
             self.window = auto.Window(trained_window, "given")
         else:
             self.window = auto.trained_window(self.config)
@@ -124,14 +143,16 @@ class Extension:
         self._dense = backend == "reference"
         if self._dense and exact_device(device_of(model)) != device_of(model):
             raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
-        self._local = threading.local()
+        self._local = self.owner = Forwards()
         self._warned = False
         self._remark: str | None = None  # what a user should know about this method on this model
         self._ready = False  # False while the model is probed and measured
         self._configs = [(config, config._attn_implementation_internal) for config in configs_of(model)]
-        self._name = f"longreach{next(_numbers)}"
+        registration.refuse_taken(config for config, _ in self._configs)
+        self._name = f"{registration.PREFIX}{next(_numbers)}"
         self._argument_names = list(inspect.signature(self.base.forward).parameters)
         self._hooks: list[Any] = []
+        self._undo: Callable[[], Any] = lambda: None
         self._attached = False
         self._attach()
         logger.info("%s", self.describe())
@@ -150,10 +171,12 @@ class Extension:
             self._original = self.base.rotary_emb
             self._identity = IdentityRotary(self._original)
             self._identity.train(self._original.training)
-        AttentionInterface.register(self._name, self._attention)
-        AttentionMaskInterface.register(self._name, self._mask)
+        registration.register(self._name, self._attention, self._mask)
+        self._unregister = weakref.finalize(self, registration.unregister, self._name, self._configs)  # for those that are dropped, not removed
+        self._unregister.atexit = False
+        device = device_of(self.model)
         try:
-            with probe.evaluation(self.model):
+            with probe.evaluation(self.model, device):
                 if self._legacy is None:
                     self._probe()
                 else:
@@ -161,10 +184,18 @@ class Extension:
             self._settle()
             self._hooks = [
                 self.base.register_forward_pre_hook(self._open, with_kwargs=True),
-                self.base.register_forward_hook(self._close),
+                self.base.register_forward_hook(self._close, with_kwargs=True, always_call=True),
             ]
+            if (outer := _caller_of(self.model, self.base)) is not None:
+                self._hooks += [
+                    outer.register_forward_pre_hook(self._enter, with_kwargs=True),
+                    outer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+                ]
+                self._undo = keep_in_generation(outer)
             self._attached = True
-            with probe.evaluation(self.model):
+            if self._legacy is None:
+                registration.uncompile(self._modules)
+            with probe.evaluation(self.model, device):
                 self._measure()
             self.layers = self._final_layers()
         except BaseException:
@@ -202,15 +233,16 @@ class Extension:
             )
         tables = {key: (cos, sin) for key, cos, sin in record}
         read = {key: probe.frequencies(self._identity.probed, key, positions) for key in tables}
-        half = self._half = raw[0].q.dtype != torch.float32
+        dtype = self._dtype = raw[0].q.dtype
         kinds = getattr(self.config, "layer_types", None) or [None] * len(raw)
         self._keys: list[probe.Key] = []
         self._rotaries: list[Rotary | None] = []
         worst = 0.0
         for index, (a, b) in enumerate(zip(raw, turned, strict=True)):
             check_arguments(index, a)
+            self._require_finite(f"the queries or keys of layer {index}", a.q, a.k, b.q, b.k)
             key, found, difference = probe.match(a, b, tables, read, kinds[index])
-            if difference > (2e-2 if half else 1e-4):
+            if not difference <= (2e-2 if dtype in selfcheck.HALVES else 1e-4):
                 raise ValueError(
                     f"layer {index} of {type(self.base).__name__} applies its rotary in a way we do not know (off by {difference:.1e}), "
                     "or changes q and k after it, as a norm with weights does; use the model without extend()"
@@ -223,7 +255,7 @@ class Extension:
             raise ValueError(f"no layer of {type(self.base).__name__} rotates its keys, so there are no positions to extend; use it as it is")
         self._worst_rotary = worst
         self._modules = [seen.module for seen in raw]
-        self._stock = self._stock_run()
+        self._stock = self._stock_runs(["sdpa", "eager"] if dtype in selfcheck.HALVES and self.base._supports_sdpa else ["eager"])
         self.entries = [Entry(seen.k.shape[1], seen.k.shape[-1], seen.v.shape[-1], seen.k.dtype, seen.k.device) for seen in raw]
         self._slot_scales = layer_kinds.slot_scales(self._modules)
         self._trained = [layer_kinds.as_trained(self.config, index, seen) for index, seen in enumerate(raw)]
@@ -252,7 +284,6 @@ class Extension:
     def _probe_legacy(self, seam: legacy.LegacySeam) -> None:
         """Listen to every layer of the stock model, read how it encodes positions, and put our attention in place of its own."""
         device = device_of(self.model)
-        self._half = next(self.model.parameters()).dtype != torch.float32
         positions = torch.arange(min(len(PROBE_POSITIONS), self.window.tokens), device=device)
         generator = torch.Generator().manual_seed(0)
         self._probe_ids = torch.randint(0, self.config.vocab_size, (1, positions.numel()), generator=generator).to(device)
@@ -264,13 +295,12 @@ class Extension:
             )
         if (implementation := seam.family.definition(self.base)) is not None:
             self.config._attn_implementation_internal = implementation
-        stock: list[torch.Tensor] = []
-        self._recorded = seam.record(lambda: stock.append(self.model(input_ids=self._probe_ids, use_cache=False).logits.float()))
-        self._stock = selfcheck.StockRun(stock[0], [], [])
         self._modules = seam.modules
+        self._dtype = self.base.get_input_embeddings()(self._probe_ids[:, :1]).dtype
+        self._stock = self._stock_runs([self.config._attn_implementation])
         self._keys = [None for _ in seam.modules]
         self._rotaries = [rotary for _ in seam.modules]
-        heard = [seam.family.project(module, recorded.hidden) for module, recorded in zip(seam.modules, self._recorded, strict=True)]
+        heard = [seam.family.project(module, selfcheck.hidden(given)) for module, given in zip(seam.modules, self._stock.first.inputs, strict=True)]
         self.entries = [Entry(k.shape[1], k.shape[-1], v.shape[-1], k.dtype, k.device) for _, k, v in heard]
         self._slot_scales = layer_kinds.slot_scales(self._modules)
         self._trained, self._overrides_sliding = [Stock() for _ in seam.modules], False
@@ -281,46 +311,81 @@ class Extension:
 
     def _listen(self, inputs: dict[str, Any], keep_original: bool) -> tuple[list[Seen], list[tuple[probe.Key, torch.Tensor, torch.Tensor]]]:
         """One forward in which every attention layer reports its q and k and returns its values."""
-        self._local.seen = []
+        seen: list[Seen] = []
+        self._local.seen = seen
         self._identity.record = [] if keep_original else None
         try:
             self.base(**inputs)
-            return self._local.seen, self._identity.record or []
+            return seen, self._identity.record or []
         finally:
             self._local.seen = self._identity.record = None
 
-    def _stock_run(self) -> selfcheck.StockRun:
-        """The stock model under eager attention, its definition: a fused stock kernel may ignore soft-caps or sinks."""
+    def _logits(self) -> torch.Tensor:
+        """Of the probe. The base and the head are called, not what is around them: that may be compiled, cast, or a head that pools."""
+        hidden = self.base(input_ids=self._probe_ids, use_cache=False)[0]
+        head = self.model.get_output_embeddings()
+        return hidden if head is None else torch.as_tensor(head(hidden))
+
+    @contextmanager
+    def _stock_attention(self, name: str) -> Iterator[None]:
+        """The stock model with one of its kernels. A legacy family still has its own."""
+        if self._legacy is not None:
+            yield
+            return
         self._identity.record = []
-        self.model.set_attn_implementation("eager")
+        self.model.set_attn_implementation(name)
         try:
-            return selfcheck.record(self._modules, lambda: self.model(input_ids=self._probe_ids, use_cache=False).logits)
+            yield
         finally:
             self._identity.record = None
             self._use_our_attention()
 
+    def _stock_runs(self, names: Sequence[str]) -> selfcheck.Stock:
+        """The stock model on the probe: under eager attention, which is its definition, and in half precision under each kernel and in fp32 too."""
+        kernels: dict[str, selfcheck.Run] = {}
+        for name in names:
+            inputs = next(iter(kernels.values())).inputs if kernels else None
+            with self._stock_attention(name):
+                run = selfcheck.observe(self._modules, self._logits, inputs)
+            if run.finite:
+                kernels[name] = run
+        if not kernels:
+            self._require_finite("the logits of the stock model itself", run.logits * float("nan"))
+        found = selfcheck.Stock(kernels)
+        if self._dtype not in selfcheck.HALVES:
+            return found
+        with self._stock_attention("eager"):
+            return replace(found, **selfcheck.truth(self.model, self._modules, self._logits, found.first.inputs))
+
+    def _require_finite(self, what: str, *tensors: torch.Tensor) -> None:
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            name = str(self._dtype).removeprefix("torch.")
+            fix = "load the model with sound weights" if self._dtype not in selfcheck.HALVES else "load the model with dtype=torch.float32"
+            if self._dtype == torch.float16:
+                name, fix = "float16, where values beyond 65504 overflow", "load the model with dtype=torch.bfloat16 or torch.float32"
+            raise ValueError(f"{what} are NaN or infinite in {name}, so there is nothing to extend; {fix}")
+
     def _measure(self) -> None:
         """Logits of the engine with neutral parameters, at the frequencies the stock forward used, against the stock model."""
         self.layers = [Layer(i, t, r, alibi=self._alibi) for i, (t, r) in enumerate(zip(self._trained, self._rotaries, strict=True))]
-        if self._legacy is not None:
-            self._worst_rotary = self._legacy.difference(self._recorded, planner.plan(1, self._probe_ids.shape[1], None, self._probe_ids.device, None))
-            del self._recorded
-
-        def run() -> torch.Tensor:
-            return self.model(input_ids=self._probe_ids, use_cache=False).logits.float()
-
-        difference = ((run() - self._stock.logits).abs().max() / self._stock.logits.abs().max().clamp_min(1e-30)).item()
-        layers, gate = None, 1e-1 if self._half else 1e-3
-        if not difference < gate and self._half and self._legacy is None:
-            layers = selfcheck.layerwise(self._modules, self._stock, run)
-        fine = difference < gate if layers is None else layers < 5e-2
-        if not fine or not self._worst_rotary < (2e-2 if self._half else 1e-4):
-            by_layer = self._worst_rotary if layers is None else layers
-            raise ValueError(
-                f"with neutral parameters {type(self.base).__name__} differs from the stock model by {difference:.1e} (a layer by {by_layer:.1e}); "
+        ours = selfcheck.observe(self._modules, self._logits, self._stock.first.inputs)
+        what = "rotation" if self._legacy is None else "attention"
+        if self._dtype in selfcheck.HALVES:
+            errors = selfcheck.judge(ours, self._stock, torch.finfo(self._dtype).eps / 2)
+            rotary, passed = self._worst_rotary if self._legacy is None else errors.layer, errors.passed
+            by_layer, dtype = errors.layer, str(self._dtype).removeprefix("torch.")
+            found = Exactness(rotary, errors.logits, what, errors.layer, errors.stock_logits, errors.stock_layer, dtype, self._stock.without)
+        else:
+            by_layer = max(relative(a, b) for a, b in zip(ours.outputs, self._stock.first.outputs, strict=True))
+            rotary = self._worst_rotary if self._legacy is None else by_layer
+            found = Exactness(rotary, relative(ours.logits, self._stock.first.logits), what)
+            passed = found.logits < 1e-3 and rotary < 1e-4
+        if not passed:
+            raise Inexact(
+                f"with neutral parameters {type(self.base).__name__} differs from the stock model by {found.logits:.1e} (a layer by {by_layer:.1e}); "
                 "its attention does something we do not know, use it without extend()"
             )
-        self.exactness = Exactness(self._worst_rotary, difference, "rotation" if self._legacy is None else "attention", layers)
+        self.exactness = found
         del self._stock
 
     def _final_layers(self) -> list[Layer]:
@@ -335,7 +400,32 @@ class Extension:
     # -- one forward ----------------------------------------------------------------------------------------------------------
 
     def new_store(self) -> Store:
-        return Store([layer.forms for layer in self.layers], self)
+        return Store([layer.forms for layer in self.layers], self.owner)
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the model with its head runs. Assisted decoding asks for the logits of its draft tokens, and crops what they do not confirm."""
+        wanted = kwargs.get("logits_to_keep")
+        args, kwargs, tokens = self._marked(args, dict(kwargs))
+        if tokens is not None:
+            self._local.enter(tokens, wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0)
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After it ran, head and all."""
+        self._count(self._local.leave(_tokens_of(args, kwargs)), output)
+
+    def _marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor | None]:
+        """The tokens as an object that this call alone holds, which tells calls apart: see Forwards."""
+        for name in ("input_ids", "inputs_embeds"):
+            if isinstance(tokens := kwargs.get(name), torch.Tensor):
+                kwargs[name] = tokens.view_as(tokens)
+                return args, kwargs, kwargs[name]
+        if args and isinstance(args[0], torch.Tensor):
+            args = (args[0].view_as(args[0]), *args[1:])
+            return args, kwargs, args[0]
+        return args, kwargs, None
 
     @torch.compiler.disable
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -347,35 +437,44 @@ class Extension:
         kwargs = {**dict(zip(self._argument_names, args)), **kwargs}  # a family's second argument may be the mask or the cache
         if kwargs.get("output_attentions") or (kwargs.get("output_attentions") is None and getattr(self.config, "output_attentions", False)):
             raise ValueError("attention weights are never formed, so output_attentions=True cannot be served; drop it or call remove() first")
-        tokens = kwargs.get("input_ids")
-        tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
+        _, kwargs, tokens = self._marked((), kwargs)
         if tokens is None:
             raise ValueError("pass input_ids or inputs_embeds")
         rows, columns = tokens.shape[:2]
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             raise ValueError("attention_mask must be the 2-D padding mask [batch, tokens seen so far]; 4-D, packed and prepared masks cannot be honoured")
-        store = None
+        store, caller = None, self._local.caller()
         use_cache = kwargs.get("use_cache")
         if kwargs.get("past_key_values") is not None or (self.config.use_cache if use_cache is None else use_cache):
             kwargs["past_key_values"], store = place(kwargs.get("past_key_values"), self.new_store())
+            self._local.refuse_nested(store)
+            drafts = getattr(getattr(self.model, "generation_config", None), "num_assistant_tokens", None) or 0  # that this model makes for another
+            store.open(rows, columns, max(0 if caller is None else min(columns, caller.announced), drafts + 1 if drafts >= ROLLBACK else 0))
         plan = planner.plan(rows, columns, mask, tokens.device, store)
+        if plan.past is not None and any(past.hidden for past in plan.past):
+            warnings.warn(
+                "attention_mask hides tokens that are in the cache: they are not seen, and all others keep the distances they were read with, "
+                "whatever position_ids say",
+                stacklevel=2,
+            )
         if (positions := kwargs.get("position_ids")) is not None:
             check_positions(positions, plan)
         layer_kinds.refuse_shifted(self._slot_scales, plan)
         if "position_ids" in self._argument_names:  # some models scale queries by them, and pads must not count
             kwargs["position_ids"] = plan.positions(rows, tokens.device)
         self._check_length(max((g.start + g.count for g in plan.groups), default=0))
-        self._local.plan = plan
+        self._local.begin(plan, tokens, caller)
         return (), kwargs
 
     @torch.compiler.disable
-    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After it ran: the new tokens count. A forward that raises leaves the lengths as they were."""
-        plan: Plan = self._local.plan
-        self._local.plan = None
-        if plan.store is not None:
-            plan.store.advance(plan.real, plan.columns)
+    def _close(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """After it ran: the new tokens count, once the model that called it has finished too. A forward that raises, which has no output, changes nothing."""
+        self._count(self._local.end(_tokens_of(args, kwargs), output is not None), output)
+
+    def _count(self, plan: Plan | None, output: Any) -> None:
+        if output is not None and plan is not None and plan.store is not None:
+            plan.store.advance(plan.real, plan.columns, plan.past)
 
     def _check_length(self, tokens: int) -> None:
         if not self._ready:
@@ -391,13 +490,11 @@ class Extension:
             self._warned = True
             warnings.warn(f"{sentence}: distances beyond it were never trained. Use extend(model, context={tokens})", stacklevel=2)
 
-    @torch.compiler.disable
     def _mask(self, *, batch_size: int, q_length: int, use_vmap: bool = False, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
         """Called by the model where it builds its masks, once per kind of layer: hands out the plan of this forward."""
-        if getattr(self._local, "seen", None) is not None:
+        if self._local.seen is not None:
             return None
-        plan = getattr(self._local, "plan", None)
-        if plan is None:
+        if (plan := self._local.plan) is None:
             raise ValueError(
                 "a mask was asked for outside a forward of the extended model; leave out cache_implementation (static caches cannot be used), call the "
                 "model itself, not its parts, and give each model its own config (copy.deepcopy)"
@@ -406,7 +503,6 @@ class Extension:
             raise ValueError("packed sequences and custom masks cannot be honoured; pass one sequence per row with a 2-D attention_mask")
         return plan
 
-    @torch.compiler.disable
     def _attention(
         self,
         module: nn.Module,
@@ -421,7 +517,7 @@ class Extension:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """The attention function that every layer calls. q, k [B, H, T, D] arrive un-rotated; k, v are the new tokens only."""
-        if getattr(self._local, "seen", None) is not None:
+        if self._local.seen is not None:
             extra = {"softcap": softcap, "s_aux": s_aux, **kwargs}
             self._local.seen.append(Seen(module, query.detach(), key.detach(), value.detach(), extra))
             return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(1, 2).contiguous(), None
@@ -436,23 +532,24 @@ class Extension:
         if dropout:
             raise ValueError("attention dropout is not supported; call model.eval()")
         store = None if plan.store is None else plan.store.layers[index]
-        backend = self._backend(query)
+        kind, given = query.device.type, query.dtype
+        autocast = torch.is_autocast_enabled(kind)
+        own = self.entries[index].dtype if autocast else given
+        backend = backend_for(query.device, own)
         inputs = Inputs(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, None if s_aux is None else s_aux.detach())
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return execute(self.layers[index], plan, store, backend, q, k, v, inputs)
+            if not autocast:
+                return execute(self.layers[index], plan, store, backend, q, k, v, inputs)
+            # A cache is of one dtype, whether its tokens were read under autocast or not, and exact: that of the weights, as stock's keys have it.
+            # Attention computes in it too, for what is stored would have to be cast anew for every token; the result is what stock's kernel gives.
+            with torch.autocast(kind, enabled=False):
+                out = execute(self.layers[index], plan, store, backend, q.to(own), k.to(own), v.to(own), inputs)
+            return out.to(torch.get_autocast_dtype(kind))
 
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
             return _ForwardOnly.apply(query, key, value, run), None
         return run(query, key, value), None
-
-    def _backend(self, query: torch.Tensor) -> Backend:
-        return backend_for(query.device, query.dtype)
-
-    def expects(self, store: Store) -> bool:
-        """Whether a forward of this extension is under way that writes to `store`."""
-        plan = getattr(self._local, "plan", None)
-        return self._attached and plan is not None and plan.store is store
 
     # -- documents ----------------------------------------------------------------------------------------------------------------
 
@@ -500,7 +597,7 @@ class Extension:
             "sliding_window_overridden": self._overrides_sliding,
             "backend": "dense reference" if self._dense else backend_for(device_of(self.model), dtype).name,
             "dtype": str(dtype).removeprefix("torch."),
-            "exactness": {"rotary": self.exactness.rotary, "logits": self.exactness.logits, "layers": self.exactness.layers},
+            "exactness": {name: getattr(self.exactness, name) for name in ("rotary", "logits", "layers", "stock_logits", "stock_layers")},
         }
 
     def describe(self) -> str:
@@ -517,8 +614,8 @@ class Extension:
             f"method      {self.method}",
             f"recalls     {r['recalls']}",
             f"window      {self.window.tokens} trained ({self.window.reason})",
-            f"context     {'not declared' if self.context is None else f'{self.context} tokens declared'}",
-            f"capacity    {'unlimited' if self.capacity is None else f'{self.capacity} tokens'}",
+            f"context     {'not declared' if self.context is None else counted(self.context, 'token') + ' declared'}",
+            f"capacity    {'unlimited' if self.capacity is None else counted(self.capacity, 'token')}",
             f"layers      {layers}",
             f"backend     {r['backend']}, {r['dtype']}",
             f"exactness   {self.exactness}",
@@ -534,6 +631,13 @@ class Extension:
             lines.append(f"warning     {r['warning']}")
         return "\n".join(lines)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy of an extended model would share the extension, or be without."""
+        raise ValueError(
+            "an extended model cannot be copied, pickled or saved with torch.save; call remove() on its extension first and extend() the copy, or write the "
+            "weights alone with save_pretrained"
+        )
+
     def __repr__(self) -> str:
         return f"Extension({self.method}, {'attached' if self._attached else 'removed'})"
 
@@ -542,23 +646,33 @@ class Extension:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._undo()
         if self._legacy is not None:
             self._legacy.remove()
-        elif self.base.rotary_emb is self._identity:
-            self.base.rotary_emb = self._original
-        for config, implementation in self._configs:
-            if config._attn_implementation_internal == self._name:
-                config._attn_implementation_internal = implementation
-        AttentionInterface._global_mapping.pop(self._name, None)
-        AttentionMaskInterface._global_mapping.pop(self._name, None)
+        else:
+            registration.restore(getattr(self, "_modules", ()))
+            if self.base.rotary_emb is self._identity:
+                self.base.rotary_emb = self._original
+        self._unregister()
         self._attached = self._ready = False
-        self._local.plan = None
+        self._local.open, self._local.calls = [], []
 
     def __enter__(self) -> Extension:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.remove()
+
+
+def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    found = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), args[0] if args else None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def _caller_of(model: nn.Module, base: nn.Module) -> nn.Module | None:
+    """The model that calls the base model and puts a head on it; None of a bare base model."""
+    around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not base and any(inner is base for inner in m.modules())]
+    return around[-1] if around else None
 
 
 class _ForwardOnly(torch.autograd.Function):

@@ -15,14 +15,15 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
+from longreach.differences import largest
 from longreach.encodings import Alibi, Rotary
-from longreach.planner import Plan
 from longreach.seam import rotary as probe
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -67,7 +68,7 @@ class GPTJ(Family):
         angles = positions.double()[:, None] * inverse
         for index, module in enumerate(modules):
             table = module.embed_positions.to(positions.device)[positions]
-            difference = (table.double() - torch.cat([angles.sin(), angles.cos()], -1)).abs().max().item()
+            difference = largest(table.double() - torch.cat([angles.sin(), angles.cos()], -1))
             if not difference < (1e-4 if table.dtype == torch.float32 else 3e-2):
                 raise ValueError(
                     f"the sines and cosines of layer {index} are not those of a rotary base of 10000 (off by {difference:.1e}); use the model without extend()"
@@ -206,6 +207,7 @@ class Forward:
     def __init__(self, family: Family, module: Any, attend: Attend) -> None:
         self.family, self.module, self.attend = family, module, attend
 
+    @torch.compiler.disable  # compiled code would be specialised on the layer
     def __call__(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, *, attention_mask: Any = None, **unused: Any
     ) -> tuple[torch.Tensor, None]:
@@ -213,14 +215,6 @@ class Forward:
         dropout = family.dropout(module) if module.training else 0.0
         context, _ = self.attend(module, *family.project(module, hidden_states), attention_mask, scaling=family.scale(module), dropout=dropout)
         return family.output(module, context.flatten(2), residual), None
-
-
-class Recorded(NamedTuple):
-    """What one attention module of the stock model was given and what it returned."""
-
-    hidden: torch.Tensor
-    residual: torch.Tensor | None
-    output: torch.Tensor
 
 
 @dataclass(eq=False)
@@ -234,22 +228,6 @@ class LegacySeam:
     def __post_init__(self) -> None:
         self.modules = [getattr(block, self.family.attention) for block in getattr(self.base, self.family.blocks)]
 
-    def record(self, forward: Callable[[], Any]) -> list[Recorded]:
-        """Run a stock forward and listen to every layer."""
-        heard: list[Recorded] = []
-
-        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            heard.append(Recorded(hidden, args[1] if len(args) > 1 else kwargs.get("residual"), output[0]))
-
-        hooks = [module.register_forward_hook(listen, with_kwargs=True) for module in self.modules]
-        try:
-            forward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return heard
-
     def install(self, attend: Attend) -> None:
         for module in self.modules:
             module.forward = Forward(self.family, module, attend)
@@ -259,21 +237,14 @@ class LegacySeam:
             if isinstance(module.__dict__.get("forward"), Forward):
                 del module.forward
 
-    def difference(self, recorded: list[Recorded], plan: Plan) -> float:
-        """The largest relative difference of a layer's output to what the stock layer made of the same input."""
-        worst = 0.0
-        for module, (hidden, residual, stock) in zip(self.modules, recorded, strict=True):
-            ours = module(hidden, residual, attention_mask=plan)[0]
-            worst = max(worst, ((ours.float() - stock.float()).abs().max() / stock.float().abs().max().clamp_min(1e-30)).item())
-        return worst
-
 
 def seam_of(model: nn.Module) -> LegacySeam | None:
     """The seam of a model of these families, None for all others. Raises if its attention is taken already."""
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is None:
         return None
-    bases = [module for module in model.modules() if isinstance(getattr(module, family.blocks, None), nn.ModuleList) and hasattr(module, "config")]
+    # torch.compile's wrapper of a base model has its attributes too
+    bases = [m for m in model.modules() if isinstance(m, PreTrainedModel) and isinstance(getattr(m, family.blocks, None), nn.ModuleList)]
     if len(bases) != 1 or not all(hasattr(block, family.attention) for block in getattr(bases[0], family.blocks)):
         return None  # code of its own under a known name
     seam = LegacySeam(bases[0], family)

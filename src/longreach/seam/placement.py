@@ -33,6 +33,16 @@ def saved_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+def ordinary(model: nn.Module) -> bool:
+    """Whether all weights are at hand as plain floating-point tensors: not packed by a quantisation, sharded or off-loaded. Those of a GGUF file are."""
+    plain = all(p.dtype in FLOATS and not p.is_meta and not hasattr(p, "__tensor_flatten__") for p in model.parameters())
+    return plain and not any(b.dtype in INTEGERS and b.dim() > 1 for b in model.buffers())
+
+
 def at_hand(module: nn.Module) -> AbstractContextManager[Any]:
     """Inside, the weights of the module itself can be read: those that accelerate keeps elsewhere are brought to the CPU."""
     if not any(tensor.is_meta for _, tensor in saved_tensors(module)):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from longreach.differences import relative
 from longreach.encodings import Rotary, exact_device
 
 Key = str | None  # the layer type a model passes to its rotary module, None where there is one set of frequencies
@@ -134,16 +135,16 @@ def _difference(raw: torch.Tensor, turned: torch.Tensor, cos: torch.Tensor, sin:
     new = (a * cos - b * sin, b * cos + a * sin)
     pairs = torch.cat(new, -1) if rotary.pairing == "half" else torch.stack(new, -1).flatten(-2)
     result = torch.cat([raw[..., :start].to(pairs.dtype), pairs, raw[..., start + 2 * n :].to(pairs.dtype)], -1)
-    return ((result.float() - turned.float()).abs().max() / turned.float().abs().max().clamp_min(1e-30)).item()
+    return relative(result, turned)
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own flag is put back."""
+def evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode without gradients, autocast and compiled code: what is measured is the model itself. Every module's own flag is put back."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, flag in flags:

@@ -38,7 +38,6 @@ Notes:
 
 """
 QUESTIONS = ("eldest-ancestor", "nth-ancestor", "nth-descendant", "distance")
-_BRACES = re.compile(r"\\boxed\s*\{|\{|\}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class AncestralTrace(Task):
     """
 
     name: ClassVar[str] = "ancestral-trace"
+    version: ClassVar[str] = "2"
     license: ClassVar[str] = "generated; needs no data"
     source: ClassVar[str] = "arXiv 2407.11963"
     options: ClassVar[dict[str, Any]] = {"facts": (), "max_new_tokens": 0}
@@ -152,26 +152,29 @@ def box(answer: str) -> str:
 
 
 def boxed_match(prediction: str, reference: str) -> float:
-    """1 if the last box of the answer holds the reference; without a box an answer is wrong."""
+    """1 if the last box of the answer holds the reference, case by case of its letters; without a box an answer is wrong."""
     found = last_box(prediction)
-    return float(found is not None and clean(found) == clean(last_box(reference) or ""))
+    return float(bool(found) and clean(found or "") == last_box(reference))
 
 
 def last_box(text: str) -> str | None:
-    """What stands in the last closed \\boxed{}; of boxes in one another the outer one."""
-    opened: list[tuple[bool, int]] = []
-    found: tuple[int, int] | None = None
-    for mark in _BRACES.finditer(text):
-        if mark[0] != "}":
-            opened.append((mark[0] != "{", mark.end()))
-        elif opened:
-            is_box, start = opened.pop()
-            if is_box:
-                found = start, mark.start()
-    return text[slice(*found)] if found else None
+    """What stands in the box that is opened last, without one more pair of braces around it. None if it is never closed."""
+    start = text.rfind("\\boxed")
+    if not text.startswith("\\boxed{", start):
+        return None
+    depth, start = 0, start + len("\\boxed")
+    for brace in re.finditer("[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            inside = text[start + 1 : start + brace.start()]
+            twice = re.fullmatch(r"\{(.*)\}\n?", inside)
+            return twice[1] if twice else inside
+    return None
 
 
 def clean(answer: str) -> str:
-    """Without what writers of LaTeX put around a name: \\text{}, further boxes, backslashes, quotes, hard and double spaces."""
-    bare = re.sub(r"\\(?:text|boxed)\s*\{", "", answer).replace("~", " ")
-    return " ".join(re.sub(r"[\\{}\"'`\u201c\u201d\u2018\u2019]", "", bare).split())
+    """Without what writers of LaTeX put around a name: \\text{}, further boxes, backslashes, straight quotes, a ~ for a blank, double white space."""
+    for command in ("text", "boxed"):
+        answer = re.sub(rf"\\{command}\{{([^}}]+)\}}", r"\1", answer)
+    answer = re.sub(r"\\[\[\]]?", "", answer)
+    return re.sub("[\"']", "", " ".join(answer.split())).replace("~", " ").strip()

@@ -5,17 +5,15 @@ Definitions: Zhang et al. 2024, arXiv 2402.13718. Generated at any length and de
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from math import floor
 from random import Random
 from typing import Any, ClassVar
 
-from longreach.evals import fitting
+from longreach.evals import fitting, scorers
 from longreach.evals.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.tasks.infinitebench import MARKS
 from longreach.evals.tasks.needle_threading import stream
-
-_SEPARATORS = str.maketrans({character: " " for character in "\n:\"'.,?!{}"})
 
 
 class _Synthetic(Task):
@@ -57,7 +55,7 @@ class KeyValueRetrieval(_Synthetic):
         return fitting.fill(tokenizer, build, length, 1)
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        return {"accuracy": float(sample.references[0] in prediction.translate(_SEPARATORS).split())}
+        return {"accuracy": float(sample.references[0] in scorers.blanked(prediction, MARKS).split())}
 
 
 class NumberString(_Synthetic):
@@ -84,8 +82,7 @@ class NumberString(_Synthetic):
         return fitting.fill(tokenizer, build, length, 0, passage.size if passage else None)
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        found = re.search(r"[0-9]+", prediction)
-        return {"accuracy": float(found is not None and found[0] == sample.references[0])}
+        return {"accuracy": float(scorers.first_int(prediction) == sample.references[0])}
 
 
 def repeated_digits(rng: Random, count: int = 10) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from longreach.evals import data, scorers
+from longreach.evals import data
 from longreach.evals.base import Parts, Sample, Settings, Task
 
 COLUMNS: data.Columns = {"instructions": (list, str), "outputs": (list, str), "input": str}
@@ -89,7 +89,7 @@ class TOEFL(LEval):
 
 
 class GSM(LEval):
-    name, file, exam = "leval-gsm100", "gsm100", False
+    name, file, exam, version = "leval-gsm100", "gsm100", False, "2"
     system = "Solve the last problem step by step, like the examples before it. End with: The answer is, and the number."
 
     def scored(self, answer: str, reference: str) -> float:
@@ -98,9 +98,10 @@ class GSM(LEval):
 
 
 def final_number(text: str) -> float | None:
-    """The number after "The answer is"; else the last one of the first paragraph."""
-    said = re.search(r"The answer is\D{0,20}?(-?[\d,]*\d(?:\.\d+)?)", text)
-    numbers = [said[1]] if said else re.findall(r"-?[\d,]*\d(?:\.\d+)?", text.strip().split("\n\n", 1)[0])
+    """The number after "The answer is"; else the last one of the first paragraph. Of a number its digits up to the point count, without a sign."""
+    number = r"(\d[\d,]*)(?:\.\d+)?"
+    said = re.search(rf"The answer is\D{{0,20}}?{number}", text)
+    numbers = [said[1]] if said else re.findall(number, text.strip().split("\n\n", 1)[0])
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
@@ -143,9 +144,9 @@ class SciFi(LEval):
 class TopicRetrieval(LEval):
     """Three questions about each conversation; the mean over questions is the mean over conversations."""
 
-    name, file, exam = "leval-topic-retrieval", "topic_retrieval_longchat", False
+    name, file, exam, version = "leval-topic-retrieval", "topic_retrieval_longchat", False, "2"
     system = "Below is a record of a conversation about several topics. Answer the question at the end with the name of the topic and nothing else."
 
     def scored(self, answer: str, reference: str) -> float:
-        right = compact(scorers.squad_norm(reference))
-        return bool(right) and right in compact(scorers.squad_norm(answer))
+        right = compact(reference)
+        return bool(right) and right in compact(answer)

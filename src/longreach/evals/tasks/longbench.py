@@ -40,6 +40,7 @@ class LongBench(Task):
     """
 
     group = "longbench"
+    version = "2"
     license = "MIT (code); the texts have licences of their own"
     source = "arXiv 2308.14508, THUDM/LongBench"
     needs_data = True

@@ -125,6 +125,7 @@ class MultiReasoning(NeedleBench):
     """
 
     name: ClassVar[str] = "needlebench-multi-reasoning"
+    version: ClassVar[str] = "2"
     options: ClassVar[dict[str, Any]] = {"facts": 3, "max_new_tokens": 0}
 
     def sample(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from longreach.evals import fitting, haystack
+from longreach.evals import fitting, haystack, scorers
 from longreach.evals.base import Parts, Sample, Settings, Task, generator
 from longreach.evals.fitting import FILLER
 
@@ -29,13 +29,14 @@ class PassKey(Task):
     longreach      depths are shares of the filler's slots, a key of `digits` digits without leading zero, prompt and answer fit the length.
                    With a text of the user, the key is hidden in a passage of it instead of the filler.
     lm-infinite    LM-Infinite's script: numpy's generator seeded with the length, a number below 10^7 at a random place, and its count of filler,
-                   which leaves the instruction out, so that prompts are somewhat longer than the length. Seven new tokens.
+                   which leaves the instruction out, so that prompts are somewhat longer than the length. Seven new tokens, compared as a number.
     selfextend     keys of `digits` digits at each depth, found if they are anywhere in the answer; with `data`, the rows of SelfExtend's file.
-    yarn           filler cut at any character, a number of 1 to 50000 at a random place, ten new tokens.
+    yarn           filler cut at any character, a number of 1 to 50000 at a random place, ten new tokens, compared as a number.
     infinitebench  lines of filler, a key of five digits at each depth, six new tokens.
     """
 
     name: ClassVar[str] = "passkey"
+    version: ClassVar[str] = "2"
     license: ClassVar[str] = "generated"
     source: ClassVar[str] = "arXiv 2305.16300, 2308.16137, 2401.01325, 2309.00071, 2402.13718"
     options: ClassVar[dict[str, Any]] = {"style": "longreach", "digits": 5}
@@ -59,12 +60,15 @@ class PassKey(Task):
         return styles[style](tokenizer, settings)
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
-        wanted = sample.references[0]
-        if sample.meta["style"] == "selfextend":
+        wanted, style = sample.references[0], sample.meta["style"]
+        if style == "selfextend":
             return {"accuracy": float(wanted in prediction)}
-        if sample.meta["style"] == "lm-infinite":
-            prediction = prediction.lstrip("\n").partition("\n")[0]
-        return {"accuracy": float(haystack.number_in(prediction) == wanted)}
+        if style == "infinitebench":  # the digits of ASCII alone
+            return {"accuracy": float(scorers.first_int(prediction) == wanted)}
+        found = haystack.number_in(scorers.first_line(prediction) if style == "lm-infinite" else prediction)
+        if style in ("lm-infinite", "yarn"):  # a number and not a word: zeros before it do not count
+            return {"accuracy": float(found is not None and scorers.whole(found) == int(wanted))}
+        return {"accuracy": float(found == wanted)}
 
     def _own(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
         digits = self.option(settings, "digits")

@@ -6,10 +6,10 @@ compared with the published table, least of all those of tasks over an essay.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import ClassVar
 
+from longreach.evals import scorers
 from longreach.evals.base import Sample, Task
 
 
@@ -26,8 +26,6 @@ class Ruler(Task):
         return {"string_match": string_match_all(prediction, sample.references)}
 
 
-def string_match_all(prediction: str, references: Iterable[str]) -> float:
+def string_match_all(prediction: str, references: Sequence[str]) -> float:
     """The share of the references that the answer holds, whatever the case of their letters."""
-    answer = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
-    found = [reference.lower() in answer for reference in references]
-    return sum(found) / len(found)
+    return scorers.contains_all(scorers.printable(prediction), references)

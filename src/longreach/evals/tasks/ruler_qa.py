@@ -37,6 +37,7 @@ class Pool:
 
 class RulerQA(Task):
     group = "ruler"
+    version = "2"
     license = "Apache-2.0 (generator), CC BY-SA 4.0 (data)"
     needs_data = True
     metric = "string_match"

@@ -1,0 +1,87 @@
+"""The quick part of the random histories in pytest, and the faults that they are there to find, put back one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import histories
+from longreach import planner, store
+
+
+@pytest.mark.parametrize("block", range(20))
+def test_histories(block):
+    for seed in range(block * 5, block * 5 + 5):
+        found = histories.run(seed)
+        assert "error" not in found, "\n".join([found["error"], *found["log"], found["trace"]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(20))
+def test_more_histories(block):
+    for seed in range(1000 + block * 50, 1000 + block * 50 + 50):
+        found = histories.run(seed)
+        assert "error" not in found, "\n".join([found["error"], *found["log"], found["trace"]])
+
+
+def rows_that_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of equal length share a call, wherever their buffers begin."""
+    monkeypatch.setattr(store.Store, "places", lambda self: [None] * self.rows)
+
+
+def mask_from_the_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last columns of a mask are taken for the new tokens."""
+    real = planner.plan
+
+    def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, kept: Any) -> planner.Plan:
+        seen = 0 if kept is None else kept.seen
+        return real(rows, columns, None if mask is None else torch.cat([mask[:, :seen], mask[:, mask.shape[1] - columns :]], 1), device, kept)
+
+    monkeypatch.setattr(planner, "plan", plan)
+
+
+def hidden_tokens_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a mask says of cached tokens is not read."""
+    real = store.Store.past
+    monkeypatch.setattr(store.Store, "past", lambda self, mask: real(self, None))
+
+
+def failed_forward_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward changes a buffer as soon as its layer has run."""
+    real = store.Buffer.extend
+
+    def extend(self: store.Buffer, *arguments: Any) -> store.Run:
+        run = real(self, *arguments)
+        run = store.Run(run.data.clone(), run.start)
+        self.commit()
+        return run
+
+    monkeypatch.setattr(store.Buffer, "extend", extend)
+
+
+def crop_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crop that is refused has cut some buffers already, and the others follow with the next."""
+    real = store.Store.crop
+
+    def crop(self: store.Store, slots: int) -> None:
+        try:
+            real(self, slots)
+        except ValueError:
+            left = self.slots.without(min(slots, self.seen))
+            for buffer in self.buffers:
+                for row in range(self.rows):
+                    if buffer.reaches(row) <= left.tokens(row):
+                        buffer.rewind(row, left.tokens(row))
+            raise
+
+    monkeypatch.setattr(store.Store, "crop", crop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [rows_that_meet, mask_from_the_right, hidden_tokens_ignored, failed_forward_counts, crop_half_done])
+def test_histories_find_the_fault(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch):
+    fault(monkeypatch)
+    assert any("error" in histories.run(seed) for seed in range(150))
