@@ -67,10 +67,19 @@ class Model:
     rows: list[list[Token]]
     seen: int = 0
     hidden: list[set[int]] = field(default_factory=list)  # slots, per row
-    cropped: int = 0  # slots since the last forward
+    farthest: list[int] = field(default_factory=list)  # the most tokens that a row has had: so far back from there it can always go
 
     def copy(self) -> Model:
-        return replace(self, rows=[[*row] for row in self.rows], hidden=[{*row} for row in self.hidden])
+        return Model([[*row] for row in self.rows], self.seen, [{*row} for row in self.hidden], [*self.farthest])
+
+    @classmethod
+    def empty(cls, rows: int) -> Model:
+        return cls([[] for _ in range(rows)], 0, [set() for _ in range(rows)], [0] * rows)
+
+    def goes_back(self, slots: int, rollback: int) -> bool:
+        """Whether a crop must be possible."""
+        left = [sum(token.slot < self.seen - slots for token in row) for row in self.rows]
+        return all(n >= far - rollback for n, far in zip(left, self.farthest, strict=True))
 
     def mask(self) -> torch.Tensor:
         mask = torch.zeros(len(self.rows), self.seen, dtype=torch.long)
@@ -87,16 +96,15 @@ class Model:
             for column in new[r].nonzero()[:, 0].tolist():
                 row.append(Token(int(ids[r, column]), self.seen + column, number(), blind))
         self.seen += ids.shape[1]
-        self.cropped = 0
+        self.farthest = [max(far, len(row)) for far, row in zip(self.farthest, self.rows, strict=True)]
 
     def crop(self, slots: int) -> None:
         self.seen -= slots
-        self.cropped += slots
         self.rows = [[token for token in row if token.slot < self.seen] for row in self.rows]
         self.hidden = [{slot for slot in row if slot < self.seen} for row in self.hidden]
 
     def select(self, index: list[int]) -> None:
-        self.rows = [[*self.rows[r]] for r in index]
+        self.rows, self.farthest = [[*self.rows[r]] for r in index], [self.farthest[r] for r in index]
         self.hidden = [{*self.hidden[r]} for r in index]
 
 
@@ -168,7 +176,7 @@ class History:
         self.numbers = 0
         self.log: list[str] = [f"{self.family} {self.method} rollback={self.rollback} slack={self.slack}"]
         rows = rng.choice([1, 1, 2, 2, 3, 4])
-        self.talks = [Talk(DynamicCache(), Model([[] for _ in range(rows)], 0, [set() for _ in range(rows)]))]
+        self.talks = [Talk(DynamicCache(), Model.empty(rows))]
         self.worst = 0.0
         self.compared = False  # whether the operation under way has seen logits
 
@@ -338,7 +346,7 @@ class History:
         try:
             self.talk.cache.crop(-slots)
         except ValueError as error:
-            if "cannot go back" not in str(error) or slots + self.talk.model.cropped <= self.rollback:
+            if "cannot go back" not in str(error) or self.talk.model.goes_back(slots, self.rollback):
                 raise
             self.log.append(f"crop {slots}: refused")
             self.save()
@@ -348,8 +356,7 @@ class History:
 
     def shrink(self) -> None:
         self.talk.cache.reset()
-        rows = len(self.talk.model.rows)
-        self.talk.model = Model([[] for _ in range(rows)], 0, [set() for _ in range(rows)])
+        self.talk.model = Model.empty(len(self.talk.model.rows))
         self.log.append("reset")
 
     def fork(self) -> None:

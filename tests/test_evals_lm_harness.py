@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +185,26 @@ def test_log_likelihoods_are_those_of_one_forward(nano, method):
     finally:
         if extension is not None:
             extension.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [longreach.SelfExtend(**METHOD), longreach.LMInfinite(64, 4)], ids=str)
+@torch.no_grad()
+def test_requests_that_go_back_further_and_further_are_scored_right(nano, method):
+    """A bounded store can undo 128 tokens behind the farthest one, not behind each request: what it cannot undo is read again, and nobody is warned."""
+    pytest.importorskip("lm_eval")
+    from longreach.evals.lm_model import LongContextLM
+
+    model, tokenizer = nano
+    ids = tokenizer("The old harbour lay under the morning fog, and nobody was there to see it. " * 60)["input_ids"][:900]
+    with longreach.extend(model, method, context=2000) as extension, warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were forgotten.*")
+        lm = LongContextLM(model, tokenizer, extension=extension)
+        for back in (0, 100, 160, 190, 150, 400, 10):
+            context, wanted = ids[: len(ids) - back], [5, 7, 11]
+            logits = model(torch.tensor([[*context, *wanted]]), use_cache=False).logits[0, len(context) - 1 : -1].log_softmax(-1)
+            total, _ = lm._score(context, wanted)
+            assert total == pytest.approx(logits[range(3), wanted].sum().item(), abs=1e-3)
 
 
 @pytest.mark.slow

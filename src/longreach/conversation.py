@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from longreach import generation
+from longreach.seam.cache_layers import take_back
 from longreach.seam.extend import Extension
 from longreach.streaming import stream
 
@@ -198,10 +199,9 @@ class Conversation:
         if self._cache is None or same == 0:
             self._start([])
         elif same < len(self._cached):
-            try:
-                self._cache.crop(same - len(self._cached))
+            if take_back(self._cache, len(self._cached) - same):
                 self._cached = ids[:same]
-            except ValueError:  # farther back than the store can undo: read everything again
+            else:  # read everything again
                 self._start([])
 
     def _start(self, ids: list[int]) -> None:

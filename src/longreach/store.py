@@ -401,8 +401,8 @@ class Store:
 
     # -- between forwards -----------------------------------------------------------------------------------------------------
 
-    def crop(self, slots: int) -> None:
-        """Forget the last `slots` columns, or raise and leave everything as it is."""
+    def crop(self, slots: int, warn: bool = True) -> None:
+        """Forget the last `slots` columns, or raise and leave everything as it is. `warn` if the same could not be done again."""
         self.settle()
         self.since_crop = 0
         slots = min(slots, self.seen)
@@ -415,14 +415,14 @@ class Store:
             if length < floor:
                 raise ValueError(
                     f"cannot go back to token {length} of row {row}: of its {self.lengths[row]} tokens the last {self.lengths[row] - floor} can be forgotten "
-                    f"(at least {ROLLBACK} behind the last one that was read); crop less or start a new cache"
+                    f"(at least {ROLLBACK} behind the farthest one that was read); crop less or start a new cache"
                 )
         for buffer in self.buffers:
             for row, length in enumerate(lengths):
                 buffer.rewind(row, length)
         self.lengths, self.slots = lengths, left
         again = min(length - floor for length, floor in zip(lengths, least, strict=True))
-        if any(least) and again < slots and not self.announced:
+        if warn and any(least) and again < slots and not self.announced:
             warnings.warn(f"{slots} tokens were forgotten; only {again} more can be, until new ones are read", stacklevel=4)
 
     def fork(self) -> Store:

@@ -17,8 +17,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from longreach import auto
+from longreach.seam.cache_layers import take_back
 from longreach.seam.extend import Extension
-from longreach.store import ROLLBACK
 from longreach.streaming import require_finite, stream
 
 Overflow = Literal["refuse", "middle", "left"]
@@ -129,9 +129,7 @@ class LongContextLM(HFLM):
         """How many tokens the cache holds after it was taken back to what this request has in common with the last one."""
         same = next((n for n, (a, b) in enumerate(zip(ids, self._known)) if a != b), min(len(ids), len(self._known)))
         same = min(same, first)
-        if same > 0 and len(self._known) - same <= ROLLBACK:
-            if same < len(self._known):
-                self._cache.crop(same)
+        if same > 0 and (same == len(self._known) or take_back(self._cache, len(self._known) - same)):
             return same
         if self.chunked:
             from transformers import DynamicCache

@@ -19,6 +19,7 @@ from longreach.evals.budget import Prompt
 from longreach.evals.engine import Reply
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
+from longreach.seam.cache_layers import take_back
 from longreach.seam.checks import find_base
 from longreach.seam.extend import Extension, extend
 from longreach.streaming import stream
@@ -91,10 +92,7 @@ class ModelEngine:
         return 0
 
     def _crop(self, length: int) -> bool:
-        try:
-            if length < len(self._cached):
-                self._cache.crop(length - len(self._cached))
-        except ValueError:  # farther back than the store can undo
+        if length < len(self._cached) and not take_back(self._cache, len(self._cached) - length):
             return False
         self._cached = self._cached[:length]
         return True

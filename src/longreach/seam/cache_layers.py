@@ -133,6 +133,19 @@ def store_of(cache: object) -> Store | None:
     return layers[0].store if layers and isinstance(layers[0], StoreLayer) else None
 
 
+def take_back(cache: Any, slots: int) -> bool:
+    """Forget the last `slots` columns. False, and nothing has changed, where the cache cannot go back so far: then read the text again."""
+    store = store_of(cache)
+    try:
+        if store is not None:
+            store.crop(slots, warn=False)
+        else:
+            cache.crop(-slots)
+    except ValueError:
+        return False
+    return True
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes allocated for keys and values, in our store or in a stock cache."""
     store = store_of(cache)
