@@ -186,13 +186,14 @@ def test_bad_arguments(run: Run, arguments: list[object], says: str) -> None:
     refused(run, *arguments, says=says)
 
 
-def test_interrupt_is_quiet(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(text, "read", interrupt)
     found = run("run", "--prompt", "x")
-    assert (found.code, found.out, found.err.strip()) == (130, "", "")
+    assert (found.code, found.out, found.err) == (130, "", "interrupted; nothing was kept\n")
+    assert run("run", "--prompt", "x", "--json").json == {"error": "interrupted; nothing was kept"}
 
 
 def test_a_bug_of_ours_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,9 @@ Knows a tokenizer, generation and which tokens the cache holds; not files or ter
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,17 @@ class Conversation:
         """Tokens that the cache holds."""
         return len(self._cached)
 
+    def needs(self, question: str, max_new_tokens: int) -> int:
+        """Tokens of the whole sequence with this question and its longest answer."""
+        return len(self.sequence(question)) + max_new_tokens
+
+    def attach(self, extension: Extension, limit: int | None) -> None:
+        """Go on under another extension. A method is fixed for a whole sequence, so everything is read again with the next question."""
+        self.extension, self.limit = extension, limit
+        self._start([])
+
     def save(self, file: str | Path) -> None:
-        """Write the document as it was read, so that `open` can go on from there without reading it."""
+        """Write the document and the turns as they were read, so that `open` can go on from there without reading them."""
         if self.extension is None:
             raise ValueError("only an extended model can save what it has read; pass extension=longreach.extend(model, ...)")
         if not self.extension.method.chunk_invariant:
@@ -77,21 +87,27 @@ class Conversation:
                 f"the result of {self.extension.method.brief()} depends on how a prompt is cut, so a document cannot be read apart from its question; "
                 "use a method or an option that does not (longreach methods), or ask without saving"
             )
-        if self.turns or not self._cached:
-            raise ValueError("there is no document without turns to save; call read() first, or reset() and read() after questions")
+        if not self._cached:
+            raise ValueError("nothing has been read yet, so there is nothing to save; call read() first, or ask a question")
         notes = {"document": self.document} | ({} if self.system is None else {"system": self.system})
+        if self.turns:
+            notes["turns"] = json.dumps([[question, answer.text, answer.ids, answer.finish] for question, answer in self.turns])
         self.extension.save(self._cache, file, self._cached, notes=notes)
 
     @classmethod
     def open(cls, model: Any, tokenizer: Any, extension: Extension, file: str | Path, *, limit: int | None = None, chunk_size: int = 512) -> Conversation:
-        """A conversation about a document that `save` wrote. Raises ValueError if it belongs to another model, method, context or tokenizer."""
+        """The conversation that `save` wrote. Raises ValueError if it belongs to another model, method, context or tokenizer."""
         found = extension.load(file)
         if "document" not in found.notes or found.ids is None or found.ids.shape[0] != 1:
             raise ValueError(f"{str(file)!r} holds a cache without its text; use extension.load(file), or save one with Conversation.save or --save-document")
         talk = cls(model, tokenizer, found.notes["document"], found.notes.get("system"), limit, extension, chunk_size)
-        if found.ids[0].tolist() != talk._opening():
-            raise ValueError(f"the tokenizer of this model makes other tokens of the text in {str(file)!r}; load the tokenizer that it was read with")
         talk._cache, talk._cached = found.cache, found.ids[0].tolist()
+        if "turns" in found.notes:
+            talk.turns = _turns(found.notes["turns"], model.get_input_embeddings().weight.shape[0], str(file))
+        opening = talk._opening()
+        same = _common(talk._cached, opening) == min(len(talk._cached), len(opening))
+        if not same or any(tokenizer.decode(answer.ids, skip_special_tokens=True) != answer.text for _, answer in talk.turns):
+            raise ValueError(f"the tokenizer of this model makes other tokens of the text in {str(file)!r}; load the tokenizer that it was read with")
         return talk
 
     def ask(
@@ -101,8 +117,13 @@ class Conversation:
         *,
         sampling: generation.Sampling = generation.GREEDY,
         write: Callable[[str], None] = lambda text: None,
+        progress: Callable[[int], None] = lambda done: None,
+        stopped: Callable[[], bool] | None = None,
     ) -> generation.Answer:
-        """The answer to a question, which becomes a turn. Raises ValueError if it does not fit any more."""
+        """The answer to a question, which becomes a turn. Raises ValueError if it does not fit any more.
+
+        Once `stopped` is true the answer ends where it is and stays a turn; one that has no word yet does not become a turn.
+        """
         ids = self.sequence(question)
         if self.limit is not None and len(ids) + max_new_tokens > self.limit:
             shorter = "forget the earlier turns (/reset), " if self.turns else ""
@@ -122,12 +143,16 @@ class Conversation:
                 sampling=sampling,
                 cache=self._cache,
                 write=write,
+                progress=progress,
+                stopped=stopped,
             )
         except BaseException:
             self._start([])  # the cache may hold a part of this turn
             raise
-        self._cache, self._cached = found.cache, ids + found.ids[:-1]
-        self.turns.append((question, found))
+        self._cache = found.cache
+        self._cached = (ids + found.ids)[: self._cache.get_seq_length()]
+        if found.ids:
+            self.turns.append((question, replace(found, cache=None)))  # a turn must not keep a store alive that is not in use any more
         return found
 
     def reset(self) -> None:
@@ -183,6 +208,23 @@ class Conversation:
         from transformers import DynamicCache
 
         self._cache, self._cached = DynamicCache(), list(ids)
+
+
+def _turns(text: str, vocabulary: int, file: str) -> list[tuple[str, generation.Answer]]:
+    """What `save` noted of the turns. The file may be hostile."""
+    try:
+        found = json.loads(text)
+        fine = all(
+            (question + answer).encode() is not None
+            and finish in ("stop", "length", "interrupted")
+            and all(type(i) is int and 0 <= i < vocabulary for i in ids)
+            for question, answer, ids, finish in found
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        fine = False
+    if not fine:
+        raise ValueError(f"the turns of the conversation in {file!r} are damaged or forged; read the document again and save it")
+    return [(question, generation.Answer(answer, ids, finish, 0.0, 0.0, 0, None)) for question, answer, ids, finish in found]
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -35,12 +35,13 @@ GREEDY = Sampling()
 class Answer:
     """prefill_seconds is the time to the first new token; decode_seconds that of all further ones.
 
-    ids are the new tokens; `cache` holds the prompt and all of them but the last.
+    ids are the new tokens; `cache` holds the prompt and all of them but the last. An answer that was interrupted while its prompt was read has none,
+    and its cache holds what was read.
     """
 
     text: str
     ids: list[int]
-    finish: Literal["stop", "length"]
+    finish: Literal["stop", "length", "interrupted"]
     prefill_seconds: float
     decode_seconds: float
     store_bytes: int
@@ -64,6 +65,7 @@ def answer(
     stop: tuple[str, ...] = (),
     write: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda done: None,
+    stopped: Callable[[], bool] | None = None,
 ) -> Answer:
     """Generate after `ids`. `write` gets the text as it comes, `progress` the number of prompt tokens read so far.
 
@@ -71,6 +73,7 @@ def answer(
                whose result depends on how a prompt is cut.
     cache      that of an earlier answer, to go on from: `ids` still is the whole sequence and begins with what the cache holds.
     stop       strings that end the answer and are left out of its text. White space before the first word is not searched for them.
+    stopped    asked between chunks and after each token; once it is true the answer ends there, whole and consistent with its cache.
     """
     from transformers import DynamicCache
 
@@ -86,7 +89,9 @@ def answer(
     if extension is not None and extension.method.chunk_invariant and len(ids) - known > 1:  # the last token is left for generate, which needs its logits
         for chunk in stream(extension, prompt[0, known:-1], chunk_size=chunk_size, losses=False, cache=cache):
             progress(min(chunk.start + chunk_size, len(ids) - 1))
-    criteria = _stopping(tokenizer, len(ids), stop)
+            if stopped is not None and stopped():
+                return Answer("", [], "interrupted", time.perf_counter() - started, 0.0, cache_bytes(cache), cache)
+    criteria = _stopping(tokenizer, len(ids), stop, stopped)
     with torch.no_grad():
         output = model.generate(
             input_ids=prompt,
@@ -101,10 +106,13 @@ def answer(
     first = streamer.first or ended
     text = tokenizer.decode(new, skip_special_tokens=True)
     end = _stop_at(text, stop)
+    finish: Literal["stop", "length", "interrupted"] = "stop"
+    if new[-1] not in _ends(config) and end is None:
+        finish = "length" if len(new) >= max_new_tokens else "interrupted" if stopped is not None and stopped() else "stop"
     return Answer(
         text=text[:end],
         ids=new,
-        finish="stop" if len(new) < max_new_tokens or new[-1] in _ends(config) or end is not None else "length",
+        finish=finish,
         prefill_seconds=first - started,
         decode_seconds=ended - first,
         store_bytes=cache_bytes(cache),
@@ -145,16 +153,17 @@ def _stop_at(text: str, stop: tuple[str, ...]) -> int | None:
     return min((at for end in stop if (at := text.find(end, begins)) >= 0), default=None)
 
 
-def _stopping(tokenizer: Any, prompt: int, stop: tuple[str, ...]) -> Any:
-    """Ends at a stop string, wherever the tokens that write it are cut. Greedy answers are short: decoding them anew costs little."""
-    if not stop:
+def _stopping(tokenizer: Any, prompt: int, stop: tuple[str, ...], stopped: Callable[[], bool] | None) -> Any:
+    """Ends when it is told to, or at a stop string, wherever the tokens that write it are cut. Greedy answers are short: decoding them anew costs little."""
+    if not stop and stopped is None:
         return None
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class Stop(StoppingCriteria):  # type: ignore[misc,unused-ignore]
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            done = [_stop_at(tokenizer.decode(row[prompt:], skip_special_tokens=True), stop) is not None for row in input_ids]
-            return torch.tensor(done, device=input_ids.device)
+            told = stopped is not None and stopped()
+            done = [told or (stop and _stop_at(tokenizer.decode(row[prompt:], skip_special_tokens=True), stop) is not None) for row in input_ids]
+            return torch.tensor(list(map(bool, done)), device=input_ids.device)
 
     return StoppingCriteriaList([Stop()])
 

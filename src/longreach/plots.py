@@ -21,6 +21,7 @@ NEAR_TO_FAR = ["#08306b", "#2171b5", "#6baed6", "#cfe1f2"]
 UNTRAINED = "#e6872d"
 MOST_CELLS = 512  # of a side of a drawn matrix; a larger one is sampled
 PALETTE = 256  # colours of a matrix picture, which keeps it small
+SIGNATURE = {"Software": "Longreach"}  # in the text of every PNG, so that a picture of ours is known from one of somebody else's
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,19 @@ def save(figure: Any, path: str | Path, colours: int | None = None) -> None:
     """The whole picture or none; with `colours`, reduced to so many."""
     temporary = Path(f"{path}.tmp")
     if colours is None:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata=SIGNATURE)
     else:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
 
+        signed = PngInfo()
+        for name, text in SIGNATURE.items():
+            signed.add_text(name, text)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB").quantize(colours).save(temporary, "png", optimize=True)
+        drawn = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB").quantize(colours)
+        drawn.save(temporary, "png", optimize=True, pnginfo=signed)
     os.replace(temporary, path)
 
 

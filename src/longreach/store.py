@@ -287,10 +287,10 @@ class Past:
 class Store:
     """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts.
 
-    owner  whoever may continue it; only ever compared.
+    owner  whoever may continue it; compared, and asked by the cache whether it expects its store. The store itself asks it nothing.
     """
 
-    def __init__(self, retentions: list[dict[PositionMap, Retention]], owner: object) -> None:
+    def __init__(self, retentions: list[dict[PositionMap, Retention]], owner: Any) -> None:
         self.owner = owner
         self.retentions = retentions
         self.layers: list[LayerStore] = []

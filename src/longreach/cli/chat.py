@@ -1,18 +1,20 @@
 """`longreach chat`: a conversation over a file, at a terminal or with one question a line on standard input.
 
-Knows options, the terminal and the commands of the conversation; what is read and remembered is decided elsewhere.
+Knows options, the terminal and the commands of the conversation; what is attached and when that changes is in session.py.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import text
+from longreach.cli import stored, text
 from longreach.cli.common import (
     Context,
     Device,
@@ -22,27 +24,34 @@ from longreach.cli.common import (
     MethodName,
     Model,
     Output,
+    Quiet,
     TrainedWindow,
     Verbose,
     load_model,
     method_of,
     output,
-    progress_bar,
     quiet_transformers,
     rate,
     size,
-    writer,
 )
+from longreach.cli.console import stopping_gently
+from longreach.cli.session import ROOM, Session
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
-    from longreach.conversation import Conversation
-    from longreach.methods.base import Method
-    from longreach.seam.extend import Extension
+    from longreach.generation import Answer, Sampling
 
 TAKES_METHOD_PARAMETERS = True
-ROOM = 1024  # tokens for questions and answers where no context is declared
-HELP = "/reset forgets the turns and keeps the text, /facts says what is in force, /quit ends; an empty line does nothing"
+COMMANDS = {
+    "/help": "these lines",
+    "/save FILE": "keep the text and the turns in a file, as they were read",
+    "/load FILE": "go on from such a file, without reading it again",
+    "/reset": "forget the turns and keep the text, which is read again with the next question",
+    "/facts": "the method in force, its layers, capacity and measured exactness",
+    "/quit": "end, as Ctrl-D does",
+}
+HINT = "/help lists the commands, /quit or Ctrl-D ends"
+LEAVING = "Ctrl-C again leaves, and so do /quit and Ctrl-D; during an answer Ctrl-C stops the answer only"
 
 
 def command(
@@ -63,58 +72,46 @@ def command(
     device: Device = None,
     trained_window: TrainedWindow = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Talk about a text: it is read once, every question then costs only its own tokens.
 
-    Questions come from the terminal, or one a line from standard input. Parameters of a method are options too: see `longreach methods`.
+    Questions come from the terminal, or one a line from standard input. Ctrl-C stops an answer and keeps the conversation; /help lists the commands.
+    Without --context and --method, plain attention is used as long as the conversation fits the trained window; when it leaves it, it is read again
+    once with what the dial chooses. With one of them, the method is in force from the start. Parameters of a method are options too: see
+    `longreach methods`.
     """
-    with output(as_json, verbose) as out:
+    with output(as_json, verbose, quiet) as out:
         if file == text.STDIN:
             raise ValueError("standard input is where the questions come from; pass the text as a file")
+        if sys.stdin is None:
+            raise ValueError("standard input is closed, and the questions come from there; run it at a terminal, or pipe in one question a line")
+        for option, value in (("--system", system), *(("--hide", sentence) for sentence in hide or [])):
+            text.check_argument(option, value)
         chosen = method_of(context, method)
         document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
         with quiet_transformers(verbose):
-            import longreach
-            from longreach.conversation import Conversation
             from longreach.generation import Sampling
 
             loaded, tokenizer = load_model(out, model, dtype, device)
-            fitted = fit(tokenizer, document, hide or [], declared, truncate, unlimited(loaded, chosen, trained_window))
-            if fitted.cut is not None:
-                out.warn(str(fitted.cut))
-            with longreach.extend(loaded, chosen, context=fitted.context, trained_window=trained_window) as extension:
-                talk = Conversation(loaded, tokenizer, fitted.document, system, fitted.context, extension, chunk_size)
-                facts = extension.report()
-                out.note(f"method: {extension.method.brief()} ({facts['reason']})")
-                if facts["warning"]:
-                    out.warn(facts["warning"])
-                with progress_bar(out, fitted.tokens) as progress:
-                    read = talk.read(progress)
-                out.note(f"{counted(read, 'token')} of text read; {HELP}" if read else HELP)
-                turns = converse(out, talk, extension, max_new_tokens, Sampling(temperature or None, seed=seed))
-        out.finish({"model": model, "context": fitted.context, "document_tokens": read, "turns": turns, "extension": facts}, lambda console: None)
+            document, cut = fit(tokenizer, document, hide or [], declared, truncate)
+            if cut is not None:
+                out.warn(str(cut))
+            session = Session(out, loaded, tokenizer, stored.Choice(chosen, declared, trained_window, chunk_size), max_new_tokens)
+            session.begin(document, system)
+            try:
+                read = session.read()
+                out.note(f"{counted(read, 'token')} of text read; {HINT}" if document else HINT)
+                turns = converse(session, Sampling(temperature or None, seed=seed))
+                result = {"model": model, "context": session.talk.limit, "document_tokens": read, "turns": turns, "extension": session.extension.report()}
+            finally:
+                session.end()
+        out.finish(result, lambda console: None)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    document: str
-    tokens: int
-    context: int | None
-    cut: text.Truncation | None
-
-
-def unlimited(model: Any, method: Method | None, trained_window: int | None) -> bool:
-    """Whether the method reads texts of any length, so that no context has to be declared."""
-    from longreach import auto
-    from longreach.seam.checks import find_base
-
-    window = auto.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
-    return method is not None and method.capacity(window) is None
-
-
-def fit(tokenizer: Any, document: str, hidden: list[str], declared: int | None, truncate: text.Side | None, unlimited: bool) -> Fitted:
-    """The document with the hidden sentences in it, shortened if that was asked for, and the context for it and the conversation."""
+def fit(tokenizer: Any, document: str, hidden: list[str], declared: int | None, truncate: text.Side | None) -> tuple[str, text.Truncation | None]:
+    """The document with the hidden sentences in it, shortened if that was asked for, with room for the conversation in a declared context."""
     known = len(tokenizer(document, add_special_tokens=False)["input_ids"])
     extra = sum(len(tokenizer(f" {sentence}", add_special_tokens=False)["input_ids"]) for sentence in hidden)
     cut = None
@@ -131,59 +128,122 @@ def fit(tokenizer: Any, document: str, hidden: list[str], declared: int | None, 
 
     for n, sentence in enumerate(hidden):
         document = hide(document, sentence.strip(), (n + 1) / (len(hidden) + 1))
-    tokens = len(tokenizer(document)["input_ids"])
-    return Fitted(document, tokens, declared if declared is not None or unlimited else tokens + ROOM, cut)
+    return document, cut
 
 
-def converse(out: Output, talk: Conversation, extension: Extension, max_new_tokens: int, sampling: Any) -> list[dict[str, Any]]:
-    turns = []
-    for question in questions(out):
-        if question in ("/quit", "/exit"):
+def converse(session: Session, sampling: Sampling) -> list[dict[str, Any]]:
+    """Questions and commands until one ends it -> the turns as plain data. At a terminal nothing but the user ends it."""
+    out, turns = session.out, []
+    asking = sys.stdin.isatty()
+    for line in questions(out, asking):
+        name, _, rest = line.partition(" ")
+        if name in ("/quit", "/exit"):
             break
-        if question == "/reset":
-            talk.reset()
-            out.note("the turns are forgotten; the text will be read again with the next question")
-        elif question == "/facts":
-            out.note(extension.describe())
-        elif question.startswith("/"):
-            out.note(f"unknown command {question!r}: {HELP}")
-        else:
-            try:
-                found = talk.ask(question, max_new_tokens, sampling=sampling, write=writer(out))
-            except ValueError as error:
-                if not sys.stdin.isatty():
-                    raise
-                out.note(f"error: {error}")
-                continue
-            if not out.as_json:
-                print(file=out.stdout, flush=True)
-            speed = rate(found.tokens - 1, found.decode_seconds) if found.tokens > 1 else None
-            decoding = f", {speed:.0f} tokens/s" if speed else ""
-            out.note(f"({found.prefill_seconds:.2f} s to the first token{decoding}, {size(found.store_bytes)} of keys and values)")
-            turns.append({
-                "question": question, "answer": found.text.strip(), "finish": found.finish, "new_tokens": found.tokens,
-                "prefill_seconds": round(found.prefill_seconds, 4), "decode_seconds": round(found.decode_seconds, 4), "kv_store_bytes": found.store_bytes,
-            })  # fmt: skip
+        try:
+            if name.startswith("/"):
+                obey(session, name, rest.strip())
+            elif (found := ask(session, line, sampling, asking)) is not None:
+                turns.append(turn(line, found))
+        except (ValueError, OSError) as error:
+            if not asking or isinstance(error, BrokenPipeError):
+                raise
+            out.error(" ".join(str(error).split()))
+        answered = f"{counted(len(turns), 'question')} answered, the conversation is not saved"
+        out.kept = f"the conversation is saved in {session.saved}" if session.saved else answered
     return turns
 
 
-def questions(out: Output) -> Iterator[str]:
-    """Lines that are not empty, until the input ends."""
-    asking = sys.stdin.isatty()
+def obey(session: Session, name: str, rest: str) -> None:
+    """One command of the conversation."""
+    out = session.out
+    if name in ("/save", "/load") and not rest:
+        raise ValueError(f"{name} needs the name of a file, such as {name} talk.safetensors")
+    if name == "/help":
+        width = max(map(len, COMMANDS))
+        out.say("\n".join(f"{usage.ljust(width)}  {meaning}" for usage, meaning in COMMANDS.items()))
+    elif name == "/reset":
+        session.reset()
+        out.note("the turns are forgotten; the text will be read again with the next question")
+    elif name == "/facts":
+        out.say(session.extension.describe())
+    elif name == "/save":
+        session.save(Path(rest).expanduser())
+        out.note(f"{held(session)} saved to {rest}; /load {rest} goes on from there, and so does longreach run --document {rest}")
+    elif name == "/load":
+        session.load(Path(rest).expanduser())
+        out.note(f"{held(session)} loaded from {rest}")
+    else:
+        out.note(f"unknown command {name!r}; {HINT}")
+
+
+def held(session: Session) -> str:
+    return f"{counted(session.talk.known, 'token')} and {counted(len(session.talk.turns), 'turn')}"
+
+
+def ask(session: Session, question: str, sampling: Sampling, asking: bool) -> Answer | None:
+    """The answer, written as it comes; None where it was given up. At a terminal Ctrl-C stops the answer; elsewhere it ends the program."""
+    out = session.out
+    try:
+        with stopping_gently() if asking else nullcontext() as stopped:
+            found = session.ask(question, sampling, stopped)
+    except KeyboardInterrupt:
+        if not asking:
+            raise
+        out.write("\n")
+        out.note("the answer is given up; the conversation goes on before this question, and is read again with the next one")
+        return None
+    out.write("\n")
+    if not found.ids:
+        out.note("stopped before the first word; the question is forgotten")
+        return None
+    speed = rate(found.tokens - 1, found.decode_seconds) if found.tokens > 1 else None
+    decoding = f", {speed:.0f} tokens/s" if speed else ""
+    stop = "stopped, what was written stays in the conversation; " if found.finish == "interrupted" else ""
+    out.note(f"({stop}{found.prefill_seconds:.2f} s to the first token{decoding}, {size(found.store_bytes)} of keys and values)")
+    return found
+
+
+def turn(question: str, found: Answer) -> dict[str, Any]:
+    return {
+        "question": question, "answer": found.text.strip(), "finish": found.finish, "new_tokens": found.tokens,
+        "prefill_seconds": round(found.prefill_seconds, 4), "decode_seconds": round(found.decode_seconds, 4), "kv_store_bytes": found.store_bytes,
+    }  # fmt: skip
+
+
+def questions(out: Output, asking: bool) -> Iterator[str]:
+    """Lines that are not empty, until the input ends. Ctrl-C at the prompt gives a line up; twice in a row it leaves."""
     if asking:
         import readline  # noqa: F401  gives input() a history and editing
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    pressed = False
     while True:
-        if asking:
-            out.errors.print("\n> ", end="", style="bold")
-        line = sys.stdin.readline() if not asking else _typed()
+        try:
+            line = _typed(out) if asking else sys.stdin.readline()
+        except KeyboardInterrupt:
+            if not asking or pressed:
+                raise
+            pressed = True
+            out.note(f"\n{LEAVING}")
+            continue
+        except UnicodeDecodeError:
+            raise ValueError("a question on standard input is not UTF-8 text; convert it to UTF-8 first") from None
+        pressed = False
         if not line:
             return
         if line.strip():
             yield line.strip()
 
 
-def _typed() -> str:
+def _typed(out: Output) -> str:
+    """A line from the terminal; the prompt shows in quiet mode too. Python edits lines only where it sees the real standard output."""
+    prompt = "\n> "
+    if not out.stdout.isatty():
+        out.errors.file.write(prompt)
+        out.errors.file.flush()
+        prompt = ""
     try:
-        return input() + "\n"
+        with redirect_stdout(out.stdout):
+            return input(prompt) + "\n"
     except EOFError:
         return ""

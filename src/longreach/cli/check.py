@@ -17,10 +17,12 @@ from longreach.cli.common import (
     Context,
     Device,
     Dtype,
+    Force,
     Json,
     MethodName,
     Model,
     Output,
+    Quiet,
     TrainedWindow,
     Verbose,
     load_model,
@@ -56,19 +58,21 @@ def command(
     every: Annotated[bool, typer.Option("--all", help="Every method on every family of tiny random models; minutes. --method NAME: one method.")] = False,
     family: Annotated[list[str] | None, typer.Option("--family", help="With --all: this family only; may be repeated.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="With --all: write the table as a Markdown page.")] = None,
+    force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure on a model how exact Longreach is, and show what it would choose. Exits with 1 if a gate fails.
 
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
-    with output(as_json, verbose) as out:
+    with output(as_json, verbose, quiet) as out:
         if every:
             if context.args:
                 raise ValueError(f"with --all every method runs at a small configuration of its own; leave out {context.args[0]}")
             with quiet_transformers(verbose):
-                found = check_all.run(out, method, family, markdown)
+                found = check_all.run(out, method, family, markdown, force)
             out.finish(found, lambda console: check_all.show(console, found))
             if not found["passed"]:
                 raise typer.Exit(FAILED)

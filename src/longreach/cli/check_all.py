@@ -10,23 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from longreach.cli import targets
 from longreach.cli.common import Output
 
 if TYPE_CHECKING:
     from longreach.evals.exactness import Family
 
 
-def run(out: Output, method: str | None, names: list[str] | None, markdown: Path | None) -> dict[str, Any]:
+def run(out: Output, method: str | None, names: list[str] | None, markdown: Path | None, force: bool = False) -> dict[str, Any]:
     """Measure, write the page if wanted; -> the result as plain data."""
     from longreach.cli import parameters
     from longreach.evals import exactness
     from longreach.evals.families import FAMILIES, REFUSED
+    from longreach.evals.results import write_whole
 
     known = [*FAMILIES, *REFUSED]
     if unknown := sorted(set(names or ()) - set(known)):
         raise ValueError(f"unknown family {unknown[0]!r}; choose among: {', '.join(known)}")
-    if markdown is not None and not markdown.parent.is_dir():
-        raise ValueError(f"there is no folder {str(markdown.parent)!r} for the page; create it first")
+    if markdown is not None:
+        targets.check(out, markdown, targets.FAMILIES_PAGE, force)
     wanted = None if method is None else [parameters.find(method).name]
     found: list[Family] = []
     for family in exactness.survey(names, wanted):
@@ -35,7 +37,7 @@ def run(out: Output, method: str | None, names: list[str] | None, markdown: Path
     if markdown is not None:
         from longreach.evals.families_page import page
 
-        markdown.write_text(page(found), encoding="utf-8")
+        write_whole(markdown, page(found))
         out.note(f"wrote {markdown}")
     gates = {"fast_against_dense": exactness.FAST, "neutral_against_stock": exactness.NEUTRAL}
     return {"gates": gates, "families": [family.to_json() for family in found], "passed": all(family.passed for family in found)}

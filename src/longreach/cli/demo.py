@@ -13,7 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longreach.cli import text
-from longreach.cli.common import Device, Dtype, Encoding, Json, Model, Output, Verbose, check_picture, load_model, output, quiet_transformers, size
+from longreach.cli.common import (
+    Device,
+    Dtype,
+    Encoding,
+    Force,
+    Json,
+    Model,
+    Output,
+    Quiet,
+    Verbose,
+    load_model,
+    output,
+    progress_bar,
+    quiet_transformers,
+    size,
+)
+from longreach.cli.targets import check_picture
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,18 +51,20 @@ def command(
     png: Annotated[Path, typer.Option("--png", help="Draw the figure into this file.")] = Path("longreach-demo.png"),
     dtype: Dtype = None,
     device: Device = None,
+    force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Stock, SelfExtend and LM-Infinite read one book: who finds a hidden key, who stays fluent, and what it costs.
 
     The embedded model was trained on 512 tokens and has never seen the book. A minute or two on two cores.
     """
-    with output(as_json, verbose) as out:
+    with output(as_json, verbose, quiet) as out:
         from longreach.demo import Plan
 
         plan = Plan(whole_numbers(lengths), depths, keys, loss_length, stream_length, texts, seed)
-        check_picture(png)
+        check_picture(out, png, force)
         book = text.read(file, text.LARGEST_FILE, out.note, encoding)
         with quiet_transformers(verbose):
             from longreach import auto, demo, plots
@@ -69,16 +87,17 @@ def whole_numbers(listed: str) -> tuple[int, ...]:
 
 @contextmanager
 def bar(out: Output, plan: Plan, window: int) -> Iterator[Progress]:
-    """A bar on standard error; nothing where there is no terminal."""
-    if not out.errors.is_terminal:
-        yield lambda tokens, what: None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    """Adds up the tokens that have been read."""
+    read = 0
 
-    columns = BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=out.errors, transient=True, redirect_stdout=False) as shown:
-        task = shown.add_task("loading", total=plan.tokens(window))
-        yield lambda tokens, what: shown.update(task, advance=tokens, description=what)
+    with progress_bar(out, plan.tokens(window), "loading") as update:
+
+        def advance(tokens: int, what: str) -> None:
+            nonlocal read
+            read += tokens
+            update(read, what)
+
+        yield advance
 
 
 def show(console: Console, model: str, result: dict[str, Any], words: dict[str, str], png: Path) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli.common import Json, Output, check_picture, output, tokens
+from longreach.cli.common import Force, Json, Output, output, tokens
+from longreach.cli.targets import check_picture
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ def command(
     ] = None,
     base: Annotated[float, typer.Option("--rope-base", help="For the picture of a frequency method: the model's rope_theta.")] = 1e4,
     dims: Annotated[int, typer.Option("--rotary-dims", min=2, help="For the picture of a frequency method: rotated dims of a head.")] = 128,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Show how far away every key is for every query: rows are queries, columns keys, "." is not visible.
@@ -47,13 +49,13 @@ def command(
             raise ValueError("name the method before its parameters: longreach distances METHOD --length N ...")
         if not 1 <= length <= MOST_TOKENS:
             raise ValueError(f"--length must be between 1 and {MOST_TOKENS}, not {length}; the matrix has length x length entries")
-        check_picture(png)
+        check_picture(out, png, force)
         if png is None and trained_window is not None:
             raise ValueError("--trained-window marks a picture; add --png FILE")
         from longreach.cli.parameters import build
         from longreach.segments import matrices
 
-        chosen = build(method, context.args, ["--length", "--layer", "--png", "--trained-window", "--rope-base", "--rotary-dims", "--json"])
+        chosen = build(method, context.args, ["--length", "--layer", "--png", "--trained-window", "--rope-base", "--rotary-dims", "--force", "--json"])
         assert chosen is not None
         matrix = matrices(chosen.layout(layer).segments, length).distance
         note_late(out, chosen)
@@ -70,7 +72,7 @@ def command(
             result["png"] = str(png)
         if as_json:
             result["distances"] = rows(matrix)
-        out.finish(result, lambda console: None if png is not None else print(text(matrix)))
+        out.finish(result, lambda console: None if png is not None else print(text(matrix), file=out.stdout))
 
 
 def pairs_of(method: Method, window: int, context: int, base: float, dims: int) -> plots.Pairs:

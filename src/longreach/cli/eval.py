@@ -5,16 +5,23 @@ Knows options, tables and folders of runs; running is in eval_run.py, eval_ppl.p
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli.common import Json, output
+from longreach.cli import targets
+from longreach.cli.common import Force, Json, output
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from longreach.evals.canvas import Picture
 
 PALETTE = Annotated[str, typer.Option("--palette", help="Colours of the depth maps: needle, or safe for the colour-blind.")]
 
@@ -78,6 +85,7 @@ def report(
     figures: Annotated[Path | None, typer.Option("--figures", help="Folder for the pictures and their csv; `figures` beside the page if not given.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write the results as tables in Markdown.")] = None,
     palette: PALETTE = "needle",
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """One HTML page of several runs, with everything in it."""
@@ -86,20 +94,34 @@ def report(
         from longreach.evals.results import Folder, runs_in_markdown, write_whole, writing
         from longreach.evals.view import view
 
-        if not html.parent.is_dir():
-            raise ValueError(f"there is no folder {str(html.parent)!r} for the page; create it first")
-        if html.is_dir():
-            raise ValueError(f"{str(html)!r} is a folder; name a file, such as {html / 'report.html'}")
-        if figures is not None and figures.exists() and not figures.is_dir():
-            raise ValueError(f"{str(figures)!r} is a file; name a folder for the pictures")
-        opened = [Folder(folder) for folder in folders]
-        views = [view(folder) for folder in opened]
-        with writing(html):
-            pictures = pages.write(opened, views, html, figures or html.parent / "figures", palette)
+        targets.check(out, html, targets.REPORT_PAGE, force)
         if markdown is not None:
-            write_whole(markdown, runs_in_markdown(opened))
+            targets.check(out, markdown, targets.REPORT_TABLES, force)
+        folder = figures or html.parent / "figures"
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is a file; name a folder for the pictures")
+        opened = [Folder(each) for each in folders]
+        views = [view(each) for each in opened]
+        with writing(html), TemporaryDirectory(dir=html.parent, prefix=".report-") as made:  # what the pictures are called is known when they are drawn
+            pictures = placed(pages.write(opened, views, Path(made) / html.name, made, palette), folder, force)
+            os.replace(Path(made) / html.name, html)
+        if markdown is not None:
+            write_whole(markdown, f"<!-- written by longreach eval report -->\n\n{runs_in_markdown(opened)}")
         result = {"html": str(html), "figures": [{"title": p.title, "png": str(p.png), "csv": str(p.csv)} for p in pictures]}
         out.finish(result, lambda console: console.print(f"{html}: {counted(len(opened), 'run')}, {counted(len(pictures), 'picture')}"))
+
+
+def placed(pictures: list[Picture], folder: Path, force: bool) -> list[Picture]:
+    """Move the pictures and their numbers into the folder, if all of them may be there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = [dataclasses.replace(p, png=folder / p.png.name, csv=folder / p.csv.name) for p in pictures]
+    for picture in final:
+        targets.refuse(picture.png, targets.PICTURE, force)
+        targets.refuse(picture.csv, targets.NUMBERS, force)
+    for drawn, picture in zip(pictures, final, strict=True):
+        shutil.move(drawn.csv, picture.csv)
+        shutil.move(drawn.png, picture.png)
+    return final
 
 
 def compare(

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from longreach.cli import targets
 from longreach.cli.common import (
     Context,
     Device,
     Dtype,
+    Force,
     Json,
     MethodName,
     Model,
@@ -65,6 +67,7 @@ def command(
     dtype: Dtype = None,
     device: Device = None,
     trained_window: TrainedWindow = None,
+    force: Force = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -81,14 +84,15 @@ def command(
         names = parse_names(tasks)
         documents = parse_limit(limit)
         answers, given = parse_pairs("--gen-kwargs", generation), parse_pairs("--metadata", metadata)
-        check_file(out_file)
+        if out_file is not None:
+            targets.check(out, out_file, targets.RESULT, force)
         if include is not None and not include.is_dir():
             raise ValueError(f"there is no folder {str(include)!r}; --include-path takes the folder of the task files")
         lm_harness.require()
         lm_harness.refuse_broken(names)
         with quiet_transformers(verbose):
             loaded, tokenizer = load_model(out, model, dtype, device)
-            with attached(loaded, chosen, declared, trained_window) as extension:
+            with attached(loaded, chosen, declared, trained_window) as extension, out.bars():
                 facts = extension.report()
                 out.note(f"method: {extension.method} ({facts['reason']})")
                 if facts["warning"]:
@@ -163,16 +167,6 @@ def parse_pairs(option: str, given: list[str] | None) -> dict[str, Any] | None:
             raise ValueError(f"{option} must be NAME=VALUE, not {pair!r}; repeat the option for several")
         found[name] = read_value(value)
     return found or None
-
-
-def check_file(path: Path | None) -> None:
-    """Refuses a file that could not be written, before any work is done."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; name a file, such as {path / 'lm-eval.json'}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {str(path.parent)!r} for the results; create it first")
 
 
 def write(path: Path, found: Mapping[str, Any], result: Mapping[str, Any], device: Any) -> None:

@@ -25,6 +25,7 @@ from longreach.cli.common import (
     MethodName,
     Model,
     Output,
+    Quiet,
     TrainedWindow,
     Verbose,
     load_model,
@@ -32,6 +33,7 @@ from longreach.cli.common import (
     output,
     quiet_transformers,
 )
+from longreach.cli.console import Pace, duration
 from longreach.cli.eval_options import (
     Chat,
     ChunkSize,
@@ -63,7 +65,6 @@ if TYPE_CHECKING:
     from longreach.seam.extend import Extension
 
 FAILED = 1
-NOTE_EVERY = 20.0  # seconds between lines where there is no terminal
 
 
 def command(
@@ -90,6 +91,7 @@ def command(
     device: Device = None,
     trained_window: TrainedWindow = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Run tasks and write run.json, samples.jsonl and metrics.json. Exits with 1 if a sample failed.
@@ -97,7 +99,7 @@ def command(
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
     started = now()
-    with output(as_json, verbose) as out:
+    with output(as_json, verbose, quiet) as out:
         from longreach.evals.results import Folder
 
         names = take_method_options(context, names)
@@ -121,7 +123,7 @@ def command(
                     "config": config, "tasks": tasks, "samples": len(job.items), "environment": environment.describe(job.model.device),
                     "extension": engine.extension.report(), "command": ["longreach", *sys.argv[1:]], "started": started, "ended": None,
                 })  # fmt: skip
-                with progress_of(out) as progress:
+                with progress_of(out, out_folder) as progress:
                     outcome = runner.run(
                         job.items,
                         engine,
@@ -257,30 +259,36 @@ def announce(out: Output, job: Job, extension: Extension) -> None:
 
 
 @contextmanager
-def progress_of(out: Output) -> Iterator[Progress]:
-    """A bar with the time left, on standard error; a line now and then where there is no terminal."""
-    if not out.errors.is_terminal:
-        last = [time.monotonic()]
+def progress_of(out: Output, folder: Path) -> Iterator[Progress]:
+    """A bar with the time left, on standard error; a line at once and now and then where there is no terminal."""
+    if out.quiet or not out.errors.is_terminal:
+        pace = Pace(at_once=True)
 
         def line(step: Step) -> None:
-            if time.monotonic() - last[0] >= NOTE_EVERY:
-                last[0] = time.monotonic()
+            keep(out, step, folder)
+            if pace.due():
                 left = "" if step.seconds_left is None else f", about {duration(step.seconds_left)} left"
-                out.note(f"{step.done} of {counted(step.total, 'sample')}{left}" + (f", {step.errors} failed" if step.errors else ""))
+                out.note(f"{step.what}{left}" + (f", {step.errors} failed" if step.errors else ""))
 
         yield line
         return
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}")
-    with Progress(*columns, console=out.errors, transient=True, redirect_stdout=False) as bar:
+    with Progress(*columns, console=out.errors, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         shown = bar.add_task("starting", total=None)
 
         def update(step: Step) -> None:
+            keep(out, step, folder)
             left = "" if step.seconds_left is None else f"{duration(step.seconds_left)} left, "
             bar.update(shown, completed=step.done, total=step.total, description=f"{left}{step.what}" + (f", {step.errors} failed" if step.errors else ""))
 
         yield update
+
+
+def keep(out: Output, step: Step, folder: Path) -> None:
+    """What an interrupt leaves."""
+    out.kept = f"{step.done} of {counted(step.total, 'sample')} kept in {folder}, and the same command goes on from there"
 
 
 def summary(out: Output, outcome: Outcome, file: Path) -> None:
@@ -312,13 +320,6 @@ def show_estimate(console: Console, result: dict[str, Any]) -> None:
         counts = (str(part[name]) for name in ("samples", "prompt_tokens", "longest"))
         table.add_row(part["task"], length, *counts, "" if part["seconds"] is None else duration(part["seconds"]))
     console.print(table)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
 
 
 def now() -> str:

@@ -15,14 +15,15 @@ from rich.console import Console
 from longreach.cli.common import (
     Context,
     Dtype,
+    Force,
     Json,
     MethodName,
     Model,
     Output,
+    Quiet,
     TrainedWindow,
     Verbose,
     check_device,
-    check_picture,
     method_of,
     output,
     pairs_table,
@@ -30,6 +31,7 @@ from longreach.cli.common import (
     size,
     tokens,
 )
+from longreach.cli.targets import check_picture
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
@@ -54,14 +56,17 @@ def command(
     png: Annotated[Path | None, typer.Option("--png", help="Draw cost against length into this file.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine once (about a minute), for --hardware cpu or cuda.")] = False,
     device: Annotated[str, typer.Option("--device", help="What --calibrate measures: cpu or cuda.")] = "cpu",
+    force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Will it fit, how long will it take, and with which method? From the configuration alone, without weights.
 
     Exits with 1 if no method can serve the request; the nearest that can be served are shown. Parameters of a method are options too.
     """
-    with output(as_json, verbose) as out, quiet_transformers(verbose):
+    with output(as_json, verbose, quiet) as out, quiet_transformers(verbose):
+        check_picture(out, png, force)
         if calibrate:
             measured = measure(out, device)
             if declared is None:
@@ -69,7 +74,6 @@ def command(
                 return
         if declared is None:
             raise ValueError("pass --context N, the prompt plus the new tokens, for example longreach plan --context 32768 --hardware A100-80")
-        check_picture(png)
         from longreach.sizing import plan
 
         chosen = method_of(context, method)

@@ -17,10 +17,12 @@ from longreach.cli.common import (
     Device,
     Dtype,
     Encoding,
+    Force,
     Json,
     MethodName,
     Model,
     Output,
+    Quiet,
     TrainedWindow,
     Verbose,
     load_model,
@@ -31,7 +33,6 @@ from longreach.cli.common import (
     quiet_transformers,
     rate,
     size,
-    writer,
 )
 from longreach.quantities import counted
 
@@ -76,19 +77,21 @@ def command(
     device: Device = None,
     trained_window: TrainedWindow = None,
     max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Refuse a longer text.")] = text.LARGEST_FILE,
+    force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Read a text of any length and answer a prompt about it.
 
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
-    with output(as_json, verbose) as out:
+    with output(as_json, verbose, quiet) as out:
         if top_p is not None and not top_p > 0:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
         chosen = method_of(context, method)
         request = text.Request("" if document else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)
-        stored.check(document, save_document, request, file, truncate, request.prompt)
+        stored.check(out, document, save_document, request, file, truncate, force)
         if not request.user.strip():
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
         if truncate is not None and declared is None and chosen is None:
@@ -101,7 +104,7 @@ def command(
             if (stored_file := document or save_document) is not None:
                 choice = stored.Choice(chosen, declared, trained_window, chunk_size)
                 if document is not None:
-                    talk = stored.reopen(loaded, tokenizer, choice, document)
+                    talk = stored.reopen(out, loaded, tokenizer, choice, document)
                 else:
                     talk = stored.read_and_save(out, loaded, tokenizer, request, choice, stored_file)
                 result = ask(out, model, talk, request.prompt, max_new_tokens, sampling, stored_file, declared is not None)
@@ -120,13 +123,13 @@ def command(
                         extension=extension,
                         chunk_size=chunk_size,
                         sampling=sampling,
-                        write=writer(out),
+                        write=out.write,
                         progress=progress,
                     )
                 result = report(model, extension, fitted, found)
         if not as_json:
-            print(file=out.stdout, flush=True)
-            out.errors.print(table(result, extension))
+            out.write("\n")
+            out.aside(table(result, extension))
         out.finish(result, lambda console: None)
 
 
@@ -137,16 +140,15 @@ def ask(
     extension = talk.extension
     assert extension is not None
     with extension:
-        out.note(f"method: {extension.method} ({extension.report()['reason']})")
         read, ids = talk.known, talk.sequence(prompt)
         if not prompt:
             return stored.summary(model, talk, file, read)
-        found = talk.ask(prompt, max_new_tokens, sampling=sampling, write=writer(out))
+        found = talk.ask(prompt, max_new_tokens, sampling=sampling, write=out.write)
         fitted = Fitted(ids, talk.limit or len(ids) + max_new_tokens, declared, extension.method, None, None, None)
         result = {**report(model, extension, fitted, found), "document": str(file), "document_tokens": read}
     if not out.as_json:
-        print(file=out.stdout, flush=True)
-        out.errors.print(table(result, extension))
+        out.write("\n")
+        out.aside(table(result, extension))
     return result
 
 
@@ -228,13 +230,10 @@ def too_long(prompt: int, new: int, limit: int, declared: bool, method: Method |
 
 def announce(out: Output, extension: Extension, fitted: Fitted) -> None:
     """What will be used, before the work starts."""
-    facts = extension.report()
-    out.note(f"method: {extension.method} ({facts['reason']})")
-    for warning in (facts["warning"], fitted.beyond):
-        if warning:
-            out.warn(warning)
-    if fitted.cut is not None:
-        out.warn(str(fitted.cut))
+    stored.announce(out, extension)
+    for warning in (fitted.beyond, fitted.cut):
+        if warning is not None:
+            out.warn(str(warning))
 
 
 def report(model: str, extension: Extension, fitted: Fitted, found: Answer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Documents on disk for `longreach run`: read once and saved, then asked any number of times without reading again.
+"""Documents on disk for `longreach run` and `chat`: read once and saved, then asked any number of times without reading again.
 
 Knows options and files; what a document is, and whether it fits a model, is decided elsewhere.
 """
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longreach.cli import text
+from longreach.cli import targets, text
 from longreach.cli.common import Output, progress_bar
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from longreach.conversation import Conversation
     from longreach.methods.base import Method
+    from longreach.seam.extend import Extension
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,25 @@ class Choice:
     chunk_size: int
 
 
-def check(document: Path | None, save: Path | None, request: text.Request, file: str | None, truncate: text.Side | None, prompt: str) -> None:
-    """Refuses, before a model is loaded, options that do not go together."""
+def check(out: Output, document: Path | None, save: Path | None, request: text.Request, file: str | None, truncate: text.Side | None, force: bool) -> None:
+    """Refuses, before a model is loaded, options that do not go together and a file that is not to be overwritten."""
     if document is not None:
         given = {"--save-document": save, "--file": file, "--hide": request.hidden, "--truncate": truncate, "--system": request.system}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"--document is a text that was read already, so {' and '.join(wrong)} cannot change it; leave it out, or read the text anew")
-        if not prompt:
+        if not request.prompt:
             raise ValueError("--document needs a question; pass --prompt TEXT")
+        if document.is_dir():
+            raise ValueError(f"{str(document)!r} is a folder; pass a file that --save-document wrote")
+        from longreach.seam import documents
+
+        documents.facts(document)
     if save is not None:
         if not request.document.strip():
             raise ValueError("there is no text to save; pass --file FILE")
         if truncate is not None:
             raise ValueError("--save-document keeps the whole text; leave out --truncate, or shorten the text yourself")
-        if not save.parent.is_dir() or save.is_dir():
-            raise ValueError(f"{str(save)!r} cannot be written; name a file in a folder that exists")
+        targets.check(out, save, targets.DOCUMENT, force)
 
 
 def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request, choice: Choice, file: Path) -> Conversation:
@@ -58,9 +63,12 @@ def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request
         tokens = len(talk.sequence(request.prompt or "?"))
         if choice.context is not None and tokens > choice.context:
             raise ValueError(f"the text and its question have {tokens} tokens, more than the declared context of {choice.context}; pass a larger --context")
+        out.kept = f"nothing was saved, {file} is as it was" if file.exists() else "nothing was saved"
+        announce(out, extension)
         with progress_bar(out, tokens) as progress:
             read = talk.read(progress)
         talk.save(file)
+        out.kept = f"{counted(read, 'token')} saved in {file}"
         out.note(f"{counted(read, 'token')} read and saved to {file}; ask about them with --document {file}")
         return talk
     except BaseException:
@@ -68,7 +76,15 @@ def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request
         raise
 
 
-def reopen(model: Any, tokenizer: Any, choice: Choice, file: Path) -> Conversation:
+def announce(out: Output, extension: Extension) -> None:
+    """What will be used, before the work starts."""
+    facts = extension.report()
+    out.note(f"method: {extension.method} ({facts['reason']})")
+    if facts["warning"]:
+        out.warn(facts["warning"])
+
+
+def reopen(out: Output, model: Any, tokenizer: Any, choice: Choice, file: Path) -> Conversation:
     """Attach what the document was read with and take it up again; raises if the options name something else."""
     import longreach
     from longreach.conversation import Conversation
@@ -85,7 +101,8 @@ def reopen(model: Any, tokenizer: Any, choice: Choice, file: Path) -> Conversati
         raise ValueError(f"{str(file)!r} was read with {method.brief()}; leave out --method, or read the text again with {choice.method}")
     extension = longreach.extend(model, method, context=context, trained_window=choice.trained_window)
     try:
-        return Conversation.open(model, tokenizer, extension, file, limit=context, chunk_size=choice.chunk_size)
+        announce(out, extension)
+        return Conversation.open(model, tokenizer, extension, file, limit=context if context is not None else extension.capacity, chunk_size=choice.chunk_size)
     except BaseException:
         extension.remove()
         raise

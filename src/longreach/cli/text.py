@@ -40,6 +40,10 @@ class Request:
     hidden: str | None = None  # a sentence put into the document, to see whether it is found
     depth: float = 0.5  # where: 0 is the beginning, 1 the end
 
+    def __post_init__(self) -> None:
+        for option, value in (("--prompt", self.prompt), ("--system", self.system), ("--hide", self.hidden)):
+            check_argument(option, value)
+
     @property
     def text(self) -> str:
         """The document, with the hidden sentence in it."""
@@ -62,6 +66,12 @@ class Truncation:
         return f"{self.document_tokens - self.kept_tokens} of the document's {counted(self.document_tokens, 'token')} were left out ({self.side})"
 
 
+def check_argument(option: str, value: str | None) -> None:
+    """Refuses words whose bytes are not UTF-8: no tokenizer takes them."""
+    if value is not None and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{option} is not UTF-8 text; convert it to UTF-8 first")
+
+
 def read(file: str | None, most: int, note: Callable[[str], None], encoding: str | None = None) -> str:
     """The text of `file`, of standard input for "-" or where something is piped in, else "". Raises for what is not text.
 
@@ -73,6 +83,10 @@ def read(file: str | None, most: int, note: Callable[[str], None], encoding: str
         note("reading the text from standard input")
         return _decode(sys.stdin.buffer.read(most + 1), "standard input", most, note, encoding)
     if file == STDIN:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed, so there is no text in it; pipe a text in, or pass --file FILE")
+        if sys.stdin.isatty():
+            note("reading the text from the terminal; Ctrl-D on a line of its own ends it")
         return _required(_decode(sys.stdin.buffer.read(most + 1), "standard input", most, note, encoding), "standard input")
     if file == BOOK:
         from longreach.loading import shipped_book
@@ -90,6 +104,8 @@ def read(file: str | None, most: int, note: Callable[[str], None], encoding: str
         raise ValueError(f"{file!r} may not be read by this user; change its permissions") from None
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError):
         raise ValueError(f"{file!r} is not a valid {path.suffix} file; pass a text file, plain or compressed") from None
+    except OSError as error:
+        raise ValueError(f"{file!r} could not be read ({error.strerror or error}); pass a text file") from None
     return _required(_decode(data, repr(file), most, note, encoding), repr(file))
 
 

@@ -5,9 +5,10 @@ Knows the rows of a plan and matplotlib, which is imported when a picture is dra
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from longreach import plots
 
 if TYPE_CHECKING:
     from longreach.sizing import Plan, Row
@@ -38,9 +39,7 @@ def draw(plan: Plan, curves: dict[str, dict[int, Row]], path: str | Path) -> Non
     users = f"{request.concurrency} user{'s' if request.concurrency > 1 else ''}"
     how = "measured speeds" if request.hardware.measured is not None else "datasheet and assumed efficiencies"
     figure.suptitle(f"{request.model}, {request.dtype}, {users}, {request.new_tokens} new tokens on {request.hardware.name} ({how})", fontsize=11)
-    temporary = Path(f"{path}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    plots.save(figure, path)
 
 
 def turn(row: Row, new_tokens: int) -> float:

@@ -6,13 +6,14 @@ Knows matplotlib, which is imported when a picture is drawn; no display, no stat
 from __future__ import annotations
 
 import csv
-import io
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from longreach import plots
 
 NEEDLE_COLOURS = ["#F0496E", "#EBB839", "#0CD79F"]  # those of the original needle test
 LINES = [
@@ -86,15 +87,9 @@ def short(length: Any) -> str:
 
 def write(figure: Any, folder: Path, name: str, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Picture:
     """Picture and numbers, each whole or not at all. A palette makes the file of a drawing a third as large."""
-    from PIL import Image
-
     figure.suptitle(title, fontsize=11)
     picture = Picture(name, title, folder / f"{name}.png", folder / f"{name}.csv")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    temporary = picture.png.with_suffix(".png.tmp")
-    Image.open(drawn).convert("RGB").quantize(COLOURS).save(temporary, format="png", optimize=True)
-    os.replace(temporary, picture.png)
+    plots.save(figure, picture.png, COLOURS)
     temporary = picture.csv.with_suffix(".csv.tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as stream:
         csv.writer(stream).writerows([head, *rows])

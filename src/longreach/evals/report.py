@@ -88,7 +88,8 @@ def page(folders: Sequence[Folder], views: Sequence[View], pictures: Sequence[Pi
     parts.append(section("Answers that were not fully right", "".join(wrong_answers(view) for view in views) or "<p>None.</p>", closed=True))
     parts.append(section("How it was run", "".join(how(view) for view in views), closed=True))
     return (
-        f'<!doctype html><html lang=en><head><meta charset=utf-8><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=generator content=longreach>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<meta name=viewport content='width=device-width'><title>Long context, measured</title><style>{STYLE}</style></head>"
         f"<body>{''.join(parts)}<script>{SCRIPT}</script></body></html>\n"
     )

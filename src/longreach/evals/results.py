@@ -19,7 +19,7 @@ from typing import Any
 
 from longreach.evals import statistics
 
-RUN, METRICS, SAMPLES = "run.json", "metrics.json", "samples"
+RUN, METRICS, CURVES, SAMPLES = "run.json", "metrics.json", "curves.csv", "samples"
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,25 @@ class Folder:
             raise ValueError(f"{str(there)!r} is a file; name a folder for the results")
         if not os.access(there, os.W_OK | os.X_OK):
             raise ValueError(f"this user may not write into {str(there)!r}; choose another folder for the results")
+        self._before()
+
+    def _before(self) -> dict[str, Any] | None:
+        """The run that the folder holds, which may go on. Raises ValueError where files of somebody else's have the names of ours."""
+        if (self.path / RUN).exists():
+            found = read_object(self.path / RUN)
+            if "config" not in found:
+                raise ValueError(f"{str(self.path / RUN)!r} was not written by Longreach; choose another folder")
+            return found
+        if strange := [name for name in (METRICS, CURVES, self.file.name) if (self.path / name).exists()]:
+            raise ValueError(f"{str(self.path)!r} holds {strange[0]} but no {RUN}, so it is no run of Longreach that could go on; choose another folder")
+        return None
 
     def start(self, run: Mapping[str, Any]) -> None:
-        """Write run.json. Raises ValueError if the folder holds a run of other settings, or cannot be written."""
+        """Write run.json. Raises ValueError if the folder holds a run of other settings or files of somebody else's, or cannot be written."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         tasks = dict(run["tasks"])
-        if (self.path / RUN).exists():
-            before = read_object(self.path / RUN)
+        if (before := self._before()) is not None:
             if different := differences(before.get("config", {}), run["config"]):
                 raise ValueError(f"{str(self.path)!r} holds a run of other settings ({different}); choose another folder, or the same settings to go on")
             for name, settings in tasks.items():
@@ -197,7 +208,7 @@ def read_json(path: Path) -> Any:
 def read_object(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object, so it is not what a run has written; choose another folder")
+        raise ValueError(f"{str(path)!r} holds no JSON object, so it was not written by Longreach; choose another folder")
     if wrong := [name for name in ("config", "tasks") if not isinstance(found.get(name, {}), dict)]:
         raise ValueError(f"{str(path)!r} does not describe a run ({' and '.join(wrong)}); choose another folder")
     return found
@@ -214,7 +225,7 @@ def write_whole(path: Path, text: str) -> None:
         try:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:  # an interrupt too
             temporary.unlink(missing_ok=True)
             raise
 

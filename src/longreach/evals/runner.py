@@ -43,7 +43,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Step:
-    """Where a run is, after a sample; `seconds_left` by the tokens read so far, None before the first."""
+    """Where a run is, before a sample and at the end; `seconds_left` by the tokens read so far, None before the first. `what` is read next."""
 
     done: int
     total: int
@@ -153,13 +153,15 @@ def run(
     for item in mine:
         before = known.get((item.task.name, item.sample.id)) if _is_known(item, known, hashes) else None
         if before is None:
+            progress(clock.step(item, failed))
             record = _record(item, engine, tokenizer, hashes[item.task.name], limit, truncate, chat, save_prompts)
             folder.append(record)
             answered, failed = answered + (record.error is None), failed + (record.error is not None)
-            progress(clock.step(item, failed))
+            clock.read(item)
         else:
             record = before
         cut += record.truncated_tokens > 0
+    progress(clock.step(None, failed))
     return Outcome(answered, failed, len(mine) - answered - failed, cut)
 
 
@@ -217,13 +219,18 @@ class Clock:
     """The time left, from the tokens read so far."""
 
     def __init__(self, total: int, done: int, tokens: int) -> None:
-        self.total, self.done, self.tokens, self.read = total, done, tokens, 0
+        self.total, self.done, self.tokens, self.tokens_read = total, done, tokens, 0
         self.started = time.perf_counter()
 
-    def step(self, item: Item, errors: int) -> Step:
-        self.done, self.read = self.done + 1, self.read + item.needs
-        left = (time.perf_counter() - self.started) * (self.tokens - self.read) / self.read
-        return Step(self.done, self.total, self.read, self.tokens, errors, left, f"{item.task.name}, {counted(item.tokens, 'token')}")
+    def read(self, item: Item) -> None:
+        self.done, self.tokens_read = self.done + 1, self.tokens_read + item.needs
+
+    def step(self, following: Item | None, errors: int) -> Step:
+        left = (time.perf_counter() - self.started) * (self.tokens - self.tokens_read) / self.tokens_read if self.tokens_read else None
+        what = "done"
+        if following is not None:
+            what = f"reading sample {self.done + 1} of {self.total} ({following.task.name}, {counted(following.tokens, 'token')})"
+        return Step(self.done, self.total, self.tokens_read, self.tokens, errors, left, what)
 
 
 @dataclass(frozen=True)

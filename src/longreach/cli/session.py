@@ -1,0 +1,199 @@
+"""A conversation at work: which method is attached for it and up to how many tokens, and when that changes.
+
+Knows the dial, conversations and documents on disk; not the terminal's commands. A method is fixed for a whole sequence, because keys were computed
+under it: whatever changes the method costs one reading of everything so far, which is said aloud.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longreach.cli import stored, targets
+from longreach.cli.console import Output, progress_bar
+from longreach.quantities import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from longreach.auto import Choice as DialChoice
+    from longreach.auto import Window
+    from longreach.conversation import Conversation
+    from longreach.generation import Answer, Sampling
+    from longreach.seam.extend import Extension
+
+ROOM = 1024  # tokens for questions and answers where no context is declared
+FIRST = 8  # an eighth of the trained window is left for the first question where plain attention is to begin
+
+
+@dataclass
+class Session:
+    """`choice` is what the options say: a method or a declared context that is in force from the start and to the end. Without them plain attention
+    reads what fits the trained window; a conversation that leaves it, or what the dial chose afterwards, goes on with what the dial chooses next."""
+
+    out: Output
+    model: Any
+    tokenizer: Any
+    choice: stored.Choice
+    max_new_tokens: int
+    talk: Conversation = field(init=False)
+    config: Any = field(init=False)
+    window: Window = field(init=False)
+    saved: Path | None = None  # where all of the conversation is kept
+
+    def begin(self, document: str, system: str | None) -> None:
+        """Attach what suits the text, which is not read yet."""
+        import longreach
+        from longreach import auto
+        from longreach.conversation import Conversation
+        from longreach.seam.checks import find_base
+
+        given = self.choice.trained_window
+        self.config = find_base(self.model).config
+        self.window = auto.trained_window(self.config) if given is None else auto.Window(given, "given")
+        context, limit = self._first(document)
+        extension = longreach.extend(self.model, self.choice.method, context=context, trained_window=self.choice.trained_window)
+        try:
+            self.talk = Conversation(self.model, self.tokenizer, document, system, limit, extension, self.choice.chunk_size)
+        except BaseException:
+            extension.remove()
+            raise
+        stored.announce(self.out, extension)
+
+    def end(self) -> None:
+        self.extension.remove()
+
+    @property
+    def extension(self) -> Extension:
+        assert self.talk.extension is not None
+        return self.talk.extension
+
+    @property
+    def grows(self) -> bool:
+        """Whether the context may change: neither it nor a method with a length of its own was asked for."""
+        return self.choice.context is None and (self.choice.method is None or self.choice.method.needs_context)
+
+    def _first(self, document: str) -> tuple[int | None, int | None]:
+        """What to declare, and the limit of the conversation."""
+        from longreach.methods.stock import Stock
+
+        window = self.window
+        method, declared, tokens = self.choice.method, self.choice.context, len(self.tokenizer(document)["input_ids"])
+        if declared is not None:
+            return declared, declared
+        if method is not None and not self.grows:
+            limit = method.capacity(window.tokens)
+            if limit is not None and tokens >= limit:
+                raise ValueError(
+                    f"the text has {counted(tokens, 'token')}, and {method.brief()} reaches {limit} on a trained window of {window.tokens}; choose other "
+                    "parameters, leave out --method to have them chosen, or pass a shorter text"
+                )
+            return None, limit
+        context = tokens + ROOM
+        first = tokens + window.tokens // FIRST + self.max_new_tokens
+        if method is None and first <= window.tokens and isinstance(self._dial(window.tokens).method, Stock):
+            context = window.tokens
+        return context, context
+
+    def _dial(self, context: int) -> DialChoice:
+        """The dial's choice, which `extend` will make again."""
+        from longreach import auto
+
+        weight = next(self.model.parameters())
+        return auto.choose(self.window, context, auto.budget(self.config, weight.dtype, weight.device))
+
+    def _attach(self, method: Any, context: int | None, limit: int | None) -> None:
+        """Put another method in place of the one in force, which comes back if that fails. The new one reads everything again."""
+        import longreach
+
+        before, bound = self.extension, self.talk.limit
+        before.remove()
+        try:
+            self.talk.attach(longreach.extend(self.model, method, context=context, trained_window=self.choice.trained_window), limit)
+        except BaseException:
+            again = longreach.extend(self.model, before.method, context=before.context, trained_window=self.choice.trained_window)
+            self.talk.attach(again, bound)
+            raise
+
+    def read(self) -> int:
+        with progress_bar(self.out, len(self.talk.sequence("?"))) as progress:
+            return self.talk.read(progress)
+
+    def ask(self, question: str, sampling: Sampling, stopped: Callable[[], bool] | None) -> Answer:
+        self._make_room(question)
+        self.saved = None
+        with progress_bar(self.out, len(self.talk.sequence(question)) - self.talk.known) as progress:
+            known = self.talk.known
+            return self.talk.ask(
+                question, self.max_new_tokens, sampling=sampling, write=self.out.write, progress=lambda done: progress(max(0, done - known)), stopped=stopped
+            )
+
+    def _make_room(self, question: str) -> None:
+        """A larger context where the next turn leaves the one in force. Raises ValueError, with everything as it was, where there is none."""
+        needed, limit = self.talk.needs(question, self.max_new_tokens), self.talk.limit
+        if not self.grows or limit is None or needed <= limit:
+            return
+        context = self._larger(needed, limit)
+        window = self.window.tokens
+        self._attach(self.choice.method, context, context)
+        left = f"the trained window of {counted(window, 'token')}" if limit == window else f"its context of {counted(limit, 'token')}"
+        self.out.note(f"the conversation leaves {left}: reading it again with {self.extension.method}")
+        if warning := self.extension.report()["warning"]:
+            self.out.warn(warning)
+
+    def _larger(self, needed: int, limit: int) -> int:
+        """Twice the limit if the dial has a choice for that without a warning, else less; but so much more that few turns are read again."""
+        if self.choice.method is not None:
+            return max(2 * limit, needed + ROOM)
+        from longreach import auto
+
+        most, _ = auto.reach(self.window.tokens)
+        refused: ValueError | None = None
+        warned: int | None = None
+        for times in (2.0, 1.5, 1.25, 1.0):
+            context = max(needed, min(int(times * limit), most))
+            if times == 1.0 and warned is not None:
+                break
+            try:
+                if self._dial(context).warning is None:
+                    return context
+                warned = warned or context
+            except ValueError as error:
+                refused = error
+        if warned is None:
+            raise ValueError(f"{refused}" + ("; or forget the turns with /reset" if self.talk.turns else "")) from refused
+        return warned
+
+    def reset(self) -> None:
+        """Forget the turns. With them goes what was attached for their length."""
+        self.talk.reset()
+        self.saved = None
+        if self.grows:
+            context, limit = self._first(self.talk.document)
+            if context != self.extension.context:
+                self._attach(self.choice.method, context, limit)
+                stored.announce(self.out, self.extension)
+
+    def save(self, file: Path) -> None:
+        targets.check(self.out, file, targets.DOCUMENT, force=None)
+        self.talk.save(file)
+        self.saved = file
+
+    def load(self, file: Path) -> None:
+        """Take up another conversation, under what it was read with. If that fails, the one before goes on."""
+        import longreach
+        from longreach.seam import documents
+
+        documents.facts(file)  # what is no document at all is refused before anything is changed
+        before = self.talk
+        self.extension.remove()
+        own = stored.Choice(None, None, self.choice.trained_window, self.choice.chunk_size)
+        try:
+            self.talk = stored.reopen(self.out, self.model, self.tokenizer, own, file)
+        except BaseException:
+            assert before.extension is not None
+            again = longreach.extend(self.model, before.extension.method, context=before.extension.context, trained_window=self.choice.trained_window)
+            before.attach(again, before.limit)
+            raise
+        self.saved = file

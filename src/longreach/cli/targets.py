@@ -1,0 +1,110 @@
+"""Files that a command is to write: refused before the work where they could not be written, or are not ours to replace.
+
+Knows files and how to tell that Longreach wrote one; not what is in them. A file that Longreach wrote may be replaced; any other needs --force.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from longreach.cli.console import Output
+
+HEAD = 4096  # bytes in which a page says who wrote it
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file is called in sentences, an example of a name, and how one of ours is recognised."""
+
+    name: str
+    example: str
+    ours: Callable[[Path], bool]
+
+
+def check(out: Output, path: Path, kind: Kind, force: bool | None) -> None:
+    """Refuses a file that is not to be written; says so where one of ours will be replaced. `force` None: there is no such option here."""
+    refuse(path, kind, force)
+    if os.path.lexists(path) and not force:
+        out.note(f"{path} is a {kind.name} that Longreach wrote, and will be replaced")
+
+
+def refuse(path: Path, kind: Kind, force: bool | None) -> None:
+    """Raises ValueError, with the fix, where the file could not be written or is somebody else's."""
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file, such as {path / kind.example}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {str(path.parent)!r} for the {kind.name}; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder {str(path.parent)!r} may not be written to; name a file in another one for the {kind.name}")
+    if not os.path.lexists(path):
+        return
+    if not path.is_file():  # a device, a pipe: the finished file is moved into place, and would replace it
+        raise ValueError(f"{str(path)!r} is not an ordinary file; name another one for the {kind.name}")
+    if force:
+        return
+    if not kind.ours(path):
+        fix = "name another file" if force is None else "name another file, or pass --force to overwrite it"
+        raise ValueError(f"{str(path)!r} exists and is no {kind.name} that Longreach wrote; {fix}")
+
+
+def check_picture(out: Output, png: Path | None, force: bool) -> None:
+    """The same for --png."""
+    if png is None:
+        return
+    if png.suffix.lower() != ".png" and not png.is_dir():
+        raise ValueError(f"--png writes a PNG picture; name the file {png.with_suffix('.png')}")
+    check(out, png, PICTURE, force)
+
+
+def _is_document(path: Path) -> bool:
+    from longreach.seam import documents
+
+    try:
+        documents.facts(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _is_picture(path: Path) -> bool:
+    from PIL import Image
+
+    from longreach.plots import SIGNATURE
+
+    try:
+        with Image.open(path) as opened:
+            return all(opened.info.get(name) == text for name, text in SIGNATURE.items())
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def _begins_with(*words: str) -> Callable[[Path], bool]:
+    """Whether a page names one of us at its beginning."""
+
+    def found(path: Path) -> bool:
+        with open(path, "rb") as stream:
+            head = stream.read(HEAD)
+        return any(word.encode() in head for word in words)
+
+    return found
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and "longreach" in found
+
+
+DOCUMENT = Kind("document", "book.safetensors", _is_document)
+PICTURE = Kind("picture", "picture.png", _is_picture)
+NUMBERS = Kind("csv of a picture", "picture.csv", lambda path: _is_picture(path.with_suffix(".png")))
+RESULT = Kind("file of results", "results.json", _is_result)
+FAMILIES_PAGE = Kind("page", "families.md", _begins_with("longreach check --all"))
+REPORT_PAGE = Kind("page", "report.html", _begins_with("<meta name=generator content=longreach>"))
+REPORT_TABLES = Kind("page", "report.md", _begins_with("longreach eval report"))
