@@ -52,6 +52,23 @@ def test_every_turn_equals_an_answer_to_the_whole_sequence(model: Any, method: A
             extension.remove()
 
 
+@pytest.mark.parametrize("method", [None, SelfExtend(8, 16)], ids=["stock", "selfextend"])
+def test_a_family_that_drops_its_cache_at_a_length(method: Any) -> None:
+    """Stock Phi-3 reads everything again where its frequencies switch, with a cache of its own: the conversation goes on from that one."""
+    torch.manual_seed(0)
+    window = len(tokenizer()(DOCUMENT)["input_ids"]) + 20
+    ropes = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": window}
+    model = t.Phi3ForCausalLM(t.Phi3Config(**{**SMALL, "pad_token_id": 0}, original_max_position_embeddings=window, rope_parameters=ropes)).eval()
+    extension = None if method is None else longreach.extend(model, method, trained_window=window)
+    talk = Conversation(model, tokenizer(), DOCUMENT, extension=extension, chunk_size=32)
+    talk.read()
+    for question in QUESTIONS * 3:
+        expected = generation.answer(model, talk.tokenizer, talk.sequence(question), 12, extension=extension)
+        found = talk.ask(question, 12)
+        assert found.ids == expected.ids and found.cache.get_seq_length() == talk.known
+    assert talk.known > window
+
+
 @pytest.mark.parametrize("document", [DOCUMENT, ""])
 def test_a_question_costs_only_its_own_tokens(model: Any, document: str) -> None:
     made, fed = tokenizer(), []

@@ -100,9 +100,12 @@ def answer(
             generation_config=config,
             streamer=streamer,
             stopping_criteria=criteria,
+            return_dict_in_generate=True,
         )
     ended = time.perf_counter()
-    new = output[0, len(ids) :].tolist()
+    new = output.sequences[0, len(ids) :].tolist()
+    cache = output.past_key_values  # a stock Phi-3 goes on with another than it was given where its frequencies switch
+    assert cache.get_seq_length() == len(ids) + len(new) - 1, "the cache holds the prompt and all new tokens but the last"
     first = streamer.first or ended
     text = tokenizer.decode(new, skip_special_tokens=True)
     end = _stop_at(text, stop)
