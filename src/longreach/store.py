@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -115,7 +116,7 @@ class Buffer:
             self._added.append(_Added(rows, stop, stop, stop))
             return Run(new, start)
         most = None if tail is None else tail + rollback + SLACK
-        if start == self.ends[rows.start] and (most is None or stop - first <= most):
+        if start == max(self.ends[rows]) and (most is None or stop - first <= most):
             body = self._room(stop - first, new, most)
             part(body, rows, start - first, stop - first).copy_(new)
             self._added.append(_Added(rows, start, stop, first))
@@ -223,7 +224,8 @@ class Buffer:
 
     def _room(self, needed: int, like: torch.Tensor, most: int | None) -> torch.Tensor:
         """A body of at least `needed` entries per row. One that a long rollback has made larger than `most` shrinks again."""
-        old, held = (0, 0) if self.body is None else (self.body.shape[2], max(b - a for a, b in zip(self.starts, self.ends, strict=True)))
+        old = 0 if self.body is None else self.body.shape[2]
+        held = max(*(b - a for a, b in zip(self.starts, self.ends, strict=True)), *(a.stop - a.first for a in self._added if a.new is None), 0)
         size = room(old, needed, most)
         if most is not None and size > most >= max(held, needed):
             size = most
@@ -294,7 +296,7 @@ class Store:
         self.announced = 0  # tokens that a crop may undo after this forward, where somebody has said so
         self.record_past = False  # Transformers announces that it may crop all that is read from one crop to the next
         self.since_crop = 0  # slots
-        self._finishing: tuple[list[int], Slots] | None = None
+        self._finishing: tuple[list[int], Slots, list[int]] | None = None
 
     @property
     def rows(self) -> int:
@@ -302,7 +304,7 @@ class Store:
 
     @property
     def seen(self) -> int:
-        return self.slots.seen
+        return self.slots.seen if self._finishing is None else self._finishing[1].seen
 
     @property
     def real(self) -> torch.Tensor | None:
@@ -372,17 +374,21 @@ class Store:
         return [tuple(buffer.starts[row] for buffer in self.buffers if not buffer.even) for row in range(self.rows)]
 
     def advance(self, real: torch.Tensor | None, columns: int, past: list[Past] | None = None) -> None:
-        """The forward is finished: its tokens count; `real` [B, T] on the CPU, None if all are. An interrupt is made good at the next use."""
+        """The forward is finished: its tokens count; `real` [B, T] on the CPU, None if all are. An interrupt is made good at the next use.
+
+        So is a lack of memory: the forward has succeeded, and would be taken for one that changed nothing if it raised.
+        """
         starts = self.lengths if past is None else [p.start for p in past]
         counts = [columns] * self.rows if real is None else real.sum(1).tolist()
         slots = self.slots.copy()
-        for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True)):
-            if start < length:
-                slots.keeping(row, start)
+        shorter = [row for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True)) if start < length]
+        for row in shorter:
+            slots.keeping(row, starts[row])
         slots.append(real, columns)
         self.since_crop += columns
-        self._finishing = [start + count for start, count in zip(starts, counts, strict=True)], slots
-        self.settle()
+        self._finishing = [start + count for start, count in zip(starts, counts, strict=True)], slots, shorter
+        with suppress(RuntimeError, MemoryError):
+            self.settle()
 
     def settle(self) -> None:
         """What a finished forward added counts, what one that failed has added is gone."""
@@ -390,9 +396,12 @@ class Store:
             for buffer in self.buffers:
                 buffer.discard()
             return
+        lengths, slots, shorter = self._finishing
         for buffer in self.buffers:
             buffer.commit()
-        (self.lengths, self.slots), self._finishing = self._finishing, None
+            for row in shorter:  # one that read nothing but pads has added nothing that would say so
+                buffer.rewind(row, lengths[row])
+        self.lengths, self.slots, self._finishing = lengths, slots, None
 
     # -- between forwards -----------------------------------------------------------------------------------------------------
 
