@@ -226,6 +226,23 @@ def test_a_cache_is_not_written_to_by_two_forwards_at_once(model):
             cache.crop(-10)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("chunk", [1, 10, 200])
+@pytest.mark.parametrize("fork", [lambda extension, cache: extension.fork(cache), lambda extension, cache: copy.deepcopy(cache)], ids=["fork", "deepcopy"])
+@torch.no_grad()
+def test_a_cache_is_forked_inside_the_forward_that_writes_to_it(model, method, chunk, fork):
+    ids, end = tokens(2, 310 + chunk), 300 + chunk
+    with longreach.extend(model, method, trained_window=4096) as extension:
+        want = model(ids).logits
+        for module in (model.model.layers[0], model.model.layers[2], model.lm_head):
+            cache, forks = model(ids[:, :300], use_cache=True).past_key_values, []
+            hook = module.register_forward_hook(lambda *anything, cache=cache, forks=forks: forks.append(fork(extension, cache)))
+            model(ids[:, 300:end], past_key_values=cache)
+            hook.remove()
+            assert off(model(ids[:, end:], past_key_values=cache).logits, want[:, end:]) <= 1e-5
+            assert off(model(ids[:, 300:], past_key_values=forks[0]).logits, want[:, 300:]) <= 1e-5
+
+
 # -- copies ---------------------------------------------------------------------------------------------------------------------------
 
 

@@ -143,6 +143,7 @@ class Buffer:
     def _count(self, added: _Added) -> None:
         rows, first, new = added.rows, self.starts[added.rows.start], added.new
         if new is not None:
+            self._own()  # it may have been forked since `extend`
             length, tail = added.stop - added.first, self.retention.tail
             if added.old is None and self.body is not None and first < added.first < added.start:
                 added.old = self.body[rows, :, added.first - first : added.start - first].clone()  # so that an interrupted move can be made again
@@ -175,9 +176,11 @@ class Buffer:
         self.starts, self.ends = [self.starts[r] for r in rows], [self.ends[r] for r in rows]
 
     def fork(self) -> Buffer:
-        """The same entries for another to go on from. The memory is shared until one of them writes: it then takes a copy of its own."""
+        """The same entries for another to go on from, without those of a forward under way. The memory is shared until one of them writes: it then
+        takes a copy of its own."""
         other = Buffer(self.retention, len(self.starts))
-        other.head, other.body, other.starts, other.ends = self.head, self.body, [*self.starts], [*self.ends]
+        other.head = self.head if self._head_before is None else self._head_before
+        other.body, other.starts, other.ends = self.body, [*self.starts], [*self.ends]
         self.sharers.update((self, other))
         other.sharers = self.sharers
         return other
@@ -430,8 +433,12 @@ class Store:
             warnings.warn(f"{slots} tokens were forgotten; only {again} more can be, until new ones are read", stacklevel=4)
 
     def fork(self) -> Store:
-        """A store of the same content that goes on by itself. Keys and values are shared until one side writes; see `Buffer.fork`."""
-        self.settle()
+        """A store of the same content that goes on by itself. Keys and values are shared until one side writes; see `Buffer.fork`.
+
+        A forward that is under way, which may ask for a fork in a hook, goes on undisturbed.
+        """
+        if self._finishing is not None:
+            self.settle()
         other = Store(self.retentions, self.owner)
         other.layers = [layer.fork() for layer in self.layers]
         other.lengths, other.slots, other.record_past = [*self.lengths], self.slots.copy(), self.record_past
