@@ -169,6 +169,23 @@ def test_nothing_but_the_document_is_in_the_file(tmp_path):
 # -- what is refused ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", [SelfExtend(4, 16), LMInfinite(9, 3)], ids=str)
+@torch.no_grad()
+def test_a_row_that_was_cut_by_a_mask_and_read_nothing_is_saved(method, tmp_path):
+    model, ids, mask = build("llama"), tokens(2, 68), torch.ones(2, 68).long()
+    mask[0, 50:65] = 0  # ten tokens that are in the cache, and five pads
+    with longreach.extend(model, method) as extension:
+        cache = model(ids[:, :60], use_cache=True).past_key_values
+        model(ids[:, 60:65], attention_mask=mask[:, :65], past_key_values=cache)
+        extension.save(cache, tmp_path / "document.safetensors")
+        loaded = extension.load(tmp_path / "document.safetensors").cache
+        went_on = [model(ids[:, 65:], attention_mask=mask, past_key_values=own).logits for own in (cache, loaded)]
+        assert torch.equal(*went_on)
+        for row in range(2):
+            alone = model(ids[row : row + 1, mask[row].bool()]).logits[0, -3:]
+            assert (went_on[0][row] - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("saved") / "document.safetensors"

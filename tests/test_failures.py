@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 
 import longreach
@@ -94,6 +95,7 @@ def test_an_interrupt_while_tokens_are_counted_is_made_good(model, method, monke
                 with pytest.raises(KeyboardInterrupt):
                     model(ids[:, 300:690], past_key_values=cache)
                 monkeypatch.setattr(stores.Buffer, "_count", real)
+                assert cache.get_seq_length() == 690  # what generate goes by
                 assert off(model(ids[:, 690:], past_key_values=cache).logits, want) <= 1e-5
 
 
@@ -139,6 +141,68 @@ def test_a_first_call_that_is_refused_settles_nothing(model):
         assert off(model(tokens(2, 10), past_key_values=cache).logits, model(tokens(2, 10)).logits) <= 1e-5
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@torch.no_grad()
+def test_a_failure_leaves_hidden_tokens_of_a_row_that_shares_a_call_with_a_shorter_one(model, method):
+    """Both rows go on at token 50, and only the second has tokens behind it, which the mask hides: they are not written over."""
+    ids, mask = tokens(2, 80), torch.ones(2, 80).long()
+    mask[0, :10] = 0
+    with longreach.extend(model, method, trained_window=4096) as extension:
+        cache = model(ids[:, :60], attention_mask=mask[:, :60], use_cache=True).past_key_values
+        want = model(ids[:, 60:62], attention_mask=mask[:, :62], past_key_values=extension.fork(cache)).logits
+        hiding = mask[:, :65].clone()
+        hiding[1, 50:60] = 0
+
+        def broken(*anything):
+            raise Stop
+
+        hook = model.lm_head.register_forward_hook(broken)
+        with pytest.raises(Stop):
+            model(tokens(2, 5, seed=7), attention_mask=hiding, past_key_values=cache)
+        hook.remove()
+        assert torch.equal(model(ids[:, 60:62], attention_mask=mask[:, :62], past_key_values=cache).logits, want)
+
+
+class NoMemory(TorchDispatchMode):
+    """No memory for the n-th operation."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.done = at, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.done += 1
+        if self.done == self.at:
+            raise torch.OutOfMemoryError
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("chunk", [1, 200])
+@torch.no_grad()
+def test_no_memory_for_any_operation(model, method, chunk):
+    """Either the call raises and has changed nothing, or it has succeeded: what it lacks to count its tokens is asked for again at the next use."""
+    ids, end = tokens(2, 301 + chunk), 300 + chunk
+    with longreach.extend(model, method, trained_window=4096) as extension:
+        before = model(ids[:, :300], use_cache=True).past_key_values
+        want = model(ids).logits[:, -1]
+        with NoMemory(0) as mode:
+            model(ids[:, 300:end], past_key_values=extension.fork(before))
+        failures = 0
+        for at in [*range(1, mode.done - 60, 29), *range(max(1, mode.done - 60), mode.done + 1)]:  # the last ones count what was read
+            cache = extension.fork(before)
+            try:
+                with NoMemory(at):
+                    model(ids[:, 300:end], past_key_values=cache)
+            except torch.OutOfMemoryError:
+                failures += 1
+                assert cache.get_seq_length() == 300
+                model(ids[:, 300:end], past_key_values=cache)
+            assert cache.get_seq_length() == end
+            assert off(model(ids[:, end:], past_key_values=cache).logits[:, -1], want) <= 1e-5
+        assert failures
+
+
 @torch.no_grad()
 def test_a_cache_is_not_written_to_by_two_forwards_at_once(model):
     with longreach.extend(model, SelfExtend(4, 16)) as extension:
@@ -160,6 +224,23 @@ def test_a_cache_is_not_written_to_by_two_forwards_at_once(model):
             hook.remove()
             assert off(outer, want[:, 20:]) <= 1e-5 and off(found.pop(), want[:, 20:]) <= 1e-5
             cache.crop(-10)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("chunk", [1, 10, 200])
+@pytest.mark.parametrize("fork", [lambda extension, cache: extension.fork(cache), lambda extension, cache: copy.deepcopy(cache)], ids=["fork", "deepcopy"])
+@torch.no_grad()
+def test_a_cache_is_forked_inside_the_forward_that_writes_to_it(model, method, chunk, fork):
+    ids, end = tokens(2, 310 + chunk), 300 + chunk
+    with longreach.extend(model, method, trained_window=4096) as extension:
+        want = model(ids).logits
+        for module in (model.model.layers[0], model.model.layers[2], model.lm_head):
+            cache, forks = model(ids[:, :300], use_cache=True).past_key_values, []
+            hook = module.register_forward_hook(lambda *anything, cache=cache, forks=forks: forks.append(fork(extension, cache)))
+            model(ids[:, 300:end], past_key_values=cache)
+            hook.remove()
+            assert off(model(ids[:, end:], past_key_values=cache).logits, want[:, end:]) <= 1e-5
+            assert off(model(ids[:, 300:], past_key_values=forks[0]).logits, want[:, 300:]) <= 1e-5
 
 
 # -- copies ---------------------------------------------------------------------------------------------------------------------------
@@ -268,6 +349,20 @@ def test_a_long_draft_may_be_undone_and_memory_shrinks_again(model):
         for place in range(0, 300, 50):
             model(tokens(1, 50, seed=place), past_key_values=cache)
         assert store_of(cache).nbytes == bounded
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@torch.no_grad()
+def test_a_long_draft_of_rows_of_unequal_length(model, method):
+    """One row moves its tail and the memory shrinks for it, the other has written in place beyond that."""
+    ids, mask = tokens(2, 420), torch.ones(2, 420).long()
+    mask[1, :80] = 0
+    with longreach.extend(model, method, trained_window=4096):
+        cache = model(ids[:, :100], attention_mask=mask[:, :100], use_cache=True).past_key_values
+        model(ids[:, 100:401], attention_mask=mask[:, :401], past_key_values=cache, logits_to_keep=301)
+        logits = model(ids[:, 401:], attention_mask=mask, past_key_values=cache).logits
+        for row in range(2):
+            assert off(logits[row], model(ids[row : row + 1, mask[row].bool()]).logits[0, -19:]) <= 1e-5
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,19 @@ def test_three_percent_are_noticed_in_half_precision(family, dtype, off, monkeyp
     monkeypatch.setattr(seam, "execute", lambda *args: (off * execute(*args).float()).to(args[4].dtype))
     with refuses("does something we do not know"):
         longreach.extend(build(family).to(dtype), SelfExtend(1, 16))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_fault_of_one_layer_is_noticed_though_the_logits_hardly_change(layer, monkeypatch):
+    """Without the cap in one layer, logits in fp32 may be off by less than a thousandth of the largest."""
+
+    def uncapped(own, *args):
+        return execute(own, *args[:-1], replace(args[-1], softcap=None) if own.index == layer else args[-1])
+
+    model = build("gemma2")
+    monkeypatch.setattr(seam, "execute", uncapped)
+    with refuses("does something we do not know"):
+        longreach.extend(model, SelfExtend(1, 16), trained_window=2048)
 
 
 def test_without_a_truth_the_nearer_stock_kernel_decides(monkeypatch):

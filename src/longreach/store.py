@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -115,7 +116,7 @@ class Buffer:
             self._added.append(_Added(rows, stop, stop, stop))
             return Run(new, start)
         most = None if tail is None else tail + rollback + SLACK
-        if start == self.ends[rows.start] and (most is None or stop - first <= most):
+        if start == max(self.ends[rows]) and (most is None or stop - first <= most):
             body = self._room(stop - first, new, most)
             part(body, rows, start - first, stop - first).copy_(new)
             self._added.append(_Added(rows, start, stop, first))
@@ -142,6 +143,7 @@ class Buffer:
     def _count(self, added: _Added) -> None:
         rows, first, new = added.rows, self.starts[added.rows.start], added.new
         if new is not None:
+            self._own()  # it may have been forked since `extend`
             length, tail = added.stop - added.first, self.retention.tail
             if added.old is None and self.body is not None and first < added.first < added.start:
                 added.old = self.body[rows, :, added.first - first : added.start - first].clone()  # so that an interrupted move can be made again
@@ -174,9 +176,11 @@ class Buffer:
         self.starts, self.ends = [self.starts[r] for r in rows], [self.ends[r] for r in rows]
 
     def fork(self) -> Buffer:
-        """The same entries for another to go on from. The memory is shared until one of them writes: it then takes a copy of its own."""
+        """The same entries for another to go on from, without those of a forward under way. The memory is shared until one of them writes: it then
+        takes a copy of its own."""
         other = Buffer(self.retention, len(self.starts))
-        other.head, other.body, other.starts, other.ends = self.head, self.body, [*self.starts], [*self.ends]
+        other.head = self.head if self._head_before is None else self._head_before
+        other.body, other.starts, other.ends = self.body, [*self.starts], [*self.ends]
         self.sharers.update((self, other))
         other.sharers = self.sharers
         return other
@@ -299,7 +303,7 @@ class Store:
         self.announced = 0  # tokens that a crop may undo after this forward, where somebody has said so
         self.record_past = False  # Transformers announces that it may crop all that is read from one crop to the next
         self.since_crop = 0  # slots
-        self._finishing: tuple[list[int], Slots] | None = None
+        self._finishing: tuple[list[int], Slots, list[int]] | None = None
 
     @property
     def rows(self) -> int:
@@ -307,7 +311,7 @@ class Store:
 
     @property
     def seen(self) -> int:
-        return self.slots.seen
+        return self.slots.seen if self._finishing is None else self._finishing[1].seen
 
     @property
     def real(self) -> torch.Tensor | None:
@@ -377,17 +381,21 @@ class Store:
         return [tuple(buffer.starts[row] for buffer in self.buffers if not buffer.even) for row in range(self.rows)]
 
     def advance(self, real: torch.Tensor | None, columns: int, past: list[Past] | None = None) -> None:
-        """The forward is finished: its tokens count; `real` [B, T] on the CPU, None if all are. An interrupt is made good at the next use."""
+        """The forward is finished: its tokens count; `real` [B, T] on the CPU, None if all are. An interrupt is made good at the next use.
+
+        So is a lack of memory: the forward has succeeded, and would be taken for one that changed nothing if it raised.
+        """
         starts = self.lengths if past is None else [p.start for p in past]
         counts = [columns] * self.rows if real is None else real.sum(1).tolist()
         slots = self.slots.copy()
-        for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True)):
-            if start < length:
-                slots.keeping(row, start)
+        shorter = [row for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True)) if start < length]
+        for row in shorter:
+            slots.keeping(row, starts[row])
         slots.append(real, columns)
         self.since_crop += columns
-        self._finishing = [start + count for start, count in zip(starts, counts, strict=True)], slots
-        self.settle()
+        self._finishing = [start + count for start, count in zip(starts, counts, strict=True)], slots, shorter
+        with suppress(RuntimeError, MemoryError):
+            self.settle()
 
     def settle(self) -> None:
         """What a finished forward added counts, what one that failed has added is gone."""
@@ -395,9 +403,12 @@ class Store:
             for buffer in self.buffers:
                 buffer.discard()
             return
+        lengths, slots, shorter = self._finishing
         for buffer in self.buffers:
             buffer.commit()
-        (self.lengths, self.slots), self._finishing = self._finishing, None
+            for row in shorter:  # one that read nothing but pads has added nothing that would say so
+                buffer.rewind(row, lengths[row])
+        self.lengths, self.slots, self._finishing = lengths, slots, None
 
     # -- between forwards -----------------------------------------------------------------------------------------------------
 
@@ -426,8 +437,12 @@ class Store:
             warnings.warn(f"{slots} tokens were forgotten; only {again} more can be, until new ones are read", stacklevel=4)
 
     def fork(self) -> Store:
-        """A store of the same content that goes on by itself. Keys and values are shared until one side writes; see `Buffer.fork`."""
-        self.settle()
+        """A store of the same content that goes on by itself. Keys and values are shared until one side writes; see `Buffer.fork`.
+
+        A forward that is under way, which may ask for a fork in a hook, goes on undisturbed.
+        """
+        if self._finishing is not None:
+            self.settle()
         other = Store(self.retentions, self.owner)
         other.layers = [layer.fork() for layer in self.layers]
         other.lengths, other.slots, other.record_past = [*self.lengths], self.slots.copy(), self.record_past

@@ -379,7 +379,7 @@ class Extension:
             by_layer = max(relative(a, b) for a, b in zip(ours.outputs, self._stock.first.outputs, strict=True))
             rotary = self._worst_rotary if self._legacy is None else by_layer
             found = Exactness(rotary, relative(ours.logits, self._stock.first.logits), what)
-            passed = found.logits < 1e-3 and rotary < 1e-4
+            passed = found.logits < 1e-3 and by_layer < 1e-3 and rotary < 1e-4  # a fault of one layer may be small in the logits
         if not passed:
             raise Inexact(
                 f"with neutral parameters {type(self.base).__name__} differs from the stock model by {found.logits:.1e} (a layer by {by_layer:.1e}); "
