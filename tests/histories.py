@@ -209,7 +209,7 @@ class History:
             return
         kinds: dict[Callable[[], None], int] = {
             self.append: 8, self.decode: 6, self.generate: 2, self.draft: 2, self.hide: 3, self.show: 2, self.crop: 4, self.fork: 2, self.save: 1,
-            self.select: 2, self.repeat: 1, self.fail: 4, self.interrupt: 1, self.refused: 1, self.meet: 2,
+            self.fork_within: 1, self.select: 2, self.repeat: 1, self.fail: 4, self.interrupt: 1, self.refused: 1, self.meet: 2,
         }  # fmt: skip
         self.rng.choices(list(kinds), list(kinds.values()))[0]()
 
@@ -320,9 +320,10 @@ class History:
         lengths = [len(row) for row in self.talk.model.rows]
         if len(lengths) < 2 or max(lengths) > self.most:
             return
+        far = max(self.longest_chunk, 12 + self.rollback + self.slack)
         for last in (False, True):
-            target = max(lengths) + self.longest_chunk if last else None
-            counts = [target - n if target is not None else self.rng.choice([1, self.longest_chunk]) for n in lengths]
+            target = max(lengths) + self.rng.choice([1, self.longest_chunk]) if last else None
+            counts = [target - n if target is not None else self.rng.choice([1, far]) for n in lengths]
             columns = max(counts)
             new = torch.stack([(torch.arange(columns) >= columns - n).long() for n in counts])
             self.read(torch.tensor([[self.rng.randrange(3, 96) for _ in range(columns)] for _ in counts]), new)
@@ -413,6 +414,10 @@ class History:
         def broken(*anything: Any) -> None:
             raise Failure
 
+        hidden = self.talk.model.hidden
+        if self.rng.random() < 0.3:  # rows of one visible length share a call, whatever they hold behind it
+            shortest = min(map(len, self.talk.model.rows))
+            self.talk.model.hidden = [{token.slot for token in row[shortest:]} for row in self.talk.model.rows]
         hook = when(broken)
         try:
             self.forward(*self.columns(self.longest_chunk))
@@ -425,17 +430,36 @@ class History:
             raise Mismatch("the forward did not fail")
         finally:
             hook.remove()
+            self.talk.model.hidden = hidden
         self.log.append(f"fail in {type(module).__name__}")
+
+    def fork_within(self) -> None:
+        """A hook of a forward takes a copy of the cache that is being written to: as it was before."""
+        if store_of(self.talk.cache) is None:
+            return
+        before, copies = self.talk.model.copy(), []
+        hook = self.rng.choice(self.pair.extension._modules).register_forward_hook(
+            lambda *anything: copies.append(copy.deepcopy(self.talk.cache) if self.rng.random() < 0.5 else self.pair.extension.fork(self.talk.cache))
+        )
+        try:
+            self.read(*self.columns(self.longest_chunk))
+        finally:
+            hook.remove()
+        self.talks = [*self.talks[-2:], *(Talk(cache, before.copy()) for cache in copies)]
+        self.log.append(f"{len(copies)} copied within")
+        for talk in self.talks[-len(copies) :] if copies else ():
+            self.probe(talk)
 
     def interrupt(self) -> None:
         """The user stops the program while what was read is being counted: it counts."""
         before, calls, at = store.Buffer._count, 0, self.rng.randint(1, 5)
+        error = self.rng.choice([KeyboardInterrupt, RuntimeError])  # the second as where memory is short: the forward has succeeded all the same
 
         def count(buffer: Any, added: Any) -> None:
             nonlocal calls
             calls += 1
             if calls == at:
-                raise KeyboardInterrupt
+                raise error
             before(buffer, added)
 
         rows = len(self.talk.model.rows)

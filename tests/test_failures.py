@@ -433,3 +433,71 @@ def test_slots_are_those_of_a_plain_mask():
 def test_runs():
     assert runs(torch.tensor([True, False, True, True])) == [(0, 1), (2, 4)]
     assert runs(torch.zeros(0, dtype=torch.bool)) == [] and runs(torch.ones(3, dtype=torch.bool)) == [(0, 3)]
+
+
+# -- a cache that changes while it is written to ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder", "reset", "read"])
+@torch.no_grad()
+def test_a_cache_is_not_changed_inside_a_forward(model, change):
+    """Nothing of it would fit together afterwards."""
+    ids = tokens(2, 40)
+    with longreach.extend(model, SelfExtend(4, 16)):
+        cache = model(ids[:, :30], use_cache=True).past_key_values
+
+        def interfere(*anything):
+            hook.remove()
+            if change == "crop":
+                cache.crop(-5)
+            elif change == "reorder":
+                cache.reorder_cache(torch.tensor([1, 0]))
+            elif change == "reset":
+                cache.reset()
+            else:
+                store_of(cache).open(2)
+
+        hook = model.model.layers[1].register_forward_hook(interfere)
+        with pytest.raises(ValueError, match=r"while a forward was writing to it; .* extension\.fork"):
+            model(ids[:, 30:], past_key_values=cache)
+        if change == "reset":
+            assert off(model(ids, past_key_values=cache).logits, model(ids).logits) <= 1e-5
+            return
+        left, rows = (25, [0, 1]) if change == "crop" else (30, [1, 0] if change == "reorder" else [0, 1])
+        assert store_of(cache).lengths == [left, left]
+        assert off(model(ids[rows, left:], past_key_values=cache).logits, model(ids[rows]).logits[:, left:]) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_cast_model_and_its_old_cache_do_not_meet():
+    model, ids = build("llama"), tokens(1, 30)
+    with longreach.extend(model, SelfExtend(4, 16)):
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        model.half()
+        with pytest.raises(ValueError, match=r"read in torch.float32 and the model now computes in torch.float16; pass a new DynamicCache"):
+            model(ids[:, 20:], past_key_values=cache)
+        model.float()
+        model(ids[:, 20:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_gap_in_position_ids_is_refused(model):
+    """Stock puts it between the tokens. A method says how far tokens are apart."""
+    ids = tokens(2, 40)
+    places = torch.arange(40).expand(2, -1)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with longreach.extend(model, SelfExtend(4, 16)) as extension:
+        want = model(ids, attention_mask=mask, use_cache=False).logits
+        for given in (places, mask.cumsum(1) - 1, places + torch.tensor([[40], [90]])):  # slots, tokens, any place to begin at
+            cache = model(ids[:, :20], attention_mask=mask[:, :20], position_ids=given[:, :20], use_cache=True).past_key_values
+            cache = copy.deepcopy(cache)
+            cache.reorder_cache(torch.tensor([0, 1]))
+            parts = [model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=given[:, a:b], past_key_values=cache).logits for a, b in ((20, 21), (21, 40))]
+            assert off(torch.cat(parts, 1), want[:, 20:]) <= 1e-5
+        for b in (21, 40):
+            with pytest.raises(ValueError, match="position_ids begin at 45 for row 0, whose next token has index 20: a gap"):
+                cache = model(ids[:, :20], attention_mask=mask[:, :20], use_cache=True).past_key_values
+                model(ids[:, 20:b], attention_mask=mask[:, :b], position_ids=places[:, 20:b] + 25, past_key_values=extension.fork(cache))
+        with pytest.raises(ValueError, match="do not count 40 tokens of 2 rows"):
+            model(ids, position_ids=torch.arange(40).expand(3, -1))

@@ -32,9 +32,9 @@ def test_what_extend_needs(model):
         longreach.extend(model, 4096)
     with refuses("backend must be"):
         longreach.extend(model, Stock(), backend="fast")
-    with refuses("a number of tokens"):
+    with refuses("number of tokens"):
         longreach.extend(model, context=0)
-    with refuses("positive number"):
+    with refuses("number of tokens"):
         longreach.extend(model, Stock(), trained_window=0)
     with refuses("not a Transformers model"):
         longreach.extend(torch.nn.Linear(2, 2), Stock())

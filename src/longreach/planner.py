@@ -77,6 +77,7 @@ class Plan:
     columns: int
     store: Store | None = None
     past: list[Past] | None = None  # per row, what it may see of the store
+    changes: int = 0  # of the store, when this was planned
     _tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)  # by id of the rotary, which its tables keep alive
     _scales: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
@@ -84,6 +85,14 @@ class Plan:
     def rollback(self) -> int:
         """Tokens that a crop may undo after this forward."""
         return 0 if self.store is None else self.store.rollback
+
+    def require_unchanged(self) -> None:
+        """Raise where somebody has cropped, reordered or written to the cache of a forward that is under way."""
+        if self.store is not None and self.store.changes != self.changes:
+            raise ValueError(
+                "the cache was cropped, reordered or read into while a forward was writing to it; wait until the forward has returned, or use a copy of your "
+                "own: extension.fork(cache)"
+            )
 
     def table(self, rotary: Rotary, positions: PositionMap, start: int, count: int, device: torch.device) -> Table | None:
         """The rotation of `count` tokens from index `start`, shared by all layers on a device; None where it is the identity."""
@@ -148,14 +157,15 @@ def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.devic
         row = members[0]
         if counts[row]:
             groups.append(Rows(slice(row, members[-1] + 1), new[row], past[row].start, counts[row], past[row].hidden))
-    return Plan(groups, real, columns, store, past)
+    return Plan(groups, real, columns, store, past, 0 if store is None else store.changes)
 
 
 def _checked(mask: torch.Tensor, rows: int, seen: int, columns: int) -> torch.Tensor:
     if mask.shape[0] != rows or mask.shape[1] < seen + columns:
         raise ValueError(
             f"attention_mask of shape {list(mask.shape)} does not cover {rows} rows of {seen} tokens seen and {columns} new ones; pass one column per token, "
-            "those in the cache included"
+            "those in the cache included. If the new ones begin with what the cache holds, as generate passes them with drafts (prompt_lookup_num_tokens, "
+            "assistant_model), pass an empty cache or leave the drafts out"
         )
     if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError("attention_mask must be 1 where a token is seen and 0 where it is not; other values (packed or additive masks) cannot be honoured")

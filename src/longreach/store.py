@@ -108,6 +108,11 @@ class Buffer:
         `start` may lie before the end of these rows: what they hold from there on is forgotten when the forward is finished.
         rollback  tokens that a crop may undo afterwards.
         """
+        if self.body is not None and self.body.dtype != new.dtype:
+            raise ValueError(
+                f"this cache was read in {self.body.dtype} and the model now computes in {new.dtype}; pass a new DynamicCache() and the whole text, and "
+                "extend() again after a cast"
+            )
         self._own()
         if self.retention.head > start:
             self._pin(rows, start, new)
@@ -303,6 +308,8 @@ class Store:
         self.announced = 0  # tokens that a crop may undo after this forward, where somebody has said so
         self.record_past = False  # Transformers announces that it may crop all that is read from one crop to the next
         self.since_crop = 0  # slots
+        self.offsets: list[int] = []  # per row, what a caller's position ids were ahead of the indices at the first call
+        self.changes = 0  # a forward is of the store as it was when it began: it goes on only while this is the same
         self._finishing: tuple[list[int], Slots, list[int]] | None = None
 
     @property
@@ -336,11 +343,11 @@ class Store:
 
     def open(self, rows: int, columns: int = 0, announced: int = 0) -> None:
         """Before a forward of `columns` columns. The last `announced` tokens may be cropped after it, as assisted decoding does."""
-        self.settle()
+        self._change()
         if self.seen and self.rows != rows:
             raise ValueError(f"the cache holds {self.rows} rows but the input has {rows}; pass a batch of {self.rows} or start a new cache")
         if self.rows != rows:
-            self.lengths = [0] * rows
+            self.lengths, self.offsets = [0] * rows, [0] * rows
             self.slots = Slots.empty(rows)
             self.layers = [LayerStore(retention, rows) for retention in self.retentions]
         self.announced = max(announced, self.since_crop + columns if self.record_past else 0)
@@ -397,6 +404,11 @@ class Store:
         with suppress(RuntimeError, MemoryError):
             self.settle()
 
+    def _change(self) -> None:
+        """Before anything that a forward under way cannot go on after."""
+        self.settle()
+        self.changes += 1
+
     def settle(self) -> None:
         """What a finished forward added counts, what one that failed has added is gone."""
         if self._finishing is None:
@@ -414,7 +426,7 @@ class Store:
 
     def crop(self, slots: int, warn: bool = True) -> None:
         """Forget the last `slots` columns, or raise and leave everything as it is. `warn` if the same could not be done again."""
-        self.settle()
+        self._change()
         self.since_crop = 0
         slots = min(slots, self.seen)
         if not slots:
@@ -445,7 +457,7 @@ class Store:
             self.settle()
         other = Store(self.retentions, self.owner)
         other.layers = [layer.fork() for layer in self.layers]
-        other.lengths, other.slots, other.record_past = [*self.lengths], self.slots.copy(), self.record_past
+        other.lengths, other.offsets, other.slots, other.record_past = [*self.lengths], [*self.offsets], self.slots.copy(), self.record_past
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Store:
@@ -463,7 +475,7 @@ class Store:
 
     def select(self, index: torch.Tensor) -> None:
         """Rows become rows `index`; of none, the store is empty again."""
-        self.settle()
+        self._change()
         rows = index.tolist()
         if not rows:
             return self.reset()
@@ -472,8 +484,9 @@ class Store:
         index = index % self.rows
         for buffer in self.buffers:
             buffer.select(index)
-        self.lengths = [self.lengths[row] for row in index.tolist()]
+        self.lengths, self.offsets = ([each[row] for row in index.tolist()] for each in (self.lengths, self.offsets))
         self.slots.select(index.tolist())
 
     def reset(self) -> None:
+        self.changes += 1
         self.layers, self.lengths, self.slots, self._finishing, self.since_crop = [], [], Slots.empty(0), None, 0

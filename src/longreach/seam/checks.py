@@ -78,13 +78,27 @@ def check_arguments(index: int, seen: Seen) -> None:
 
 
 def check_positions(position_ids: torch.Tensor, plan: Plan) -> None:
-    """Positions a caller passes are honoured only as what they usually are, the order of the tokens; anything else raises."""
-    if position_ids.dim() != 2 or position_ids.shape[-1] != plan.columns:
-        raise ValueError(f"position_ids of shape {list(position_ids.shape)} do not count {plan.columns} tokens; leave them out")
-    if plan.columns == 1:
-        return
-    for rows in plan.groups:
-        columns = rows.columns
-        own = position_ids[rows.rows if position_ids.shape[0] > 1 else slice(0, 1)][:, columns]
+    """Positions a caller passes are honoured only as what they usually are, the order of the tokens; anything else raises.
+
+    The first call may begin anywhere, for an offset changes no distance. Later ones go on from there, or count tokens or slots.
+    """
+    rows, store = len(plan.past or ()), plan.store
+    if position_ids.dim() != 2 or position_ids.shape[-1] != plan.columns or position_ids.shape[0] not in (1, rows):
+        raise ValueError(f"position_ids of shape {list(position_ids.shape)} do not count {plan.columns} tokens of {rows} rows; leave them out")
+    for group in plan.groups:
+        own = position_ids[group.rows if position_ids.shape[0] > 1 else slice(0, 1)][:, group.columns]
         if not bool((own[:, 1:] - own[:, :-1] == 1).all()):
             raise ValueError("position_ids must count the tokens of each row one by one; leave them out (packed sequences cannot be honoured)")
+        if store is None or group.hidden:  # generate counts anew by a mask that hides tokens, which the caller was told
+            continue
+        members = range(group.rows.start, group.rows.stop)
+        for row, first in zip(members, own[:, 0].tolist() * (1 if position_ids.shape[0] > 1 else len(members)), strict=True):
+            if store.seen == 0:
+                store.offsets[row] = int(first) - group.start
+                continue
+            column = group.columns.start if isinstance(group.columns, slice) else int(group.columns[0])
+            if first not in (group.start, group.start + store.offsets[row], store.seen + column):
+                raise ValueError(
+                    f"position_ids begin at {first} for row {row}, whose next token has index {group.start}: a gap between tokens cannot be honoured, for a "
+                    "method says how far apart they are; leave position_ids out"
+                )

@@ -474,6 +474,7 @@ class Extension:
 
     def _count(self, plan: Plan | None, output: Any) -> None:
         if output is not None and plan is not None and plan.store is not None:
+            plan.require_unchanged()
             plan.store.advance(plan.real, plan.columns, plan.past)
 
     def _check_length(self, tokens: int) -> None:
@@ -529,6 +530,7 @@ class Extension:
         plan = attention_mask
         if not isinstance(plan, Plan):
             raise ValueError("the attention mask is not the plan of this forward; pass a 2-D padding mask or none")
+        plan.require_unchanged()
         if dropout:
             raise ValueError("attention dropout is not supported; call model.eval()")
         store = None if plan.store is None else plan.store.layers[index]
