@@ -412,3 +412,100 @@ def test_progress_without_a_terminal_is_lines_now_and_then(
     assert "reading sample 1 of 2 (passkey, " in found.err and "reading sample 2 of 2 (" in found.err
     options = ["--lengths", "1", "--depths", "1", "--keys", "1", "--loss-length", "1", "--stream-length", "2", "--png", tmp_path / "d.png"]
     assert "SelfExtend reads" in run("demo", *options).err
+
+
+# -- what users met ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_in_a_command_keeps_the_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    class Interrupted:
+        saved = None
+
+        def __init__(self, out: console.Output) -> None:
+            self.out, self.resets, self.talk = out, 0, type("Talk", (), {"turns": []})()
+
+        def load(self, file: Path) -> None:
+            raise KeyboardInterrupt
+
+        def reset(self) -> None:
+            self.resets += 1
+
+    from longreach.cli import chat
+    from longreach.generation import GREEDY
+
+    monkeypatch.setattr(chat, "questions", lambda out, asking: iter(["/load talk", "/what", "/reset"]))
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    with console.output(as_json=False, quiet=True) as out:
+        session: Any = Interrupted(out)
+        assert chat.converse(session, GREEDY) == [] and session.resets == 1
+        assert "error: unknown command '/what'" in capsys.readouterr().err  # in quiet mode too
+        monkeypatch.setattr(Terminal, "isatty", lambda self: False)
+        with pytest.raises(KeyboardInterrupt):
+            chat.converse(session, GREEDY)
+
+
+def test_loading_says_that_turns_are_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    from longreach.cli import chat
+
+    talk = type("Talk", (), {"turns": [1, 2], "known": 9})()
+    with console.output(as_json=False, quiet=True) as out:
+        for saved, says in ((None, "warning: 2 turns of the conversation before, not saved, went"), (Path("f"), "")):
+            session: Any = type("Session", (), {"out": out, "saved": saved, "talk": talk, "load": lambda self, file: None})()
+            chat.obey(session, "/load", "f")
+            assert says in (said := capsys.readouterr().err) and (said == "" or says)
+
+
+def test_a_document_never_takes_the_place_of_its_text(run: Run, folders: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+    file = tmp_path / "text"
+    file.write_text("words " * 20)
+    (tmp_path / "link").symlink_to(file)
+    for name in ("text", "link"):
+        arguments = ["--model", folders["llama"], "--file", str(file), "--context", "128", "--save-document", str(tmp_path / name), "--force"]
+        refused(run, "run", *arguments, says="would take the place of the text itself")
+    assert file.read_text() == "words " * 20
+
+
+def test_an_encoding_without_a_text_is_refused(run: Run, folders: dict[str, str]) -> None:  # noqa: F811
+    for more in (["run", "--prompt", "x"], ["run", "--document", "d", "--prompt", "x"], ["chat"]):
+        refused(run, *more, "--model", folders["llama"], "--text-encoding", "utf-16", says="--text-encoding says how a text is written")
+
+
+def test_a_seed_that_is_too_large_is_a_sentence(run: Run, folders: dict[str, str]) -> None:  # noqa: F811
+    refused(run, "run", "--model", folders["llama"], "--prompt", "x", "--temperature", 1, "--seed", 10**23, says="the seed must be")
+
+
+def test_what_a_document_saved_was_not_read_again(run: Run, folders: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "text").write_text("words " * 20)
+    file = tmp_path / "d"
+    assert run("run", "--model", folders["llama"], "--file", tmp_path / "text", "--context", 128, "--save-document", file).code == 0
+    found = run("run", "--model", folders["llama"], "--document", file, "--prompt", "x", "--max-new-tokens", 2, "--json")
+    result = json.loads(found.out)
+    read = result["prefill_tokens_per_second"] * result["prefill_seconds"]
+    assert read == pytest.approx(result["prompt_tokens"] - result["document_tokens"], rel=0.2)
+
+
+def test_a_comparison_on_a_narrow_terminal_loses_no_digit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from longreach.cli.eval import show_comparison
+
+    monkeypatch.setenv("COLUMNS", "60")
+    row = {"task": "passkey", "metric": "accuracy", "length": 1024, "n": 20, "a": 100.0, "b": 75.0, "difference": -25.0, "low": -45.0, "high": -10.0}
+    with console.output(as_json=False) as out:
+        show_comparison(out.tables, Path("a"), Path("b"), [{**row, "only_a": 5, "only_b": 0, "p": 0.0625}])
+    assert "…" not in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from longreach import plots
+
+    def full(figure: Any, path: Path, colours: int | None) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots, "_draw", full)
+    with pytest.raises(OSError, match="No space"):
+        plots.save(None, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())

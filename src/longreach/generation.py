@@ -27,6 +27,10 @@ class Sampling:
     top_p: float | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"the seed must be a whole number of at most 63 bits, not {self.seed}; pass a smaller one")
+
 
 GREEDY = Sampling()
 

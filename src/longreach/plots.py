@@ -139,8 +139,16 @@ def _turns(axes: Any, pairs: Pairs) -> None:
 def save(figure: Any, path: str | Path, colours: int | None = None) -> None:
     """The whole picture or none; with `colours`, reduced to so many."""
     temporary = Path(f"{path}.tmp")
+    try:
+        _draw(figure, temporary, colours)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _draw(figure: Any, path: Path, colours: int | None) -> None:
     if colours is None:
-        figure.savefig(temporary, format="png", metadata=SIGNATURE)
+        figure.savefig(path, format="png", metadata=SIGNATURE)
     else:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from PIL import Image
@@ -152,8 +160,7 @@ def save(figure: Any, path: str | Path, colours: int | None = None) -> None:
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         drawn = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB").quantize(colours)
-        drawn.save(temporary, "png", optimize=True, pnginfo=signed)
-    os.replace(temporary, path)
+        drawn.save(path, "png", optimize=True, pnginfo=signed)
 
 
 def reach(result: dict[str, Any], path: str | Path) -> None:

@@ -87,6 +87,8 @@ def command(
             raise ValueError("standard input is where the questions come from; pass the text as a file")
         if sys.stdin is None:
             raise ValueError("standard input is closed, and the questions come from there; run it at a terminal, or pipe in one question a line")
+        if file is None and encoding is not None:
+            raise ValueError(text.NOTHING_TO_DECODE)
         for option, value in (("--system", system), *(("--hide", sentence) for sentence in hide or [])):
             text.check_argument(option, value)
         chosen = method_of(context, method)
@@ -148,6 +150,10 @@ def converse(session: Session, sampling: Sampling) -> list[dict[str, Any]]:
             if not asking or isinstance(error, BrokenPipeError):
                 raise
             out.error(" ".join(str(error).split()))
+        except KeyboardInterrupt:  # in the work of a command, which is put back; an answer has its own way to stop
+            if not asking:
+                raise
+            out.note(f"\n{name if name.startswith('/') else 'the question'} is given up; the conversation goes on")
         answered = f"{counted(len(turns), 'question')} answered, the conversation is not saved"
         out.kept = f"the conversation is saved in {session.saved}" if session.saved else answered
     return turns
@@ -170,10 +176,13 @@ def obey(session: Session, name: str, rest: str) -> None:
         session.save(Path(rest).expanduser())
         out.note(f"{held(session)} saved to {rest}; /load {rest} goes on from there, and so does longreach run --document {rest}")
     elif name == "/load":
+        lost = 0 if session.saved else len(session.talk.turns)
         session.load(Path(rest).expanduser())
         out.note(f"{held(session)} loaded from {rest}")
+        if lost:
+            out.warn(f"{counted(lost, 'turn')} of the conversation before, not saved, went; /save FILE keeps one before /load")
     else:
-        out.note(f"unknown command {name!r}; {HINT}")
+        out.error(f"unknown command {name!r}; {HINT}")
 
 
 def held(session: Session) -> str:

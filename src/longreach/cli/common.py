@@ -93,8 +93,8 @@ def pairs_table(title: str, rows: list[tuple[str, str]]) -> Table:
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE)
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
     return table

@@ -107,6 +107,8 @@ def command(
         part = parse_shard(shard)
         folder = Folder(out_folder, part)
         folder.check()
+        if before := len(folder.records()):
+            out.kept = f"the {counted(before, 'sample')} in {out_folder} are as they were, and the same command goes on from there"
         asked = wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
         with quiet_transformers(verbose):
             loaded, tokenizer = load_model(out, model, dtype, device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -158,9 +158,10 @@ def method_table(found: Plan) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="methods (* the dial's choice)", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table = Table(title="methods (* the dial's choice)", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("method", "fits", "users", "KV per user", "prefill", "ms/token", "bound", "recalls"):
-        table.add_column(column, justify="right" if column in ("users", "KV per user", "prefill", "ms/token") else "left", no_wrap=column in ("method", "fits"))
+        side: Literal["left", "right"] = "right" if column in ("users", "KV per user", "prefill", "ms/token") else "left"
+        table.add_column(column, justify=side, no_wrap=column in ("method", "fits"), overflow="fold")
     for row in found.rows:
         cells = [str(row.users), size(row.kv_bytes), f"{row.prefill_seconds:.3g} s", f"{1e3 * row.token_seconds:.3g}", row.bound, row.recall]
         table.add_row(("* " if row.chosen else "  ") + row.method.name, fits(row, found), *cells)

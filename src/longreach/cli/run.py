@@ -90,6 +90,8 @@ def command(
         if top_p is not None and not top_p > 0:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
         chosen = method_of(context, method)
+        if document is not None and encoding is not None:
+            raise ValueError(text.NOTHING_TO_DECODE)
         request = text.Request("" if document else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)
         stored.check(out, document, save_document, request, file, truncate, force)
         if not request.user.strip():
@@ -145,7 +147,7 @@ def ask(
             return stored.summary(model, talk, file, read)
         found = talk.ask(prompt, max_new_tokens, sampling=sampling, write=out.write)
         fitted = Fitted(ids, talk.limit or len(ids) + max_new_tokens, declared, extension.method, None, None, None)
-        result = {**report(model, extension, fitted, found), "document": str(file), "document_tokens": read}
+        result = {**report(model, extension, fitted, found, read), "document": str(file), "document_tokens": read}
     if not out.as_json:
         out.write("\n")
         out.aside(table(result, extension))
@@ -236,7 +238,8 @@ def announce(out: Output, extension: Extension, fitted: Fitted) -> None:
             out.warn(str(warning))
 
 
-def report(model: str, extension: Extension, fitted: Fitted, found: Answer) -> dict[str, Any]:
+def report(model: str, extension: Extension, fitted: Fitted, found: Answer, known: int = 0) -> dict[str, Any]:
+    """`known` tokens of the prompt had been read before."""
     from longreach.cost.machine import peak_memory
 
     facts = extension.report()
@@ -258,7 +261,7 @@ def report(model: str, extension: Extension, fitted: Fitted, found: Answer) -> d
         "new_tokens": found.tokens,
         "truncated": None if cut is None else {"side": cut.side, "document_tokens": cut.document_tokens, "kept_tokens": cut.kept_tokens},
         "prefill_seconds": round(found.prefill_seconds, 4),
-        "prefill_tokens_per_second": rate(prompt_tokens, found.prefill_seconds),
+        "prefill_tokens_per_second": rate(prompt_tokens - known, found.prefill_seconds),
         "decode_tokens_per_second": rate(further, found.decode_seconds) if further > 0 else None,
         "peak_memory_bytes": peak_memory(),
         "peak_device_memory_bytes": peak_device_memory(extension),

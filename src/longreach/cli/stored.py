@@ -47,7 +47,10 @@ def check(out: Output, document: Path | None, save: Path | None, request: text.R
             raise ValueError("there is no text to save; pass --file FILE")
         if truncate is not None:
             raise ValueError("--save-document keeps the whole text; leave out --truncate, or shorten the text yourself")
+        if file is not None and save.exists() and Path(file).expanduser().exists() and save.samefile(Path(file).expanduser()):
+            raise ValueError(f"--save-document {str(save)!r} would take the place of the text itself; name another file")
         targets.check(out, save, targets.DOCUMENT, force)
+        out.kept = unsaved(save)
 
 
 def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request, choice: Choice, file: Path) -> Conversation:
@@ -63,7 +66,7 @@ def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request
         tokens = len(talk.sequence(request.prompt or "?"))
         if choice.context is not None and tokens > choice.context:
             raise ValueError(f"the text and its question have {tokens} tokens, more than the declared context of {choice.context}; pass a larger --context")
-        out.kept = f"nothing was saved, {file} is as it was" if file.exists() else "nothing was saved"
+        out.kept = unsaved(file)
         announce(out, extension)
         with progress_bar(out, tokens) as progress:
             read = talk.read(progress)
@@ -74,6 +77,10 @@ def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request
     except BaseException:
         extension.remove()
         raise
+
+
+def unsaved(file: Path) -> str:
+    return f"nothing was saved, {file} is as it was" if file.exists() else "nothing was saved"
 
 
 def announce(out: Output, extension: Extension) -> None:

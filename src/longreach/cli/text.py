@@ -24,6 +24,7 @@ from longreach.evals.truncation import keep_tokens, token_spans
 from longreach.quantities import counted
 
 COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
+NOTHING_TO_DECODE = "--text-encoding says how a text is written, and no text is read here; pass --file FILE too, or leave it out"
 LARGEST_FILE = 256 * 2**20
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # the longer first
 STDIN = "-"
@@ -79,6 +80,8 @@ def read(file: str | None, most: int, note: Callable[[str], None], encoding: str
     """
     if file is None:
         if not _piped():
+            if encoding is not None:
+                raise ValueError(NOTHING_TO_DECODE)
             return ""
         note("reading the text from standard input")
         return _decode(sys.stdin.buffer.read(most + 1), "standard input", most, note, encoding)
