@@ -25,6 +25,13 @@ from longreach.cli import console
 from test_cli import Run, book, folders, refused, run, stdin  # noqa: F401
 
 SECONDS = 120
+
+
+def heeding() -> None:
+    """In a new process: Ctrl-C is heard there, even where this one was started in the background of a shell, which ignores it for all it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 READING = ["run", "--file", "@book", "--truncate", "right", "--context", "16k", "--prompt", "Who?"]
 
 
@@ -45,7 +52,7 @@ class Program:
         else:
             self.reading, other = os.pipe()
             streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": other}
-        self.process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "TERM": "dumb"}, **streams)
+        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=heeding, env={**os.environ, "TERM": "dumb"}, **streams)
         os.close(other)
         self.seen = ""
 
@@ -235,7 +242,7 @@ def test_a_chat_at_a_terminal_outlives_interrupts(program: Callable[..., Program
 
 def test_piped_questions_end_with_an_interrupt(folders: dict[str, str]) -> None:  # noqa: F811
     command = [sys.executable, "-m", "longreach.cli", "chat", "--model", folders["llama"], "--max-new-tokens", "4"]
-    running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     assert running.stdin and running.stdout and running.stderr
     running.stdin.write("Who?\n")
     running.stdin.flush()
