@@ -186,6 +186,7 @@ class History:
         self.talks = [Talk(DynamicCache(), Model.empty(rows))]
         self.worst = 0.0
         self.compared = False  # whether the operation under way has seen logits
+        self.undecided = 0  # rows that nothing can be said of, for rounding decides what the model makes of them
 
     def number(self) -> int:
         self.numbers += 1
@@ -524,9 +525,25 @@ class History:
             if not len(ours):
                 continue
             difference = ((ours - wanted).abs().max() / wanted.abs().max()).item()
-            if not difference <= GATE:
+            if difference <= GATE:
+                self.worst = max(self.worst, difference)
+            elif self.rounding_decides(model, r, len(ours), difference):
+                self.undecided += 1
+            else:
                 raise Mismatch(f"row {r} is off by {difference:.1e}")
-            self.worst = max(self.worst, difference)
+
+    def rounding_decides(self, model: Model, row: int, count: int, difference: float) -> bool:
+        """Whether the dense truth itself moves as far if its embeddings are off by 1e-6, as where two experts of a router are equally good."""
+        alone = Model([model.rows[row]], model.seen, [set()], [0])
+        (before,) = self.truth(alone, count)
+        embeddings, moved = self.pair.dense.model.get_input_embeddings(), 0.0
+        for seed in range(10):
+            noise = torch.Generator().manual_seed(seed)
+            hook = embeddings.register_forward_hook(lambda module, args, out, noise=noise: out * (1 + 1e-6 * torch.randn(out.shape, generator=noise)))
+            (after,) = self.truth(alone, count)
+            hook.remove()
+            moved = max(moved, ((after - before).abs().max() / before.abs().max()).item())
+        return moved >= difference / 2
 
     def probe(self, talk: Talk) -> None:
         """One more token for every row, on a fork, with a plain mask: has the last operation left what it should have?"""
@@ -549,6 +566,8 @@ def run(seed: int, operations: int = 8) -> dict[str, Any]:
     try:
         history = History(seed)
         found: dict[str, Any] = {"worst": history.run(operations)}
+        if history.undecided:
+            found["undecided"] = history.undecided
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc(limit=-4), "log": [] if history is None else history.log}
     where = {} if history is None else {"family": history.family, "method": str(history.method)}

@@ -77,6 +77,7 @@ class Program:
         os.write(self.reading, f"{line}\n".encode())
 
     def interrupt(self) -> None:
+        time.sleep(0.5)  # nobody is so quick that the signal comes between a prompt and the read that waits behind it, where the kernel does not wake it
         self.process.send_signal(signal.SIGINT)
 
     def end(self) -> tuple[int, str]:
