@@ -63,7 +63,11 @@ def test_a_family_that_drops_its_cache_at_a_length(method: Any) -> None:
     talk = Conversation(model, tokenizer(), DOCUMENT, extension=extension, chunk_size=32)
     talk.read()
     for question in QUESTIONS * 3:
-        expected = generation.answer(model, talk.tokenizer, talk.sequence(question), 12, extension=extension)
+        try:
+            expected = generation.answer(model, talk.tokenizer, talk.sequence(question), 12, extension=extension)
+        except ValueError as error:  # older releases drop the cache and then read the last token only
+            assert method is None and "loses the beginning of a text" in str(error)
+            return
         found = talk.ask(question, 12)
         assert found.ids == expected.ids and found.cache.get_seq_length() == talk.known
     assert talk.known > window

@@ -109,7 +109,11 @@ def answer(
     ended = time.perf_counter()
     new = output.sequences[0, len(ids) :].tolist()
     cache = output.past_key_values  # a stock Phi-3 goes on with another than it was given where its frequencies switch
-    assert cache.get_seq_length() == len(ids) + len(new) - 1, "the cache holds the prompt and all new tokens but the last"
+    if (held := cache.get_seq_length()) != len(ids) + len(new) - 1:
+        raise ValueError(
+            f"generate ended with {held} tokens in its cache where {len(ids) + len(new) - 1} were read: this version of Transformers loses the beginning of "
+            "a text where Phi-3 switches its frequencies; update Transformers, or extend the model, which fixes them for a sequence"
+        )
     first = streamer.first or ended
     text = tokenizer.decode(new, skip_special_tokens=True)
     end = _stop_at(text, stop)
