@@ -53,9 +53,9 @@ class Rows:
         """[to_key - from_key] which keys are hidden; None: none."""
         if not self.hidden:
             return None
-        barred = torch.ones(to_key, dtype=torch.bool, device=device)
-        for a, b in self.seen(0, to_key):
-            barred[a:b] = False
+        barred = torch.zeros(to_key, dtype=torch.bool, device=device)
+        for a, b in self.hidden:
+            barred[a:b] = True
         return barred[from_key:]
 
     def seen(self, from_key: int, to_key: int) -> Iterator[Stretch]:

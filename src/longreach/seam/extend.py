@@ -143,7 +143,7 @@ class Extension:
         self._dense = backend == "reference"
         if self._dense and exact_device(device_of(model)) != device_of(model):
             raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
-        self._local = self.owner = Forwards()
+        self.owner = Forwards()
         self._warned = False
         self._remark: str | None = None  # what a user should know about this method on this model
         self._ready = False  # False while the model is probed and measured
@@ -312,13 +312,13 @@ class Extension:
     def _listen(self, inputs: dict[str, Any], keep_original: bool) -> tuple[list[Seen], list[tuple[probe.Key, torch.Tensor, torch.Tensor]]]:
         """One forward in which every attention layer reports its q and k and returns its values."""
         seen: list[Seen] = []
-        self._local.seen = seen
+        self.owner.seen = seen
         self._identity.record = [] if keep_original else None
         try:
             self.base(**inputs)
             return seen, self._identity.record or []
         finally:
-            self._local.seen = self._identity.record = None
+            self.owner.seen = self._identity.record = None
 
     def _logits(self) -> torch.Tensor:
         """Of the probe. The base and the head are called, not what is around them: that may be compiled, cast, or a head that pools."""
@@ -408,13 +408,13 @@ class Extension:
         wanted = kwargs.get("logits_to_keep")
         args, kwargs, tokens = self._marked(args, dict(kwargs))
         if tokens is not None:
-            self._local.enter(tokens, wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0)
+            self.owner.enter(tokens, wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0)
         return args, kwargs
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After it ran, head and all."""
-        self._count(self._local.leave(_tokens_of(args, kwargs)), output)
+        self._count(self.owner.leave(_tokens_of(args, kwargs)), output)
 
     def _marked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor | None]:
         """The tokens as an object that this call alone holds, which tells calls apart: see Forwards."""
@@ -444,11 +444,11 @@ class Extension:
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             raise ValueError("attention_mask must be the 2-D padding mask [batch, tokens seen so far]; 4-D, packed and prepared masks cannot be honoured")
-        store, caller = None, self._local.caller()
+        store, caller = None, self.owner.caller()
         use_cache = kwargs.get("use_cache")
         if kwargs.get("past_key_values") is not None or (self.config.use_cache if use_cache is None else use_cache):
             kwargs["past_key_values"], store = place(kwargs.get("past_key_values"), self.new_store())
-            self._local.refuse_nested(store)
+            self.owner.refuse_nested(store)
             drafts = getattr(getattr(self.model, "generation_config", None), "num_assistant_tokens", None) or 0  # that this model makes for another
             store.open(rows, columns, max(0 if caller is None else min(columns, caller.announced), drafts + 1 if drafts >= ROLLBACK else 0))
         plan = planner.plan(rows, columns, mask, tokens.device, store)
@@ -464,13 +464,13 @@ class Extension:
         if "position_ids" in self._argument_names:  # some models scale queries by them, and pads must not count
             kwargs["position_ids"] = plan.positions(rows, tokens.device)
         self._check_length(max((g.start + g.count for g in plan.groups), default=0))
-        self._local.begin(plan, tokens, caller)
+        self.owner.begin(plan, tokens, caller)
         return (), kwargs
 
     @torch.compiler.disable
     def _close(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After it ran: the new tokens count, once the model that called it has finished too. A forward that raises, which has no output, changes nothing."""
-        self._count(self._local.end(_tokens_of(args, kwargs), output is not None), output)
+        self._count(self.owner.end(_tokens_of(args, kwargs), output is not None), output)
 
     def _count(self, plan: Plan | None, output: Any) -> None:
         if output is not None and plan is not None and plan.store is not None:
@@ -493,9 +493,9 @@ class Extension:
 
     def _mask(self, *, batch_size: int, q_length: int, use_vmap: bool = False, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
         """Called by the model where it builds its masks, once per kind of layer: hands out the plan of this forward."""
-        if self._local.seen is not None:
+        if self.owner.seen is not None:
             return None
-        if (plan := self._local.plan) is None:
+        if (plan := self.owner.plan) is None:
             raise ValueError(
                 "a mask was asked for outside a forward of the extended model; leave out cache_implementation (static caches cannot be used), call the "
                 "model itself, not its parts, and give each model its own config (copy.deepcopy)"
@@ -518,9 +518,9 @@ class Extension:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """The attention function that every layer calls. q, k [B, H, T, D] arrive un-rotated; k, v are the new tokens only."""
-        if self._local.seen is not None:
+        if self.owner.seen is not None:
             extra = {"softcap": softcap, "s_aux": s_aux, **kwargs}
-            self._local.seen.append(Seen(module, query.detach(), key.detach(), value.detach(), extra))
+            self.owner.seen.append(Seen(module, query.detach(), key.detach(), value.detach(), extra))
             return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(1, 2).contiguous(), None
         index = getattr(module, "layer_idx", None)
         if not self._attached or index is None or index >= len(self._modules) or self._modules[index] is not module:
@@ -657,7 +657,7 @@ class Extension:
                 self.base.rotary_emb = self._original
         self._unregister()
         self._attached = self._ready = False
-        self._local.open, self._local.calls = [], []
+        self.owner.open, self.owner.calls = [], []
 
     def __enter__(self) -> Extension:
         return self
