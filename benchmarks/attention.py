@@ -30,15 +30,15 @@ import torch
 import torch.nn.functional as F
 from common import DTYPES, ROOT, Ratio, Timing, alternate, device_of, facts, one_thread, read_bandwidth, seconds_of, table, write_json
 
-from longreach import reference
-from longreach.backends import Backend, backend_for
-from longreach.encodings import Rotary
-from longreach.executor import Inputs, Layer, execute
+from longreach.core.encodings import Rotary
+from longreach.engine import reference
+from longreach.engine.batch import plan
+from longreach.engine.executor import Inputs, Layer, execute
+from longreach.kernels import Backend, backend_for
+from longreach.memory.store import ROLLBACK, SLACK, Store
 from longreach.methods.base import Method
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
-from longreach.planner import plan
-from longreach.store import ROLLBACK, SLACK, Store
 
 FP32_LIMIT = 1e-5  # largest difference to the dense truth in fp32
 ERROR_RATIO = 1.5  # in half precision: our error to the fp64 truth over stock's

@@ -20,9 +20,9 @@ from methods_result import share
 from rich.progress import Progress
 
 import longreach
-from longreach import auto
-from longreach.loading import shipped_book
 from longreach.methods.selfextend import SelfExtend
+from longreach.planning import dial
+from longreach.running.loading import shipped_book
 
 
 def table(result: dict[str, Any]) -> str:
@@ -56,7 +56,7 @@ def main() -> None:
     with one_thread(), Progress() as bar:
         task = bar.add_task("SelfExtend", total=2 * len(lengths))
         for length in lengths:
-            scaled = auto.choose(subject.window, length).method
+            scaled = dial.choose(subject.window, length).method
             if not isinstance(scaled, SelfExtend):
                 raise SystemExit(f"{length} tokens fit the trained window of {window}; pass longer --lengths")
             for method in (replace(scaled, log_scale=None), scaled):

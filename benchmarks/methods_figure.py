@@ -7,7 +7,7 @@ from typing import Any
 
 from methods_result import share
 
-from longreach import plots
+from longreach.drawing import plots
 from longreach.methods import registry
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; markers and dashes beside them for print

@@ -3,7 +3,7 @@
     python benchmarks/methods_on_nano.py      # results/methods-on-nano.json, docs/methods-reach.png and the tables of README.md
     python benchmarks/methods_on_nano.py --methods selfextend rerope --lengths 512 1024 --keys 1 --no-docs
 
-The parameters follow a rule and no search: `longreach.auto.recommended`, which is the dial's choice for SelfExtend and for every other method the
+The parameters follow a rule and no search: `longreach.planning.dial.recommended`, which is the dial's choice for SelfExtend and for every other method the
 setting that its authors recommend for the length. A method that reaches less than the length is read beyond its reach, and the result says so;
 one without a recommended setting is left out, with the reason. All methods read the same texts and are asked for the same keys.
 
@@ -33,14 +33,16 @@ from methods_result import tables
 from rich.progress import Progress, TimeRemainingColumn
 
 import longreach
-from longreach import auto, demo, generation
-from longreach.evals import haystack
-from longreach.loading import shipped_book
+from longreach.apps import demo
+from longreach.evals.samples import haystack
 from longreach.methods import registry
 from longreach.methods.base import Method
+from longreach.planning import dial
+from longreach.running import generation
+from longreach.running.loading import shipped_book
 
 README = ROOT / "README.md"
-RULE = "longreach.auto.recommended: the dial's choice for SelfExtend, for the others what their authors recommend for the declared context"
+RULE = "longreach.planning.dial.recommended: the dial's choice for SelfExtend, for the others what their authors recommend for the declared context"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Subject:
     model: Any
     tokenizer: Any
     text: str
-    window: auto.Window
+    window: dial.Window
     mark: str
 
     @classmethod
@@ -72,7 +74,7 @@ class Subject:
         digest = hashlib.sha256(text.encode())
         for name, value in model.state_dict().items():
             digest.update(name.encode() + value.float().cpu().numpy().tobytes())
-        return cls(model, tokenizer, text, auto.trained_window(model.config), digest.hexdigest()[:16])
+        return cls(model, tokenizer, text, dial.trained_window(model.config), digest.hexdigest()[:16])
 
 
 def usual_keys(length: int, window: int) -> int:
@@ -148,7 +150,7 @@ def weight(length: int) -> float:
 # -- all cells --------------------------------------------------------------------------------------------------------------------
 
 
-def settings(names: list[str], plan: Plan, window: auto.Window) -> tuple[list[tuple[Method, str, int]], dict[str, str]]:
+def settings(names: list[str], plan: Plan, window: dial.Window) -> tuple[list[tuple[Method, str, int]], dict[str, str]]:
     """(method, the name it was asked for, length), short lengths first; and what is left out, with the reason."""
     wanted, left_out = [], {}
     for length in plan.lengths:
@@ -156,7 +158,7 @@ def settings(names: list[str], plan: Plan, window: auto.Window) -> tuple[list[tu
             if name in left_out:
                 continue
             try:
-                wanted.append((auto.recommended(registry()[name], window, length), name, length))
+                wanted.append((dial.recommended(registry()[name], window, length), name, length))
             except ValueError as error:
                 left_out[name] = str(error)
     return wanted, left_out
@@ -233,7 +235,7 @@ def options(window: int) -> argparse.Namespace:
 
 def main() -> None:
     model, tokenizer = longreach.load("nano")
-    args = options(auto.trained_window(model.config).tokens)
+    args = options(dial.trained_window(model.config).tokens)
     to_readme = not args.no_docs and readme_has_a_section()
     text = "\n\n".join(map(read_text, args.text)) if args.text else shipped_book()
     plan = Plan(tuple(args.lengths), tuple(args.keys), args.depths, args.texts, args.seed)

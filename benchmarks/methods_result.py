@@ -7,7 +7,7 @@ from typing import Any
 
 from common import markdown
 
-from longreach.evals.statistics import mean
+from longreach.evals.scores.statistics import mean
 from longreach.methods import registry
 
 

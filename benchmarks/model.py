@@ -27,7 +27,7 @@ from common import DTYPES, ROOT, Timing, device_of, facts, table, write_json
 
 import longreach
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.speedtest import synchronise
+from longreach.checking.speedtest import synchronise
 
 SHAPES: dict[str, dict[str, Any]] = {
     "random-1M": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024),

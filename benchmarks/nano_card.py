@@ -24,7 +24,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 import longreach
-from longreach.evals.statistics import wilson
+from longreach.evals.scores.statistics import wilson
 
 sys.path.insert(0, str(ROOT / "recipes"))
 from abilities import KINDS, found, prose_loss, trial

@@ -4,8 +4,9 @@
     python benchmarks/nano_evaluation.py --methods yarn pi &    # several processes share the work; the last command writes the page
     python benchmarks/nano_evaluation.py
 
-Only calls the command line, as a user would; a run that was cut goes on. Every method has the parameters that `longreach.auto.recommended` gives it for the
-longest text and keeps them at all lengths. Two runs more ask for every offline task once: what nano can do in its window, and with SelfExtend in a longer one.
+Only calls the command line, as a user would; a run that was cut goes on. Every method has the parameters that
+`longreach.planning.dial.recommended` gives it for the longest text and keeps them at all lengths. Two runs more ask for every offline task
+once: what nano can do in its window, and with SelfExtend in a longer one.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any
 
 from common import ROOT, markdown, write_section
 
-from longreach import auto
 from longreach.cli import main as longreach
-from longreach.evals.base import tasks
+from longreach.evals.samples.base import tasks
 from longreach.methods import registry
+from longreach.planning import dial
 
-WINDOW = auto.Window(512, "nano")
+WINDOW = dial.Window(512, "nano")
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BY_DEPTH = ("passkey", "niah", "infinitebench-number-string", "infinitebench-kv-retrieval")
 OTHERS = ("ruler-niah-multikey-1", "ruler-niah-multivalue", "ruler-vt")
@@ -39,7 +40,7 @@ def call(*words: object) -> None:
 
 def options(name: str, context: int = LENGTHS[-1]) -> list[object]:
     kind = registry()[name]
-    return ["--method", *auto.recommended(kind, WINDOW, context).options(), *(["--context", context] if kind.needs_context else [])]
+    return ["--method", *dial.recommended(kind, WINDOW, context).options(), *(["--context", context] if kind.needs_context else [])]
 
 
 def measurable() -> list[str]:
@@ -47,7 +48,7 @@ def measurable() -> list[str]:
     found = []
     for name, kind in registry().items():
         try:
-            method = auto.recommended(kind, WINDOW, LENGTHS[-1])
+            method = dial.recommended(kind, WINDOW, LENGTHS[-1])
         except ValueError as error:
             print(f"{name} is left out: {error}")
             continue
@@ -72,7 +73,7 @@ def everything(out: Path) -> list[Path]:
     """Every offline task once: those that fit into the window there, all of them at four windows."""
     offline, fitting = [name for name, task in tasks().items() if not task.needs_data], []
     from longreach import load
-    from longreach.evals.base import Settings
+    from longreach.evals.samples.base import Settings
 
     tokenizer = load("nano")[1]
     for name in offline:

@@ -3,7 +3,7 @@
     python benchmarks/nano_reach.py --text BOOK ...    # writes results/nano-reach.json, docs/reach.png and the tables of README.md and docs/nano.md
 
 Stock, SelfExtend (parameters chosen by the dial) and LM-Infinite (n_local = the trained window) read the same texts and are asked for the same
-keys. What counts as found, and what is measured, is `longreach.demo`. Without --text the book in the package is read.
+keys. What counts as found, and what is measured, is `longreach.apps.demo`. Without --text the book in the package is read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from common import ROOT, facts, markdown, read_text, write_json, write_section
 from rich.progress import Progress, TimeRemainingColumn
 
 import longreach
-from longreach import demo, plots
-from longreach.loading import shipped_book
+from longreach.apps import demo
+from longreach.drawing import plots
+from longreach.running.loading import shipped_book
 
 
 def reach_table(result: dict[str, Any]) -> str:

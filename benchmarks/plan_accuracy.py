@@ -26,8 +26,8 @@ import torch
 from common import ROOT, facts, markdown, table, write_json, write_section
 
 import longreach
-from longreach.cost.machine import field_of
-from longreach.speedtest import reserved_on_card
+from longreach.checking.speedtest import reserved_on_card
+from longreach.planning.machine import field_of
 
 HALF = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
             vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None)  # fmt: skip

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from longreach.evals.budget import Prompt
-from longreach.evals.engine import Reply
+from longreach.evals.harness.engine import Reply
+from longreach.evals.samples.budget import Prompt
 
 
 def reply(text: str) -> Reply:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from longreach.evals import families
-from longreach.evals.families import BASE, FAMILIES, REFUSED, WINDOW, rope
+from longreach.checking import families
+from longreach.checking.families import BASE, FAMILIES, REFUSED, WINDOW, rope
 
 __all__ = ["BASE", "DEVICE", "FAMILIES", "REFUSED", "WINDOW", "build", "rope", "tokens"]
 

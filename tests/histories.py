@@ -30,9 +30,10 @@ from transformers import DynamicCache
 
 import longreach
 from families import WINDOW, build
-from longreach import planner, store
+from longreach.engine import batch
+from longreach.hf.cache import store_of
+from longreach.memory import store
 from longreach.methods.base import Method
-from longreach.seam.cache_layers import store_of
 from methods_matrix import METHODS, context, refusal
 
 FAMILIES = [
@@ -149,12 +150,12 @@ def constants(rollback: int, slack: int) -> Iterator[None]:
 @contextmanager
 def blindness(matrix: torch.Tensor | None) -> Iterator[None]:
     """For the dense truth: [B, 1, T, T] which key a query is forbidden to see."""
-    before = planner.Rows.barred
-    planner.Rows.barred = lambda rows, a, b, device: matrix  # type: ignore[method-assign,assignment]
+    before = batch.Rows.barred
+    batch.Rows.barred = lambda rows, a, b, device: matrix  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        planner.Rows.barred = before  # type: ignore[method-assign]
+        batch.Rows.barred = before  # type: ignore[method-assign]
 
 
 def drawn(number: int) -> tuple[str, Method]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from families import FAMILIES
-from longreach import (
+from longreach import (  # fmt: skip
     NTK,
     PI,
     STRING,
@@ -25,7 +25,7 @@ from longreach import (
     Stock,
     StreamingLLM,
     YaRN,
-)  # fmt: skip
+)
 from longreach.methods.base import Method
 
 METHODS = [

@@ -10,7 +10,7 @@ import transformers as t
 import longreach
 from families import build
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.auto import LARGEST_GROUP, Window, choose, furthest, trained_window
+from longreach.planning.dial import LARGEST_GROUP, Window, choose, furthest, trained_window
 
 
 def rope(kind: str, **more):

@@ -18,11 +18,12 @@ import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import longreach
-from longreach import generation
-from longreach.cli import COMMANDS, build, main, measurements, parameters, text
+from longreach.checking import measurements
+from longreach.cli import COMMANDS, build, main, parameters, text
 from longreach.cli.check import brief
 from longreach.methods import registry
 from longreach.methods.base import Method
+from longreach.running import generation
 from methods_matrix import METHODS
 from oracles import BLOCK_SELFEXTEND_2_4, DUAL_CHUNK_7_4, LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4, STREAMING_3_2
 
@@ -688,7 +689,7 @@ def test_generation_settings_of_a_checkpoint_do_not_decide_the_cache_or_sampling
 
 def test_a_sentence_is_hidden_between_sentences():
     from longreach.cli.text import Request
-    from longreach.evals.haystack import hide
+    from longreach.evals.samples.haystack import hide
 
     text = "One is here. Two is here. Three is here. Four is here."
     assert hide(text, "Key.", 0.0) == f"Key. {text}" and hide(text, "Key.", 1.0) == f"{text} Key."

@@ -12,10 +12,12 @@ import torch
 import transformers as t
 
 import longreach
-from longreach import LMInfinite, SelfExtend, Stock, auto, generation
+from longreach import LMInfinite, SelfExtend, Stock
 from longreach.cli import console, main, stored
 from longreach.cli.session import Session
-from longreach.conversation import Conversation
+from longreach.planning import dial
+from longreach.running import generation
+from longreach.running.conversation import Conversation
 from test_cli import SMALL, tokenizer
 
 DOCUMENT = "It was a dark night. Nobody was on the road, and the lamp in the inn had gone out long ago."
@@ -172,7 +174,7 @@ def test_a_conversation_is_plain_until_it_leaves_the_window(model: Any, monkeypa
             if session.talk.limit != limits[-1]:
                 old = "the trained window of 64 tokens" if limits[-1] == 64 else f"its context of {limits[-1]} tokens"
                 assert f"the conversation leaves {old}: reading it again with {session.extension.method}" in news
-                assert len(whole) + 8 > limits[-1] and session.talk.limit >= min(1.25 * limits[-1], auto.reach(64)[0]) and read >= len(whole)
+                assert len(whole) + 8 > limits[-1] and session.talk.limit >= min(1.25 * limits[-1], dial.reach(64)[0]) and read >= len(whole)
                 limits.append(session.talk.limit)
             else:
                 assert "leaves" not in news and read < 40

@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from families import BASE, FAMILIES, build, rope, tokens
 from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM, extend, stream
-from longreach.cost import hardware, theory, timing, work
-from longreach.cost.architecture import read
-from longreach.cost.hardware import CARDS, Curve
-from longreach.cost.memory import Budget, Schedule, bounded, entries, kv_bytes, largest, temporary_bytes
-from longreach.cost.theory import GIB, PeakPerformance, SpeContext
-from longreach.segments import Retention, matrices
-from longreach.store import Buffer
+from longreach.core.segments import Retention, matrices
+from longreach.memory.store import Buffer
+from longreach.planning import hardware, theory, timing, work
+from longreach.planning.architecture import read
+from longreach.planning.hardware import CARDS, Curve
+from longreach.planning.memory import Budget, Schedule, bounded, entries, kv_bytes, largest, temporary_bytes
+from longreach.planning.theory import GIB, PeakPerformance, SpeContext
 from methods_matrix import METHODS
 
 # -- the published models -----------------------------------------------------------------------------------------------------------

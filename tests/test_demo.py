@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 import longreach
-from longreach import demo, plots
+from longreach.apps import demo
 from longreach.cli import main
-from longreach.evals import haystack
-from longreach.loading import shipped_book
+from longreach.drawing import plots
+from longreach.evals.samples import haystack
+from longreach.running.loading import shipped_book
 
 PLAN = demo.Plan((1, 2), depths=2, keys=1, loss_length=2, stream_length=4)
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, StreamingLLM
-from longreach.conversation import Conversation
-from longreach.seam.cache_layers import store_of
+from longreach.hf.cache import store_of
+from longreach.running.conversation import Conversation
 from methods_matrix import METHODS, context, refusal
 from test_cli import Run, folders, refused, run  # noqa: F401
 from test_cli import tokenizer as byte_tokenizer
@@ -313,7 +313,7 @@ def test_what_cannot_be_saved_is_refused_and_an_old_file_survives(extension_of_s
         extension.save(cache, tmp_path)
     target = tmp_path / "kept"
     shutil.copy(saved, target)
-    monkeypatch.setattr("longreach.seam.documents.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("longreach.hf.documents.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         extension.save(cache, target, ids)
     assert target.read_bytes() == saved.read_bytes() and [p.name for p in tmp_path.iterdir()] == ["kept"]

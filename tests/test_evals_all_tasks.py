@@ -14,11 +14,11 @@ import pytest
 import longreach
 import test_evals_data_tasks
 from fake_engines import CopyTail, Empty, Oracle
-from longreach.evals import base, budget
-from longreach.evals.base import Sample, Settings
-from longreach.evals.fitting import FILLER
+from longreach.evals.samples import base, budget
+from longreach.evals.samples.base import Sample, Settings
+from longreach.evals.samples.fitting import FILLER
 from longreach.evals.tasks import niah, passkey
-from longreach.loading import shipped_book
+from longreach.running.loading import shipped_book
 
 OFFLINE = [name for name, task in base.tasks().items() if not task.needs_data]
 WITH_DATA = [name for name, task in base.tasks().items() if task.needs_data]

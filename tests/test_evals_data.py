@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from longreach.evals import data
-from longreach.evals.base import Settings
-from longreach.evals.data import Source
+from longreach.evals.samples import data
+from longreach.evals.samples.base import Settings
+from longreach.evals.samples.data import Source
 
 SOURCE = Source("owner/set", ("rows.jsonl", "rows*.parquet"), {"a": str, "b": (int, list)}, archive="data.zip")
 ROWS = [{"a": "one", "b": 1}, {"a": "two", "b": [2]}, {"a": "drei – 三", "b": 3}]

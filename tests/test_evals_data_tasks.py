@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from longreach.evals import base
-from longreach.evals.base import Settings
+from longreach.evals.samples import base
+from longreach.evals.samples.base import Settings
 from longreach.evals.tasks import leval, longbench, longbench_v2, loogle
 
 GROUPS = ("longbench", "longbench-e", "leval", "infinitebench", "longbench-v2", "loogle")

@@ -15,15 +15,16 @@ import pytest
 import typer
 
 import longreach
-from longreach import LMInfinite, SelfExtend, Stock, generation
+from longreach import LMInfinite, SelfExtend, Stock
 from longreach.cli import build, main, parameters
 from longreach.cli.eval_options import parse_depths, parse_lengths, take_method_options
-from longreach.evals import budget
-from longreach.evals.base import Parts, Sample
-from longreach.evals.model_engine import ModelEngine, attached, span
-from longreach.evals.results import Folder
-from longreach.loading import shipped_book
+from longreach.evals.harness.model_engine import ModelEngine, attached, span
+from longreach.evals.harness.results import Folder
+from longreach.evals.samples import budget
+from longreach.evals.samples.base import Parts, Sample
 from longreach.methods import registry
+from longreach.running import generation
+from longreach.running.loading import shipped_book
 
 
 @pytest.fixture(scope="module")

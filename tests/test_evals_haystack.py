@@ -7,8 +7,8 @@ from random import Random
 import pytest
 
 import longreach
-from longreach.evals import haystack
-from longreach.loading import shipped_book
+from longreach.evals.samples import haystack
+from longreach.running.loading import shipped_book
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import torch
 
 import longreach
 from longreach.cli import main
-from longreach.evals import lm_harness
-from longreach.evals.base import Parts, Sample, Settings, Task
+from longreach.evals.lm_eval import harness
+from longreach.evals.samples.base import Parts, Sample, Settings, Task
 
 METHOD = dict(group_size=8, window=32)
 
@@ -28,19 +28,19 @@ def test_a_missing_or_other_lm_eval_is_said(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ValueError, match=r"not installed; run pip install 'longreach\[eval\]'"):
-        lm_harness.evaluate(None, None, ["mmlu"])
+        harness.evaluate(None, None, ["mmlu"])
     for version, good in (("0.4.12", False), ("0.4.13", True), ("0.4.20.dev1", True), ("0.5.0", False), ("1.0", False)):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
         if good:
-            lm_harness.require()
+            harness.require()
         else:
             with pytest.raises(ValueError, match=r"0\.4\.13 or a later 0\.4 is needed"):
-                lm_harness.require()
+                harness.require()
 
 
 def test_tasks_that_cannot_load_are_refused():
     with pytest.raises(ValueError, match="use our own"):
-        lm_harness.refuse_broken(["mmlu", "infinitebench_passkey"])
+        harness.refuse_broken(["mmlu", "infinitebench_passkey"])
 
 
 def test_scores_are_rows_of_plain_data():
@@ -48,7 +48,7 @@ def test_scores_are_rows_of_plain_data():
         "results": {"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1, "em_stderr,strict": "N/A", "sample_len": 3}},
         "n-samples": {"t": {"original": 9, "effective": 4}},
     }
-    assert lm_harness.scores(found) == [
+    assert harness.scores(found) == [
         {"task": "t", "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1, "n": 4},
         {"task": "t", "metric": "em", "filter": "strict", "value": 1.0, "stderr": None, "n": 4},
     ]
@@ -56,7 +56,7 @@ def test_scores_are_rows_of_plain_data():
 
 def test_what_has_no_spread_is_none():
     found = {"results": {"t": {"acc,none": math.nan, "acc_stderr,none": math.nan, "f1,none": True, "f1_stderr,none": math.inf}}}
-    assert [(row["value"], row["stderr"], row["n"]) for row in lm_harness.scores(found)] == [(None, None, None), (1.0, None, None)]
+    assert [(row["value"], row["stderr"], row["n"]) for row in harness.scores(found)] == [(None, None, None), (1.0, None, None)]
 
 
 # -- the command ----------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_the_command_names_the_extra_to_install_before_a_model_is_loaded(monkeyp
     ],
 )
 def test_the_command_refuses_bad_input(arguments, says, monkeypatch, capsys):
-    monkeypatch.setattr(lm_harness, "require", lambda: None)
+    monkeypatch.setattr(harness, "require", lambda: None)
     monkeypatch.setattr(longreach, "load", lambda *given, **more: pytest.fail("a model was loaded"))
     assert says in said(capsys, *arguments, code=2)["error"]
 
@@ -121,8 +121,8 @@ def test_the_command_hands_on_what_was_asked(options, method, context, max_lengt
             "configs": {"arc": {"process_docs": evaluate, "spread": math.inf}}, "samples": {"arc": ["long"]}, "longreach": report | {"tokens_left_out": 77},
         }  # fmt: skip
 
-    monkeypatch.setattr(lm_harness, "require", lambda: None)
-    monkeypatch.setattr(lm_harness, "evaluate", evaluate)
+    monkeypatch.setattr(harness, "require", lambda: None)
+    monkeypatch.setattr(harness, "evaluate", evaluate)
     file = tmp_path / "out.json"
     more = ["--limit", 4, "--overflow", "middle", "--gen-kwargs", "max_gen_toks=9", "--metadata", "max_seq_lengths=[64]", "--num-fewshot", 2, "--out", file]
     found = said(capsys, "--tasks", "arc, mmlu_*,arc", *more, *options)
@@ -150,7 +150,7 @@ def nano() -> tuple[Any, Any]:
 
 
 def wrapped(nano: tuple[Any, Any], extension: Any = None, **more: Any) -> Any:
-    from longreach.evals.lm_model import LongContextLM
+    from longreach.evals.lm_eval.model import LongContextLM
 
     return LongContextLM(*nano, extension=extension, **more)
 
@@ -171,7 +171,7 @@ def direct(model: Any, context: list[int], continuation: list[int]) -> tuple[flo
 @pytest.mark.parametrize("method", ["stock", "selfextend", "lm-infinite"])
 def test_log_likelihoods_are_those_of_one_forward(nano, method):
     model, _ = nano
-    text = longreach.loading.shipped_book()[3000:6000]
+    text = longreach.shipped_book()[3000:6000]
     made = {"stock": None, "selfextend": longreach.SelfExtend(**METHOD), "lm-infinite": longreach.LMInfinite(n_local=64, n_global=4)}[method]
     extension = None if made is None else longreach.extend(model, made, context=2000)
     try:
@@ -193,7 +193,7 @@ def test_log_likelihoods_are_those_of_one_forward(nano, method):
 def test_requests_that_go_back_further_and_further_are_scored_right(nano, method):
     """A bounded store can undo 128 tokens behind the farthest one, not behind each request: what it cannot undo is read again, and nobody is warned."""
     pytest.importorskip("lm_eval")
-    from longreach.evals.lm_model import LongContextLM
+    from longreach.evals.lm_eval.model import LongContextLM
 
     model, tokenizer = nano
     ids = tokenizer("The old harbour lay under the morning fog, and nobody was there to see it. " * 60)["input_ids"][:900]
@@ -212,10 +212,10 @@ def test_a_greedy_continuation_is_called_so_and_rolling_windows_cover_a_text(nan
     model, _ = nano
     with longreach.extend(model, longreach.SelfExtend(**METHOD), context=300) as extension:
         lm = wrapped(nano, extension, chunk_size=50)
-        context = lm.tok_encode(longreach.loading.shipped_book()[3000:3300])
+        context = lm.tok_encode(longreach.shipped_book()[3000:3300])
         answer = model.generate(torch.tensor([context]), max_new_tokens=3, do_sample=False)[0, len(context) :].tolist()
         assert lm._loglikelihood_tokens([(None, context, answer)], disable_tqdm=True)[0][1]
-        text = longreach.loading.shipped_book()[5000:7000]
+        text = longreach.shipped_book()[5000:7000]
         ids = lm.tok_encode(text)
         assert len(ids) > 2 * lm.max_length
         (total,) = lm.loglikelihood_rolling([SimpleNamespace(args=(text,))], disable_tqdm=True)
@@ -226,7 +226,7 @@ def test_a_greedy_continuation_is_called_so_and_rolling_windows_cover_a_text(nan
 @pytest.mark.slow
 def test_what_is_too_long_is_refused_or_counted(nano):
     model, _ = nano
-    text = longreach.loading.shipped_book()[3000:6000]
+    text = longreach.shipped_book()[3000:6000]
     with longreach.extend(model, longreach.SelfExtend(**METHOD), context=256) as extension:
         refusing = wrapped(nano, extension)
         assert refusing.max_length == 256, "the declared context, not the window of the configuration"
@@ -269,7 +269,7 @@ class Request:
 @pytest.mark.slow
 def test_answers_are_those_of_generate(nano):
     model, tokenizer = nano
-    text = longreach.loading.shipped_book()[3000:6000]
+    text = longreach.shipped_book()[3000:6000]
     with longreach.extend(model, longreach.SelfExtend(**METHOD), context=2000) as extension:
         lm = wrapped(nano, extension, chunk_size=64)
         found = lm.generate_until([Request(text[:n], 12) for n in (40, 3000, 900)], disable_tqdm=True)
@@ -317,16 +317,16 @@ class Echo(Task):
 @pytest.mark.slow
 def test_lm_eval_runs_its_tasks_and_ours(nano, tmp_path: Path):
     model, tokenizer = nano
-    book = longreach.loading.shipped_book()
+    book = longreach.shipped_book()
     rows = [{"text": book[n : n + 1200], "answer": n % 2, "target": "x"} for n in range(4000, 4004)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     for name, kind, rest in (("longreach_test_choice", "multiple_choice", CHOICE), ("longreach_test_write", "generate_until", WRITE)):
         text = YAML.format(name=name, file=tmp_path / "rows.jsonl", cache=tmp_path / "cache", kind=kind) + rest
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     with longreach.extend(model, longreach.SelfExtend(**METHOD), context=1500) as extension:
-        ours = lm_harness.as_lm_eval_task(Echo(), tokenizer, Settings(samples=3))
+        ours = harness.as_lm_eval_task(Echo(), tokenizer, Settings(samples=3))
         tasks = ["longreach_test_choice", "longreach_test_write", ours]
-        found = lm_harness.evaluate(model, tokenizer, tasks, extension=extension, include_path=str(tmp_path), bootstrap_iters=0)
+        found = harness.evaluate(model, tokenizer, tasks, extension=extension, include_path=str(tmp_path), bootstrap_iters=0)
         assert found["longreach"] == {
             "method": extension.method.to_json(), "max_length": 1500, "overflow": "refuse", "requests": 15, "shortened_requests": 0, "tokens_left_out": 0,
         }  # fmt: skip
@@ -339,24 +339,24 @@ def test_lm_eval_runs_its_tasks_and_ours(nano, tmp_path: Path):
         assert 0 <= found["results"]["longreach_test_write"]["exact_match,none"] <= 1
         mine = found["results"]["longreach_test-echo"]
         assert mine["written,none"] == 1 and 0 <= mine["accuracy,none"] <= 1
-        rows = lm_harness.scores(found)
+        rows = harness.scores(found)
         assert {"task": "longreach_test-echo", "metric": "written", "filter": "none", "value": 1.0, "stderr": None, "n": 3} in rows
         assert len(rows) == 4 and json.loads(json.dumps(rows)) == rows
         prompts = [sample["arguments"][0][0] for sample in found["samples"]["longreach_test-echo"]]
         assert prompts == [sample.parts.text for sample in Echo().samples(tokenizer, Settings(samples=3))]
         with pytest.raises(ValueError, match=r"knows no task no_such_task_at_all"):
-            lm_harness.evaluate(model, tokenizer, ["no_such_task_at_all"], extension=extension)
+            harness.evaluate(model, tokenizer, ["no_such_task_at_all"], extension=extension)
     with longreach.extend(model, longreach.SelfExtend(**METHOD), context=200) as extension:
         with pytest.raises(ValueError, match="8 of 8 requests need more than 200"):
-            lm_harness.evaluate(model, tokenizer, tasks[:1], extension=extension, include_path=str(tmp_path), bootstrap_iters=0)
+            harness.evaluate(model, tokenizer, tasks[:1], extension=extension, include_path=str(tmp_path), bootstrap_iters=0)
         with pytest.warns(UserWarning, match="8 of 8 requests were longer than 200 tokens"):
-            cut = lm_harness.evaluate(model, tokenizer, tasks[:1], extension=extension, include_path=str(tmp_path), overflow="middle", bootstrap_iters=0)
+            cut = harness.evaluate(model, tokenizer, tasks[:1], extension=extension, include_path=str(tmp_path), overflow="middle", bootstrap_iters=0)
         assert cut["longreach"]["shortened_requests"] == 8
 
 
 @pytest.mark.slow
 def test_the_command_runs_lm_eval(nano, tmp_path: Path, capsys):
-    book = longreach.loading.shipped_book()
+    book = longreach.shipped_book()
     rows = [{"text": book[n : n + 1200], "answer": n % 2} for n in range(4000, 4003)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     task = YAML.format(name="longreach_test_command", file=tmp_path / "rows.jsonl", cache=tmp_path / "cache", kind="multiple_choice") + CHOICE

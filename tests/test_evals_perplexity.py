@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.evals import perplexity
-from longreach.evals.perplexity import Document
+from longreach.evals.harness import perplexity
+from longreach.evals.harness.perplexity import Document
 
 BOS = 1
 

@@ -21,8 +21,9 @@ from time import perf_counter
 
 import pytest
 
-from longreach.evals import base, scorers, statistics
-from longreach.evals.base import Parts, Sample
+from longreach.evals.samples import base
+from longreach.evals.samples.base import Parts, Sample
+from longreach.evals.scores import scorers, statistics
 from longreach.evals.tasks.ancestral_trace import box, boxed_match
 
 COUNT = 3000

@@ -16,10 +16,15 @@ import pytest
 
 import longreach
 from fake_engines import CopyTail, Empty, Failing, First
-from longreach.evals import base, budget, figures, report, results, runner, special_figures, statistics, truncation, view
-from longreach.evals.base import Parts, Sample, Settings, Task
-from longreach.evals.results import Folder
-from longreach.evals.view import View
+from longreach.evals.harness import results, runner
+from longreach.evals.harness.results import Folder
+from longreach.evals.report import figures, special_figures, view
+from longreach.evals.report import page as written_page
+from longreach.evals.report.view import View
+from longreach.evals.samples import base, budget
+from longreach.evals.samples.base import Parts, Sample, Settings, Task
+from longreach.evals.scores import statistics
+from longreach.running import truncation
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 SETTINGS = Settings(lengths=(256, 512), depths=(0.0, 0.5, 1.0), samples=2)
@@ -352,7 +357,7 @@ def test_two_runs_are_compared_on_the_same_samples(folders, tmp_path):
 
 
 def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):
-    pictures = report.write(folders, [view.view(folder) for folder in folders], tmp_path / "page.html", tmp_path / "figures")
+    pictures = written_page.write(folders, [view.view(folder) for folder in folders], tmp_path / "page.html", tmp_path / "figures")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert {picture.name for picture in pictures} == {"depth_passkey", "accuracy_passkey", "cost"}
     assert page.count("<img ") == 3 == page.count("data:image/png;base64,") == page.count("data:text/csv;base64,")
@@ -365,7 +370,7 @@ def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):
     grid = (tmp_path / "figures" / "depth_passkey.csv").read_text().splitlines()
     assert grid[0] == "run,length,depth,metric,value,n,ci_low,ci_high" and len(grid) == 1 + 6 + 6 + 4
     with pytest.raises(ValueError, match="called the same"):
-        report.write(folders[:1] * 2, [view.view(folders[0])] * 2, tmp_path / "page.html", tmp_path)
+        written_page.write(folders[:1] * 2, [view.view(folders[0])] * 2, tmp_path / "page.html", tmp_path)
     with pytest.raises(ValueError, match="no palette"):
         figures.draw([view.view(folders[0])], tmp_path, "rainbow")
 

@@ -7,8 +7,8 @@ import string
 
 import pytest
 
-from longreach.evals import scorers, subsequences
-from longreach.evals.stemmer import stem
+from longreach.evals.scores import scorers, subsequences
+from longreach.evals.scores.stemmer import stem
 
 CAT = ("The cat sat on the mat. It was happy.", "A cat was sitting on the mat. The cat was very happy.")
 
@@ -174,7 +174,7 @@ def test_stems():
 
 def test_stems_are_those_of_nltk():
     porter = pytest.importorskip("nltk.stem.porter", reason="the package whose stems are reproduced is not installed (pip install nltk)")
-    from longreach.loading import shipped_book
+    from longreach.running.loading import shipped_book
 
     theirs = porter.PorterStemmer()
     words = sorted({w for w in "".join(c if c in string.ascii_lowercase else " " for c in shipped_book().lower()).split()})

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 import longreach
-from longreach.evals import base, budget, fitting, words
-from longreach.evals.base import Parts, Sample, Settings
+from longreach.evals.samples import base, budget, fitting, words
+from longreach.evals.samples.base import Parts, Sample, Settings
 from longreach.evals.tasks import ancestral_trace, needle_threading, ruler_words
 from longreach.evals.tasks.ruler import string_match_all
 

@@ -16,9 +16,9 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, Stock, StreamingLLM
-from longreach import store as stores
-from longreach.seam.cache_layers import store_of
-from longreach.slots import Slots, runs
+from longreach.hf.cache import store_of
+from longreach.memory import store as stores
+from longreach.memory.slots import Slots, runs
 
 METHODS = [SelfExtend(4, 16), LMInfinite(9, 3), StreamingLLM(9, 3), Stock()]
 NEVER = 10_000  # an end token that no model makes

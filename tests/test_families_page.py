@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES, REFUSED
+from longreach.checking.exactness import FAST, NEUTRAL, Cell, Family, survey
+from longreach.checking.families_page import page
 from longreach.cli import main
-from longreach.evals.exactness import FAST, NEUTRAL, Cell, Family, survey
-from longreach.evals.families_page import page
 from longreach.methods import registry
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"

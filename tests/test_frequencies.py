@@ -15,9 +15,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import longreach
 from families import WINDOW, build, rope, tokens
 from longreach import NTK, PI, Combined, DynamicNTK, DynamicYaRN, LMInfinite, LongRoPE, NTKByParts, SelfExtend, Stock, YaRN
-from longreach.encodings import Frequencies, Rope
+from longreach.core.encodings import Frequencies, Rope
+from longreach.hf.frequencies import _Standard
 from longreach.methods.base import Method
-from longreach.seam.frequencies import _Standard
 from test_matrix import chunked, difference
 
 LONG = tuple(1.0 + 0.5 * a for a in range(8))

@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig
 import longreach
 from families import build, tokens
 from longreach import BlockSelfExtend, DualChunk, LMInfinite, SelfExtend, StreamingLLM
-from longreach.seam.cache_layers import store_of
+from longreach.hf.cache import store_of
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:

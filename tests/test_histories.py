@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import histories
-from longreach import planner, store
+from longreach.engine import batch
+from longreach.memory import store
 
 
 @pytest.mark.parametrize("block", range(20))
@@ -34,13 +35,13 @@ def rows_that_meet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mask_from_the_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last columns of a mask are taken for the new tokens."""
-    real = planner.plan
+    real = batch.plan
 
-    def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, kept: Any) -> planner.Plan:
+    def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, kept: Any) -> batch.Plan:
         seen = 0 if kept is None else kept.seen
         return real(rows, columns, None if mask is None else torch.cat([mask[:, :seen], mask[:, mask.shape[1] - columns :]], 1), device, kept)
 
-    monkeypatch.setattr(planner, "plan", plan)
+    monkeypatch.setattr(batch, "plan", plan)
 
 
 def hidden_tokens_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

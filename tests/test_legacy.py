@@ -11,10 +11,11 @@ from transformers import DynamicCache, GenerationConfig
 
 import longreach
 from families import WINDOW, build, tokens
-from longreach import PI, LMInfinite, SelfExtend, Stock, auto
-from longreach.seam import legacy
-from longreach.seam.cache_layers import cache_bytes, store_of
-from longreach.seam.legacy import FAMILIES as KNOWN
+from longreach import PI, LMInfinite, SelfExtend, Stock
+from longreach.hf import legacy
+from longreach.hf.cache import cache_bytes, store_of
+from longreach.hf.legacy import FAMILIES as KNOWN
+from longreach.planning import dial
 from methods_matrix import ALIBI, LEGACY
 
 ALL = sorted(LEGACY | {"gptj", "bloom"})
@@ -224,8 +225,8 @@ def test_arguments_by_position():
 
 
 def test_trained_windows():
-    assert auto.trained_window(t.MptConfig(max_seq_len=77)).tokens == 77
-    assert auto.trained_window(t.BloomConfig(seq_length=78)).tokens == 78
-    assert auto.trained_window(t.GPTJConfig(n_positions=79)).tokens == 79
+    assert dial.trained_window(t.MptConfig(max_seq_len=77)).tokens == 77
+    assert dial.trained_window(t.BloomConfig(seq_length=78)).tokens == 78
+    assert dial.trained_window(t.GPTJConfig(n_positions=79)).tokens == 79
     with refuses("pass trained_window=N"):
-        auto.trained_window(t.BloomConfig())
+        dial.trained_window(t.BloomConfig())

@@ -15,7 +15,7 @@ import transformers as t
 import gguf_files
 import longreach
 from longreach import gguf_file
-from longreach.loading import parse_dtype, shipped_book
+from longreach.running.loading import parse_dtype, shipped_book
 
 
 def refusal(name: object) -> str:

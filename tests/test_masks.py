@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig
 import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.seam.cache_layers import store_of
+from longreach.hf.cache import store_of
 from methods_matrix import METHODS, context, refusal
 
 NEVER = 10_000  # an end token that no model makes

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import longreach
-from longreach import LMInfinite, generation
-from longreach.evals import haystack
-from longreach.loading import shipped_book
+from longreach import LMInfinite
+from longreach.evals.samples import haystack
+from longreach.running import generation
+from longreach.running.loading import shipped_book
 
 QUESTION_ONLY = haystack.Wording(lead="")  # nano begins its answer itself
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from families import DEVICE
-from longreach import STRING, DualChunk, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend, StreamingLLM, differences, planner, reference
-from longreach.backends import backend_for, tiles
-from longreach.backends.cpu import CpuBackend, kernel
-from longreach.backends.tiles import Band
-from longreach.encodings import Rotary
-from longreach.executor import Inputs, Layer, execute
-from longreach.merge import Merge, merge
+from longreach import STRING, DualChunk, LeakyReRoPE, LMInfinite, ReRoPE, SelfExtend, StreamingLLM
+from longreach.core import differences
+from longreach.core.encodings import Rotary
+from longreach.core.merge import Merge, merge
+from longreach.engine import batch, reference
+from longreach.engine.executor import Inputs, Layer, execute
+from longreach.kernels import backend_for, tiles
+from longreach.kernels.cpu import CpuBackend, kernel
+from longreach.kernels.tiles import Band
 
 CPU = torch.device("cpu")
 INF = float("inf")
@@ -253,7 +255,7 @@ def run(layer: Layer, q, k, v, sink=None) -> torch.Tensor:
     """[B, H, T, E], stateless."""
     q, k, v = q.float(), k.float(), v.float()
     padded = torch.nn.functional.pad(v, (0, k.shape[-1] - v.shape[-1]))
-    out = execute(layer, planner.plan(1, q.shape[2], None, CPU, None), None, CpuBackend(), q, k, padded, Inputs(0.5, sink=sink))
+    out = execute(layer, batch.plan(1, q.shape[2], None, CPU, None), None, CpuBackend(), q, k, padded, Inputs(0.5, sink=sink))
     return out.transpose(1, 2)[..., : v.shape[-1]]
 
 
@@ -267,7 +269,7 @@ def test_reference_softmax_over_nothing_is_zero():
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_one_windowed_call_covers_a_band(rows, columns, monkeypatch):
     """How the CUDA backend trims rows and keys for a flash call, with that call written out: causal to the bottom right, `window` keys back."""
-    from longreach.backends import cuda
+    from longreach.kernels import cuda
 
     def windowed(q, k, v, scale, window):
         assert k.shape[2] >= q.shape[2] > 0, "the kernel would align rows without a key elsewhere"
@@ -290,7 +292,7 @@ def test_one_windowed_call_covers_a_band(rows, columns, monkeypatch):
 @pytest.mark.parametrize("part", ["out", "lse"])
 def test_self_tests_of_the_card_do_not_pass_nan(part, monkeypatch):
     """With a kernel that gives one NaN, whatever it gives before and after."""
-    from longreach.backends import cuda
+    from longreach.kernels import cuda
 
     def broken(*arguments, **more):
         out, lse = kernel(*arguments, **more)

@@ -11,8 +11,8 @@ import pytest
 
 import longreach
 from longreach import methods
+from longreach.checking.exactness import survey
 from longreach.cli import main
-from longreach.evals.exactness import survey
 from longreach.methods import from_json, registry
 
 FILE = '''
@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 
 from longreach.methods.base import Method, require_integer
-from longreach.segments import Affine, Identity, Layout, Segment, Visible
+from longreach.core.segments import Affine, Identity, Layout, Segment, Visible
 
 
 @dataclass(frozen=True)

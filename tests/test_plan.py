@@ -13,13 +13,14 @@ import transformers as t
 
 import longreach
 from families import BASE, build
-from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM, auto, sizing, speedtest
+from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM
+from longreach.checking import speedtest
 from longreach.cli import main, parameters
-from longreach.cost import calibration, machine
-from longreach.cost.architecture import read
-from longreach.cost.hardware import CARDS, Curve
-from longreach.cost.memory import Budget, Schedule, kv_bytes
 from longreach.methods import registry
+from longreach.planning import calibration, dial, machine, sizing
+from longreach.planning.architecture import read
+from longreach.planning.hardware import CARDS, Curve
+from longreach.planning.memory import Budget, Schedule, kv_bytes
 
 LLAMA_8B = t.LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
@@ -71,7 +72,7 @@ def test_every_method_that_suggests_parameters_has_a_row_and_they_reach():
         if suggested is not None and kind is not Stock:
             assert (suggested.capacity(window) or 1 << 60) >= 32768, suggested
     assert [row.recall for row in found.rows] == sorted((row.recall for row in found.rows), key=sizing.ORDER.index)
-    assert found.rows[0].chosen and found.row("selfextend").method == auto.choose(found.request.window, 32768).method
+    assert found.rows[0].chosen and found.row("selfextend").method == dial.choose(found.request.window, 32768).method
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 64, 512, 8192])
@@ -234,27 +235,27 @@ def budget(free):
 
 
 def test_the_dial_looks_at_memory_where_it_binds():
-    window = auto.Window(512, "test")
-    plain = auto.choose(window, 8192)
+    window = dial.Window(512, "test")
+    plain = dial.choose(window, 8192)
     plenty, need = budget(1 << 40), budget(0).needs(plain.method, 8192)
-    assert auto.choose(window, 8192, plenty) == plain == auto.choose(window, 8192, budget(need))
-    smaller = auto.choose(window, 8192, budget(budget(0).needs(DualChunk(512), 8192)))
+    assert dial.choose(window, 8192, plenty) == plain == dial.choose(window, 8192, budget(need))
+    smaller = dial.choose(window, 8192, budget(budget(0).needs(DualChunk(512), 8192)))
     assert smaller.method == DualChunk(512) and "memory binds" in smaller.warning and "a context of at most" in smaller.warning
-    recent = auto.choose(window, 8192, budget(need // 2))
+    recent = dial.choose(window, 8192, budget(need // 2))
     assert recent.method == LMInfinite(512) and "the last n_local tokens" in recent.warning
     reach = int(recent.warning.split("at most ")[1].split()[0])
-    assert isinstance(auto.choose(window, reach, budget(need // 2)).method, SelfExtend)
+    assert isinstance(dial.choose(window, reach, budget(need // 2)).method, SelfExtend)
     with pytest.raises(ValueError, match=r"memory binds.*bfloat16 or on a device with more memory"):
-        auto.choose(window, 8192, budget(1000))
+        dial.choose(window, 8192, budget(1000))
 
 
 def test_extend_warns_when_memory_chose(monkeypatch):
     model = build("llama")
-    need = auto.budget(model.config, torch.float32, torch.device("cpu")).needs(auto.choose(auto.Window(64, ""), 1000).method, 1000)
-    monkeypatch.setattr(auto, "free_memory", lambda device: need - 1)
+    need = dial.budget(model.config, torch.float32, torch.device("cpu")).needs(dial.choose(dial.Window(64, ""), 1000).method, 1000)
+    monkeypatch.setattr(dial, "free_memory", lambda device: need - 1)
     with pytest.warns(UserWarning, match="memory binds"), longreach.extend(model, context=1000) as extension:
         assert isinstance(extension.method, LMInfinite) and "memory" not in extension.method.recalls
-    monkeypatch.setattr(auto, "free_memory", lambda device: None)
+    monkeypatch.setattr(dial, "free_memory", lambda device: None)
     with longreach.extend(model, context=1000) as extension:
         assert isinstance(extension.method, SelfExtend)
 

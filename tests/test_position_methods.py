@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longreach import STRING, BlockSelfExtend, DualChunk, LeakyReRoPE, ReRoPE, StreamingLLM
-from longreach.segments import Affine, Chunked, Constant, Grouped, Identity, Retention, forms, matrices
+from longreach.core.segments import Affine, Chunked, Constant, Grouped, Identity, Retention, forms, matrices
 from oracles import BLOCK_SELFEXTEND_2_4, DUAL_CHUNK_7_4, STREAMING_3_2
 
 

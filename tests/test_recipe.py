@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import longreach
-from longreach.loading import shipped_book
+from longreach.running.loading import shipped_book
 
 ROOT = Path(__file__).resolve().parent.parent
 

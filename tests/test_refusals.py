@@ -11,7 +11,7 @@ import transformers as t
 import longreach
 from families import BASE, REFUSED, build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.planner import plan
+from longreach.engine.batch import plan
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_second_extend(model):
 def test_a_failed_extend_leaves_the_model_as_it_was(model, monkeypatch):
     ids = tokens(1, 20)
     before = model(ids).logits
-    monkeypatch.setattr("longreach.seam.rotary.match", lambda *_: (None, None, 1.0))
+    monkeypatch.setattr("longreach.hf.rotary.match", lambda *_: (None, None, 1.0))
     with refuses("applies its rotary in a way we do not know"):
         longreach.extend(model, Stock())
     assert torch.equal(model(ids).logits, before)
@@ -262,7 +262,7 @@ def test_planner_ranks_real_tokens_only():
 
 def test_in_half_precision_layers_are_compared_where_rounding_moves_the_logits(monkeypatch):
     """As it does where it chooses other experts: then logits say nothing, and a layer that is off is seen all the same."""
-    from longreach.seam import extend as seam
+    from longreach.hf import extension as seam
 
     # a router whose choice is a matter of rounding, so that the logits are those of other experts
     model = build("qwen3-moe").bfloat16()

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 import longreach
 from families import build, tokens
 from longreach import SelfExtend, Stock
-from longreach.seam.cache_layers import store_of
-from longreach.seam.registration import MAPPINGS, PREFIX
+from longreach.hf.cache import store_of
+from longreach.hf.registration import MAPPINGS, PREFIX
 
 METHOD = SelfExtend(3, 8)
 IDS = tokens(2, 40)
@@ -86,7 +86,7 @@ def test_a_failed_extend_leaves_nothing_behind(family, monkeypatch):
     before = names()
     model = build(family)
     with monkeypatch.context() as broken:
-        broken.setattr("longreach.seam.extend.execute", lambda *a: torch.zeros(1, 12, a[4].shape[1], a[6].shape[3]))
+        broken.setattr("longreach.hf.extension.execute", lambda *a: torch.zeros(1, 12, a[4].shape[1], a[6].shape[3]))
         with refuses("does something we do not know"):
             longreach.extend(model, METHOD)
     assert names() == before and not any("forward" in vars(module) for module in model.modules())

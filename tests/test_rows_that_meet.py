@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import longreach
 from families import build, tokens
 from longreach import Stock
-from longreach.seam.cache_layers import store_of
+from longreach.hf.cache import store_of
 from methods_matrix import METHODS, context, refusal
 
 # rows, each as the portions in which it is read; all end at one length, twice

@@ -14,8 +14,8 @@ import transformers as t
 import longreach
 from families import build, tokens
 from longreach import SelfExtend, Stock
-from longreach.seam import extend as seam
-from longreach.seam import selfcheck
+from longreach.hf import extension as seam
+from longreach.hf import selfcheck
 
 HALVES = [torch.bfloat16, torch.float16]
 IDS = tokens(1, 40)
@@ -208,7 +208,7 @@ def test_nan_fails_the_gate(family, dtype, where, monkeypatch):
 
 
 def test_a_rotation_that_gives_nan_is_no_match(monkeypatch):
-    from longreach.seam import rotary
+    from longreach.hf import rotary
 
     match = rotary.match
 

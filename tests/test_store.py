@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from longreach import DualChunk, LMInfinite, SelfExtend, StreamingLLM
-from longreach.segments import Identity, Retention, forms
-from longreach.store import ROLLBACK, SLACK, Buffer, Store
+from longreach.core.segments import Identity, Retention, forms
+from longreach.memory.store import ROLLBACK, SLACK, Buffer, Store
 
 ONE = slice(0, 1)
 

@@ -443,7 +443,7 @@ def test_an_interrupt_in_a_command_keeps_the_conversation(monkeypatch: pytest.Mo
             self.resets += 1
 
     from longreach.cli import chat
-    from longreach.generation import GREEDY
+    from longreach.running.generation import GREEDY
 
     monkeypatch.setattr(chat, "questions", lambda out, asking: iter(["/load talk", "/what", "/reset"]))
     monkeypatch.setattr(sys, "stdin", Terminal())
@@ -507,7 +507,7 @@ def test_a_comparison_on_a_narrow_terminal_loses_no_digit(monkeypatch: pytest.Mo
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from longreach import plots
+    from longreach.drawing import plots
 
     def full(figure: Any, path: Path, colours: int | None) -> None:
         path.write_bytes(b"half")

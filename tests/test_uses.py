@@ -18,12 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gguf_files
 import longreach
 from families import build, tokens
-from longreach import LMInfinite, SelfExtend, encodings, planner
-from longreach.backends.plain import PlainBackend
-from longreach.encodings import Rotary
-from longreach.executor import Inputs, Layer, execute
-from longreach.seam.cache_layers import store_of
-from longreach.segments import Identity
+from longreach import LMInfinite, SelfExtend
+from longreach.core import encodings
+from longreach.core.encodings import Rotary
+from longreach.core.segments import Identity
+from longreach.engine import batch
+from longreach.engine.executor import Inputs, Layer, execute
+from longreach.hf.cache import store_of
+from longreach.kernels.plain import PlainBackend
 from test_cli import SMALL
 from test_cli import tokenizer as byte_tokenizer
 from test_matrix import chunked, difference
@@ -95,7 +97,7 @@ def test_layers_on_several_devices_and_devices_without_fp64(method, padded, monk
     mask = torch.ones(2, 40, dtype=torch.bool)
     if padded:
         mask[0, 3:7] = False  # a row whose tokens are no slice
-    plan = planner.plan(2, 40, mask, cpu, None)
+    plan = batch.plan(2, 40, mask, cpu, None)
     layer = Layer(0, method, Rotary(torch.rand(4, dtype=torch.float64)))
     q, k, v = torch.randn(2, 4, 40, 8), torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 8)
     out = execute(layer, plan, None, PlainBackend(), q, k, v, Inputs(0.5))
@@ -110,7 +112,7 @@ def test_the_plain_backend_serves_a_model(monkeypatch):
     """What runs on MPS: tables made on the CPU, attention of matrix products."""
     model = build("gpt-oss")
     expected = logits_of(model)
-    monkeypatch.setattr("longreach.seam.extend.backend_for", lambda device, dtype: PlainBackend())
+    monkeypatch.setattr("longreach.hf.extension.backend_for", lambda device, dtype: PlainBackend())
     assert difference(logits_of(model), expected) <= 1e-5
 
 
@@ -527,7 +529,7 @@ def test_the_snippets_of_the_page_run(snippet, tmp_path, monkeypatch, capsys):
         name = snippet.splitlines()[0].removeprefix("# needs: ")
         pytest.importorskip(name, reason=f"{name} is not installed: pip install 'longreach[interop]'")
     monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_text(longreach.loading.shipped_book()[:1500], encoding="utf-8")
+    Path("book.txt").write_text(longreach.shipped_book()[:1500], encoding="utf-8")
     if "model.gguf" in snippet:
         write_gguf(Path("model.gguf"), small_llama())
     exec(compile(snippet, "docs/uses.md", "exec"), {"__name__": "snippet"})

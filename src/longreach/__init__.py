@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longreach.loading import load as load
+    from longreach.hf.extension import Extension as Extension
+    from longreach.hf.extension import extend as extend
     from longreach.methods import from_json as from_json
     from longreach.methods.base import Method as Method
     from longreach.methods.block_selfextend import BlockSelfExtend as BlockSelfExtend
@@ -34,19 +35,20 @@ if TYPE_CHECKING:
     from longreach.methods.streaming_llm import StreamingLLM as StreamingLLM
     from longreach.methods.string import STRING as STRING
     from longreach.methods.yarn import YaRN as YaRN
-    from longreach.seam.extend import Extension as Extension
-    from longreach.seam.extend import extend as extend
-    from longreach.sizing import Plan as Plan
-    from longreach.sizing import plan as plan
-    from longreach.streaming import stream as stream
+    from longreach.planning.sizing import Plan as Plan
+    from longreach.planning.sizing import plan as plan
+    from longreach.running.loading import load as load
+    from longreach.running.loading import shipped_book as shipped_book
+    from longreach.running.reading import stream as stream
 
 _HOMES = {
-    "load": "loading",
-    "extend": "seam.extend",
-    "Extension": "seam.extend",
-    "plan": "sizing",
-    "Plan": "sizing",
-    "stream": "streaming",
+    "load": "running.loading",
+    "shipped_book": "running.loading",
+    "extend": "hf.extension",
+    "Extension": "hf.extension",
+    "plan": "planning.sizing",
+    "Plan": "planning.sizing",
+    "stream": "running.reading",
     "Method": "methods.base",
     "from_json": "methods",
 }

@@ -39,7 +39,7 @@ from longreach.cli.session import ROOM, Session
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
-    from longreach.generation import Answer, Sampling
+    from longreach.running.generation import Answer, Sampling
 
 TAKES_METHOD_PARAMETERS = True
 COMMANDS = {
@@ -94,7 +94,7 @@ def command(
         chosen = method_of(context, method)
         document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
         with quiet_transformers(verbose):
-            from longreach.generation import Sampling
+            from longreach.running.generation import Sampling
 
             loaded, tokenizer = load_model(out, model, dtype, device)
             document, cut = fit(tokenizer, document, hide or [], declared, truncate)
@@ -126,7 +126,7 @@ def fit(tokenizer: Any, document: str, hidden: list[str], declared: int | None, 
                     f"pass --context {known + extra + ROOM}, a shorter text, or --truncate middle"
                 )
             document, cut = text.shorten_document(tokenizer, document, most, truncate)
-    from longreach.evals.haystack import hide
+    from longreach.evals.samples.haystack import hide
 
     for n, sentence in enumerate(hidden):
         document = hide(document, sentence.strip(), (n + 1) / (len(hidden) + 1))

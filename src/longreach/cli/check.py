@@ -36,9 +36,9 @@ from longreach.quantities import counted
 if TYPE_CHECKING:
     import torch
 
-    from longreach.cli.measurements import Measurement
+    from longreach.checking.measurements import Measurement
+    from longreach.hf.extension import Extension
     from longreach.methods.base import Method
-    from longreach.seam.extend import Extension
 
 TAKES_METHOD_PARAMETERS = True
 MULTIPLES = (2, 4, 8, 16, 32)
@@ -93,7 +93,7 @@ def examine(
 ) -> dict[str, Any]:
     """Everything about one model, as plain data. The model ends in fp32."""
     from longreach import extend
-    from longreach.cli import measurements
+    from longreach.checking import measurements
     from longreach.methods.stock import Stock
 
     with extend(model, method or (None if declared else Stock()), context=declared, trained_window=trained_window) as extension:
@@ -125,7 +125,7 @@ def own(out: Output, model: Any, ids: torch.Tensor) -> list[Measurement]:
     """The engine with neutral parameters: in the model's own precision if that is half, then in fp32, which the model is left in."""
     import torch
 
-    from longreach.cli import measurements
+    from longreach.checking import measurements
 
     found = []
     if next(model.parameters()).dtype != torch.float32:
@@ -138,13 +138,13 @@ def own(out: Output, model: Any, ids: torch.Tensor) -> list[Measurement]:
 
 def choices(extension: Extension) -> Iterator[dict[str, Any]]:
     """What the dial chooses for multiples of the trained window."""
-    from longreach import auto
+    from longreach.planning import dial
 
     window = extension.window
     for times in MULTIPLES:
         context = times * window.tokens
         try:
-            choice = auto.choose(window, context)
+            choice = dial.choose(window, context)
         except ValueError as error:
             yield {"times": times, "context": context, "method": None, "capacity": None, "reason": None, "warning": None, "refusal": str(error)}
             continue

@@ -14,15 +14,15 @@ from longreach.cli import targets
 from longreach.cli.common import Output
 
 if TYPE_CHECKING:
-    from longreach.evals.exactness import Family
+    from longreach.checking.exactness import Family
 
 
 def run(out: Output, method: str | None, names: list[str] | None, markdown: Path | None, force: bool = False) -> dict[str, Any]:
     """Measure, write the page if wanted; -> the result as plain data."""
+    from longreach.checking import exactness
+    from longreach.checking.families import FAMILIES, REFUSED
     from longreach.cli import parameters
-    from longreach.evals import exactness
-    from longreach.evals.families import FAMILIES, REFUSED
-    from longreach.evals.results import write_whole
+    from longreach.evals.harness.results import write_whole
 
     known = [*FAMILIES, *REFUSED]
     if unknown := sorted(set(names or ()) - set(known)):
@@ -35,7 +35,7 @@ def run(out: Output, method: str | None, names: list[str] | None, markdown: Path
         found.append(family)
         out.note(f"{family.name}: {summary(family)}")
     if markdown is not None:
-        from longreach.evals.families_page import page
+        from longreach.checking.families_page import page
 
         write_whole(markdown, page(found))
         out.note(f"wrote {markdown}")

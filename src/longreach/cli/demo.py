@@ -13,28 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longreach.cli import text
-from longreach.cli.common import (
-    Device,
-    Dtype,
-    Encoding,
-    Force,
-    Json,
-    Model,
-    Output,
-    Quiet,
-    Verbose,
-    load_model,
-    output,
-    progress_bar,
-    quiet_transformers,
-    size,
-)
+from longreach.cli.common import Device, Dtype, Encoding, Force, Json, Model, Output, Quiet, Verbose, load_model, output, progress_bar, quiet_transformers, size
 from longreach.cli.targets import check_picture
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longreach.demo import Plan, Progress
+    from longreach.apps.demo import Plan, Progress
 
 
 def command(
@@ -61,16 +46,18 @@ def command(
     The embedded model was trained on 512 tokens and has never seen the book. A minute or two on two cores.
     """
     with output(as_json, verbose, quiet) as out:
-        from longreach.demo import Plan
+        from longreach.apps.demo import Plan
 
         plan = Plan(whole_numbers(lengths), depths, keys, loss_length, stream_length, texts, seed)
         check_picture(out, png, force)
         book = text.read(file, text.LARGEST_FILE, out.note, encoding)
         with quiet_transformers(verbose):
-            from longreach import auto, demo, plots
+            from longreach.apps import demo
+            from longreach.drawing import plots
+            from longreach.planning import dial
 
             loaded, tokenizer = load_model(out, model, dtype, device)
-            window = auto.trained_window(loaded.config).tokens
+            window = dial.trained_window(loaded.config).tokens
             with bar(out, plan, window) as progress:
                 result = demo.run(loaded, tokenizer, book, plan, progress)
         plots.reach(result, png)
@@ -103,7 +90,7 @@ def bar(out: Output, plan: Plan, window: int) -> Iterator[Progress]:
 def show(console: Console, model: str, result: dict[str, Any], words: dict[str, str], png: Path) -> None:
     from rich.text import Text
 
-    from longreach.demo import NAMES
+    from longreach.apps.demo import NAMES
 
     window = result["window"]
     trained = f" was trained on {window} tokens and has not been trained further. Every method reads the same texts.\n"
@@ -119,7 +106,7 @@ def show(console: Console, model: str, result: dict[str, Any], words: dict[str, 
 
 
 def found_table(result: dict[str, Any]) -> Any:
-    from longreach.demo import NAMES, share
+    from longreach.apps.demo import NAMES, share
 
     window = result["window"]
     table = _table("Keys found, all depths (in brackets: of those farther away than the trained window)", "length of the text", *NAMES.values())
@@ -133,7 +120,7 @@ def found_table(result: dict[str, Any]) -> Any:
 
 
 def depth_table(result: dict[str, Any]) -> Any:
-    from longreach.demo import NAMES, share
+    from longreach.apps.demo import NAMES, share
 
     longest = max(result["plan"]["lengths"]) * result["window"]
     table = _table(f"Keys found in {longest} tokens, by depth (0 % is the beginning)", "depth", *NAMES.values())
@@ -143,7 +130,7 @@ def depth_table(result: dict[str, Any]) -> Any:
 
 
 def loss_table(result: dict[str, Any]) -> Any:
-    from longreach.demo import NAMES
+    from longreach.apps.demo import NAMES
 
     window, curves = result["window"], result["loss"]["methods"]
     table = _table("Loss (nats per token) in the window that ends there", "position in the text", *NAMES.values())
@@ -156,7 +143,7 @@ def loss_table(result: dict[str, Any]) -> Any:
 
 
 def cost_table(result: dict[str, Any]) -> Any:
-    from longreach.demo import NAMES
+    from longreach.apps.demo import NAMES
 
     longest = max(result["plan"]["lengths"]) * result["window"]
     table = _table(f"Cost at {longest} tokens", "", *NAMES.values())

@@ -17,7 +17,7 @@ from longreach.cli.targets import check_picture
 if TYPE_CHECKING:
     import torch
 
-    from longreach import plots
+    from longreach.drawing import plots
     from longreach.methods.base import Method
 
 TAKES_METHOD_PARAMETERS = True
@@ -53,7 +53,7 @@ def command(
         if png is None and trained_window is not None:
             raise ValueError("--trained-window marks a picture; add --png FILE")
         from longreach.cli.parameters import build
-        from longreach.segments import matrices
+        from longreach.core.segments import matrices
 
         chosen = build(method, context.args, ["--length", "--layer", "--png", "--trained-window", "--rope-base", "--rotary-dims", "--force", "--json"])
         assert chosen is not None
@@ -65,7 +65,7 @@ def command(
             out.note(f"note: {chosen.name} changes the frequencies at which these distances are encoded, which is not drawn{drawn}")
         result: dict[str, Any] = {"method": chosen.to_json(), "length": length, "layer": layer}
         if png is not None:
-            from longreach import plots
+            from longreach.drawing import plots
 
             plots.distances(matrix, chosen.brief(), png, trained_window, pairs)
             out.note(f"wrote {png}")
@@ -77,8 +77,8 @@ def command(
 
 def pairs_of(method: Method, window: int, context: int, base: float, dims: int) -> plots.Pairs:
     """The rotary pairs of a model that the options describe, for the second panel."""
-    from longreach import plots
-    from longreach.seam import frequencies
+    from longreach.drawing import plots
+    from longreach.hf import frequencies
 
     if dims % 2:
         raise ValueError(f"--rotary-dims must be even, not {dims}: dims are rotated in pairs")

@@ -21,7 +21,7 @@ from longreach.quantities import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longreach.evals.canvas import Picture
+    from longreach.drawing.canvas import Picture
 
 PALETTE = Annotated[str, typer.Option("--palette", help="Colours of the depth maps: needle, or safe for the colour-blind.")]
 
@@ -51,7 +51,7 @@ def _help(context: typer.Context) -> None:
 def list_tasks(as_json: Json = False) -> None:
     """List the tasks: their benchmark, licence, whether they need data, and their options."""
     with output(as_json) as out:
-        from longreach.evals import base
+        from longreach.evals.samples import base
 
         found = [
             {
@@ -90,9 +90,9 @@ def report(
 ) -> None:
     """One HTML page of several runs, with everything in it."""
     with output(as_json) as out:
-        from longreach.evals import report as pages
-        from longreach.evals.results import Folder, runs_in_markdown, write_whole, writing
-        from longreach.evals.view import view
+        from longreach.evals.harness.results import Folder, runs_in_markdown, write_whole, writing
+        from longreach.evals.report import page as pages
+        from longreach.evals.report.view import view
 
         targets.check(out, html, targets.REPORT_PAGE, force)
         if markdown is not None:
@@ -131,7 +131,7 @@ def compare(
 ) -> None:
     """Compare two runs on the samples that both answered, paired: difference, its 95 % interval, and McNemar's exact test."""
     with output(as_json) as out:
-        from longreach.evals import results
+        from longreach.evals.harness import results
 
         rows = results.compare(results.Folder(a), results.Folder(b))
         out.finish({"a": str(a), "b": str(b), "rows": rows}, lambda console: show_comparison(console, a, b, rows))

@@ -1,6 +1,6 @@
 """`longreach eval lm-eval`: tasks of lm-evaluation-harness on a model under a method.
 
-Knows options, tables and the file of results; the work is done in `longreach.evals.lm_harness`.
+Knows options, tables and the file of results; the work is done in `longreach.evals.lm_eval.harness`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from longreach.quantities import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from longreach.hf.extension import Extension
     from longreach.methods.base import Method
-    from longreach.seam.extend import Extension
 
 Pairs = list[str] | None
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "config", "configs")  # of what lm-eval returns
@@ -78,7 +78,7 @@ def command(
     """
     started = now()
     with output(as_json, verbose) as out:
-        from longreach.evals import lm_harness
+        from longreach.evals.lm_eval import harness
 
         chosen = method_of(context, method)
         names = parse_names(tasks)
@@ -88,8 +88,8 @@ def command(
             targets.check(out, out_file, targets.RESULT, force)
         if include is not None and not include.is_dir():
             raise ValueError(f"there is no folder {str(include)!r}; --include-path takes the folder of the task files")
-        lm_harness.require()
-        lm_harness.refuse_broken(names)
+        harness.require()
+        harness.refuse_broken(names)
         with quiet_transformers(verbose):
             loaded, tokenizer = load_model(out, model, dtype, device)
             with attached(loaded, chosen, declared, trained_window) as extension, out.bars():
@@ -99,7 +99,7 @@ def command(
                     out.warn(facts["warning"])
                 if declared is not None and extension.context is None:
                     out.warn(f"up to {declared} tokens, beyond the trained window of {extension.window.tokens}: scores there show what is lost")
-                found = lm_harness.evaluate(
+                found = harness.evaluate(
                     loaded,
                     tokenizer,
                     names,
@@ -116,7 +116,7 @@ def command(
                     seed=seed,
                     confirm_run_unsafe_code=unsafe,
                 )
-        rows, report = lm_harness.scores(found), found["longreach"]
+        rows, report = harness.scores(found), found["longreach"]
         if report["shortened_requests"]:
             out.warn(
                 f"{report['shortened_requests']} of {counted(report['requests'], 'request')} were longer than {report['max_length']} tokens and lost "
@@ -131,12 +131,12 @@ def command(
 @contextmanager
 def attached(model: Any, method: Method | None, declared: int | None, trained_window: int | None) -> Iterator[Extension]:
     """The model under the method, or under what the dial chooses. Stock may go beyond its window, for comparison."""
-    from longreach import auto
+    from longreach.hf.checks import find_base
+    from longreach.hf.extension import extend
     from longreach.methods.stock import Stock
-    from longreach.seam.checks import find_base
-    from longreach.seam.extend import extend
+    from longreach.planning import dial
 
-    window = auto.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
+    window = dial.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
     length = window if declared is None and method is None else declared
     beyond = isinstance(method, Stock) and length is not None and length > window  # declared, the method would refuse it
     with extend(model, method, context=None if beyond else length, trained_window=trained_window) as extension:
@@ -171,8 +171,8 @@ def parse_pairs(option: str, given: list[str] | None) -> dict[str, Any] | None:
 
 def write(path: Path, found: Mapping[str, Any], result: Mapping[str, Any], device: Any) -> None:
     """lm-eval's results in its own shape, with "longreach": the model, the method and what else they were made with."""
-    from longreach.evals import environment
-    from longreach.evals.results import write_json
+    from longreach.evals.harness import environment
+    from longreach.evals.harness.results import write_json
 
     ours = {**result, "environment": environment.describe(device), "command": ["longreach", *sys.argv[1:]]}
     whole = {**{name: found[name] for name in KEPT if name in found}, "longreach": ours}

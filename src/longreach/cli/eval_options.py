@@ -17,7 +17,7 @@ from longreach.cli import text as texts
 from longreach.cli.common import Output, tokens
 
 if TYPE_CHECKING:
-    from longreach.evals.base import Settings, Task
+    from longreach.evals.samples.base import Settings, Task
 
 Cut = Literal["middle", "left", "right", "right-words", "middle-reencode", "suffix-with-head"]
 Names = Annotated[list[str], typer.Argument(metavar="TASK...", help="Tasks, or benchmarks for all their tasks; see `longreach eval list`.")]
@@ -68,7 +68,7 @@ def wanted(
     encoding: str | None = None,
 ) -> Wanted:
     """Whatever is wrong with the options is said here, before a model is loaded."""
-    from longreach.evals.base import Settings
+    from longreach.evals.samples.base import Settings
 
     tasks = find_tasks(names)
     chosen = parse_options(options or [], tasks)
@@ -84,7 +84,7 @@ def wanted(
 def take_method_options(context: typer.Context, words: list[str]) -> list[str]:
     """-> the names of tasks among the words. A list of names swallows options that Typer does not know, those of a method: they go to where
     `method_of` looks for them, each with the word that follows it, unless that is a task."""
-    from longreach.evals import base
+    from longreach.evals.samples import base
 
     known = base.tasks()
     tasks = {*known, *(task.group for task in known.values() if task.group)}
@@ -107,7 +107,7 @@ def take_method_options(context: typer.Context, words: list[str]) -> list[str]:
 
 def find_tasks(names: list[str]) -> list[Task]:
     """Tasks by their names, or all of a benchmark by its name; each once."""
-    from longreach.evals import base
+    from longreach.evals.samples import base
 
     known = base.tasks()
     found: dict[str, Task] = {}

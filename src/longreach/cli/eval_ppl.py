@@ -1,6 +1,6 @@
 """`longreach eval ppl`: perplexity of texts under a method, by one of the protocols, into a folder.
 
-Knows options and files; measuring is done in `longreach.evals.perplexity`.
+Knows options and files; measuring is done in `longreach.evals.harness.perplexity`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from longreach.quantities import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longreach.evals.perplexity import Curve, Document, Point, Stretch
-    from longreach.evals.results import Row
+    from longreach.evals.harness.perplexity import Curve, Document, Point, Stretch
+    from longreach.evals.harness.results import Row
 
 BENCH = "perplexity"
 CURVES = "curves.csv"
@@ -83,7 +83,7 @@ def command(
     """
     started = now()
     with output(as_json, verbose) as out:
-        from longreach.evals.results import Folder
+        from longreach.evals.harness.results import Folder
 
         folder = Folder(out_folder)
         folder.check()
@@ -91,13 +91,13 @@ def command(
         wanted = None if lengths is None else parse_lengths(lengths)
         sources = {name: texts.read(name, texts.LARGEST_FILE, out.note, encoding) for name in files or [texts.BOOK]}
         with quiet_transformers(verbose):
-            from longreach import auto
-            from longreach.evals import environment, perplexity
-            from longreach.evals.model_engine import attached, span
-            from longreach.seam.checks import find_base
+            from longreach.evals.harness import environment, perplexity
+            from longreach.evals.harness.model_engine import attached, span
+            from longreach.hf.checks import find_base
+            from longreach.planning import dial
 
             loaded, tokenizer = load_model(out, model, dtype, device)
-            window = auto.trained_window(find_base(loaded).config).tokens if trained_window is None else trained_window
+            window = dial.trained_window(find_base(loaded).config).tokens if trained_window is None else trained_window
             bos = tokenizer.bos_token_id
             found = wanted or (window, 2 * window, 4 * window)
             documents = read_documents(tokenizer, sources, max(found), passages, seed)
@@ -143,7 +143,8 @@ def command(
 
 def read_documents(tokenizer: Any, sources: dict[str, str], longest: int, passages: int | None, seed: int) -> list[Document]:
     """Each text as a document, or passages of it."""
-    from longreach.evals import haystack, perplexity
+    from longreach.evals.harness import perplexity
+    from longreach.evals.samples import haystack
 
     found = []
     for name, text in sources.items():
@@ -180,7 +181,7 @@ def identity(document: Document) -> dict[str, Any]:
 
 def rows_of(protocol: str, point: Point) -> list[Row]:
     """Values of this bench are not percents: perplexity, nats per token, bits per byte."""
-    from longreach.evals.results import Row
+    from longreach.evals.harness.results import Row
 
     bounds = (math.exp(min(point.low, 700.0)), math.exp(min(point.high, 700.0)))
     rows = [
@@ -193,7 +194,7 @@ def rows_of(protocol: str, point: Point) -> list[Row]:
 
 
 def rows_of_stretch(stretch: Stretch) -> list[Row]:
-    from longreach.evals.results import Row
+    from longreach.evals.harness.results import Row
 
     value = math.exp(min(stretch.nll, 700.0))
     return [
@@ -205,7 +206,7 @@ def rows_of_stretch(stretch: Stretch) -> list[Row]:
 
 def write_curve(path: Path, curve: Curve) -> None:
     """Positions that some document has; the first token of a text is predicted by nothing."""
-    from longreach.evals.results import write_whole
+    from longreach.evals.harness.results import write_whole
 
     lines = ["position,mean,var,count"]
     for place, (mean, variance, count) in enumerate(zip(curve.mean.tolist(), curve.variance.tolist(), curve.count.tolist())):

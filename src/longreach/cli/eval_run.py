@@ -56,13 +56,13 @@ from longreach.quantities import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longreach.evals.base import Settings, Task
-    from longreach.evals.budget import ChatMode
-    from longreach.evals.model_engine import Span
-    from longreach.evals.results import Row
-    from longreach.evals.runner import Item, Outcome, Progress, Step
+    from longreach.evals.harness.model_engine import Span
+    from longreach.evals.harness.results import Row
+    from longreach.evals.harness.runner import Item, Outcome, Progress, Step
+    from longreach.evals.samples.base import Settings, Task
+    from longreach.evals.samples.budget import ChatMode
+    from longreach.hf.extension import Extension
     from longreach.methods.base import Method
-    from longreach.seam.extend import Extension
 
 FAILED = 1
 
@@ -100,7 +100,7 @@ def command(
     """
     started = now()
     with output(as_json, verbose, quiet) as out:
-        from longreach.evals.results import Folder
+        from longreach.evals.harness.results import Folder
 
         names = take_method_options(context, names)
         chosen = method_of(context, method)
@@ -113,8 +113,8 @@ def command(
         with quiet_transformers(verbose):
             loaded, tokenizer = load_model(out, model, dtype, device)
             job = prepare(loaded, tokenizer, asked, chosen, declared, truncate, chat, trained_window)
-            from longreach.evals import environment, runner
-            from longreach.evals.model_engine import attached
+            from longreach.evals.harness import environment, runner
+            from longreach.evals.harness.model_engine import attached
 
             with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
                 assert engine.extension is not None
@@ -181,8 +181,8 @@ def estimate(
         with quiet_transformers(verbose):
             loaded, tokenizer = load_model(out, model, dtype, device)
             job = prepare(loaded, tokenizer, asked, chosen, declared, None, chat, trained_window)
-            from longreach.evals import runner
-            from longreach.evals.model_engine import attached
+            from longreach.evals.harness import runner
+            from longreach.evals.harness.model_engine import attached
 
             if measure:
                 with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
@@ -210,12 +210,12 @@ def prepare(
     model: Any, tokenizer: Any, wanted: Wanted, method: Method | None, declared: int | None, truncate: str | None, chat: ChatMode, trained_window: int | None
 ) -> Job:
     """Make the samples, and see how long they are."""
-    from longreach import auto
-    from longreach.evals import runner
-    from longreach.evals.model_engine import span
-    from longreach.seam.checks import find_base
+    from longreach.evals.harness import runner
+    from longreach.evals.harness.model_engine import span
+    from longreach.hf.checks import find_base
+    from longreach.planning import dial
 
-    window = auto.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
+    window = dial.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
     work = wanted.work(window)
     items = runner.plan(work, tokenizer, chat)
     found = span(method, window, declared, max(item.needs for item in items))
@@ -228,7 +228,7 @@ def prepare(
 
 def configuration(model: str, job: Job, extension: Extension, truncate: str | None, chat: str, chunk_size: int) -> dict[str, Any]:
     """What decides an answer, beside the task. The context does so only through the method and the frequencies that were fixed with it."""
-    from longreach.evals.results import digest
+    from longreach.evals.harness.results import digest
 
     rotaries = (layer.rotary for layer in extension.layers)
     return {

@@ -14,23 +14,24 @@ from pathlib import Path
 
 import torch
 
-from longreach import auto, plots
 from longreach.cli import parameters
 from longreach.cli.check import brief
 from longreach.cli.distances import pairs_of
+from longreach.core.segments import Retention, forms, matrices
+from longreach.drawing import plots
 from longreach.methods import registry
 from longreach.methods.base import Method
 from longreach.methods.combined import Combined
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.longrope import LongRoPE
 from longreach.methods.yarn import YaRN
-from longreach.segments import Retention, forms, matrices
+from longreach.planning import dial
 
 FOLDER = "pictures"  # beside the page
 COLUMNS = 3  # of the gallery
 DIMS = 64  # rotated dims of a head, and rope_theta, of the pictures of frequency methods: nano's
 BASE = 1e4
-COSTED = auto.Window(4096, "for the table"), 32768
+COSTED = dial.Window(4096, "for the table"), 32768
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def example(kind: type[Method]) -> Example:
     if kind is LongRoPE:  # real lists are searched for a model; these grow evenly from the fastest pair to the slowest
         return Example(LongRoPE(4.0, tuple(round(4.0 ** (a / (DIMS // 2 - 1)), 3) for a in range(DIMS // 2))), 2048, 512)
     window, length = (512, 2048) if kind.rescales else (64, 192)
-    return Example(auto.recommended(kind, auto.Window(window, "of the picture"), length), length, window)
+    return Example(dial.recommended(kind, dial.Window(window, "of the picture"), length), length, window)
 
 
 def draw(shown: Example, path: Path) -> None:
@@ -134,7 +135,7 @@ def cost(method: Method, tokens: int) -> Cost:
 
 def cost_sentence(kind: type[Method]) -> str:
     window, tokens = COSTED
-    method = example(kind).method if kind in (Combined, LongRoPE) else auto.recommended(kind, window, tokens)
+    method = example(kind).method if kind in (Combined, LongRoPE) else dial.recommended(kind, window, tokens)
     found = cost(method, tokens)
     growth = "constant from there on" if method.bounded else "growing with the text"
     work = f"a new token attends to {found.read} keys, {found.keys} keys and {found.values} values are held, {growth}"

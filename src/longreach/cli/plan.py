@@ -35,7 +35,7 @@ from longreach.cli.targets import check_picture
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
-    from longreach.sizing import Plan, Row
+    from longreach.planning.sizing import Plan, Row
 
 TAKES_METHOD_PARAMETERS = True
 IMPOSSIBLE = 1
@@ -74,7 +74,7 @@ def command(
                 return
         if declared is None:
             raise ValueError("pass --context N, the prompt plus the new tokens, for example longreach plan --context 32768 --hardware A100-80")
-        from longreach.sizing import plan
+        from longreach.planning.sizing import plan
 
         chosen = method_of(context, method)
         found = plan(
@@ -93,8 +93,8 @@ def command(
 
 def measure(out: Output, device: str) -> dict[str, Any]:
     """Calibrates, and tells where the figures are and what they are."""
-    from longreach import speedtest
-    from longreach.cost import calibration
+    from longreach.checking import speedtest
+    from longreach.planning import calibration
 
     check_device(device)
     out.note(f"measuring {device}; the figures are only as good as the machine is quiet")
@@ -111,11 +111,11 @@ def measure(out: Output, device: str) -> dict[str, Any]:
 
 
 def draw(found: Plan, method: Any, png: Path) -> None:
-    from longreach.cost import picture
-    from longreach.sizing import curves, lengths_around
+    from longreach.drawing import costs
+    from longreach.planning.sizing import curves, lengths_around
 
     request = found.request
-    picture.draw(found, curves(found, lengths_around(request.context, request.new_tokens), method), png)
+    costs.draw(found, curves(found, lengths_around(request.context, request.new_tokens), method), png)
 
 
 def show(console: Console, found: Plan) -> None:

@@ -37,10 +37,10 @@ from longreach.cli.common import (
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
-    from longreach.conversation import Conversation
-    from longreach.generation import Answer, Sampling
+    from longreach.hf.extension import Extension
     from longreach.methods.base import Method
-    from longreach.seam.extend import Extension
+    from longreach.running.conversation import Conversation
+    from longreach.running.generation import Answer, Sampling
 
 TAKES_METHOD_PARAMETERS = True
 
@@ -99,7 +99,7 @@ def command(
         if truncate is not None and declared is None and chosen is None:
             raise ValueError("--truncate needs to know for what length; pass --context N too")
         with quiet_transformers(verbose):
-            from longreach import generation
+            from longreach.running import generation
 
             loaded, tokenizer = load_model(out, model, dtype, device)
             sampling = generation.Sampling(temperature or (1.0 if top_p is not None and temperature is None else None), top_p, seed)
@@ -184,13 +184,13 @@ def fit(
     trained_window: int | None,
 ) -> Fitted:
     """Encode the prompt and make sure that it and the new tokens fit; raises with the numbers and the fix if not."""
-    from longreach import auto
+    from longreach.hf.checks import find_base, refuse_unsupported
     from longreach.methods.stock import Stock
-    from longreach.seam.checks import find_base, refuse_unsupported
+    from longreach.planning import dial
 
     base = find_base(model)
     refuse_unsupported(base.config)
-    window = auto.trained_window(base.config).tokens if trained_window is None else trained_window
+    window = dial.trained_window(base.config).tokens if trained_window is None else trained_window
     for_comparison = isinstance(method, Stock)
     capacity = None if method is None or for_comparison else method.capacity(window)
     if capacity == 0:
@@ -240,7 +240,7 @@ def announce(out: Output, extension: Extension, fitted: Fitted) -> None:
 
 def report(model: str, extension: Extension, fitted: Fitted, found: Answer, known: int = 0) -> dict[str, Any]:
     """`known` tokens of the prompt had been read before."""
-    from longreach.cost.machine import peak_memory
+    from longreach.planning.machine import peak_memory
 
     facts = extension.report()
     prompt_tokens = len(fitted.ids)

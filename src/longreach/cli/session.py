@@ -17,11 +17,11 @@ from longreach.quantities import counted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from longreach.auto import Choice as DialChoice
-    from longreach.auto import Window
-    from longreach.conversation import Conversation
-    from longreach.generation import Answer, Sampling
-    from longreach.seam.extend import Extension
+    from longreach.hf.extension import Extension
+    from longreach.planning.dial import Choice as DialChoice
+    from longreach.planning.dial import Window
+    from longreach.running.conversation import Conversation
+    from longreach.running.generation import Answer, Sampling
 
 ROOM = 1024  # tokens for questions and answers where no context is declared
 FIRST = 8  # an eighth of the trained window is left for the first question where plain attention is to begin
@@ -45,13 +45,13 @@ class Session:
     def begin(self, document: str, system: str | None) -> None:
         """Attach what suits the text, which is not read yet."""
         import longreach
-        from longreach import auto
-        from longreach.conversation import Conversation
-        from longreach.seam.checks import find_base
+        from longreach.hf.checks import find_base
+        from longreach.planning import dial
+        from longreach.running.conversation import Conversation
 
         given = self.choice.trained_window
         self.config = find_base(self.model).config
-        self.window = auto.trained_window(self.config) if given is None else auto.Window(given, "given")
+        self.window = dial.trained_window(self.config) if given is None else dial.Window(given, "given")
         context, limit = self._first(document)
         extension = longreach.extend(self.model, self.choice.method, context=context, trained_window=self.choice.trained_window)
         try:
@@ -98,10 +98,10 @@ class Session:
 
     def _dial(self, context: int) -> DialChoice:
         """The dial's choice, which `extend` will make again."""
-        from longreach import auto
+        from longreach.planning import dial
 
         weight = next(self.model.parameters())
-        return auto.choose(self.window, context, auto.budget(self.config, weight.dtype, weight.device))
+        return dial.choose(self.window, context, dial.budget(self.config, weight.dtype, weight.device))
 
     def _attach(self, method: Any, context: int | None, limit: int | None) -> None:
         """Put another method in place of the one in force, which comes back if that fails. The new one reads everything again."""
@@ -146,9 +146,9 @@ class Session:
         """Twice the limit if the dial has a choice for that without a warning, else less; but so much more that few turns are read again."""
         if self.choice.method is not None:
             return max(2 * limit, needed + ROOM)
-        from longreach import auto
+        from longreach.planning import dial
 
-        most, _ = auto.reach(self.window.tokens)
+        most, _ = dial.reach(self.window.tokens)
         refused: ValueError | None = None
         warned: int | None = None
         for times in (2.0, 1.5, 1.25, 1.0):
@@ -183,7 +183,7 @@ class Session:
     def load(self, file: Path) -> None:
         """Take up another conversation, under what it was read with. If that fails, the one before goes on."""
         import longreach
-        from longreach.seam import documents
+        from longreach.hf import documents
 
         documents.facts(file)  # what is no document at all is refused before anything is changed
         before = self.talk

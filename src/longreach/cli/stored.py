@@ -14,9 +14,9 @@ from longreach.cli.common import Output, progress_bar
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
-    from longreach.conversation import Conversation
+    from longreach.hf.extension import Extension
     from longreach.methods.base import Method
-    from longreach.seam.extend import Extension
+    from longreach.running.conversation import Conversation
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def check(out: Output, document: Path | None, save: Path | None, request: text.R
             raise ValueError("--document needs a question; pass --prompt TEXT")
         if document.is_dir():
             raise ValueError(f"{str(document)!r} is a folder; pass a file that --save-document wrote")
-        from longreach.seam import documents
+        from longreach.hf import documents
 
         documents.facts(document)
     if save is not None:
@@ -56,7 +56,7 @@ def check(out: Output, document: Path | None, save: Path | None, request: text.R
 def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request, choice: Choice, file: Path) -> Conversation:
     """Read the text with the method attached and write it to `file`."""
     import longreach
-    from longreach.conversation import Conversation
+    from longreach.running.conversation import Conversation
 
     if choice.context is None and not (choice.method is not None and choice.method.bounded):
         raise ValueError("--save-document needs the length that the text, later questions and answers may have together; pass --context N")
@@ -94,8 +94,8 @@ def announce(out: Output, extension: Extension) -> None:
 def reopen(out: Output, model: Any, tokenizer: Any, choice: Choice, file: Path) -> Conversation:
     """Attach what the document was read with and take it up again; raises if the options name something else."""
     import longreach
-    from longreach.conversation import Conversation
-    from longreach.seam import documents
+    from longreach.hf import documents
+    from longreach.running.conversation import Conversation
 
     found = documents.facts(file)
     try:

@@ -61,7 +61,7 @@ def check_picture(out: Output, png: Path | None, force: bool) -> None:
 
 
 def _is_document(path: Path) -> bool:
-    from longreach.seam import documents
+    from longreach.hf import documents
 
     try:
         documents.facts(path)
@@ -73,7 +73,7 @@ def _is_document(path: Path) -> bool:
 def _is_picture(path: Path) -> bool:
     from PIL import Image
 
-    from longreach.plots import SIGNATURE
+    from longreach.drawing.plots import SIGNATURE
 
     try:
         with Image.open(path) as opened:

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from longreach.evals.budget import open_ended
-from longreach.evals.haystack import hide
-from longreach.evals.truncation import Side as Side
-from longreach.evals.truncation import keep_tokens, token_spans
+from longreach.evals.samples.budget import open_ended
+from longreach.evals.samples.haystack import hide
 from longreach.quantities import counted
+from longreach.running.truncation import Side as Side
+from longreach.running.truncation import keep_tokens, token_spans
 
 COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
 NOTHING_TO_DECODE = "--text-encoding says how a text is written, and no text is read here; pass --file FILE too, or leave it out"
@@ -92,7 +92,7 @@ def read(file: str | None, most: int, note: Callable[[str], None], encoding: str
             note("reading the text from the terminal; Ctrl-D on a line of its own ends it")
         return _required(_decode(sys.stdin.buffer.read(most + 1), "standard input", most, note, encoding), "standard input")
     if file == BOOK:
-        from longreach.loading import shipped_book
+        from longreach.running.loading import shipped_book
 
         return shipped_book()
     path = Path(file).expanduser()
@@ -166,7 +166,7 @@ def encode(tokenizer: Any, request: Request) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         messages = [] if request.system is None else [{"role": "system", "content": request.system}]
         messages.append({"role": "user", "content": request.user})
-        from longreach.generation import chat_ids
+        from longreach.running.generation import chat_ids
 
         return chat_ids(tokenizer, messages, "leave out --system")
     if request.system is not None:

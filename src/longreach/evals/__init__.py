@@ -1,1 +1,1 @@
-"""Measurements of what a method buys, one file each. They use the library as a user does and print nothing."""
+"""The evaluation harness: samples, tasks, scores, the runner and its results, reports, lm-evaluation-harness."""

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from longreach.encodings import Frequencies, Rope
-from longreach.segments import PLAIN, Layout, LogScale
+from longreach.core.encodings import Frequencies, Rope
+from longreach.core.segments import PLAIN, Layout, LogScale
 
 
 class Method(ABC):

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from longreach.core.segments import Chunked, Grouped, Identity, Layout, Segment, Visible
 from longreach.methods.base import Method, require, require_integer
-from longreach.segments import Chunked, Grouped, Identity, Layout, Segment, Visible
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from longreach.encodings import Frequencies, Rope
+from longreach.core.encodings import Frequencies, Rope
+from longreach.core.segments import Layout, LogScale
 from longreach.methods.base import FrequencyMethod, Method, require
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.yarn import YaRN
-from longreach.segments import Layout, LogScale
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from longreach.core.segments import Chunked, Constant, Layout, Segment, Visible
 from longreach.methods.base import Method, require, require_integer
-from longreach.segments import Chunked, Constant, Layout, Segment, Visible
 
 
 @dataclass(frozen=True)

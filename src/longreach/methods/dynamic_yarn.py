@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from longreach.encodings import Frequencies, Rope
+from longreach.core.encodings import Frequencies, Rope
 from longreach.methods.base import FrequencyMethod, require_positive
 from longreach.methods.yarn import YaRN, require_ramp
 

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from longreach.core.segments import Constant, Identity, Layout, Segment, TopK, Visible
 from longreach.methods.base import Method, hidden_to_nan, require, require_integer
-from longreach.segments import Constant, Identity, Layout, Segment, TopK, Visible
 
 
 @dataclass(frozen=True)

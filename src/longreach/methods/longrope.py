@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from longreach.encodings import Frequencies, Rope
+from longreach.core.encodings import Frequencies, Rope
 from longreach.methods.base import FrequencyMethod, require, require_number, require_positive, stretched
 
 Factors = tuple[float, ...] | str

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from longreach.encodings import Frequencies, Rope
+from longreach.core.encodings import Frequencies, Rope
 from longreach.methods.base import FrequencyMethod, require, require_number, stretched
 
 

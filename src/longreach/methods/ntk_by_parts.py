@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from longreach.encodings import Frequencies, Rope
+from longreach.core.encodings import Frequencies, Rope
 from longreach.methods.base import FrequencyMethod, require, require_number, require_positive, stretched
 
 

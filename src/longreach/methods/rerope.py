@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from longreach.core.segments import Constant, Identity, Layout, LogScale, Segment, Visible
 from longreach.methods.base import Method, require_integer
-from longreach.segments import Constant, Identity, Layout, LogScale, Segment, Visible
 
 
 @dataclass(frozen=True)

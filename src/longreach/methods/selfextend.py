@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from longreach.core.segments import Grouped, Identity, Layout, LogScale, Segment, Visible
 from longreach.methods.base import Method, require, require_integer
-from longreach.segments import Grouped, Identity, Layout, LogScale, Segment, Visible
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from longreach.core.segments import PLAIN, Identity, Layout, Segment, Visible
 from longreach.methods.base import Method, hidden_to_nan, require, require_integer
-from longreach.segments import PLAIN, Identity, Layout, Segment, Visible
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from longreach.core.segments import Affine, Constant, Identity, Layout, Segment, Visible
 from longreach.methods.base import Method, hidden_to_nan, require, require_integer
-from longreach.segments import Affine, Constant, Identity, Layout, Segment, Visible
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
-from longreach.evals import fitting, words
-from longreach.evals.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.samples import fitting, words
+from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
 
 PUBLISHED_FACTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 GENERATIONS = {"father": 1, "mother": 1, "dad": 1, "mom": 1} | dict.fromkeys(

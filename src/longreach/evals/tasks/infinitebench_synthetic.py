@@ -10,8 +10,9 @@ from math import floor
 from random import Random
 from typing import Any, ClassVar
 
-from longreach.evals import fitting, scorers
-from longreach.evals.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.samples import fitting
+from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.scores import scorers
 from longreach.evals.tasks.infinitebench import MARKS
 from longreach.evals.tasks.needle_threading import stream
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from longreach.evals import data
-from longreach.evals.base import Parts, Sample, Settings, Task
+from longreach.evals.samples import data
+from longreach.evals.samples.base import Parts, Sample, Settings, Task
 
 COLUMNS: data.Columns = {"instructions": (list, str), "outputs": (list, str), "input": str}
 TOKENS = 512

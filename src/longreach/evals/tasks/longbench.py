@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from longreach.evals import data, scorers
-from longreach.evals.base import Chat, Parts, Sample, Settings, Task
+from longreach.evals.samples import data
+from longreach.evals.samples.base import Chat, Parts, Sample, Settings, Task
+from longreach.evals.scores import scorers
 
 COLUMNS: data.Columns = {"input": str, "context": str, "answers": (list, str), "length": int}
 BINS = ((4000, "0-4k"), (8000, "4-8k"))  # of the stored length: words, for Chinese characters

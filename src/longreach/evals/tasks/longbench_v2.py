@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from longreach.evals import data
-from longreach.evals.base import Parts, Sample, Settings, Task
+from longreach.evals.samples import data
+from longreach.evals.samples.base import Parts, Sample, Settings, Task
 
 LETTERS = "ABCD"
 FIELDS = {"$DOC$": "context", "$Q$": "question", **{f"$C_{letter}$": f"choice_{letter}" for letter in LETTERS}}  # the official file's slots

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from longreach.evals import data, scorers
-from longreach.evals.base import Parts, Sample, Settings, Task
+from longreach.evals.samples import data
+from longreach.evals.samples.base import Parts, Sample, Settings, Task
+from longreach.evals.scores import scorers
 
 COLUMNS: data.Columns = {"input": str, "qa_pairs": (str, list), "output": (str, list)}
 MASK = re.compile(r"<mask-\d+>")

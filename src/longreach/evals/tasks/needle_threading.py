@@ -16,8 +16,8 @@ from random import Random
 from typing import Any, ClassVar
 from uuid import UUID
 
-from longreach.evals import fitting
-from longreach.evals.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.samples import fitting
+from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
 
 DIRECTIONS = ("forward", "backward", "random")
 _UUID = re.compile(r"(?<![0-9a-f])[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}(?![0-9a-f])")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-from longreach.evals import fitting, words
-from longreach.evals.base import Parts, Sample, Settings, Task, generator
-from longreach.evals.haystack import sentence_start
+from longreach.evals.samples import fitting, words
+from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.samples.haystack import sentence_start
 from longreach.evals.tasks.ancestral_trace import INSTRUCTIONS, Family, box, boxed_match, new_tokens
 
 Needle = tuple[float, str]  # depth and sentence

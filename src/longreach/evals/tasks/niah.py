@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from longreach.evals import fitting, haystack
-from longreach.evals.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.samples import fitting, haystack
+from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
 
 NOUNS = "access vault courier harbour library archive ferry garden mill observatory signal tower".split()
 CITIES = "Lisbon Oslo Cairo Quito Nairobi Kyoto Hanoi Tampere Dakar Riga Lima Perth Turin Sofia Accra Bergen".split()
@@ -33,7 +33,7 @@ class _Needle(Task):
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
         fitting.check_settings(self, settings)
-        from longreach.loading import shipped_book
+        from longreach.running.loading import shipped_book
 
         text = settings.text if settings.text is not None else shipped_book()
         for length in settings.lengths:

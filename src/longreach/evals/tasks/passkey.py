@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from longreach.evals import fitting, haystack, scorers
-from longreach.evals.base import Parts, Sample, Settings, Task, generator
-from longreach.evals.fitting import FILLER
+from longreach.evals.samples import fitting, haystack
+from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.samples.fitting import FILLER
+from longreach.evals.scores import scorers
 
 INSTRUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important information there."

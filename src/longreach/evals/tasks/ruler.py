@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from longreach.evals import scorers
-from longreach.evals.base import Sample, Task
+from longreach.evals.samples.base import Sample, Task
+from longreach.evals.scores import scorers
 
 
 class Ruler(Task):

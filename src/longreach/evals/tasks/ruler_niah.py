@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, ClassVar
 
-from longreach.evals import fitting, words
-from longreach.evals.base import Parts, Sample, Settings, generator
+from longreach.evals.samples import fitting, words
+from longreach.evals.samples.base import Parts, Sample, Settings, generator
 from longreach.evals.tasks.ruler import Ruler
 
 DRAW: dict[str, Callable[[Random], str]] = {"words": words.two_words, "numbers": words.number, "uuids": words.uuid4}

@@ -12,8 +12,9 @@ from functools import cache
 from random import Random
 from typing import Any, ClassVar
 
-from longreach.evals import data, scorers
-from longreach.evals.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.samples import data
+from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.scores import scorers
 
 TOKENS = 32
 ASK = "Answer the question from the documents below. Write the answer and nothing else."

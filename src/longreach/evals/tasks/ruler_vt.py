@@ -9,8 +9,8 @@ from random import Random
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
-from longreach.evals import fitting
-from longreach.evals.base import Parts, Sample, Settings, generator
+from longreach.evals.samples import fitting
+from longreach.evals.samples.base import Parts, Sample, Settings, generator
 from longreach.evals.tasks.ruler import Ruler
 
 ANNOUNCED = "Keep track of the variables that get a value in the text below.\n\n"

@@ -8,8 +8,8 @@ from math import ceil
 from string import ascii_lowercase
 from typing import Any, ClassVar
 
-from longreach.evals import fitting
-from longreach.evals.base import Parts, Sample, Settings, generator
+from longreach.evals.samples import fitting
+from longreach.evals.samples.base import Parts, Sample, Settings, generator
 from longreach.evals.tasks.ruler import Ruler
 
 SHORT = 4096  # below this length the lists repeat their words less, as published
@@ -113,7 +113,7 @@ class FrequentWords(Ruler):
 
 def word_pool() -> list[str]:
     """The words of the shipped book with 4 to 10 small letters."""
-    from longreach.loading import shipped_book
+    from longreach.running.loading import shipped_book
 
     return sorted(set(re.findall(r"(?<![\w'-])[a-z]{4,10}(?![\w'-])", shipped_book())))
 

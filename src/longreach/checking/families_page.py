@@ -1,0 +1,65 @@
+"""The page of the families, docs/families.md, from measured cells.
+
+Knows Markdown and what `exactness` measured; measures nothing.
+"""
+
+from __future__ import annotations
+
+from longreach.checking.exactness import FAST, NEUTRAL, NEUTRAL_TOKENS, TOKENS, Cell, Family
+from longreach.methods import registry
+
+METHOD = "the method"
+
+
+def page(found: list[Family]) -> str:
+    """The whole page. Sentences of refusals that differ only in the method's name share one number."""
+    open_ones, closed = [f for f in found if f.refusal is None], [f for f in found if f.refusal is not None]
+    names = list(dict.fromkeys(cell.method for family in open_ones for cell in family.cells))
+    reasons = list(dict.fromkeys(reason(cell) for family in open_ones for cell in family.cells if cell.refusal))
+    remarks = {family.name: cell.remark for family in open_ones for cell in family.cells if cell.remark and cell.method not in ("stock",)}
+    exact = sum(cell.refusal is None for family in open_ones for cell in family.cells)
+    refused = sum(cell.refusal is not None for family in open_ones for cell in family.cells)
+    parts = [
+        "# Families",
+        f"Written by `longreach check --all --markdown docs/families.md`: {len(names)} methods on {len(open_ones)} families, {exact} combinations exact, "
+        f"{refused} refused with a reason, and {len(closed)} families that no method can be attached to. A family is a tiny model with random weights of a "
+        "real architecture of Transformers, in fp32 on the CPU. It proves that the arithmetic is right, not that a method is useful on it.",
+        f"Every cell shows two differences, relative to the largest logit. First: the fast path with a cache against the dense truth, {TOKENS} tokens, a "
+        f"small configuration that shows all the method does; the gate is {FAST:.0e}. Second: parameters that make the method plain attention against the "
+        f"stock model, {NEUTRAL_TOKENS} tokens; the gate is {NEUTRAL:.0e}. `R1`, `R2`, ...: refused, see the [reasons](#reasons). The tests check the same "
+        "cells and more: chunks, decoding, left-padded batches and bf16.",
+        "Support is not a list: `extend` reads and verifies the rotary encoding and the attention of the model it is given. A model that is not here is "
+        "either exact in the same sense, or refused.",
+        "## Layers",
+        "What each family was trained with. Layers with a sliding window or chunks stay as trained; the method goes on the full ones. If every layer slides, "
+        "the method replaces the window.",
+        table(["family", "model", "layers"], [[f.name, f.architecture, f.layers.replace(" | ", ", ")] for f in open_ones]),
+        "## Exactness",
+        table(["family", *names], [[f.name, *(shown(cell, reasons) for cell in f.cells)] for f in open_ones]),
+        "## Reasons",
+        "\n".join(f"- **R{number}**: {sentence}" for number, sentence in enumerate(reasons, 1)) or "No combination is refused.",
+    ]
+    if remarks:
+        parts += ["## Remarks", "\n".join(f"- **{name}**: {remark}" for name, remark in remarks.items())]
+    if closed:
+        parts += ["## Refused families", table(["family", "model", "reason"], [[f.name, f.architecture, f.refusal or ""] for f in closed])]
+    return "\n\n".join(parts) + "\n"
+
+
+def shown(cell: Cell, reasons: list[str]) -> str:
+    if cell.refusal is not None:
+        return f"R{reasons.index(reason(cell)) + 1}"
+    return f"{cell.fast:.0e} {cell.neutral:.0e}{'' if cell.passed else ' FAILS'}"
+
+
+def reason(cell: Cell) -> str:
+    """The refusal without the names of the method, so that methods refused for one reason share it."""
+    sentence = cell.refusal or ""
+    for name in (registry()[cell.method].__name__, cell.method):
+        sentence = sentence.replace(f"{name} would", f"{METHOD} would")
+    return sentence
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,1 @@
+"""Pictures from plain data. Knows matplotlib; no models and no methods."""

@@ -1,0 +1,179 @@
+"""The plan of one forward: which rows hold which new tokens, and the rotation tables that all layers share.
+
+Knows lengths and indices; not queries, keys or models.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from longreach.core.encodings import Rotary, Table, exact_device
+from longreach.core.segments import Constant, PositionMap
+from longreach.memory.slots import Stretch
+from longreach.memory.store import Past, Store
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the batch that move together: their new tokens have the indices start .. start + count."""
+
+    rows: slice
+    columns: slice | torch.Tensor  # where the new tokens lie among the columns of this forward
+    start: int
+    count: int
+    hidden: tuple[Stretch, ...] = ()  # indices before `start` that no new token may see
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, H, T, D] -> the real tokens of these rows."""
+        if self.whole(x.shape[0], x.shape[2]):
+            return x
+        return x[self.rows, :, self.columns_on(x.device)]
+
+    def whole(self, rows: int, columns: int) -> bool:
+        """Whether these are all tokens of a forward of this size."""
+        return self.rows == slice(0, rows) and isinstance(self.columns, slice) and self.columns == slice(0, columns)
+
+    def columns_on(self, device: torch.device) -> slice | torch.Tensor:
+        """The columns, to index a tensor of a layer that may lie on another device than the tokens."""
+        return self.columns if isinstance(self.columns, slice) else self.columns.to(device)
+
+    def blocks(self, size: int) -> Iterator[Rows]:
+        """The same rows in stretches of at most `size` tokens."""
+        for a in range(0, self.count, size):
+            b = min(self.count, a + size)
+            columns = self.columns[a:b] if isinstance(self.columns, torch.Tensor) else slice(self.columns.start + a, self.columns.start + b)
+            yield Rows(self.rows, columns, self.start + a, b - a, self.hidden)
+
+    def barred(self, from_key: int, to_key: int, device: torch.device) -> torch.Tensor | None:
+        """[to_key - from_key] which keys are hidden; None: none."""
+        if not self.hidden:
+            return None
+        barred = torch.zeros(to_key, dtype=torch.bool, device=device)
+        for a, b in self.hidden:
+            barred[a:b] = True
+        return barred[from_key:]
+
+    def seen(self, from_key: int, to_key: int) -> Iterator[Stretch]:
+        """The stretches of from_key .. to_key that are not hidden."""
+        for a, b in self.hidden:
+            if from_key < min(a, to_key):
+                yield from_key, min(a, to_key)
+            from_key = max(from_key, b)
+        if from_key < to_key:
+            yield from_key, to_key
+
+
+@dataclass(eq=False)
+class Plan:
+    """What the planner decides once per forward and every layer reads. It travels as the model's `attention_mask`."""
+
+    groups: list[Rows]
+    real: torch.Tensor | None  # [B, T] on the CPU, None if every column is a real token
+    columns: int
+    store: Store | None = None
+    past: list[Past] | None = None  # per row, what it may see of the store
+    changes: int = 0  # of the store, when this was planned
+    _tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)  # by id of the rotary, which its tables keep alive
+    _scales: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rollback(self) -> int:
+        """Tokens that a crop may undo after this forward."""
+        return 0 if self.store is None else self.store.rollback
+
+    def require_unchanged(self) -> None:
+        """Raise where somebody has cropped, reordered or written to the cache of a forward that is under way."""
+        if self.store is not None and self.store.changes != self.changes:
+            raise ValueError(
+                "the cache was cropped, reordered or read into while a forward was writing to it; wait until the forward has returned, or use a copy of your "
+                "own: extension.fork(cache)"
+            )
+
+    def table(self, rotary: Rotary, positions: PositionMap, start: int, count: int, device: torch.device) -> Table | None:
+        """The rotation of `count` tokens from index `start`, shared by all layers on a device; None where it is the identity."""
+        if positions == Constant(0) and rotary.scaling == 1.0:
+            return None
+        key = (id(rotary), positions, start, count, device)
+        if key not in self._tables:
+            index = torch.arange(start, start + count, device=exact_device(device))
+            self._tables[key] = rotary.table(positions(index)).to(device)
+        return self._tables[key]
+
+    def scale(self, of: Callable[[torch.Tensor], torch.Tensor], start: int, count: int, device: torch.device) -> torch.Tensor:
+        """[T] fp32: the factor on the queries of `count` tokens from index `start`, shared by all layers on a device."""
+        key = (of, start, count, device)
+        if key not in self._scales:
+            index = torch.arange(start, start + count, device=exact_device(device))
+            self._scales[key] = of(index).float().to(device)
+        return self._scales[key]
+
+    def positions(self, rows: int, device: torch.device) -> torch.Tensor:
+        """[B, T] the index of every new token in its row, zero at pads."""
+        found = torch.zeros(rows, self.columns, dtype=torch.long, device=device)
+        for group in self.groups:
+            found[group.rows, group.columns] = torch.arange(group.start, group.start + group.count, device=device)
+        return found
+
+    # What Transformers may ask of a mask on its way to the layers.
+    ndim: ClassVar[int] = 0
+
+    def contiguous(self) -> Plan:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Plan:
+        return self
+
+
+def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, store: Store | None) -> Plan:
+    """The plan of `columns` new columns for `rows` rows, on top of an open `store` or of nothing.
+
+    mask  [B, M] of zeros and ones or None, one column per slot of the store and one per new column; columns beyond them speak of tokens that are not
+          there yet. A new token's index follows that of the last token of its row that the mask leaves visible.
+
+    Raises ValueError if the mask is not of this kind or shows what is not stored.
+    """
+    seen = 0 if store is None else store.seen
+    if mask is not None:
+        mask = _checked(mask, rows, seen, columns)
+    past = [Past(0)] * rows if store is None else store.past(None if mask is None else mask[:, :seen])
+    real = None if mask is None else mask[:, seen : seen + columns].cpu()
+    if real is None or bool(real.all()):
+        real, where = None, [()] * rows
+        new: list[slice | torch.Tensor] = [slice(0, columns)] * rows
+    else:
+        found = [row.nonzero()[:, 0] for row in real]
+        where, new = [tuple(row.tolist()) for row in found], [_as_slice(row, device) for row in found]
+    counts = [columns] * rows if real is None else [len(row) for row in where]
+    # what a call reads must agree for all of its rows, the places of their buffers too
+    keys = list(zip(where, past, [None] * rows if store is None else store.places(), strict=True))
+    groups = []
+    for _, same in itertools.groupby(range(rows), key=keys.__getitem__):
+        members = list(same)
+        row = members[0]
+        if counts[row]:
+            groups.append(Rows(slice(row, members[-1] + 1), new[row], past[row].start, counts[row], past[row].hidden))
+    return Plan(groups, real, columns, store, past, 0 if store is None else store.changes)
+
+
+def _checked(mask: torch.Tensor, rows: int, seen: int, columns: int) -> torch.Tensor:
+    if mask.shape[0] != rows or mask.shape[1] < seen + columns:
+        raise ValueError(
+            f"attention_mask of shape {list(mask.shape)} does not cover {rows} rows of {seen} tokens seen and {columns} new ones; pass one column per token, "
+            "those in the cache included. If the new ones begin with what the cache holds, as generate passes them with drafts (prompt_lookup_num_tokens, "
+            "assistant_model), pass an empty cache or leave the drafts out"
+        )
+    if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError("attention_mask must be 1 where a token is seen and 0 where it is not; other values (packed or additive masks) cannot be honoured")
+    return mask.bool()
+
+
+def _as_slice(where: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
+    if not where.numel():
+        return slice(0, 0)
+    first, last = int(where[0]), int(where[-1])
+    return slice(first, last + 1) if last - first + 1 == where.numel() else where.to(device)

@@ -1,0 +1,235 @@
+"""The executor: one layer of one forward. Store the new keys, rotate, call the backend per segment, merge exactly.
+
+Knows a plan, a layout and tensors; not where they come from.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from longreach.core.encodings import Alibi, Rotary, exact_device
+from longreach.core.merge import NEGATIVE_INFINITY, Merge
+from longreach.core.segments import Constant, Layout, Piece, PositionMap, Retention, Segment, TopK, forms
+from longreach.engine import reference
+from longreach.engine.batch import Plan, Rows
+from longreach.kernels import Backend
+from longreach.kernels.biased import Bias
+from longreach.kernels.tiles import Band
+from longreach.memory.store import LayerStore, Run
+from longreach.methods.base import Method
+
+RAW = Constant(0)
+QUERIES_AT_ONCE = 4096  # bounds the memory for rotated queries and partial results, and keeps them in the cache
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Everything that is fixed about one attention layer at `extend()`."""
+
+    index: int
+    method: Method
+    rotary: Rotary | None  # None: the layer does not rotate
+    dense: bool = False  # compute the dense truth instead of segments
+    alibi: Alibi | None = None
+    layout: Layout = field(init=False)
+    forms: dict[PositionMap, Retention] = field(init=False)  # the key forms its store holds
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", self.method.layout(self.index))
+        kept = {RAW: Retention(tail=None)} if self.dense else forms(self.layout)
+        if self.rotary is None:  # all forms are the keys as they are, so one is enough
+            kept = {RAW: functools.reduce(operator.or_, kept.values())}
+        object.__setattr__(self, "forms", kept)
+
+    def form_of(self, positions: PositionMap) -> PositionMap:
+        """The form that holds the keys of a segment."""
+        return RAW if self.rotary is None else positions
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What the model hands to one attention layer, besides q, k, v."""
+
+    scale: float
+    softcap: float | None = None
+    sink: torch.Tensor | None = None
+
+
+def execute(
+    layer: Layer, plan: Plan, store: LayerStore | None, backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
+) -> torch.Tensor:
+    """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads."""
+    shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
+    out: torch.Tensor | None = None
+    for rows in plan.groups:
+        new_k, new_v = rows.take(k), rows.take(v)
+        keys = {positions: _extend(layer, plan, store, rows, positions, new_k) for positions in layer.forms}
+        values = Run(new_v, 0) if store is None else store.values.extend(rows.rows, rows.start, new_v, plan.rollback)
+        at_once = rows.count if layer.dense or layer.layout.late is not None else QUERIES_AT_ONCE
+        for block in rows.blocks(at_once):
+            if layer.dense:
+                merged = _dense(layer, block, block.take(q), keys[RAW], values, inputs)
+            else:
+                merged = _Call(layer, plan, block, backend, inputs, store, keys, values).run(block.take(q))
+            merged = merged.transpose(1, 2).to(q.dtype)
+            if block.whole(q.shape[0], q.shape[2]):
+                return merged.contiguous()
+            if out is None:
+                out = q.new_empty(shape) if plan.real is None else q.new_zeros(shape)
+            out[block.rows, block.columns_on(out.device)] = merged
+    return q.new_zeros(shape) if out is None else out
+
+
+def _extend(layer: Layer, plan: Plan, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:
+    """Encode the new keys at `positions` and append them to their form. The dense truth keeps them as they are."""
+    kept, count = layer.forms[positions], rows.count
+    if kept.tail == 0:  # only first tokens are ever seen in this form
+        count = min(count, max(0, kept.head - rows.start))
+        new = new[:, :, :count]
+    if not layer.dense and layer.rotary is not None and count:
+        table = plan.table(layer.rotary, positions, rows.start, count, new.device)
+        new = new if table is None else table.rotate(new)
+    return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new, plan.rollback)
+
+
+def _dense(layer: Layer, rows: Rows, q: torch.Tensor, keys: Run, values: Run, inputs: Inputs) -> torch.Tensor:
+    total = rows.start + rows.count
+    i = torch.arange(rows.start, total, device=q.device)
+    scale = layer.method.query_scale()
+    out, _ = reference.attention(
+        q,
+        keys.slice(0, total),
+        values.slice(0, total),
+        layer.method.distances(i[:, None], torch.arange(total, device=q.device)[None, :]),
+        layer.rotary,
+        inputs.scale,
+        alibi=layer.alibi,
+        query_scale=None if scale is None else scale(i),
+        softcap=inputs.softcap,
+        sink=inputs.sink,
+        late=layer.layout.late,
+        barred=rows.barred(0, total, q.device),
+    )
+    return out
+
+
+@dataclass
+class _Call:
+    """One layer, one group of rows."""
+
+    layer: Layer
+    plan: Plan
+    rows: Rows
+    backend: Backend
+    inputs: Inputs
+    store: LayerStore | None
+    keys: dict[PositionMap, Run]
+    values: Run
+
+    def run(self, q: torch.Tensor) -> torch.Tensor:
+        """q [b, H, t, D] -> [b, H, t, E], fp32 if it is merged from parts."""
+        merge = Merge(self.rows.count)
+        rotated: dict[Any, torch.Tensor] = {}
+        for segment in self.layer.layout.segments:
+            self.segment(segment, q, merge, rotated)
+        if self.layer.layout.late is not None:
+            self.late(self.layer.layout.late, q, merge)
+        if merge.out is None:
+            merge.add(q.new_zeros((*q.shape[:3], self.values.data.shape[3])), q.new_full(q.shape[:3], NEGATIVE_INFINITY))
+        if self.inputs.sink is not None:
+            merge.sink(self.inputs.sink)
+        return merge.result()[0]
+
+    def query(self, segment: Segment, q: torch.Tensor) -> torch.Tensor:
+        """The queries at the segment's positions, scaled."""
+        start, count = self.rows.start, self.rows.count
+        scale = None if segment.query_scale is None else self.plan.scale(segment.query_scale, start, count, q.device)
+        rotary = self.layer.rotary
+        table = None if rotary is None else self.plan.table(rotary, segment.query_positions, start, count, q.device)
+        if table is not None:
+            return table.rotate(q, scale)
+        return q if scale is None else (q.float() * scale[:, None]).to(q.dtype)
+
+    def segment(self, segment: Segment, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
+        start = self.rows.start
+        key, pinned = (segment.query_positions, segment.query_scale), segment.visible.last_key is not None
+        for piece in self.pieces(segment):
+            if key not in rotated:
+                rotated[key] = self.query(segment, q)
+            out, lse = self.backend.attend(
+                rotated[key][:, :, piece.first - start : piece.last - start],
+                self.run_of(segment.key_positions, pinned, piece.to_key).slice(piece.from_key, piece.to_key),
+                self.values_run(pinned, piece.to_key).slice(piece.from_key, piece.to_key),
+                Band(piece.first - piece.from_key, piece.low, piece.high),
+                self.inputs.scale,
+                self.inputs.softcap,
+                self.bias(segment, piece, q.device),
+            )
+            merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
+
+    def pieces(self, segment: Segment) -> Iterator[Piece]:
+        """What the queries see of a segment; keys that the mask of this forward hides cut a piece in two."""
+        for piece in segment.visible.pieces(self.rows.start, self.rows.start + self.rows.count):
+            if not self.rows.hidden:
+                yield piece
+            else:
+                yield from (replace(piece, from_key=a, to_key=b) for a, b in self.rows.seen(piece.from_key, piece.to_key))
+
+    def bias(self, segment: Segment, piece: Piece, device: torch.device) -> Bias | None:
+        """What ALiBi adds to the logits of a piece, from the positions of its queries and keys."""
+        if self.layer.alibi is None:
+            return None
+        exact = exact_device(device)
+        rows = segment.query_positions(torch.arange(piece.first, piece.last, device=exact))
+        columns = segment.key_positions(torch.arange(piece.from_key, piece.to_key, device=exact))
+        return Bias(self.layer.alibi.on(exact), rows, columns, device)
+
+    def run_of(self, positions: PositionMap, pinned: bool, stop: int) -> Run:
+        positions = self.layer.form_of(positions)
+        if pinned and self.store is not None:
+            return self.store.keys[positions].pinned(self.rows.rows, stop)
+        return self.keys[positions]
+
+    def values_run(self, pinned: bool, stop: int) -> Run:
+        if pinned and self.store is not None:
+            return self.store.values.pinned(self.rows.rows, stop)
+        return self.values
+
+    def late(self, late: TopK, q: torch.Tensor, merge: Merge, rows_at_once: int = 64) -> None:
+        """The k best keys of the middle, chosen per query head, attended to with the scores that chose them."""
+        start, stop = self.rows.start, self.rows.start + self.rows.count
+        queries = q
+        rotary = self.layer.rotary
+        if rotary is not None and (table := self.plan.table(rotary, Constant(late.distance), start, self.rows.count, q.device)) is not None:
+            queries = table.rotate(q)
+        groups = q.shape[1] // self.values.data.shape[1]
+        first = stop - 1 if late.rows == "last" else start
+        for a in range(max(first, late.first_key + late.low + late.k - 1), stop, rows_at_once):
+            b = min(stop, a + rows_at_once)
+            keys = self.keys[RAW].slice(late.first_key, b - late.low).float()
+            values = self.values.slice(late.first_key, b - late.low)
+            i = torch.arange(a, b, device=q.device)[:, None]
+            j = torch.arange(late.first_key, b - late.low, device=q.device)[None, :]
+            block = queries[:, :, a - start : b - start].float().unflatten(1, (-1, groups))
+            logits = (block @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * self.inputs.scale
+            if self.inputs.softcap is not None:
+                logits = self.inputs.softcap * torch.tanh(logits / self.inputs.softcap)
+            if self.layer.alibi is not None:
+                logits = logits - (self.layer.alibi.on(q.device) * late.distance).float().view(-1, 1, 1)
+            no_candidate = i - j < late.low
+            if (barred := self.rows.barred(late.first_key, b - late.low, q.device)) is not None:
+                no_candidate = no_candidate | barred
+                no_candidate |= (~no_candidate).sum(1, keepdim=True) < late.k
+            logits = logits.masked_fill(no_candidate, NEGATIVE_INFINITY)
+            best = logits.topk(late.k, dim=-1)
+            lse = torch.logsumexp(best.values, -1)
+            chosen = values.repeat_interleave(groups, 1).float()[:, :, None].expand(-1, -1, b - a, -1, -1)
+            picked = chosen.gather(3, best.indices[..., None].expand(*best.indices.shape, values.shape[3]))
+            out = (torch.exp(best.values - lse[..., None]).nan_to_num(0.0)[..., None, :] @ picked)[..., 0, :]
+            merge.add(out, lse, a - start)

@@ -1,0 +1,139 @@
+"""The engine of an evaluation: a model under a method, which reads a document once for all questions about it.
+
+Knows prompts, the library's generation and caches; not tasks, scores or files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longreach.evals.harness.engine import Reply
+from longreach.evals.samples.budget import Prompt
+from longreach.hf.cache import take_back
+from longreach.hf.checks import find_base
+from longreach.hf.extension import Extension, extend
+from longreach.methods.base import Method
+from longreach.methods.stock import Stock
+from longreach.planning import dial, machine
+from longreach.running import generation
+from longreach.running.reading import stream
+
+WARM_UP = 64  # tokens of the prompt that is answered first and not timed
+
+
+@dataclass
+class ModelEngine:
+    """A model under an extension (None: the stock model, which reads every prompt in one forward).
+
+    A document that several prompts share is read once, if the method's result does not depend on how a prompt is cut; between questions the
+    cache is cropped to the end of the document. Where the store cannot go back so far (bounded methods keep 128 tokens), it is read again.
+    Prompts are cut at the end of their document in both cases, so that an answer does not depend on what was asked before.
+    """
+
+    model: Any
+    tokenizer: Any
+    extension: Extension | None = None
+    chunk_size: int = 512
+    _cache: Any = field(default=None, repr=False)
+    _cached: list[int] = field(default_factory=list, repr=False)  # the ids that the cache holds
+    _warm: bool = False
+
+    @property
+    def reuses(self) -> bool:
+        return self.extension is not None and self.extension.method.chunk_invariant
+
+    def answer(self, prompt: Prompt) -> Reply:
+        if not self._warm:
+            generation.answer(self.model, self.tokenizer, prompt.ids[:WARM_UP], 2, extension=self.extension, chunk_size=self.chunk_size)
+            self._warm = True
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            started = time.perf_counter()
+            reused = self._read(prompt) if self.reuses and prompt.shared else self._forget()
+            reading = time.perf_counter() - started
+            found = generation.answer(
+                self.model,
+                self.tokenizer,
+                prompt.ids,
+                prompt.sample.max_new_tokens,
+                extension=self.extension,
+                chunk_size=self.chunk_size,
+                cache=self._cache,
+                stop=prompt.sample.stop,
+            )
+        except BaseException:
+            self._forget()  # the cache may hold a part of this prompt
+            raise
+        if self._cache is not None:
+            self._cached = prompt.ids + found.ids[:-1]
+        return Reply(found.text, found.tokens, found.finish, reading + found.prefill_seconds, found.decode_seconds, reused, peak_memory(device))
+
+    def _read(self, prompt: Prompt) -> int:
+        """Make the cache hold the document -> how many of its tokens it held already."""
+        document = prompt.ids[: prompt.shared]
+        if self._cached[: len(document)] == document and self._crop(len(document)):
+            return len(document)
+        self._forget()
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        assert self.extension is not None
+        for _ in stream(self.extension, torch.tensor(document), chunk_size=self.chunk_size, losses=False, cache=cache):
+            pass
+        self._cache, self._cached = cache, document
+        return 0
+
+    def _crop(self, length: int) -> bool:
+        if length < len(self._cached) and not take_back(self._cache, len(self._cached) - length):
+            return False
+        self._cached = self._cached[:length]
+        return True
+
+    def _forget(self) -> int:
+        self._cache, self._cached = None, []
+        return 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """limit    tokens that a prompt and its answer may have; None: no limit.
+    context  what is declared to the method."""
+
+    limit: int | None
+    context: int
+
+
+def span(method: Method | None, window: int, declared: int | None, needed: int) -> Span:
+    """How long prompts may be under a method, where the longest needs so many tokens. Stock may go beyond its window, for comparison."""
+    if declared is not None:
+        return Span(declared, declared)
+    capacity = None if method is None or method.needs_context or isinstance(method, Stock) else method.capacity(window)
+    if capacity == 0:
+        raise ValueError(f"{method} uses distances beyond the trained window of {window} tokens for any text; choose parameters of at most {window}")
+    return Span(capacity, needed if capacity is None else min(needed, capacity))
+
+
+@contextmanager
+def attached(
+    model: Any, tokenizer: Any, method: Method | None, context: int, *, trained_window: int | None = None, chunk_size: int = 512
+) -> Iterator[ModelEngine]:
+    """The model under the method, or under what the dial chooses for the context."""
+    window = trained_window if trained_window is not None else dial.trained_window(find_base(model).config).tokens
+    beyond = isinstance(method, Stock) and context > window  # declared, the method would refuse it
+    with extend(model, method, context=None if beyond else context, trained_window=trained_window) as extension:
+        yield ModelEngine(model, tokenizer, extension, chunk_size)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: on the device since the last reset; on the CPU the largest resident size of the process so far, None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return machine.peak_memory()

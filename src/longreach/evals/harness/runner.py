@@ -1,0 +1,287 @@
+"""Running tasks on an engine: which samples, in which order, what is done already, and what became of each.
+
+Knows tasks, budgets, engines and the folder of a run; not models, options or terminals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from longreach.evals.harness.engine import Engine, Reply
+from longreach.evals.harness.results import UNDECISIVE, Folder, Record, digest
+from longreach.evals.samples import budget
+from longreach.evals.samples.base import Sample, Settings, Task
+from longreach.evals.samples.budget import ChatMode, Prompt
+from longreach.quantities import counted
+
+META = ("length_target", "depth", "depth_actual", "seed")  # have fields of their own in a record
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample that is to be run. `index` counts the samples of the whole run, whatever its shards; the texts stay in memory until the run ends."""
+
+    task: Task
+    sample: Sample
+    index: int
+    tokens: int
+
+    @property
+    def needs(self) -> int:
+        return self.tokens + self.sample.max_new_tokens
+
+    @property
+    def document(self) -> str:
+        """Names what questions about one document have in common."""
+        parts = self.sample.parts
+        return hashlib.sha256("\0".join((parts.prefix, parts.document)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run is, before a sample and at the end; `seconds_left` by the tokens read so far, None before the first. `what` is read next."""
+
+    done: int
+    total: int
+    tokens: int
+    total_tokens: int
+    errors: int
+    seconds_left: float | None
+    what: str
+
+
+Progress = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """answered and failed in this call; known before it; of all three, those whose prompt was cut."""
+
+    answered: int
+    failed: int
+    known: int
+    truncated: int
+
+
+def plan(work: Mapping[Task, Settings], tokenizer: Any, chat: ChatMode = "auto") -> list[Item]:
+    """Every sample of the tasks, with the length of its prompt."""
+    items: list[Item] = []
+    for task, settings in work.items():
+        seen: set[str] = set()
+        for sample in task.samples(tokenizer, settings):
+            if sample.id in seen:
+                raise ValueError(f"{task.name} makes two samples called {sample.id}; leave out what is given twice (lengths, depths)")
+            seen.add(sample.id)
+            items.append(Item(task, sample, len(items), len(budget.encode(tokenizer, sample, chat).ids)))
+    if not items:
+        raise ValueError("there are no samples to run; pass lengths (--lengths 1k,2k), and at least one depth and sample")
+    return items
+
+
+def describe(work: Mapping[Task, Settings], config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks and their settings as run.json holds them, each with a hash of what decides its answers.
+
+    config  what else does: the model, the method, the cuts.
+
+    Lengths, depths and the number of samples do not: a sample is a function of its own, so that a run can be made larger.
+    """
+    found = {}
+    for task, settings in work.items():
+        text = None if settings.text is None else hashlib.sha256(settings.text.encode("utf-8", "surrogatepass")).hexdigest()
+        facts = {name: getattr(task, name) for name in ("group", "version", "license", "source", "metric", "random")}
+        chosen = {"seed": settings.seed, "options": {**task.options, **settings.options}, "text": text, "data": settings.data}
+        size = {"lengths": list(settings.lengths), "depths": list(settings.depths), "samples": settings.samples}
+        deciding = {name: value for name, value in config.items() if name not in UNDECISIVE}
+        found[task.name] = {**facts, **chosen, **size, "config_hash": digest([task.name, task.version, chosen, deciding])}
+    return found
+
+
+def overflowing(items: Sequence[Item], limit: int | None) -> str | None:
+    """What to say, before any work is done, where prompts are longer than may be read."""
+    long = [item for item in items if limit is not None and item.needs > limit]
+    if not long:
+        return None
+    most = max(item.needs for item in long)
+    need = f"{len(long)} of {counted(len(items), 'sample')} {'needs' if len(long) == 1 else 'need'}"
+    return (
+        f"{need} more than {counted(limit or 0, 'token')} with the answer, the longest {most}; "
+        f"pass --context {most}, shorter --lengths, or --truncate middle, which cuts their documents and counts it"
+    )
+
+
+def ordered(items: Sequence[Item]) -> list[Item]:
+    """Questions about one document together, the longest document first: what does not fit into memory shows at once."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.document, []).append(item)
+    by_length = sorted(groups.values(), key=lambda group: (-max(item.tokens for item in group), group[0].index))
+    return [item for group in by_length for item in sorted(group, key=lambda item: item.index)]
+
+
+def run(
+    items: Sequence[Item],
+    engine: Engine,
+    tokenizer: Any,
+    folder: Folder,
+    hashes: Mapping[str, str],
+    *,
+    limit: int | None = None,
+    truncate: str | None = None,
+    chat: ChatMode = "auto",
+    shard: tuple[int, int] = (0, 1),
+    save_prompts: bool = False,
+    progress: Progress = lambda step: None,
+) -> Outcome:
+    """Answer and score the samples of a shard that the folder does not hold yet. What goes wrong with one is recorded, and the run goes on.
+
+    hashes    of every task's settings, see `describe`; answers under others do not count.
+    limit     tokens of a prompt and its answer together; None: no limit.
+    truncate  what to leave out of a longer prompt, see `budget.fit`; None raises before the first answer.
+    """
+    if truncate is None and (sentence := overflowing(items, limit)):
+        raise ValueError(sentence)
+    index, world = shard
+    mine = ordered([item for item in items if item.index % world == index])
+    known = {record.key: record for record in folder.records() if record.error is None}
+    waiting = [item for item in mine if not _is_known(item, known, hashes)]
+    clock = Clock(len(mine), len(mine) - len(waiting), sum(item.needs for item in waiting))
+    answered = failed = cut = 0
+    for item in mine:
+        before = known.get((item.task.name, item.sample.id)) if _is_known(item, known, hashes) else None
+        if before is None:
+            progress(clock.step(item, failed))
+            record = _record(item, engine, tokenizer, hashes[item.task.name], limit, truncate, chat, save_prompts)
+            folder.append(record)
+            answered, failed = answered + (record.error is None), failed + (record.error is not None)
+            clock.read(item)
+        else:
+            record = before
+        cut += record.truncated_tokens > 0
+    progress(clock.step(None, failed))
+    return Outcome(answered, failed, len(mine) - answered - failed, cut)
+
+
+def _is_known(item: Item, known: Mapping[tuple[str, str], Record], hashes: Mapping[str, str]) -> bool:
+    record = known.get((item.task.name, item.sample.id))
+    if record is None or record.config_hash != hashes[item.task.name]:
+        return False
+    return record.references == list(item.sample.references) and (record.truncated_tokens > 0 or record.prompt_tokens == item.tokens)
+
+
+def _record(
+    item: Item, engine: Engine, tokenizer: Any, config_hash: str, limit: int | None, truncate: str | None, chat: ChatMode, save_prompts: bool
+) -> Record:
+    sample: Sample = item.sample
+    metrics: dict[str, float] = {}
+    prompt: Prompt | None = None
+    reply: Reply | None = None
+    error: str | None = None
+    try:
+        prompt = budget.fit(tokenizer, sample, limit, truncate, chat)
+        reply = engine.answer(prompt)
+        metrics = item.task.score(sample, reply.text)
+    except Exception as problem:  # one bad sample, or too little memory for the longest ones, must not cost the run
+        error = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    meta = {name: value for name, value in sample.meta.items() if name not in META}
+    return Record(
+        bench=item.task.group or item.task.name,
+        task=item.task.name,
+        task_version=item.task.version,
+        sample_id=sample.id,
+        length_target=sample.meta.get("length_target"),
+        prompt_tokens=len(prompt.ids) if prompt else item.tokens,
+        truncated_tokens=prompt.truncated if prompt else 0,
+        depth=sample.meta.get("depth"),
+        depth_actual=sample.meta.get("depth_actual"),
+        seed=sample.meta.get("seed"),
+        prompt_sha256=prompt.sha256 if prompt else "",
+        prediction=reply.text if reply else None,
+        references=list(sample.references),
+        metrics=metrics,
+        stop_reason=reply.finish if reply else None,
+        n_generated=reply.tokens if reply else 0,
+        t_prefill=round(reply.prefill_seconds, 5) if reply else None,
+        tok_per_s=round(reply.tokens_per_second, 3) if reply and reply.tokens_per_second else None,
+        peak_mem=reply.peak_memory if reply else None,
+        error=error,
+        config_hash=config_hash,
+        reused_tokens=reply.reused if reply else 0,
+        meta=meta,
+        prompt=prompt.text if prompt and save_prompts else None,
+    )
+
+
+class Clock:
+    """The time left, from the tokens read so far."""
+
+    def __init__(self, total: int, done: int, tokens: int) -> None:
+        self.total, self.done, self.tokens, self.tokens_read = total, done, tokens, 0
+        self.started = time.perf_counter()
+
+    def read(self, item: Item) -> None:
+        self.done, self.tokens_read = self.done + 1, self.tokens_read + item.needs
+
+    def step(self, following: Item | None, errors: int) -> Step:
+        left = (time.perf_counter() - self.started) * (self.tokens - self.tokens_read) / self.tokens_read if self.tokens_read else None
+        what = "done"
+        if following is not None:
+            what = f"reading sample {self.done + 1} of {self.total} ({following.task.name}, {counted(following.tokens, 'token')})"
+        return Step(self.done, self.total, self.tokens_read, self.tokens, errors, left, what)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost at most: answers may be shorter than allowed, and shared documents are read once. Seconds are None where nothing was measured."""
+
+    samples: int
+    prompt_tokens: int
+    answer_tokens: int
+    longest: int
+    seconds: float | None
+
+
+PROBES = (256, 1024)  # tokens; two lengths give the linear and the quadratic part of reading
+PROBE_ANSWER = 8
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds: reading n tokens takes linear * n + quadratic * n^2, decoding one takes `decoding`."""
+
+    linear: float
+    quadratic: float
+    decoding: float
+
+    def reading(self, tokens: int) -> float:
+        return self.linear * tokens + self.quadratic * tokens**2
+
+
+def measure(items: Sequence[Item], engine: Engine, tokenizer: Any, chat: ChatMode = "auto") -> Speed:
+    """From the beginnings of the longest prompt."""
+    prompt = budget.encode(tokenizer, max(items, key=lambda item: item.tokens).sample, chat)
+    sample = replace(prompt.sample, max_new_tokens=PROBE_ANSWER, stop=())
+    lengths = sorted({min(length, len(prompt.ids)) for length in PROBES})
+    replies = [engine.answer(replace(prompt, sample=sample, ids=prompt.ids[:length], shared=0)) for length in lengths]
+    per_token = [reply.prefill_seconds / length for reply, length in zip(replies, lengths)]
+    quadratic = max(0.0, (per_token[-1] - per_token[0]) / (lengths[-1] - lengths[0])) if len(lengths) > 1 else 0.0
+    return Speed(per_token[-1] - quadratic * lengths[-1], quadratic, replies[-1].decode_seconds / max(1, replies[-1].tokens - 1))
+
+
+def estimate(items: Sequence[Item], speed: Speed | None = None) -> Estimate:
+    """Count the tokens, and say how long they take where the speed was measured."""
+    seconds = None if speed is None else sum(speed.reading(item.tokens) + speed.decoding * item.sample.max_new_tokens for item in items)
+    answers = sum(item.sample.max_new_tokens for item in items)
+    return Estimate(len(items), sum(item.tokens for item in items), answers, max(item.needs for item in items), seconds)
+
+
+def by_length(items: Sequence[Item]) -> Iterator[tuple[str, int | None, list[Item]]]:
+    """The samples of every task and length."""
+    groups: dict[tuple[str, int | None], list[Item]] = {}
+    for item in items:
+        groups.setdefault((item.task.name, item.sample.meta.get("length_target")), []).append(item)
+    for (task, length), found in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] or 0)):
+        yield task, length, found

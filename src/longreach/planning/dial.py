@@ -1,0 +1,204 @@
+"""The single dial: a declared context and a model's configuration -> a method and its parameters, with the reason.
+
+Knows configurations, the published rules and how much memory is free; touches no weights. The decision is made once, at `extend()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longreach.methods.base import Method
+from longreach.methods.dual_chunk import DualChunk
+from longreach.methods.lm_infinite import LMInfinite
+from longreach.methods.selfextend import SelfExtend
+from longreach.methods.stock import Stock
+from longreach.planning.architecture import outline
+from longreach.planning.machine import free_memory
+from longreach.planning.memory import Budget, largest
+from longreach.quantities import counted
+
+WINDOW_SHARE = 8  # neighbour window = trained window / 8; see docs/nano.md for the evidence
+WELL_TRAINED = (2, 3)  # only the lower two thirds of the trained positions are trusted (the authors' empirical rule)
+WINDOW_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")  # the second is MPT's, the third BLOOM's, where a checkpoint has it
+LARGEST_GROUP = 64  # the authors' range for group sizes ends here
+SHARPENED = "the log scale keeps attention sharp among more keys than in training"
+
+
+@dataclass(frozen=True)
+class Window:
+    """How many tokens a model was trained to read, after any scaling, and how that was read from its configuration."""
+
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the dial chose. `warning` is set when only the loose rule holds."""
+
+    method: Method
+    context: int
+    window: Window
+    reason: str
+    warning: str | None = None
+
+
+def trained_window(config: Any) -> Window:
+    """The effective trained window of a text configuration."""
+    name = next((name for name in WINDOW_NAMES if isinstance(getattr(config, name, None), int) and getattr(config, name) > 0), None)
+    if name is None:
+        raise ValueError(f"the model's configuration has no {WINDOW_NAMES[0]}; pass trained_window=N")
+    largest = getattr(config, name)
+    window = Window(largest, f"{name} {largest}")
+    rope = rope_parameters(config)
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor")
+    original = rope.get("original_max_position_embeddings")
+    if factor and original and kind in ("yarn", "linear") and int(original * factor) > largest:
+        window = Window(int(original * factor), f"{kind} scaling: {original} x {factor:g}")
+    elif factor and not original and kind == "linear":
+        # some checkpoints give the window before scaling here, some after it: the smaller reading is safe
+        window = Window(largest, f"max_position_embeddings {largest}; with its linear scaling by {factor:g} it may be more: then pass trained_window=N")
+    sliding = uniform_sliding_window(config)
+    if sliding is not None and sliding < window.tokens:
+        window = Window(sliding, f"sliding window of every layer, {sliding}: no layer was trained on a larger distance")
+    return window
+
+
+def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
+    """The rotary parameters of the full-attention layers, from the flat or the nested form."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if layer_type in rope and isinstance(rope[layer_type], dict):
+        return dict(rope[layer_type])
+    return dict(rope)
+
+
+def uniform_sliding_window(config: Any) -> int | None:
+    """The sliding window if every layer has it, else None."""
+    sliding = getattr(config, "sliding_window", None)
+    if not sliding or getattr(config, "use_sliding_window", True) is False:
+        return None
+    types = getattr(config, "layer_types", None)
+    return sliding if types is None or all(t == "sliding_attention" for t in types) else None
+
+
+def largest_distance_allowed(window: int) -> int:
+    return window * WELL_TRAINED[0] // WELL_TRAINED[1]
+
+
+def choose(window: Window, context: int, budget: Budget | None = None) -> Choice:
+    """The method for a context; if memory is what binds, the first that fits into the budget, with a warning of what that loses.
+
+    budget  free memory for keys and values; None: memory is not looked at.
+    """
+    choice = by_length(window, context)
+    return choice if budget is None or budget.fits(choice.method, context) else frugal(choice, budget)
+
+
+def budget(config: Any, dtype: torch.dtype, device: torch.device) -> Budget | None:
+    """What is free now, after the weights were loaded; None where the system or the configuration does not tell."""
+    free = free_memory(device)
+    try:
+        return None if free is None else Budget(outline(config, dtype), free)
+    except ValueError:  # layers whose bytes we cannot count: then memory is no argument
+        return None
+
+
+def frugal(choice: Choice, budget: Budget) -> Choice:
+    """The first of the methods that need less memory and fit, or an error with the largest context that the dial's own choice could have."""
+    wanted, context, window = choice.method, choice.context, choice.window
+    most = largest(lambda n: budget.fits(by_length(window, n).method, n), context)
+    needs = f"{wanted.brief()} needs about {gigabytes(budget.needs(wanted, context))} for {counted(context, 'token')} and {gigabytes(budget.free)} are free"
+    for kind in (DualChunk, LMInfinite):
+        method = kind.suggest(window.tokens, context)
+        if method is None or not budget.fits(method, context):
+            continue
+        warning = f"memory binds: {needs}; {method.brief()} fits and recalls {method.recalls}"
+        fix = f"; a context of at most {most} fits without it" if most else ""
+        return Choice(method, context, window, f"{choice.reason}; but {needs}: the first method that fits", warning + fix)
+    fix = f"declare a context of at most {most}" if most else "load the model in bfloat16 or on a device with more memory"
+    raise ValueError(f"memory binds: {needs}, and no method that keeps less fits either; {fix}")
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def by_length(window: Window, context: int) -> Choice:
+    """SelfExtend with the smallest group size that the rules allow; stock when the context fits anyway.
+
+    The rule of the authors: w + (N - w) / g <= 2/3 L, for only well-trained positions should be used. The loose rule: every
+    distance is below L. With w = L/8 rounded to a multiple of g, and the log scale of the official code with base L.
+    """
+    if not isinstance(context, int) or isinstance(context, bool) or context < 1:
+        raise ValueError(f"context must be a positive number of tokens, not {context!r}; count the prompt and the new tokens")
+    length = window.tokens
+    if context <= length:
+        fit = "1 token fits" if context == 1 else f"{context} tokens fit"
+        return Choice(Stock(), context, window, f"{fit} the trained window of {length} ({window.reason}): plain attention")
+    trusted = largest_distance_allowed(length)
+    loose: SelfExtend | None = None
+    for group in range(2, LARGEST_GROUP + 1):
+        method = usual(length, group)
+        if method.window >= length:
+            break
+        if method.window + (context - method.window) / group <= trusted:
+            reason = (
+                f"{context} tokens exceed the trained window of {length} ({window.reason}): smallest group size whose largest distance, "
+                f"{method.window + (context - method.window) // group}, stays within 2/3 of it ({trusted}); {SHARPENED}"
+            )
+            return Choice(method, context, window, reason)
+        if loose is None and (method.capacity(length) or 0) >= context:
+            loose = method
+    if loose is not None:
+        warning = (
+            f"context {context} needs distances beyond 2/3 of the trained window of {length}, where positions are poorly trained; "
+            f"a context of at most {furthest(length)} keeps within them"
+        )
+        largest = usual(length, LARGEST_GROUP)
+        method = largest if (largest.capacity(length) or 0) >= context else loose
+        exceeds = f"{context} tokens exceed the trained window of {length} ({window.reason})"
+        reason = f"{exceeds}: largest usual group size; all distances are trained ones; {SHARPENED}"
+        return Choice(method, context, window, reason, warning)
+    most, group = reach(length)
+    raise ValueError(
+        f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
+        f"group size {group}; declare at most that, choose a larger group with SelfExtend(group_size=...), or read a text of any length "
+        f"with LMInfinite(n_local={length}) (--method lm-infinite --n-local {length}), which remembers only the last {length} tokens"
+    )
+
+
+def recommended(method: type[Method], window: Window, context: int) -> Method:
+    """The setting of a method for a declared context: the dial's for SelfExtend (which is Stock where the text fits), else the method's own.
+
+    Raises ValueError where there is none.
+    """
+    return choose(window, context).method if method is SelfExtend else method.recommended(window.tokens, context)
+
+
+def reach(length: int) -> tuple[int, int]:
+    """The largest context that the usual parameters reach on a trained window, and the group size that does."""
+    return max((usual(length, g).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
+
+
+def usual(length: int, group: int) -> SelfExtend:
+    """The method that the dial considers for a group size. The log scale keeps attention as sharp among many keys as among the trained
+    number of them: without it the softmax is diluted, see docs/nano.md for the evidence. Texts inside the window are as without it."""
+    return SelfExtend(group, neighbour_window(length, group), log_scale=length if length > 1 else None)
+
+
+def neighbour_window(length: int, group: int) -> int:
+    """L/8 rounded to a multiple of the group size, so that the far zone begins at distance w for every query."""
+    return max(1, round(length / WINDOW_SHARE / group)) * group
+
+
+def furthest(length: int) -> int:
+    """The largest context that the strict rule allows."""
+    best = length
+    for group in range(2, LARGEST_GROUP + 1):
+        window = neighbour_window(length, group)
+        if window < largest_distance_allowed(length):
+            best = max(best, (largest_distance_allowed(length) - window) * group + window)
+    return best

@@ -1,0 +1,193 @@
+"""A layout -> bytes: what the store allocates, to the byte, and what a forward needs beside it.
+
+Follows the rules of store.py (head, tail, growth) without allocating; the tests compare with real buffers. Knows no models' weights
+beyond their sizes, no seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from longreach.core.segments import Layout, Retention, forms
+from longreach.memory.store import ROLLBACK, SLACK, room
+from longreach.methods.base import Method
+from longreach.planning.architecture import Architecture, Attention
+from longreach.planning.work import layouts
+
+MARGIN = 1.1  # estimates of temporary memory are good to a tenth
+QUERIES_AT_ONCE = 4096  # of the executor: rotated queries and partial results exist for so many rows
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The forwards of one answer, as `longreach run` makes them: the prompt but its last token in chunks, then one token at a time.
+
+    A method whose result depends on how a prompt is cut reads it in one forward. The last new token is never fed.
+    """
+
+    prompt: int
+    new_tokens: int
+    chunk: int = 512
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1:
+            raise ValueError(f"a context must hold the prompt and the {self.new_tokens} new tokens; pass a context of at least {self.new_tokens + 1}")
+
+    @classmethod
+    def of(cls, method: Method, context: int, new_tokens: int, chunk: int = 512) -> Schedule:
+        return cls(context - new_tokens, new_tokens, chunk, not method.chunk_invariant)
+
+    @property
+    def chunked(self) -> int:
+        """Tokens that are read in chunks."""
+        return self.prompt if self.whole else self.prompt - 1
+
+    @property
+    def step(self) -> int:
+        """The largest forward."""
+        return max(1, self.chunked if self.whole else min(self.chunk, self.chunked))
+
+    @property
+    def stored(self) -> int:
+        return self.prompt + self.new_tokens - 1
+
+    def reads(self) -> Iterator[tuple[int, int]]:
+        """(start, tokens) of the forwards up to the first new token."""
+        for start in range(0, self.chunked, self.step):
+            yield start, min(self.step, self.chunked - start)
+        if not self.whole:
+            yield self.prompt - 1, 1
+
+    def forwards(self) -> Iterator[tuple[int, int]]:
+        yield from self.reads()
+        for start in range(self.prompt, self.stored):
+            yield start, 1
+
+
+def entries(kept: Retention, schedule: Schedule) -> int:
+    """Entries that a buffer of the store has allocated per row at the end of the schedule."""
+    if kept.tail == 0:
+        return kept.head
+    return kept.head + (unbounded(schedule) if kept.tail is None else bounded(kept.tail, schedule))
+
+
+def unbounded(schedule: Schedule) -> int:
+    """Only the forwards at which the body grows are looked at."""
+    size = 0
+    while size < schedule.chunked:
+        size = room(size, min(-(-(size + 1) // schedule.step) * schedule.step, schedule.chunked), None)
+    while size < schedule.stored:
+        size = room(size, size + 1, None)
+    return size
+
+
+def bounded(tail: int, schedule: Schedule) -> int:
+    keep = tail + ROLLBACK
+    most, size, first = keep + SLACK, 0, 0
+    for start, new in schedule.forwards():
+        if size == most:
+            break
+        stop = start + new
+        if stop - first > most:
+            first = max(first, stop - keep)
+        size = room(size, stop - first, most)
+    return size
+
+
+def buffers(layer: Attention, layout: Layout, schedule: Schedule) -> Iterator[tuple[Retention, int]]:
+    """What is kept, and how many numbers are allocated, for every key form and the values of one layer and row."""
+    everything = Retention()
+    for kept in forms(layout).values():
+        everything = everything | kept
+        yield kept, entries(kept, schedule) * layer.kv_heads * layer.key_width
+    yield everything, entries(everything, schedule) * layer.kv_heads * layer.value_width
+
+
+def kv_bytes(architecture: Architecture, method: Method, schedule: Schedule, rows: int = 1) -> int:
+    """Bytes that the store has allocated when the schedule ends; equal to `Store.nbytes`."""
+    numbers = sum(n * size for (layer, layout), n in layouts(architecture, method).items() for _, size in buffers(layer, layout, schedule))
+    return numbers * architecture.itemsize * rows
+
+
+def store_forms(architecture: Architecture, method: Method, schedule: Schedule) -> list[dict[str, object]]:
+    """The bytes by kind of layer and form: which first and last tokens it keeps, in which device's memory (there is one tier)."""
+    found = []
+    for (layer, layout), count in layouts(architecture, method).items():
+        names = [f"keys at {positions}" for positions in forms(layout)] + ["values"]
+        for name, (kept, size) in zip(names, buffers(layer, layout, schedule)):
+            form = {"layers": count, "form": name, "first": kept.head, "last": kept.tail, "tier": "device", "bytes": size * architecture.itemsize * count}
+            found.append(form)
+    return found
+
+
+def temporary_bytes(architecture: Architecture, method: Method, schedule: Schedule, rows: int = 1, expands_groups: bool = False) -> int:
+    """The most that a forward holds beside weights and store.
+
+    expands_groups  the backend copies keys and values for every query head of a group (the tiles on CUDA)
+    """
+    b, t, d = architecture.itemsize, schedule.step, architecture.hidden
+    stream = 2 * d * b + 8 * d  # residual and normed input; a norm computes in fp32
+    feed_forward = t * (stream + 3 * architecture.intermediate * b)
+    attention = max(attention_bytes(layer, layout, schedule, b, expands_groups) for layer, layout in layouts(architecture, method)) + t * stream
+    logits = architecture.vocabulary * (b + 8)
+    growth = max(growing(layer, layout, schedule) for layer, layout in layouts(architecture, method)) * b
+    waiting = sum(n * added(layer, layout, schedule) for (layer, layout), n in layouts(architecture, method).items()) * b
+    return rows * (max(feed_forward, attention, logits, growth) + waiting)
+
+
+def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int, expands_groups: bool) -> int:
+    t, at_once = schedule.step, schedule.step if layout.late is not None else min(schedule.step, QUERIES_AT_ONCE)
+    q, k, o = layer.heads * layer.key_width, layer.kv_heads * layer.key_width, layer.heads * layer.value_width
+    total = t * (q + layer.entry + o) * b + t * k * 4 * 2  # what arrives and leaves; a key form is rotated in fp32
+    rotations = len({(segment.query_positions, segment.query_scale) for segment in layout.segments})
+    total += at_once * (q * (rotations * b + 8) + o * (b + 8))  # rotated queries; the sum, and one part in both precisions
+    for kept, size in buffers(layer, layout, schedule):
+        if kept.tail and t > SLACK and schedule.chunked > kept.tail + t:
+            total += (kept.tail + t) * size // entries(kept, schedule) * b  # a long chunk is attended from a copy
+    if layout.late is not None:  # scores of 64 queries and fp32 copies of the candidates
+        total += schedule.stored * (4 * layer.heads * 2 * 64 + 4 * k + (4 + b) * o)
+    if expands_groups and layer.heads > layer.kv_heads:
+        total += schedule.stored * layer.heads * (layer.key_width + layer.value_width) * b
+    return total
+
+
+def added(layer: Attention, layout: Layout, schedule: Schedule) -> int:
+    """Numbers that wait in a copy until the whole forward has succeeded: those of a long chunk for which a bounded buffer has no room."""
+    found = 0
+    for kept, size in buffers(layer, layout, schedule):
+        if kept.tail and schedule.chunked > kept.tail + ROLLBACK + SLACK and schedule.step > SLACK:
+            found += min(schedule.step, kept.tail + ROLLBACK) * size // entries(kept, schedule)
+    return found
+
+
+def growing(layer: Attention, layout: Layout, schedule: Schedule) -> int:
+    """While the largest body grows, the old one is still there."""
+    sizes = [size for kept, size in buffers(layer, layout, schedule) if kept.tail is None]
+    return max(sizes, default=0) * 8 // 9 if schedule.chunked > schedule.step else 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that is free for keys and values, and for what a forward needs beside them: the weights are there already."""
+
+    architecture: Architecture
+    free: int
+
+    def needs(self, method: Method, context: int, chunk: int = 512) -> int:
+        """Bytes, with a margin, when `context` tokens have been read and the last is decoded."""
+        schedule = Schedule.of(method, max(2, context), 1, chunk)
+        return round(MARGIN * (kv_bytes(self.architecture, method, schedule) + temporary_bytes(self.architecture, method, schedule)))
+
+    def fits(self, method: Method, context: int) -> bool:
+        return self.needs(method, context) <= self.free
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n in 1 .. most for which `fits`, which holds up to some n and not beyond; 0 if for none."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

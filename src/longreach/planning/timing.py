@@ -1,0 +1,137 @@
+"""Seconds of reading a prompt and of one new token, from the work and the speeds of the hardware.
+
+A roofline per kind of operation: a matrix product takes the longer of its FLOP and its bytes. Every term is kept, so that the bound is named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from longreach.core.segments import Layout, forms
+from longreach.methods.base import Method
+from longreach.planning.architecture import Architecture, Attention
+from longreach.planning.hardware import Speeds
+from longreach.planning.memory import Schedule
+from longreach.planning.theory import distinct_experts
+from longreach.planning.work import Counts, count, keys_read, layouts
+
+Bound = Literal["compute", "memory bandwidth", "host link", "capacity", "overhead"]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time goes. `compute`: matrix products and attention of many rows; `bandwidth`: bytes of weights, keys, values and elementwise
+    steps; `overhead`: launching and Python, whatever the sizes."""
+
+    compute: float = 0.0
+    bandwidth: float = 0.0
+    overhead: float = 0.0
+    link: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.bandwidth + self.overhead + self.link
+
+    @property
+    def bound(self) -> Bound:
+        parts: dict[Bound, float] = {"compute": self.compute, "memory bandwidth": self.bandwidth, "host link": self.link, "overhead": self.overhead}
+        return max(parts, key=lambda name: parts[name])
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.compute + other.compute, self.bandwidth + other.bandwidth, self.overhead + other.overhead, self.link + other.link)
+
+    def __mul__(self, times: float) -> Seconds:
+        return Seconds(self.compute * times, self.bandwidth * times, self.overhead * times, self.link * times)
+
+
+def prefill(architecture: Architecture, method: Method, schedule: Schedule, speeds: Speeds) -> Seconds:
+    """From the first token of the prompt to the first new one."""
+    total = Seconds()
+    lengths: dict[int, int] = {}
+    for _, tokens in schedule.reads():
+        lengths[tokens] = lengths.get(tokens, 0) + 1
+    for tokens, times in lengths.items():
+        total += products(architecture, tokens, speeds) * times
+    forwards = sum(lengths.values())
+    square = (speeds.square - 1) * sum(times * tokens * (tokens + 1) // 2 for tokens, times in lengths.items())
+    for (layer, layout), n in layouts(architecture, method).items():
+        attended = read_counts(layout, schedule)
+        calls = max(0, attended.calls - forwards)
+        flop = 2 * layer.heads * ((attended.pairs + square) * (layer.key_width + layer.value_width) + attended.scored * layer.key_width)
+        steps = elementwise_bytes(architecture, layer, layout) * schedule.prompt / speeds.elementwise
+        total += Seconds(flop / speeds.attention(layer.key_width), steps, calls * speeds.call_seconds) * n
+    return total + Seconds(overhead=forwards * (speeds.forward_seconds + len(architecture.layers) * speeds.layer_seconds))
+
+
+def read_counts(layout: Layout, schedule: Schedule) -> Counts:
+    """Of the whole prompt. Pairs do not depend on where it is cut; what is chosen by score may, and then every forward is looked at."""
+    if layout.late is not None:
+        return sum((count(layout, start, start + new) for start, new in schedule.reads()), Counts(0, 0, 0))
+    forwards = -(-schedule.chunked // schedule.step) + (not schedule.whole)
+    middle = schedule.prompt // 2
+    calls = count(layout, middle, min(schedule.prompt, middle + schedule.step)).calls
+    return Counts(count(layout, 0, schedule.prompt).pairs, 0, forwards * calls)
+
+
+def token(architecture: Architecture, method: Method, index: int, speeds: Speeds, rows: int = 1) -> Seconds:
+    """One more token at `index` for each of `rows` users in one batch."""
+    total = products(architecture, rows, speeds, rows)
+    for (layer, layout), n in layouts(architecture, method).items():
+        seen = keys_read(layout, index)
+        numbers = layer.kv_heads * (seen.pairs * (layer.key_width + layer.value_width) + seen.scored * layer.key_width)
+        steps = elementwise_bytes(architecture, layer, layout)
+        read = rows * (numbers * architecture.itemsize / speeds.keys + steps / speeds.elementwise)
+        total += Seconds(bandwidth=read, overhead=max(0, seen.calls - 1) * speeds.call_seconds) * n
+    return total + Seconds(overhead=speeds.forward_seconds + len(architecture.layers) * speeds.layer_seconds)
+
+
+def decode(architecture: Architecture, method: Method, schedule: Schedule, speeds: Speeds, rows: int = 1) -> Seconds:
+    """The mean token of the answer: that in its middle, for bytes grow evenly."""
+    return token(architecture, method, schedule.prompt + schedule.new_tokens // 2, speeds, rows)
+
+
+def products(architecture: Architecture, rows: int, speeds: Speeds, head_rows: int = 1) -> Seconds:
+    """Every matrix times `rows` rows, and the head times those whose logits are wanted."""
+    weights, compute, bandwidth = architecture.weights, 0.0, 0.0
+
+    def multiply(elements: float, times: float, rows: float, read: float) -> None:
+        nonlocal compute, bandwidth
+        flop, nbytes = 2 * rows * elements * times / speeds.gemm(elements), elements * read * architecture.itemsize / speeds.gemv(elements)
+        if flop > nbytes:
+            compute += flop
+        else:
+            bandwidth += nbytes
+
+    for elements, times in weights.matrices:
+        multiply(elements, times, rows, times)
+    if weights.experts:
+        met = distinct_experts(weights.experts, weights.experts_per_token, rows)
+        for elements, times in weights.expert_matrices:  # of one expert over all layers
+            multiply(elements, times, rows * weights.experts_per_token, times * met)
+    if weights.head:
+        multiply(weights.head, 1, head_rows, 1)
+    return Seconds(compute, bandwidth)
+
+
+def elementwise_bytes(architecture: Architecture, layer: Attention, layout: Layout) -> float:
+    """Bytes that one token moves in one layer outside of products and kernels: reads and writes of each step, in its precision.
+
+    Two norms (7 passes, most of them in fp32) and two additions over the hidden width, the activation and its product over the feed-forward
+    width; per segment a rotation of the queries and a merge; per key form a rotation and a copy into the store.
+    """
+    b = architecture.itemsize
+    hidden = architecture.hidden * (2 * (2 * b + 5 * 4) + 2 * 3 * b)
+    feed_forward = architecture.intermediate * 5 * b
+    queries, outputs = layer.heads * layer.key_width, layer.heads * layer.value_width
+    keys, values = layer.kv_heads * layer.key_width, layer.kv_heads * layer.value_width
+    rotations = len({(segment.query_positions, segment.query_scale) for segment in layout.segments})
+    merges = 3 * 4 * outputs * (len(layout.segments) - 1) + (4 + 2 * b) * outputs
+    rotated = (rotations * queries + len(forms(layout)) * keys) * (2 * b + 4 * 4)
+    stored = 2 * b * (len(forms(layout)) * keys + values)
+    return hidden + feed_forward + merges + rotated + stored
+
+
+def switch(kv: float, speeds: Speeds) -> Seconds:
+    """One user's keys and values leave for the host and another's come back."""
+    return Seconds(link=2 * kv / speeds.link)

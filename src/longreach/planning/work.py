@@ -1,0 +1,128 @@
+"""A layout -> how much it attends to: pairs of queries and keys, keys that one token reads, what the last token still sees.
+
+Counts what the executor executes, from the same segments. Closed forms; knows index arithmetic only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from longreach.core.segments import Layout, Piece, Visible
+from longreach.methods.base import Method
+from longreach.methods.stock import Stock
+from longreach.planning.architecture import Architecture, Attention
+
+Recall = Literal["everything", "what is retrieved", "recent only", "fluent only", "untrained"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one head of one layer does for a stretch of queries."""
+
+    pairs: int  # query and key, attended to
+    scored: int  # query and key, only scored, to choose from (late segments)
+    calls: int  # attention calls
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.pairs + other.pairs, self.scored + other.scored, self.calls + other.calls)
+
+
+def methods_of(architecture: Architecture, method: Method) -> list[Method]:
+    """What each layer runs, by the rule of `extend`: sliding and chunked layers stay as trained, unless every layer slides."""
+    trained = [Stock(layer.window, layer.chunk) for layer in architecture.layers]
+    overridden = all(layer.window is not None for layer in architecture.layers) and not isinstance(method, Stock)
+    return [method if own == Stock() or overridden else own for own in trained]
+
+
+@lru_cache(maxsize=512)
+def layouts(architecture: Architecture, method: Method) -> dict[tuple[Attention, Layout], int]:
+    """The distinct layers and how many there are of each. Remembered: a row asks a dozen times. Not to be changed by the caller."""
+    found: dict[tuple[Attention, Layout], int] = {}
+    for index, (layer, own) in enumerate(zip(architecture.layers, methods_of(architecture, method))):
+        key = layer, own.layout(index)
+        found[key] = found.get(key, 0) + 1
+    return found
+
+
+def count(layout: Layout, start: int, stop: int) -> Counts:
+    """The queries start .. stop in one forward."""
+    parts = [piece for segment in layout.segments for piece in segment.visible.pieces(start, stop)]
+    pairs, scored, calls = sum(pairs_of(p) for p in parts), 0, len(parts)
+    if (late := layout.late) is not None:
+        first = max(stop - 1 if late.rows == "last" else start, late.first_key + late.low + late.k - 1)
+        if first < stop:
+            scored = ramp(stop - late.low - late.first_key) - ramp(first - late.low - late.first_key)
+            pairs, calls = pairs + late.k * (stop - first), calls + 1
+    return Counts(pairs, scored, calls)
+
+
+def ramp(x: int) -> int:
+    """1 + 2 + ... + x, 0 below."""
+    return x * (x + 1) // 2 if x > 0 else 0
+
+
+def pairs_of(piece: Piece) -> int:
+    """Sum over its queries of the keys max(from_key, i - high + 1) <= j <= min(to_key - 1, i - low)."""
+    return keys_up_to(piece, piece.low) - (0 if piece.high is None else keys_up_to(piece, piece.high))
+
+
+def keys_up_to(piece: Piece, behind: int) -> int:
+    """Sum over its queries of the keys from_key <= j < to_key with j <= i - behind."""
+    width = piece.to_key - piece.from_key
+    a, b = piece.first - behind - piece.from_key + 1, piece.last - behind - piece.from_key  # keys of the first and the last query
+    if a > width:
+        return (b - a + 1) * width
+    full = max(0, b - width)  # queries that see all of the piece
+    return ramp(b - full) - ramp(a - 1) + full * width
+
+
+def keys_read(layout: Layout, index: int) -> Counts:
+    """What the single query `index` attends to and scores: a decoded token."""
+    return count(layout, index, index + 1)
+
+
+def spans(layout: Layout, index: int) -> Iterator[tuple[int, int]]:
+    """The ranges of keys that query `index` sees."""
+    for segment in layout.segments:
+        yield from seen_by(segment.visible, index)
+
+
+def seen_by(visible: Visible, index: int) -> Iterator[tuple[int, int]]:
+    for piece in visible.pieces(index, index + 1):
+        first = piece.from_key if piece.high is None else max(piece.from_key, index - piece.high + 1)
+        last = min(piece.to_key, index - piece.low + 1)
+        if first < last:
+            yield first, last
+
+
+def recall(architecture: Architecture, method: Method, window: int, tokens: int, new_tokens: int) -> tuple[Recall, str]:
+    """What the last of `tokens` tokens can draw on, of which `new_tokens` are the answer; and the same in words."""
+    capacity = method.capacity(window)
+    if capacity is not None and tokens > capacity:
+        return "untrained", f"nothing is certain: distances beyond {capacity} tokens were never trained"
+    full = [layout for layer, layout in layouts(architecture, method) if layer.reach is None] or [layout for _, layout in layouts(architecture, method)]
+    seen = [joined(sorted(spans(layout, tokens - 1))) for layout in full]
+    if any(ranges == [(0, tokens)] for ranges in seen):
+        return "everything", method.recalls
+    if any(layout.late is not None for layout in full):
+        return "what is retrieved", f"{method.recalls}, and what its scores choose"
+    last = min(first for ranges in seen for first, stop in ranges if stop == tokens)
+    first = max((stop for ranges in seen for begin, stop in ranges if begin == 0 and stop < tokens), default=0)
+    what = f"the last {tokens - last}" + (f" and the first {first}" if first else "") + " tokens"
+    if last >= tokens - new_tokens:
+        return "fluent only", f"{what}: at the end of the answer no more of the prompt's end is visible"
+    return "recent only", what
+
+
+def joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted ranges with neighbours merged."""
+    merged: list[tuple[int, int]] = []
+    for first, stop in ranges:
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((first, stop))
+    return merged

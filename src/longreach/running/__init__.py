@@ -1,0 +1,1 @@
+"""A model at work: loading, reading in chunks, generation, conversations."""

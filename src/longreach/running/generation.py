@@ -1,0 +1,205 @@
+"""One answer: read the prompt in chunks into a cache, then stock `generate`, timed. A conversation hands the cache on.
+
+Knows a model, the extension it may have, Transformers' generate and clocks; not files, options or terminals.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from longreach.hf.cache import cache_bytes
+from longreach.hf.extension import Extension
+from longreach.hf.placement import device_of
+from longreach.running.reading import stream
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature None is greedy. Whatever else the checkpoint's own generation settings say stays in force."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"the seed must be a whole number of at most 63 bits, not {self.seed}; pass a smaller one")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """prefill_seconds is the time to the first new token; decode_seconds that of all further ones.
+
+    ids are the new tokens; `cache` holds the prompt and all of them but the last. An answer that was interrupted while its prompt was read has none,
+    and its cache holds what was read.
+    """
+
+    text: str
+    ids: list[int]
+    finish: Literal["stop", "length", "interrupted"]
+    prefill_seconds: float
+    decode_seconds: float
+    store_bytes: int
+    cache: Any
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    extension: Extension | None = None,
+    chunk_size: int = 512,
+    sampling: Sampling = GREEDY,
+    cache: Any = None,
+    stop: tuple[str, ...] = (),
+    write: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] = lambda done: None,
+    stopped: Callable[[], bool] | None = None,
+) -> Answer:
+    """Generate after `ids`. `write` gets the text as it comes, `progress` the number of prompt tokens read so far.
+
+    extension  the one in force on the model; None is the stock model, which reads the prompt in one forward. So does a method
+               whose result depends on how a prompt is cut.
+    cache      that of an earlier answer, to go on from: `ids` still is the whole sequence and begins with what the cache holds.
+    stop       strings that end the answer and are left out of its text. White space before the first word is not searched for them.
+    stopped    asked between chunks and after each token; once it is true the answer ends there, whole and consistent with its cache.
+    """
+    from transformers import DynamicCache
+
+    prompt = torch.tensor([ids], device=device_of(model))
+    config = generation_config(model, tokenizer, max_new_tokens, sampling)
+    streamer = _streamer(tokenizer, write)
+    torch.manual_seed(sampling.seed)
+    started = time.perf_counter()
+    cache = DynamicCache() if cache is None else cache
+    known = cache.get_seq_length()
+    if known >= len(ids):
+        raise ValueError(f"the cache holds {known} tokens and the sequence only {len(ids)}; pass the whole sequence with something new at its end")
+    if extension is not None and extension.method.chunk_invariant and len(ids) - known > 1:  # the last token is left for generate, which needs its logits
+        for chunk in stream(extension, prompt[0, known:-1], chunk_size=chunk_size, losses=False, cache=cache):
+            progress(min(chunk.start + chunk_size, len(ids) - 1))
+            if stopped is not None and stopped():
+                return Answer("", [], "interrupted", time.perf_counter() - started, 0.0, cache_bytes(cache), cache)
+    criteria = _stopping(tokenizer, len(ids), stop, stopped)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=criteria,
+            return_dict_in_generate=True,
+        )
+    ended = time.perf_counter()
+    new = output.sequences[0, len(ids) :].tolist()
+    cache = output.past_key_values  # a stock Phi-3 goes on with another than it was given where its frequencies switch
+    if (held := cache.get_seq_length()) != len(ids) + len(new) - 1:
+        raise ValueError(
+            f"generate ended with {held} tokens in its cache where {len(ids) + len(new) - 1} were read: this version of Transformers loses the beginning of "
+            "a text where Phi-3 switches its frequencies; update Transformers, or extend the model, which fixes them for a sequence"
+        )
+    first = streamer.first or ended
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    end = _stop_at(text, stop)
+    finish: Literal["stop", "length", "interrupted"] = "stop"
+    if new[-1] not in _ends(config) and end is None:
+        finish = "length" if len(new) >= max_new_tokens else "interrupted" if stopped is not None and stopped() else "stop"
+    return Answer(
+        text=text[:end],
+        ids=new,
+        finish=finish,
+        prefill_seconds=first - started,
+        decode_seconds=ended - first,
+        store_bytes=cache_bytes(cache),
+        cache=cache,
+    )
+
+
+def chat_ids(tokenizer: Any, messages: list[dict[str, str]], fix: str) -> list[int]:
+    """The ids of messages under the tokenizer's chat template, up to where the answer begins; `fix` is what helps where it refuses them."""
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own and may raise anything
+        raise ValueError(f"the chat template of this model refuses the messages ({error}); {fix}") from error
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def generation_config(model: Any, tokenizer: Any, max_new_tokens: int, sampling: Sampling) -> Any:
+    """The checkpoint's own settings with ours over them: greedy unless a temperature was asked for, one beam, our cache."""
+    config = copy.deepcopy(model.generation_config)
+    config.max_length = None
+    config.max_new_tokens = max_new_tokens
+    config.num_beams, config.use_cache, config.cache_implementation = 1, True, None
+    config.do_sample = sampling.temperature is not None
+    config.temperature = sampling.temperature
+    config.top_p = sampling.top_p
+    if sampling.temperature is None:
+        config.top_k = None
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(_ends(config)), None)
+    return config
+
+
+def _stop_at(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where the first of the strings begins, after the white space that the text may begin with."""
+    begins = len(text) - len(text.lstrip())
+    return min((at for end in stop if (at := text.find(end, begins)) >= 0), default=None)
+
+
+def _stopping(tokenizer: Any, prompt: int, stop: tuple[str, ...], stopped: Callable[[], bool] | None) -> Any:
+    """Ends when it is told to, or at a stop string, wherever the tokens that write it are cut. Greedy answers are short: decoding them anew costs little."""
+    if not stop and stopped is None:
+        return None
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Stop(StoppingCriteria):  # type: ignore[misc,unused-ignore]
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            told = stopped is not None and stopped()
+            done = [told or (stop and _stop_at(tokenizer.decode(row[prompt:], skip_special_tokens=True), stop) is not None) for row in input_ids]
+            return torch.tensor(list(map(bool, done)), device=input_ids.device)
+
+    return StoppingCriteriaList([Stop()])
+
+
+def _ends(config: Any) -> list[int]:
+    end = config.eos_token_id
+    return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [int(end)]
+
+
+def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc,unused-ignore]
+        """Hands on the text and notes when the first new token came; the first `put` is the prompt."""
+
+        first: float | None = None
+        puts = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.puts += 1
+            if self.puts == 2:
+                self.first = time.perf_counter()
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,98 @@
+"""Reading a text of any length in chunks: the loss of every token, or only the state at the end.
+
+Knows an extension (or a stock model, to compare with) and token ids. With a bounded method (LM-Infinite) memory is constant however long the text is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from longreach.hf.cache import cache_bytes
+from longreach.hf.extension import Extension
+from longreach.hf.placement import device_of
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one chunk of the stream gave.
+
+    start        index of its first token in the stream.
+    losses       [n] fp32 on the CPU, nats: -log p(token | all tokens before it). The very first token of a stream has NaN, nothing
+                 precedes it. None if losses were not asked for.
+    cache        the state after the chunk: hand it to `model.generate(..., past_key_values=cache)` to go on from here.
+    store_bytes  bytes allocated for keys and values.
+    """
+
+    start: int
+    losses: torch.Tensor | None
+    cache: Any
+    store_bytes: int
+
+
+def stream(
+    extension: Extension | Any, ids: torch.Tensor | Iterable[int], *, chunk_size: int = 512, losses: bool = True, cache: Any = None
+) -> Iterator[Chunk]:
+    """Feed `ids` (one sequence: a 1-D tensor or any iterable of ints, endless ones too) in chunks; yields a `Chunk` after each.
+
+    extension   what `extend` returned; or a model without an extension, which reads as stock Transformers does.
+    chunk_size  tokens of one forward, >= 1. Results do not depend on it for methods that are `chunk_invariant`.
+    losses      False skips the language-model head except for the last token of a chunk.
+    cache       the `cache` of an earlier chunk, to go on where it ended (its last token's successor has no loss then: NaN).
+
+    Raises ValueError if the method's capacity is passed (stream with a bounded method such as LMInfinite), or if the model gives a loss that is not finite.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    if isinstance(ids, torch.Tensor):
+        if ids.dim() == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.dim() != 1:
+            raise ValueError(f"a stream is one sequence: pass a 1-D tensor of token ids, not one of shape {list(ids.shape)}")
+    model = extension.model if isinstance(extension, Extension) else extension
+    device = device_of(model)
+    if cache is None:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+    start = cache.get_seq_length()
+    last: torch.Tensor | None = None  # logits [V] that predict the next chunk's first token
+    tokens = _chunks(ids, chunk_size)
+    for chunk in tokens:
+        chunk = chunk.to(device)
+        with torch.no_grad():
+            logits = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=0 if losses else 1).logits[0].float()
+        found = None
+        if losses:
+            found = torch.full((chunk.numel(),), float("nan"))
+            if last is not None:
+                found[:1] = F.cross_entropy(last[None], chunk[:1]).cpu()
+            found[1:] = F.cross_entropy(logits[:-1], chunk[1:], reduction="none").cpu()
+            require_finite(found if last is not None else found[1:], start + (last is None))
+        last = logits[-1].clone()
+        yield Chunk(start, found, cache, cache_bytes(cache))
+        start += chunk.numel()
+
+
+def require_finite(losses: torch.Tensor, start: int = 0) -> None:
+    """NaN says "nothing precedes it" in what `stream` yields, so what a model has made of a token must not be NaN. `start`: index of the first."""
+    if bool((wrong := ~losses.isfinite()).any()):
+        index = start + int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"the model gives NaN or infinity for token {index}, so there is no loss to report; load it in another dtype (float32, or bfloat16 where float16 "
+            "overflows), or check its weights"
+        )
+
+
+def _chunks(ids: torch.Tensor | Iterable[int], size: int) -> Iterator[torch.Tensor]:
+    if isinstance(ids, torch.Tensor):
+        yield from ids.split(size)
+        return
+    iterator = iter(ids)
+    while part := list(islice(iterator, size)):
+        yield torch.tensor(part, dtype=torch.long)
