@@ -35,7 +35,8 @@ from longreach.engine import reference
 from longreach.engine.batch import plan
 from longreach.engine.executor import Inputs, Layer, execute
 from longreach.kernels import Backend, backend_for
-from longreach.memory.store import ROLLBACK, SLACK, Store
+from longreach.memory.buffer import ROLLBACK, SLACK
+from longreach.memory.store import Store
 from longreach.methods.base import Method
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
@@ -145,7 +146,7 @@ class Ours:
         self.clear()
 
     def clear(self) -> None:
-        self.store = Store([self.layer.forms], owner=None)
+        self.store = Store([self.layer.forms])
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of the next tokens -> [1, T, H, D]."""

@@ -32,7 +32,7 @@ import longreach
 from families import WINDOW, build
 from longreach.engine import batch
 from longreach.hf.cache import store_of
-from longreach.memory import store
+from longreach.memory import buffer, store
 from longreach.methods.base import Method
 from methods_matrix import METHODS, context, refusal
 
@@ -139,12 +139,14 @@ def pair(family: str, method: Method) -> Pair:
 @contextmanager
 def constants(rollback: int, slack: int) -> Iterator[None]:
     """Small ones make short histories meet what long ones meet."""
-    before = store.ROLLBACK, store.SLACK
-    store.ROLLBACK, store.SLACK = rollback, slack
+    before = buffer.ROLLBACK, buffer.SLACK
+    buffer.ROLLBACK = store.ROLLBACK = rollback
+    buffer.SLACK = slack
     try:
         yield
     finally:
-        store.ROLLBACK, store.SLACK = before
+        buffer.ROLLBACK, buffer.SLACK = before
+        store.ROLLBACK = buffer.ROLLBACK
 
 
 @contextmanager
@@ -176,7 +178,7 @@ class History:
         self.family, self.method = drawn(seed // SHARING)
         self.rng = rng = random.Random(seed)
         self.small = rng.random() < 0.96
-        self.rollback, self.slack = (rng.choice([3, 8, 20]), rng.choice([1, 4, 9])) if self.small else (store.ROLLBACK, store.SLACK)
+        self.rollback, self.slack = (rng.choice([3, 8, 20]), rng.choice([1, 4, 9])) if self.small else (buffer.ROLLBACK, buffer.SLACK)
         self.longest_chunk = rng.choice([4, 12, 40]) if self.small else rng.choice([80, 260])
         self.most = 100 if self.small else 400
         self.pair = pair(self.family, self.method)
@@ -409,7 +411,7 @@ class History:
 
     def fail(self) -> None:
         """A forward that raises in some layer, before, in or after its attention."""
-        modules = self.pair.extension._modules
+        modules = self.pair.extension.forward.modules
         module = self.rng.choice([*modules, *modules, self.extended.get_output_embeddings()])
         when = self.rng.choice([module.register_forward_pre_hook, module.register_forward_hook])
 
@@ -440,7 +442,7 @@ class History:
         if store_of(self.talk.cache) is None:
             return
         before, copies = self.talk.model.copy(), []
-        hook = self.rng.choice(self.pair.extension._modules).register_forward_hook(
+        hook = self.rng.choice(self.pair.extension.forward.modules).register_forward_hook(
             lambda *anything: copies.append(copy.deepcopy(self.talk.cache) if self.rng.random() < 0.5 else self.pair.extension.fork(self.talk.cache))
         )
         try:

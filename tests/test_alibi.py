@@ -10,7 +10,8 @@ import torch
 from longreach import STRING, DualChunk, LMInfinite, ReRoPE, SelfExtend, StreamingLLM
 from longreach.core.encodings import Alibi
 from longreach.core.segments import Retention
-from longreach.engine import batch, reference
+from longreach.engine import reference
+from longreach.engine.batch import Batch
 from longreach.engine.executor import RAW, Inputs, Layer, execute
 from longreach.kernels import biased, tiles
 from longreach.kernels.biased import Bias
@@ -103,7 +104,7 @@ def test_golden_values_of_lm_infinite_under_alibi():
     i, alibi, method = torch.arange(10), Alibi(torch.tensor([0.25]).double()), LMInfinite(4, 2)
     out, _ = reference.attention(q, k, v, method.distances(i[:, None], i[None]), None, 0.5, alibi=alibi)
     assert out[0, 0, 9].tolist() == pytest.approx([6.59343698, 0.67656690], abs=1e-8)
-    plan = batch.plan(1, 10, None, CPU, None)
+    plan = Batch.of(1, 10, None, CPU, None)
     padded = torch.nn.functional.pad(v, (0, 2)).float()
     fast = execute(Layer(0, method, None, alibi=alibi), plan, None, CpuBackend(), q.float(), k.float(), padded, Inputs(0.5))
     torch.testing.assert_close(fast.transpose(1, 2)[..., :2].double(), out, atol=2e-6, rtol=0)

@@ -114,7 +114,7 @@ def test_the_command_hands_on_what_was_asked(options, method, context, max_lengt
 
     def evaluate(model: Any, tokenizer: Any, tasks: list[str], *, extension: Any, **given: Any) -> dict[str, Any]:
         calls.append(given | {"tasks": tasks, "method": extension.method.name, "context": extension.context})
-        assert extension.model is model and extension._attached
+        assert extension.model is model and extension.attached
         report = {"method": extension.method.to_json(), "max_length": 600, "overflow": given["overflow"], "requests": 9, "shortened_requests": 2}
         return {
             "results": {"arc": {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": math.nan}}, "n-samples": {"arc": {"effective": 4}},

@@ -17,7 +17,7 @@ import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, Stock, StreamingLLM
 from longreach.hf.cache import store_of
-from longreach.memory import store as stores
+from longreach.memory import buffer as buffers
 from longreach.memory.slots import Slots, runs
 
 METHODS = [SelfExtend(4, 16), LMInfinite(9, 3), StreamingLLM(9, 3), Stock()]
@@ -77,7 +77,7 @@ def test_a_forward_that_breaks_off_leaves_the_state_before_it(model, method, chu
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @torch.no_grad()
 def test_an_interrupt_while_tokens_are_counted_is_made_good(model, method, monkeypatch):
-    ids, real = tokens(1, 700), stores.Buffer._count
+    ids, real = tokens(1, 700), buffers.Buffer._count
     with longreach.extend(model, method, trained_window=4096):
         want = model(ids).logits[:, 690:]
         for at in range(6):
@@ -91,10 +91,10 @@ def test_an_interrupt_while_tokens_are_counted_is_made_good(model, method, monke
                     if len(calls) == at + 1:
                         raise KeyboardInterrupt
 
-                monkeypatch.setattr(stores.Buffer, "_count", count)
+                monkeypatch.setattr(buffers.Buffer, "_count", count)
                 with pytest.raises(KeyboardInterrupt):
                     model(ids[:, 300:690], past_key_values=cache)
-                monkeypatch.setattr(stores.Buffer, "_count", real)
+                monkeypatch.setattr(buffers.Buffer, "_count", real)
                 assert cache.get_seq_length() == 690  # what generate goes by
                 assert off(model(ids[:, 690:], past_key_values=cache).logits, want) <= 1e-5
 

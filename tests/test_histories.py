@@ -10,7 +10,7 @@ import torch
 
 import histories
 from longreach.engine import batch
-from longreach.memory import store
+from longreach.memory import buffer, store
 
 
 @pytest.mark.parametrize("block", range(20))
@@ -35,13 +35,13 @@ def rows_that_meet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mask_from_the_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last columns of a mask are taken for the new tokens."""
-    real = batch.plan
+    real = batch.Batch.of
 
-    def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, kept: Any) -> batch.Plan:
+    def of(rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, kept: Any) -> batch.Batch:
         seen = 0 if kept is None else kept.seen
         return real(rows, columns, None if mask is None else torch.cat([mask[:, :seen], mask[:, mask.shape[1] - columns :]], 1), device, kept)
 
-    monkeypatch.setattr(batch, "plan", plan)
+    monkeypatch.setattr(batch.Batch, "of", of)
 
 
 def hidden_tokens_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,15 +52,15 @@ def hidden_tokens_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def failed_forward_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward changes a buffer as soon as its layer has run."""
-    real = store.Buffer.extend
+    real = buffer.Buffer.extend
 
-    def extend(self: store.Buffer, *arguments: Any) -> store.Run:
+    def extend(self: buffer.Buffer, *arguments: Any) -> buffer.Run:
         run = real(self, *arguments)
-        run = store.Run(run.data.clone(), run.start)
+        run = buffer.Run(run.data.clone(), run.start)
         self.commit()
         return run
 
-    monkeypatch.setattr(store.Buffer, "extend", extend)
+    monkeypatch.setattr(buffer.Buffer, "extend", extend)
 
 
 def crop_half_done(monkeypatch: pytest.MonkeyPatch) -> None:

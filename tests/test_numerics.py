@@ -13,7 +13,8 @@ from longreach import STRING, DualChunk, LeakyReRoPE, LMInfinite, ReRoPE, SelfEx
 from longreach.core import differences
 from longreach.core.encodings import Rotary
 from longreach.core.merge import Merge, merge
-from longreach.engine import batch, reference
+from longreach.engine import reference
+from longreach.engine.batch import Batch
 from longreach.engine.executor import Inputs, Layer, execute
 from longreach.kernels import backend_for, tiles
 from longreach.kernels.cpu import CpuBackend, kernel
@@ -255,7 +256,7 @@ def run(layer: Layer, q, k, v, sink=None) -> torch.Tensor:
     """[B, H, T, E], stateless."""
     q, k, v = q.float(), k.float(), v.float()
     padded = torch.nn.functional.pad(v, (0, k.shape[-1] - v.shape[-1]))
-    out = execute(layer, batch.plan(1, q.shape[2], None, CPU, None), None, CpuBackend(), q, k, padded, Inputs(0.5, sink=sink))
+    out = execute(layer, Batch.of(1, q.shape[2], None, CPU, None), None, CpuBackend(), q, k, padded, Inputs(0.5, sink=sink))
     return out.transpose(1, 2)[..., : v.shape[-1]]
 
 

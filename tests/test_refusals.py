@@ -11,7 +11,7 @@ import transformers as t
 import longreach
 from families import BASE, REFUSED, build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.engine.batch import plan
+from longreach.engine.batch import Batch
 
 
 @pytest.fixture
@@ -249,20 +249,20 @@ def test_parts_of_a_model_are_not_called_alone(model):
     with longreach.extend(model, LMInfinite(8, 2)):
         hidden = model.get_input_embeddings()(tokens(1, 6))
         positions = model.model.rotary_emb(hidden, torch.arange(6)[None])
-        with refuses("plan of this forward"):
+        with refuses("batch of this forward"):
             model.model.layers[0](hidden, position_embeddings=positions)
 
 
-def test_planner_ranks_real_tokens_only():
+def test_a_batch_ranks_real_tokens_only():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
-    made = plan(4, 4, mask, torch.device("cpu"), None)
+    made = Batch.of(4, 4, mask, torch.device("cpu"), None)
     assert [(g.rows.start, g.start, g.count) for g in made.groups] == [(0, 0, 2), (1, 0, 4), (3, 0, 2)]
     assert made.groups[0].columns == slice(2, 4) and made.groups[2].columns.tolist() == [0, 2]
 
 
 def test_in_half_precision_layers_are_compared_where_rounding_moves_the_logits(monkeypatch):
     """As it does where it chooses other experts: then logits say nothing, and a layer that is off is seen all the same."""
-    from longreach.hf import extension as seam
+    from longreach.hf import forward as seam
 
     # a router whose choice is a matter of rounding, so that the logits are those of other experts
     model = build("qwen3-moe").bfloat16()

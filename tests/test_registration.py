@@ -86,7 +86,7 @@ def test_a_failed_extend_leaves_nothing_behind(family, monkeypatch):
     before = names()
     model = build(family)
     with monkeypatch.context() as broken:
-        broken.setattr("longreach.hf.extension.execute", lambda *a: torch.zeros(1, 12, a[4].shape[1], a[6].shape[3]))
+        broken.setattr("longreach.hf.forward.execute", lambda *a: torch.zeros(1, 12, a[4].shape[1], a[6].shape[3]))
         with refuses("does something we do not know"):
             longreach.extend(model, METHOD)
     assert names() == before and not any("forward" in vars(module) for module in model.modules())
@@ -195,19 +195,19 @@ def test_a_forward_that_raises_leaves_no_plan_and_frees_its_cache(family, error)
         want = model(IDS, use_cache=False).logits
         cache = model(IDS[:, :30], use_cache=True).past_key_values
         lost = weakref.ref(store_of(cache))
-        for hooked in (layer.register_forward_pre_hook, extension.base.register_forward_pre_hook):  # inside, and between our hook and the forward
+        for hooked in (layer.register_forward_pre_hook, extension.facts.base.register_forward_pre_hook):  # inside, and between our hook and the forward
             handle = hooked(fail)
             with pytest.raises(error):
                 model(IDS[:, 30:], past_key_values=cache)
             handle.remove()
             assert store_of(cache).seen == 30
             if error is RuntimeError:
-                assert extension.owner.plan is None
+                assert extension.forward.calls.batch is None
         assert torch.allclose(model(IDS[:, 30:], past_key_values=cache).logits, want[:, 30:], atol=1e-4)
         del cache
         model(IDS[:, :2])  # an interrupt runs no hook: its plan goes with the next call
         gc.collect()
-        assert extension.owner.plan is None and lost() is None
+        assert extension.forward.calls.batch is None and lost() is None
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def test_a_call_that_fails_inside_another_leaves_the_outer_one_alone():
         model.model.layers[0].register_forward_hook(hook)
         cache = DynamicCache()
         assert torch.equal(model(IDS, past_key_values=cache).logits, want) and len(said) == 2
-        assert cache.get_seq_length() == 40 and extension.owner.plan is None
+        assert cache.get_seq_length() == 40 and extension.forward.calls.batch is None
 
 
 @torch.no_grad()
@@ -245,7 +245,7 @@ def test_a_hook_that_exchanges_the_tokens():
         model.model.register_forward_pre_hook(exchange, with_kwargs=True)
         cache = DynamicCache()
         assert torch.equal(model(torch.zeros_like(IDS), past_key_values=cache).logits, want)
-        assert store_of(cache).lengths == [40, 40] and extension.owner.plan is None
+        assert store_of(cache).lengths == [40, 40] and extension.forward.calls.batch is None
 
 
 # -- models without a language head -------------------------------------------------------------------------------------------------

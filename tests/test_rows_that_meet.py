@@ -80,7 +80,7 @@ def test_neighbours_of_one_kind_share_a_call():
     mask[3, :7] = 0
     extension = longreach.extend(model, Stock())
     calls = []
-    extension.base.layers[0].self_attn.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["attention_mask"].groups), with_kwargs=True)
+    extension.facts.base.layers[0].self_attn.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["attention_mask"].groups), with_kwargs=True)
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     model(ids[:, :1], attention_mask=F.pad(mask, (0, 1), value=1), past_key_values=cache)
     assert [[(g.rows.start, g.rows.stop, g.start) for g in groups] for groups in calls] == [[(0, 3, 0), (3, 4, 0)], [(0, 3, 30), (3, 4, 23)]]

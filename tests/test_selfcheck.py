@@ -14,7 +14,7 @@ import transformers as t
 import longreach
 from families import build, tokens
 from longreach import SelfExtend, Stock
-from longreach.hf import extension as seam
+from longreach.hf import forward as seam
 from longreach.hf import selfcheck
 
 HALVES = [torch.bfloat16, torch.float16]

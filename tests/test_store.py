@@ -7,7 +7,8 @@ import torch
 
 from longreach import DualChunk, LMInfinite, SelfExtend, StreamingLLM
 from longreach.core.segments import Identity, Retention, forms
-from longreach.memory.store import ROLLBACK, SLACK, Buffer, Store
+from longreach.memory.buffer import ROLLBACK, SLACK, Buffer
+from longreach.memory.store import Store
 
 ONE = slice(0, 1)
 
@@ -85,7 +86,7 @@ def test_select_reorders_rows():
 
 
 def fill(method, tokens: int, chunk: int, heads: int = 2, width: int = 8) -> Store:
-    store = Store([forms(method.layout(0))], object())
+    store = Store([forms(method.layout(0))])
     store.open(1)
     for start in range(0, tokens, chunk):
         new = torch.zeros(1, heads, min(chunk, tokens - start), width)
@@ -124,7 +125,7 @@ def test_selfextend_keeps_values_the_grouped_form_and_a_near_tail():
 
 
 def test_store_counts_slots_and_tokens_apart():
-    store = Store([forms(SelfExtend(2, 4).layout(0))], object())
+    store = Store([forms(SelfExtend(2, 4).layout(0))])
     store.open(2)
     store.advance(torch.tensor([[False, True, True], [True, True, True]]), 3)
     store.advance(None, 2)

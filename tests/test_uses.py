@@ -22,7 +22,7 @@ from longreach import LMInfinite, SelfExtend
 from longreach.core import encodings
 from longreach.core.encodings import Rotary
 from longreach.core.segments import Identity
-from longreach.engine import batch
+from longreach.engine.batch import Batch
 from longreach.engine.executor import Inputs, Layer, execute
 from longreach.hf.cache import store_of
 from longreach.kernels.plain import PlainBackend
@@ -97,7 +97,7 @@ def test_layers_on_several_devices_and_devices_without_fp64(method, padded, monk
     mask = torch.ones(2, 40, dtype=torch.bool)
     if padded:
         mask[0, 3:7] = False  # a row whose tokens are no slice
-    plan = batch.plan(2, 40, mask, cpu, None)
+    plan = Batch.of(2, 40, mask, cpu, None)
     layer = Layer(0, method, Rotary(torch.rand(4, dtype=torch.float64)))
     q, k, v = torch.randn(2, 4, 40, 8), torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 8)
     out = execute(layer, plan, None, PlainBackend(), q, k, v, Inputs(0.5))
@@ -112,7 +112,7 @@ def test_the_plain_backend_serves_a_model(monkeypatch):
     """What runs on MPS: tables made on the CPU, attention of matrix products."""
     model = build("gpt-oss")
     expected = logits_of(model)
-    monkeypatch.setattr("longreach.hf.extension.backend_for", lambda device, dtype: PlainBackend())
+    monkeypatch.setattr("longreach.hf.forward.backend_for", lambda device, dtype: PlainBackend())
     assert difference(logits_of(model), expected) <= 1e-5
 
 
@@ -479,7 +479,7 @@ torch.set_num_threads(1)
 folder, ids = sys.argv[1], torch.load(sys.argv[2])
 model = t.AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto")).eval()
 with torch.no_grad(), longreach.extend(model, longreach.SelfExtend(3, 8)) as extension:
-    assert extension.entries[0].heads == 1, extension.entries  # two key heads over two ranks
+    assert extension.facts.reading.entries[0].heads == 1, extension.facts.reading.entries  # two key heads over two ranks
     cache = t.DynamicCache()
     parts = [model(part, past_key_values=cache).logits for part in ids.split([30, 9, *[1] * 11], dim=1)]
     made = model.generate(ids, max_new_tokens=6, do_sample=False)

@@ -10,8 +10,9 @@ Names are imported when they are first used, so that `longreach --help` is insta
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from longreach.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from longreach.hf.extension import Extension as Extension
@@ -52,11 +53,6 @@ _HOMES = {
     "Method": "methods.base",
     "from_json": "methods",
 }
-
-try:
-    __version__ = version("longreach")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

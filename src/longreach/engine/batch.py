@@ -1,4 +1,4 @@
-"""The plan of one forward: which rows hold which new tokens, and the rotation tables that all layers share.
+"""Who is in a forward: which rows hold which new tokens, and the rotation tables that all layers share.
 
 Knows lengths and indices; not queries, keys or models.
 """
@@ -69,17 +69,48 @@ class Rows:
 
 
 @dataclass(eq=False)
-class Plan:
-    """What the planner decides once per forward and every layer reads. It travels as the model's `attention_mask`."""
+class Batch:
+    """What is decided once per forward and every layer reads. It travels as the model's `attention_mask`."""
 
     groups: list[Rows]
     real: torch.Tensor | None  # [B, T] on the CPU, None if every column is a real token
     columns: int
     store: Store | None = None
     past: list[Past] | None = None  # per row, what it may see of the store
-    changes: int = 0  # of the store, when this was planned
+    changes: int = 0  # of the store, when this was formed
     _tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)  # by id of the rotary, which its tables keep alive
     _scales: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, store: Store | None) -> Batch:
+        """`columns` new columns for `rows` rows, on top of an open `store` or of nothing.
+
+        mask  [B, M] of zeros and ones or None, one column per slot of the store and one per new column; columns beyond them speak of tokens that are not
+              there yet. A new token's index follows that of the last token of its row that the mask leaves visible.
+
+        Raises ValueError if the mask is not of this kind or shows what is not stored.
+        """
+        seen = 0 if store is None else store.seen
+        if mask is not None:
+            mask = _checked(mask, rows, seen, columns)
+        past = [Past(0)] * rows if store is None else store.past(None if mask is None else mask[:, :seen])
+        real = None if mask is None else mask[:, seen : seen + columns].cpu()
+        if real is None or bool(real.all()):
+            real, where = None, [()] * rows
+            new: list[slice | torch.Tensor] = [slice(0, columns)] * rows
+        else:
+            found = [row.nonzero()[:, 0] for row in real]
+            where, new = [tuple(row.tolist()) for row in found], [_as_slice(row, device) for row in found]
+        counts = [columns] * rows if real is None else [len(row) for row in where]
+        # what a call reads must agree for all of its rows, the places of their buffers too
+        keys = list(zip(where, past, [None] * rows if store is None else store.places(), strict=True))
+        groups = []
+        for _, same in itertools.groupby(range(rows), key=keys.__getitem__):
+            members = list(same)
+            row = members[0]
+            if counts[row]:
+                groups.append(Rows(slice(row, members[-1] + 1), new[row], past[row].start, counts[row], past[row].hidden))
+        return cls(groups, real, columns, store, past, 0 if store is None else store.changes)
 
     @property
     def rollback(self) -> int:
@@ -122,42 +153,11 @@ class Plan:
     # What Transformers may ask of a mask on its way to the layers.
     ndim: ClassVar[int] = 0
 
-    def contiguous(self) -> Plan:
+    def contiguous(self) -> Batch:
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Plan:
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
         return self
-
-
-def plan(rows: int, columns: int, mask: torch.Tensor | None, device: torch.device, store: Store | None) -> Plan:
-    """The plan of `columns` new columns for `rows` rows, on top of an open `store` or of nothing.
-
-    mask  [B, M] of zeros and ones or None, one column per slot of the store and one per new column; columns beyond them speak of tokens that are not
-          there yet. A new token's index follows that of the last token of its row that the mask leaves visible.
-
-    Raises ValueError if the mask is not of this kind or shows what is not stored.
-    """
-    seen = 0 if store is None else store.seen
-    if mask is not None:
-        mask = _checked(mask, rows, seen, columns)
-    past = [Past(0)] * rows if store is None else store.past(None if mask is None else mask[:, :seen])
-    real = None if mask is None else mask[:, seen : seen + columns].cpu()
-    if real is None or bool(real.all()):
-        real, where = None, [()] * rows
-        new: list[slice | torch.Tensor] = [slice(0, columns)] * rows
-    else:
-        found = [row.nonzero()[:, 0] for row in real]
-        where, new = [tuple(row.tolist()) for row in found], [_as_slice(row, device) for row in found]
-    counts = [columns] * rows if real is None else [len(row) for row in where]
-    # what a call reads must agree for all of its rows, the places of their buffers too
-    keys = list(zip(where, past, [None] * rows if store is None else store.places(), strict=True))
-    groups = []
-    for _, same in itertools.groupby(range(rows), key=keys.__getitem__):
-        members = list(same)
-        row = members[0]
-        if counts[row]:
-            groups.append(Rows(slice(row, members[-1] + 1), new[row], past[row].start, counts[row], past[row].hidden))
-    return Plan(groups, real, columns, store, past, 0 if store is None else store.changes)
 
 
 def _checked(mask: torch.Tensor, rows: int, seen: int, columns: int) -> torch.Tensor:

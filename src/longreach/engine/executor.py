@@ -1,6 +1,6 @@
 """The executor: one layer of one forward. Store the new keys, rotate, call the backend per segment, merge exactly.
 
-Knows a plan, a layout and tensors; not where they come from.
+Knows a batch, a layout and tensors; not where they come from.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from longreach.core.encodings import Alibi, Rotary, exact_device
 from longreach.core.merge import NEGATIVE_INFINITY, Merge
 from longreach.core.segments import Constant, Layout, Piece, PositionMap, Retention, Segment, TopK, forms
 from longreach.engine import reference
-from longreach.engine.batch import Plan, Rows
+from longreach.engine.batch import Batch, Rows
 from longreach.kernels import Backend
 from longreach.kernels.biased import Bias
 from longreach.kernels.tiles import Band
-from longreach.memory.store import LayerStore, Run
+from longreach.memory.buffer import Run
+from longreach.memory.store import LayerStore
 from longreach.methods.base import Method
 
 RAW = Constant(0)
@@ -62,40 +63,40 @@ class Inputs:
 
 
 def execute(
-    layer: Layer, plan: Plan, store: LayerStore | None, backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
+    layer: Layer, batch: Batch, store: LayerStore | None, backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
 ) -> torch.Tensor:
     """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads."""
     shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
     out: torch.Tensor | None = None
-    for rows in plan.groups:
+    for rows in batch.groups:
         new_k, new_v = rows.take(k), rows.take(v)
-        keys = {positions: _extend(layer, plan, store, rows, positions, new_k) for positions in layer.forms}
-        values = Run(new_v, 0) if store is None else store.values.extend(rows.rows, rows.start, new_v, plan.rollback)
+        keys = {positions: _extend(layer, batch, store, rows, positions, new_k) for positions in layer.forms}
+        values = Run(new_v, 0) if store is None else store.values.extend(rows.rows, rows.start, new_v, batch.rollback)
         at_once = rows.count if layer.dense or layer.layout.late is not None else QUERIES_AT_ONCE
         for block in rows.blocks(at_once):
             if layer.dense:
                 merged = _dense(layer, block, block.take(q), keys[RAW], values, inputs)
             else:
-                merged = _Call(layer, plan, block, backend, inputs, store, keys, values).run(block.take(q))
+                merged = _Call(layer, batch, block, backend, inputs, store, keys, values).run(block.take(q))
             merged = merged.transpose(1, 2).to(q.dtype)
             if block.whole(q.shape[0], q.shape[2]):
                 return merged.contiguous()
             if out is None:
-                out = q.new_empty(shape) if plan.real is None else q.new_zeros(shape)
+                out = q.new_empty(shape) if batch.real is None else q.new_zeros(shape)
             out[block.rows, block.columns_on(out.device)] = merged
     return q.new_zeros(shape) if out is None else out
 
 
-def _extend(layer: Layer, plan: Plan, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:
+def _extend(layer: Layer, batch: Batch, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:
     """Encode the new keys at `positions` and append them to their form. The dense truth keeps them as they are."""
     kept, count = layer.forms[positions], rows.count
     if kept.tail == 0:  # only first tokens are ever seen in this form
         count = min(count, max(0, kept.head - rows.start))
         new = new[:, :, :count]
     if not layer.dense and layer.rotary is not None and count:
-        table = plan.table(layer.rotary, positions, rows.start, count, new.device)
+        table = batch.table(layer.rotary, positions, rows.start, count, new.device)
         new = new if table is None else table.rotate(new)
-    return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new, plan.rollback)
+    return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new, batch.rollback)
 
 
 def _dense(layer: Layer, rows: Rows, q: torch.Tensor, keys: Run, values: Run, inputs: Inputs) -> torch.Tensor:
@@ -124,7 +125,7 @@ class _Call:
     """One layer, one group of rows."""
 
     layer: Layer
-    plan: Plan
+    batch: Batch
     rows: Rows
     backend: Backend
     inputs: Inputs
@@ -149,9 +150,9 @@ class _Call:
     def query(self, segment: Segment, q: torch.Tensor) -> torch.Tensor:
         """The queries at the segment's positions, scaled."""
         start, count = self.rows.start, self.rows.count
-        scale = None if segment.query_scale is None else self.plan.scale(segment.query_scale, start, count, q.device)
+        scale = None if segment.query_scale is None else self.batch.scale(segment.query_scale, start, count, q.device)
         rotary = self.layer.rotary
-        table = None if rotary is None else self.plan.table(rotary, segment.query_positions, start, count, q.device)
+        table = None if rotary is None else self.batch.table(rotary, segment.query_positions, start, count, q.device)
         if table is not None:
             return table.rotate(q, scale)
         return q if scale is None else (q.float() * scale[:, None]).to(q.dtype)
@@ -206,7 +207,7 @@ class _Call:
         start, stop = self.rows.start, self.rows.start + self.rows.count
         queries = q
         rotary = self.layer.rotary
-        if rotary is not None and (table := self.plan.table(rotary, Constant(late.distance), start, self.rows.count, q.device)) is not None:
+        if rotary is not None and (table := self.batch.table(rotary, Constant(late.distance), start, self.rows.count, q.device)) is not None:
             queries = table.rotate(q)
         groups = q.shape[1] // self.values.data.shape[1]
         first = stop - 1 if late.rows == "last" else start

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from longreach.hf.calls import Calls
 from longreach.memory.store import Store
 
 
@@ -28,8 +29,9 @@ class StoreLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, store: Store, index: int) -> None:
+    def __init__(self, store: Store, index: int, calls: Calls) -> None:
         self.store = store
+        self.calls = calls  # of the extension that may write to it
         self.index = index
         self.is_initialized = True
 
@@ -59,7 +61,7 @@ class StoreLayer(CacheLayerMixin):
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.store.owner.expects(self.store):
+        if not self.calls.expects(self.store):
             raise ValueError("this cache belongs to a Longreach extension that is not in force here; pass a new DynamicCache() and the whole text")
         return key_states, value_states
 
@@ -155,12 +157,12 @@ def cache_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def place(cache: Cache | None, fresh: Store) -> tuple[Cache, Store]:
+def place(cache: Cache | None, fresh: Store, calls: Calls) -> tuple[Cache, Store]:
     """A cache with our layers: ours as it is, an absent or empty `DynamicCache` filled in place. Raises for every other."""
     if cache is None:
         cache = DynamicCache()
     if (store := store_of(cache)) is not None:
-        if store.owner is not fresh.owner:
+        if cache.layers[0].calls is not calls:
             raise ValueError("this cache was filled under another extension; pass a new DynamicCache() or past_key_values=None")
         return cache, store
     if type(cache) is not DynamicCache:
@@ -170,5 +172,5 @@ def place(cache: Cache | None, fresh: Store) -> tuple[Cache, Store]:
     if any(getattr(layer, "is_initialized", False) and layer.get_seq_length() for layer in cache.layers):
         raise ValueError("this cache was filled without Longreach, so its keys are already rotated; pass a new DynamicCache() and the whole text")
     cache.layer_class_to_replicate = None
-    cache.layers = [StoreLayer(fresh, index) for index in range(len(fresh.retentions))]
+    cache.layers = [StoreLayer(fresh, index, calls) for index in range(len(fresh.retentions))]
     return cache, fresh

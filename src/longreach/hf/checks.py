@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from longreach.engine.batch import Plan
+from longreach.engine.batch import Batch
 from longreach.hf import legacy
 from longreach.hf.rotary import IdentityRotary, Seen
 
@@ -77,15 +77,15 @@ def check_arguments(index: int, seen: Seen) -> None:
             raise ValueError(f"layer {index} passes {name!r} to its attention, which Longreach does not honour; use the model without extend()")
 
 
-def check_positions(position_ids: torch.Tensor, plan: Plan) -> None:
+def check_positions(position_ids: torch.Tensor, batch: Batch) -> None:
     """Positions a caller passes are honoured only as what they usually are, the order of the tokens; anything else raises.
 
     The first call may begin anywhere, for an offset changes no distance. Later ones go on from there, or count tokens or slots.
     """
-    rows, store = len(plan.past or ()), plan.store
-    if position_ids.dim() != 2 or position_ids.shape[-1] != plan.columns or position_ids.shape[0] not in (1, rows):
-        raise ValueError(f"position_ids of shape {list(position_ids.shape)} do not count {plan.columns} tokens of {rows} rows; leave them out")
-    for group in plan.groups:
+    rows, store = len(batch.past or ()), batch.store
+    if position_ids.dim() != 2 or position_ids.shape[-1] != batch.columns or position_ids.shape[0] not in (1, rows):
+        raise ValueError(f"position_ids of shape {list(position_ids.shape)} do not count {batch.columns} tokens of {rows} rows; leave them out")
+    for group in batch.groups:
         own = position_ids[group.rows if position_ids.shape[0] > 1 else slice(0, 1)][:, group.columns]
         if not bool((own[:, 1:] - own[:, :-1] == 1).all()):
             raise ValueError("position_ids must count the tokens of each row one by one; leave them out (packed sequences cannot be honoured)")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,28 +23,19 @@ from transformers import DynamicCache
 
 from longreach.core.encodings import Rotary
 from longreach.hf.cache import place, store_of
+from longreach.hf.facts import Entry, Facts
 from longreach.hf.fingerprint import fingerprint
+from longreach.hf.forward import Forward
 from longreach.hf.placement import device_of
-from longreach.memory.store import Buffer, LayerStore, Store
-
-if TYPE_CHECKING:
-    from longreach.hf.extension import Extension
+from longreach.memory.buffer import Buffer
+from longreach.memory.store import LayerStore, Store
+from longreach.version import __version__
 
 FORMAT = 1
 LARGEST_FILE = 256 * 2**30
 KEY = "longreach"  # our facts in the metadata of the file; notes of the caller stand beside it under "note."
 NOTE = "note."
 AGAIN = "read the document again and save it"
-
-
-class Entry(NamedTuple):
-    """What one layer stores of a token."""
-
-    heads: int
-    key_width: int
-    value_width: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +54,18 @@ class Document:
     notes: dict[str, str]
 
 
-def fork(extension: Extension, cache: Any) -> DynamicCache:
-    return _placed(_own_store(extension, cache).fork())
+def fork(forward: Forward, cache: Any) -> DynamicCache:
+    return _placed(forward, _own_store(forward, cache).fork())
 
 
-def save(extension: Extension, cache: Any, file: Path, ids: Any, notes: Mapping[str, str]) -> None:
+def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str, str]) -> None:
     """Write the cache of `extension` to `file`, which exists afterwards as a whole or as it was before.
 
     ids    [B, T] or a list: the tokens that the cache has read, to verify and to continue with. After `generate` the cache has not read
            the last new token, so they are `sequence[:, :cache.get_seq_length()]`.
     notes  names and texts to keep beside it.
     """
-    store = _own_store(extension, cache).fork()
+    store = _own_store(forward, cache).fork()
     if not any(store.lengths):
         raise ValueError("this cache is empty, so there is nothing to save; let the model read a document first: model(ids, past_key_values=cache)")
     tensors: dict[str, torch.Tensor] = {}
@@ -83,14 +74,14 @@ def save(extension: Extension, cache: Any, file: Path, ids: Any, notes: Mapping[
     if store.real is not None:
         tensors["mask"] = store.real.contiguous()
     places = {}
-    dtypes = {entry.dtype for entry in extension.entries}
+    dtypes = {entry.dtype for entry in forward.facts.reading.entries}
     for name, buffer in _buffers(store):
         places[name] = {"starts": buffer.starts, "ends": buffer.ends}
         for part, tensor in buffer.entries().items():
             if tensor.dtype not in dtypes:
                 raise ValueError(f"the model was cast to {tensor.dtype} after extend(), which measured it as it was before; remove() and extend() again")
             tensors[f"{name}.{part}"] = tensor
-    facts = {**_identity(extension), "rows": store.rows, "seen": store.seen, "buffers": places}
+    facts = {**_identity(forward.facts), "rows": store.rows, "seen": store.seen, "buffers": places}
     metadata = {KEY: json.dumps(facts, allow_nan=False), **{f"{NOTE}{name}": text for name, text in notes.items()}}
     if not file.parent.is_dir():
         raise ValueError(f"there is no folder {str(file.parent)!r} for the document; create it first")
@@ -114,29 +105,29 @@ def facts(file: Path, max_bytes: int = LARGEST_FILE) -> dict[str, Any]:
         return _facts(file, opened)
 
 
-def load(extension: Extension, file: Path, max_bytes: int) -> Document:
+def load(forward: Forward, file: Path, max_bytes: int) -> Document:
     with _opened(file, max_bytes) as opened:
         found = _facts(file, opened)
-        _check_identity(extension, found, str(file))
+        _check_identity(forward, found, str(file))
         try:
-            store, ids = _read(extension, opened, found)
+            store, ids = _read(forward, opened, found)
         except (_Damaged, LookupError, TypeError, AttributeError, OverflowError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{str(file)!r} contradicts itself ({error or type(error).__name__}), so it is damaged or forged; {AGAIN}") from error
         notes = {name.removeprefix(NOTE): text for name, text in opened.metadata().items() if name.startswith(NOTE)}
-    device = device_of(extension.model)
+    device = device_of(forward.facts.model)
     ids, mask = (None if tensor is None else tensor.long().to(device) for tensor in (ids, store.real))
-    return Document(_placed(store), ids, mask, notes)
+    return Document(_placed(forward, store), ids, mask, notes)
 
 
-def _placed(store: Store) -> DynamicCache:
-    return place(DynamicCache(), store)[0]
+def _placed(forward: Forward, store: Store) -> DynamicCache:
+    return place(DynamicCache(), store, forward.calls)[0]
 
 
-def _own_store(extension: Extension, cache: Any) -> Store:
+def _own_store(forward: Forward, cache: Any) -> Store:
     store = store_of(cache)
     if store is None:
         raise ValueError("this cache was not filled by an extended model; read the document with extend() in force: model(ids, past_key_values=cache)")
-    if store.owner is not extension.owner:
+    if cache.layers[0].calls is not forward.calls:
         raise ValueError("this cache was filled under another extension; call its save() or fork(), or read the document again under this one")
     return store
 
@@ -162,32 +153,30 @@ def _buffers(store: Store) -> Iterator[tuple[str, Buffer]]:
 # -- identity -----------------------------------------------------------------------------------------------------------------------
 
 
-def _identity(extension: Extension) -> dict[str, Any]:
+def _identity(facts: Facts) -> dict[str, Any]:
     """Everything that has to be the same where the document is used again, as plain JSON."""
-    from longreach import __version__
-
     rotaries: dict[int, tuple[int, Rotary]] = {}
     layers = []
-    for layer, entry in zip(extension.layers, extension.entries, strict=True):
+    for layer, entry in zip(facts.layers, facts.reading.entries, strict=True):
         number = None if layer.rotary is None else rotaries.setdefault(id(layer.rotary), (len(rotaries), layer.rotary))[0]
         forms = [[repr(positions), kept.head, kept.tail] for positions, kept in layer.forms.items()]
         layers.append({"heads": entry.heads, "widths": [entry.key_width, entry.value_width], "rotary": number, "forms": forms})
     found = {
         "format": FORMAT,
         "library": __version__,
-        "method": extension.method.to_json(),
-        "context": extension.context,
-        "model": {"architecture": type(extension.model).__name__, "layers": layers, "weights": fingerprint(extension.base)},
-        "dtype": sorted({str(entry.dtype).removeprefix("torch.") for entry in extension.entries}),
+        "method": facts.chosen.method.to_json(),
+        "context": facts.chosen.context,
+        "model": {"architecture": type(facts.model).__name__, "layers": layers, "weights": fingerprint(facts.base)},
+        "dtype": sorted({str(entry.dtype).removeprefix("torch.") for entry in facts.reading.entries}),
         "rotaries": [[r.scaling, r.pairing, r.start, r.sign, r.inverse_frequencies.tolist()] for _, r in rotaries.values()],
     }
     return dict(json.loads(json.dumps(found)))
 
 
-def _check_identity(extension: Extension, found: dict[str, Any], file: str) -> None:
+def _check_identity(forward: Forward, found: dict[str, Any], file: str) -> None:
     from longreach.methods import from_json
 
-    own = _identity(extension)
+    own = _identity(forward.facts)
     shape = lambda model: (model["architecture"], [(layer["heads"], layer["widths"]) for layer in model["layers"]])  # noqa: E731
     try:
         same_shape = shape(found["model"]) == shape(own["model"])
@@ -203,7 +192,7 @@ def _check_identity(extension: Extension, found: dict[str, Any], file: str) -> N
     if found.get("dtype") != own["dtype"]:
         raise ValueError(f"{file!r} was read in {found.get('dtype')} and this model computes in {own['dtype']}; load it with that dtype, or {AGAIN}")
     if found["method"] != own["method"]:
-        raise ValueError(f"{file!r} was read with {method}, not with {extension.method}; attach that: {attach}")
+        raise ValueError(f"{file!r} was read with {method}, not with {forward.facts.chosen.method}; attach that: {attach}")
     if context != own["context"]:
         raise ValueError(f"{file!r} was read for a context of {context} tokens, not of {own['context']}; attach it so: {attach}")
     if forms != [[layer[name] for name in ("rotary", "forms")] for layer in own["model"]["layers"]]:
@@ -218,9 +207,7 @@ def _same_rotaries(found: Any, own: list[Any]) -> bool:
     """Frequencies may differ by rounding between devices."""
     try:
         return len(found) == len(own) and all(
-            a[1:4] == b[1:4]
-            and len(a[4]) == len(b[4])
-            and all(abs(x - y) <= 1e-5 * abs(y) for x, y in zip([a[0], *a[4]], [b[0], *b[4]], strict=True))
+            a[1:4] == b[1:4] and len(a[4]) == len(b[4]) and all(abs(x - y) <= 1e-5 * abs(y) for x, y in zip([a[0], *a[4]], [b[0], *b[4]], strict=True))
             for a, b in zip(found, own, strict=True)
         )
     except (TypeError, IndexError, KeyError):
@@ -255,7 +242,7 @@ def _facts(file: Path, opened: Any) -> dict[str, Any]:
     return dict(found)
 
 
-def _read(extension: Extension, opened: Any, found: dict[str, Any]) -> tuple[Store, torch.Tensor | None]:
+def _read(forward: Forward, opened: Any, found: dict[str, Any]) -> tuple[Store, torch.Tensor | None]:
     names = set(opened.keys())
     rows, seen = found["rows"], found["seen"]
     _require(_count(rows) and rows > 0 and _count(seen) and seen > 0, "rows and slots are no counts")
@@ -263,17 +250,17 @@ def _read(extension: Extension, opened: Any, found: dict[str, Any]) -> tuple[Sto
     _require(mask is None or (mask.dtype == torch.bool and list(mask.shape) == [rows, seen]), "the mask has another shape")
     ids = opened.get_tensor("ids") if "ids" in names else None
     _require(ids is None or (ids.dtype == torch.int64 and list(ids.shape) == [rows, seen]), "the ids have another shape")
-    vocabulary = extension.model.get_input_embeddings().weight.shape[0]
+    vocabulary = forward.facts.model.get_input_embeddings().weight.shape[0]
     _require(ids is None or (int(ids.min()) >= 0 and int(ids.max()) < vocabulary), "an id is not in the vocabulary")
-    buffers = {f"layers.{index}.values" for index in range(len(extension.layers))}
-    buffers |= {f"layers.{index}.keys.{number}" for index, layer in enumerate(extension.layers) for number in range(len(layer.forms))}
+    buffers = {f"layers.{index}.values" for index in range(len(forward.facts.layers))}
+    buffers |= {f"layers.{index}.keys.{number}" for index, layer in enumerate(forward.facts.layers) for number in range(len(layer.forms))}
     _require(isinstance(found["buffers"], dict) and set(found["buffers"]) == buffers, "its buffers are not those of the method")
     _require(rows <= max(opened.get_slice(name).get_shape()[0] for name in names), "no tensor has that many rows")
-    store = extension.new_store()
+    store = forward.new_store()
     store.restore([seen] * rows if mask is None else mask.sum(1).tolist(), seen, mask)
     used = {"mask", "ids"} & names
-    for index, (layer, entry) in enumerate(zip(store.layers, extension.entries, strict=True)):
-        entry = entry._replace(device=extension.device_of_layer(index))
+    for index, (layer, entry) in enumerate(zip(store.layers, forward.facts.reading.entries, strict=True)):
+        entry = entry._replace(device=forward.facts.device_of_layer(index))
         for name, buffer, width in _of_layer(index, layer, entry):
             used |= _fill(opened, name, buffer, found["buffers"][name], store.lengths, (entry.heads, width), entry)
     _require(used == names, "it holds tensors that belong nowhere")

@@ -98,4 +98,3 @@ def original_window(config: Any, layer_type: str) -> int:
     """The window before any scaling: positions below it use a checkpoint's short frequencies."""
     original = dial.rope_parameters(config, layer_type).get("original_max_position_embeddings")
     return int(original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings)
-

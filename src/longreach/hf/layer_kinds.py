@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longreach.engine.batch import Plan
+from longreach.engine.batch import Batch
 from longreach.hf.rotary import Seen
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
@@ -58,13 +58,13 @@ def slot_scales(modules: list[Any]) -> set[int]:
     return {int(m.floor_scale) for m in tuned}
 
 
-def refuse_shifted(steps: set[int], plan: Plan) -> None:
+def refuse_shifted(steps: set[int], batch: Batch) -> None:
     """Pads move a row's slots away from its indices: refuse as soon as the model would scale a query of it by another step."""
-    seen = 0 if plan.store is None else plan.store.seen
-    for rows in plan.groups:
-        if not steps or (plan.real is None and rows.start == seen):
+    seen = 0 if batch.store is None else batch.store.seen
+    for rows in batch.groups:
+        if not steps or (batch.real is None and rows.start == seen):
             continue
-        columns = range(plan.columns) if plan.real is None else plan.real[rows.rows.start].nonzero()[:, 0].tolist()
+        columns = range(batch.columns) if batch.real is None else batch.real[rows.rows.start].nonzero()[:, 0].tolist()
         for index, column in enumerate(columns, rows.start):
             if any((seen + column + 1) // step != (index + 1) // step for step in steps):
                 raise ValueError(

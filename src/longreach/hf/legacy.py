@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,7 +25,10 @@ from transformers import PreTrainedModel
 
 from longreach.core.differences import largest
 from longreach.core.encodings import Alibi, Rotary
+from longreach.hf import registration
 from longreach.hf import rotary as probe
+from longreach.hf.facts import PROBE_POSITIONS, Entry, Reading
+from longreach.methods.stock import Stock
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Attend = Callable[..., tuple[torch.Tensor, None]]  # the attention function of an extension
@@ -221,24 +225,54 @@ class Forward:
 class LegacySeam:
     """The attention modules of one model, and the forwards put in their place."""
 
+    legacy: ClassVar[bool] = True
+
+    model: Any
     base: Any
     family: Family
+    name: str
+    configs: registration.Configs
     modules: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.modules = [getattr(block, self.family.attention) for block in getattr(self.base, self.family.blocks)]
 
-    def install(self, attend: Attend) -> None:
-        for module in self.modules:
+    def probe(self, window: int) -> torch.Tensor:
+        return torch.arange(min(len(PROBE_POSITIONS), window))
+
+    def read(self, ids: torch.Tensor, positions: torch.Tensor) -> Reading:
+        rotary, alibi = self.family.encoding(self.base, self.modules, positions)
+        embedded = self.base.get_input_embeddings()(ids[:, :1])
+        made = [self.family.project(module, embedded.to(next(module.parameters()).device)) for module in self.modules]
+        entries = [Entry(k.shape[1], k.shape[-1], v.shape[-1], k.dtype, k.device) for _, k, v in made]
+        n = len(self.modules)
+        return Reading(self.modules, [None] * n, [rotary] * n, alibi, [Stock()] * n, entries, embedded.dtype)
+
+    def kernels(self, reading: Reading) -> Sequence[str]:
+        return [self.family.definition(self.base) or self.base.config._attn_implementation]
+
+    @contextmanager
+    def stock(self, kernel: str) -> Iterator[None]:
+        self.base.config._attn_implementation_internal = kernel
+        try:
+            yield
+        finally:
+            registration.set_back(self.configs)
+
+    def install(self, attend: Attend, modules: Sequence[Any]) -> None:
+        for config, _ in self.configs:  # set_attn_implementation declines models of these families
+            config._attn_implementation_internal = self.name
+        for module in modules:
             module.forward = Forward(self.family, module, attend)
 
     def remove(self) -> None:
         for module in self.modules:
             if isinstance(module.__dict__.get("forward"), Forward):
                 del module.forward
+        registration.set_back(self.configs, self.name)
 
 
-def seam_of(model: nn.Module) -> LegacySeam | None:
+def seam_of(model: nn.Module, name: str = "", configs: registration.Configs = ()) -> LegacySeam | None:
     """The seam of a model of these families, None for all others. Raises if its attention is taken already."""
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is None:
@@ -247,7 +281,7 @@ def seam_of(model: nn.Module) -> LegacySeam | None:
     bases = [m for m in model.modules() if isinstance(m, PreTrainedModel) and isinstance(getattr(m, family.blocks, None), nn.ModuleList)]
     if len(bases) != 1 or not all(hasattr(block, family.attention) for block in getattr(bases[0], family.blocks)):
         return None  # code of its own under a known name
-    seam = LegacySeam(bases[0], family)
+    seam = LegacySeam(model, bases[0], family, name, configs)
     for module in seam.modules:
         if isinstance(taken := module.__dict__.get("forward"), Forward):
             raise ValueError("this model is extended already; call remove() on its extension first")

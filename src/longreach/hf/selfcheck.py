@@ -9,8 +9,8 @@ input, for rounding may decide something between them: a router that chooses oth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,11 +92,6 @@ def observe(modules: Sequence[nn.Module], run: Callable[[], torch.Tensor], input
     return Run(logits, [heard[index] for index in range(len(modules))], [outputs[index] for index in range(len(modules))])
 
 
-def hidden(streams: Streams) -> torch.Tensor:
-    """The input itself."""
-    return next(iter(streams.values()))
-
-
 def _streams(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
     shape = (args[0] if args else kwargs["hidden_states"]).shape
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
@@ -154,6 +149,43 @@ def truth(model: nn.Module, modules: Sequence[nn.Module], run: Callable[[], torc
     except (RuntimeError, TypeError, NotImplementedError) as error:  # code with a dtype of its own
         return {"without": f"its code does not run in fp32 ({' '.join(str(error).split())[:120]})"}
     return {"truth": found} if found.finite else {"without": "its code gives NaN or infinity in fp32"}
+
+
+def stock_runs(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    run: Callable[[], torch.Tensor],
+    kernels: Sequence[str],
+    using: Callable[[str], AbstractContextManager[None]],
+    dtype: torch.dtype,
+) -> Stock:
+    """The stock model on the probe: under eager attention, which is its definition, and in half precision under each kernel and in fp32 too.
+
+    using  a context in which the model is stock with one of the kernels. Raises ValueError if no kernel gives finite values.
+    """
+    found: dict[str, Run] = {}
+    for name in kernels:
+        inputs = next(iter(found.values())).inputs if found else None
+        with using(name):
+            heard = observe(modules, run, inputs)
+        if heard.finite:
+            found[name] = heard
+    if not found:
+        require_finite("the logits of the stock model itself", dtype, heard.logits * float("nan"))
+    stock = Stock(found)
+    if dtype not in HALVES:
+        return stock
+    with using(kernels[-1]):
+        return replace(stock, **truth(model, modules, run, stock.first.inputs))
+
+
+def require_finite(what: str, dtype: torch.dtype, *tensors: torch.Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        name = str(dtype).removeprefix("torch.")
+        fix = "load the model with sound weights" if dtype not in HALVES else "load the model with dtype=torch.float32"
+        if dtype == torch.float16:
+            name, fix = "float16, where values beyond 65504 overflow", "load the model with dtype=torch.bfloat16 or torch.float32"
+        raise ValueError(f"{what} are NaN or infinite in {name}, so there is nothing to extend; {fix}")
 
 
 def judge(ours: Run, stock: Stock, unit: float) -> Errors:

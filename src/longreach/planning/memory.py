@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from longreach.core.segments import Layout, Retention, forms
-from longreach.memory.store import ROLLBACK, SLACK, room
+from longreach.memory.buffer import ROLLBACK, SLACK, room
 from longreach.methods.base import Method
 from longreach.planning.architecture import Architecture, Attention
 from longreach.planning.work import layouts

@@ -50,7 +50,7 @@ class LongContextLM(HFLM):
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
         if extension is not None and extension.model is not model:
             raise ValueError("the extension is that of another model; pass the one that extend() returned for this model")
-        if extension is not None and not extension._attached:  # without this the stock model would be evaluated under the method's name
+        if extension is not None and not extension.attached:  # without this the stock model would be evaluated under the method's name
             raise ValueError("the extension was removed from the model; extend() it again, or pass none to evaluate the stock model")
         self.extension, self.overflow, self.chunk_size = extension, overflow, chunk_size
         self.requests = self.shortened = self.left_out = 0
