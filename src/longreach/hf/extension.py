@@ -230,6 +230,9 @@ class Extension:
             lines.append(f"warning     {r['warning']}")
         return "\n".join(lines)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.forward.__reduce_ex__(protocol)  # which refuses
+
     def __repr__(self) -> str:
         return f"Extension({self.method}, {'attached' if self.attached else 'removed'})"
 
