@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from longreach import configs
 from longreach.core.differences import relative
 from longreach.core.encodings import Alibi, Rotary, exact_device
 from longreach.engine import batch
@@ -30,7 +31,7 @@ from longreach.engine.executor import Inputs, Layer, execute
 from longreach.hf import documents, frequencies, layer_kinds, legacy, registration, selfcheck
 from longreach.hf import rotary as probe
 from longreach.hf.cache import keep_in_generation, place
-from longreach.hf.checks import Inexact, check_arguments, check_positions, configs_of, find_base, refuse_unsupported
+from longreach.hf.checks import Inexact, check_arguments, check_positions, configs_of, find_base
 from longreach.hf.documents import Document, Entry
 from longreach.hf.placement import device_of
 from longreach.hf.registration import Forwards
@@ -121,11 +122,8 @@ class Extension:
         self._legacy = legacy.seam_of(model)
         self._alibi: Alibi | None = None
         self.config = self.base.config
-        refuse_unsupported(self.config)
-        if trained_window is not None:
-            self.window = dial.Window(trained_window, "given")
-        else:
-            self.window = dial.trained_window(self.config)
+        configs.refuse_unsupported(self.config)
+        self.window = configs.trained_window(self.config, trained_window)
         self.choice: dial.Choice | None = None
         if method is None:
             assert context is not None
@@ -217,7 +215,7 @@ class Extension:
     def _probe(self) -> None:
         """Read and verify every layer's rotary, and which layers slide."""
         device = device_of(self.model)
-        original = frequencies.original_window(self.config, "full_attention")
+        original = configs.original_window(self.config)
         positions = torch.tensor([[p for p in PROBE_POSITIONS if p < original]], device=device)
         n = positions.shape[1]
         generator = torch.Generator().manual_seed(0)
@@ -235,7 +233,7 @@ class Extension:
         tables = {key: (cos, sin) for key, cos, sin in record}
         read = {key: probe.frequencies(self._identity.probed, key, positions) for key in tables}
         dtype = self._dtype = raw[0].q.dtype
-        kinds = getattr(self.config, "layer_types", None) or [None] * len(raw)
+        kinds = configs.layer_types(self.config)
         self._keys: list[probe.Key] = []
         self._rotaries: list[Rotary | None] = []
         worst = 0.0
@@ -262,7 +260,7 @@ class Extension:
         self._trained = [layer_kinds.as_trained(self.config, index, seen) for index, seen in enumerate(raw)]
         uniform = all(trained.sliding_window is not None for trained in self._trained)
         self._overrides_sliding = uniform and not isinstance(self.method, Stock)
-        self._methods: list[Method] = [self.method if t == Stock() or self._overrides_sliding else t for t in self._trained]
+        self._methods = configs.methods_of(self._trained, self.method)
 
     def _settle(self) -> None:
         """Where the layers that take the method encode no positions, its distances mean nothing: choose plain attention, refuse, or say so."""
