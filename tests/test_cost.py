@@ -15,7 +15,7 @@ from families import BASE, FAMILIES, build, rope, tokens
 from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM, extend, stream
 from longreach.core.segments import Retention, matrices
 from longreach.memory.buffer import Buffer
-from longreach.planning import hardware, theory, timing, work
+from longreach.planning import devices, hardware, theory, timing, work
 from longreach.planning.architecture import read
 from longreach.planning.hardware import CARDS, Curve
 from longreach.planning.memory import Budget, Schedule, bounded, entries, kv_bytes, largest, temporary_bytes
@@ -269,7 +269,7 @@ WHOLE = 'memory = "24 GiB"\nflops = { bfloat16 = 165e12 }\nmemory_bandwidth = "1
 def test_hardware_from_a_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(WHOLE + 'name = "mine"\ncompute_efficiency = 0.25\nhost_memory = "64GB"\n')
-    found = hardware.find(str(path))
+    found = devices.find(str(path))
     assert (found.name, found.memory, found.bandwidth, found.link, found.host_memory) == ("mine", 24 * GIB, 1.008e12, 32e9, 64 * 10**9)
     assert found.speeds("bfloat16").gemm(1) == 165e12 / 4
     with pytest.raises(ValueError, match=r"no FLOP/s for float32.*--dtype bfloat16"):
@@ -296,15 +296,15 @@ def test_mistakes_in_a_file_are_sentences(tmp_path, text, says):
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r".*" + says.replace("(", r"\(").replace("{", r"\{")):
-        hardware.find(str(path))
+        devices.find(str(path))
 
 
 def test_unknown_hardware():
-    assert hardware.find("a100-80").name == "A100-80" and all(card.source and card.peak("bfloat16") for card in CARDS.values())
+    assert devices.find("a100-80").name == "A100-80" and all(card.source and card.peak("bfloat16") for card in CARDS.values())
     with pytest.raises(ValueError, match="did you mean RTX4090"):
-        hardware.find("rtx4080")
+        devices.find("rtx4080")
     with pytest.raises(ValueError, match="cannot read"):
-        hardware.find("absent.toml")
+        devices.find("absent.toml")
 
 
 def test_rope_is_not_part_of_the_cost():

@@ -31,7 +31,7 @@ def own(base: float = 1e4, width: int = 128) -> torch.Tensor:
 def asked(method: Method, window: int = 4096, length: int = 4096, base: float = 1e4, width: int = 128) -> Frequencies:
     """What a method answers for a head of `width` rotary dims."""
     frequencies = Frequencies(own(base, width))
-    standard = _Standard(t.LlamaConfig(), {"rope_theta": base}, frequencies, window)
+    standard = _Standard("llama", base, frequencies, window)
     return method.frequencies(Rope(frequencies, window, length, standard))
 
 

@@ -7,6 +7,10 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import platformdirs.macos
+import platformdirs.unix
+import platformdirs.windows
+import psutil
 import pytest
 import torch
 import transformers as t
@@ -263,7 +267,7 @@ def test_extend_warns_when_memory_chose(monkeypatch):
 def test_free_memory_is_a_part_of_all():
     free = machine.free_memory(torch.device("cpu"))
     assert free is None or 0 < free <= machine.total_memory()
-    assert machine.resident_memory() > 1 << 20
+    assert 1 << 20 < machine.resident_memory() <= 1.05 * machine.peak_memory()
 
 
 # -- calibration --------------------------------------------------------------------------------------------------------------------
@@ -311,17 +315,30 @@ def test_no_calibration_and_broken_ones(tmp_path):
 
 
 def test_the_cache_folder_follows_the_platform(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine.sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert machine.cache_folder() == tmp_path / "longreach"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    """The same folders as ever, so that a calibration is found again."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("platformdirs.PlatformDirs", platformdirs.unix.Unix)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "given"))
+    assert machine.cache_folder() == tmp_path / "given" / "longreach"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert machine.cache_folder() == tmp_path / ".cache" / "longreach"
-    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    monkeypatch.setattr("platformdirs.PlatformDirs", platformdirs.macos.MacOS)
     assert machine.cache_folder() == tmp_path / "Library" / "Caches" / "longreach"
-    monkeypatch.setattr(machine.sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    monkeypatch.setattr("platformdirs.PlatformDirs", platformdirs.windows.Windows)
+    monkeypatch.setattr("platformdirs.windows.get_win_folder", lambda name: {"CSIDL_LOCAL_APPDATA": str(tmp_path / "local")}[name])
     assert machine.cache_folder() == tmp_path / "local" / "longreach"
+
+
+def test_memory_is_that_of_the_container(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "GROUP", tmp_path)
+    whole, free = machine.total_memory(), machine.free_memory(torch.device("cpu"))
+    assert whole == psutil.virtual_memory().total and abs(free - psutil.virtual_memory().available) < 1 << 30  # no container
+    for name, text in (("memory.max", "1000000"), ("memory.current", "700000"), ("memory.stat", "anon 5\ninactive_file 200000\n")):
+        (tmp_path / name).write_text(text)
+    assert machine.total_memory() == 1_000_000 and machine.free_memory(torch.device("cpu")) == 500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.total_memory() == whole
+    assert machine.free_memory(torch.device("meta")) is None
 
 
 # -- the command and the picture ----------------------------------------------------------------------------------------------------

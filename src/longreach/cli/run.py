@@ -184,7 +184,8 @@ def fit(
     trained_window: int | None,
 ) -> Fitted:
     """Encode the prompt and make sure that it and the new tokens fit; raises with the numbers and the fix if not."""
-    from longreach.hf.checks import find_base, refuse_unsupported
+    from longreach.configs import refuse_unsupported
+    from longreach.hf.checks import find_base
     from longreach.methods.stock import Stock
     from longreach.planning import dial
 

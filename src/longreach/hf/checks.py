@@ -19,7 +19,6 @@ from longreach.hf.rotary import IdentityRotary, Seen
 # Arguments of an attention call that we honour, or that do not change what attention computes.
 HONOURED = {"softcap", "s_aux", "sliding_window"}
 HARMLESS = {"position_ids", "use_cache", "output_router_logits", "cache_position", "output_attentions", "is_causal", "layer_type", "past_key_values"}
-UNSUPPORTED_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding", "recurrent", "indexed_attention"}
 
 
 class Inexact(ValueError):
@@ -47,14 +46,6 @@ def find_base(model: nn.Module) -> Any:
     if any(getattr(module, "is_causal", True) is False for module in owners[0].modules()) or getattr(owners[0].config, "is_causal", True) is False:
         raise ValueError(f"{type(model).__name__} lets tokens attend to later ones, and every method here is causal; use a causal language model with RoPE")
     return owners[0]
-
-
-def refuse_unsupported(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if found := kinds & UNSUPPORTED_LAYERS:
-        raise ValueError(f"the model has layers of type {', '.join(sorted(found))}, whose state has no positions to extend; use a full-attention model")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise ValueError("the model shares keys and values between layers, which the store does not follow; use a model without shared layers")
 
 
 def configs_of(model: nn.Module) -> Iterator[Any]:

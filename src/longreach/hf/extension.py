@@ -14,11 +14,12 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
 
+from longreach import configs
 from longreach.core.encodings import exact_device
 from longreach.engine.executor import Layer
 from longreach.hf import documents, frequencies, legacy, registration
 from longreach.hf.attach import Attachment
-from longreach.hf.checks import configs_of, find_base, refuse_unsupported
+from longreach.hf.checks import configs_of, find_base
 from longreach.hf.documents import Document
 from longreach.hf.facts import Chosen, Exactness, Facts
 from longreach.hf.forward import Forward
@@ -64,18 +65,18 @@ def extend(
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend must be 'auto' or 'reference', not {backend!r}")
     base = find_base(model)
-    refuse_unsupported(base.config)
+    configs.refuse_unsupported(base.config)
     chosen = _chosen(model, base.config, method, *tokens)
     if backend == "reference" and exact_device(device_of(model)) != device_of(model):
         raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
-    configs = [(config, config._attn_implementation_internal) for config in configs_of(model)]
-    registration.refuse_taken(config for config, _ in configs)
+    before = [(config, config._attn_implementation_internal) for config in configs_of(model)]
+    registration.refuse_taken(config for config, _ in before)
     name = f"{registration.PREFIX}{next(_numbers)}"
-    seam = legacy.seam_of(model, name, configs) or StandardSeam(model, base, name, configs)
-    facts = verify(seam, chosen, configs, dense=backend == "reference")
+    seam = legacy.seam_of(model, name, before) or StandardSeam(model, base, name, before)
+    facts = verify(seam, chosen, before, dense=backend == "reference")
     if facts.remark:
         warnings.warn(facts.remark, stacklevel=2)
-    extension = Extension(facts, Attachment(seam, Forward(facts), configs))
+    extension = Extension(facts, Attachment(seam, Forward(facts), before))
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", extension.describe())
     return extension
@@ -83,7 +84,7 @@ def extend(
 
 def _chosen(model: Any, config: Any, method: Method | None, context: int | None, trained_window: int | None) -> Chosen:
     """The method, asked for or chosen by the dial, and how far it reaches. Raises where that is less than the declared context."""
-    window = dial.Window(trained_window, "given") if trained_window is not None else dial.trained_window(config)
+    window = configs.trained_window(config, trained_window)
     choice = None
     if method is None:
         assert context is not None
@@ -121,7 +122,7 @@ class Extension:
         return self.facts.chosen.method
 
     @property
-    def window(self) -> dial.Window:
+    def window(self) -> configs.Window:
         """The trained window."""
         return self.facts.chosen.window
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
+from longreach.configs import Window
 from longreach.core.encodings import Alibi, Rotary
 from longreach.engine.executor import Layer
 from longreach.hf.rotary import Key
@@ -40,7 +41,7 @@ class Chosen:
     """
 
     method: Method
-    window: dial.Window
+    window: Window
     context: int | None
     capacity: int | None
     choice: dial.Choice | None = None

@@ -1,6 +1,6 @@
 """The frequencies of one kind of layer, fixed once at `extend()`: the model's own, or those of a method.
 
-Knows configurations and Transformers' rope functions; not forwards or caches.
+Knows Transformers' rope functions; not forwards or caches.
 """
 
 from __future__ import annotations
@@ -11,40 +11,39 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from longreach import configs
 from longreach.core.encodings import Frequencies, Rope, Rotary
 from longreach.hf.rotary import Key
 from longreach.methods.base import Method
-from longreach.planning import dial
 
 SWITCHING = ("dynamic", "longrope")  # rope types that choose their frequencies from the length
 
 
-def fixed(config: Any, key: Key, found: Rotary, method: Method, window: dial.Window, context: int | None) -> Rotary:
+def fixed(config: Any, key: Key, found: Rotary, method: Method, window: configs.Window, context: int | None) -> Rotary:
     """The rotary of a layer under `method`, its length-dependent frequencies fixed from the largest distance the method makes."""
     length = int(method.largest_distance(context or method.capacity(window.tokens) or window.tokens)) + 1
-    parameters = dial.rope_parameters(config, key or "full_attention")
-    kind = parameters.get("rope_type", "default")
+    rope = configs.scaling(config, key or "full_attention")
     if method.rescales:
-        refuse_scaled(method, kind, parameters)
+        refuse_scaled(method, rope)
         own = Frequencies(found.inverse_frequencies, found.scaling)
-        new = method.frequencies(Rope(own, window.tokens, length, _Standard(config, parameters, own, window.tokens)))
+        new = method.frequencies(Rope(own, window.tokens, length, _Standard(config.model_type, rope.base, own, window.tokens)))
         assert new.inverse.shape == own.inverse.shape, f"{method.name} gives {new.inverse.numel()} frequencies for {own.inverse.numel()} pairs"
         return found.at(new)
-    if kind not in SWITCHING:
+    if rope.kind not in SWITCHING:
         return found
     arguments = {} if key is None else {"layer_type": key}
-    length = max(length, original_window(config, key or "full_attention")) if kind == "dynamic" else length
-    inverse, scaling = ROPE_INIT_FUNCTIONS[kind](config, found.inverse_frequencies.device, seq_len=length, **arguments)
+    length = max(length, configs.original_window(config, key or "full_attention")) if rope.kind == "dynamic" else length
+    inverse, scaling = ROPE_INIT_FUNCTIONS[rope.kind](config, found.inverse_frequencies.device, seq_len=length, **arguments)
     return found.at(Frequencies(inverse.double(), float(scaling)))
 
 
-def refuse_scaled(method: Method, kind: str, parameters: dict[str, Any]) -> None:
+def refuse_scaled(method: Method, rope: configs.Scaling) -> None:
     """Two scalings do not add up: the lists and ramps of a method are meant for frequencies as they were first trained."""
-    if kind == "default":
+    if rope.kind == "default":
         return
-    factor = parameters.get("factor")
+    by = f" by {rope.factor:g}" if rope.factor else ""
     raise ValueError(
-        f"the rotary of this model is scaled already ({kind}{f' by {factor:g}' if factor else ''}), and {method.name} would scale it again; use a method that "
+        f"the rotary of this model is scaled already ({rope.kind}{by}), and {method.name} would scale it again; use a method that "
         f"keeps its frequencies, such as SelfExtend or LMInfinite, or load the model with rope_type 'default' and its first trained window"
     )
 
@@ -58,10 +57,9 @@ def change(before: Rotary, after: Rotary) -> dict[str, Any]:
 class _Standard:
     """Transformers' rope functions at the base and the width of one kind of layer; see `encodings.Standard`."""
 
-    def __init__(self, config: Any, parameters: dict[str, Any], own: Frequencies, window: int) -> None:
-        self.base = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or getattr(config, "default_theta", None)
-        self.base = self.base or 10000.0  # RoPE's own, which GPT-J does not write down; compared below before it is used
-        self.own, self.window, self.model = own, window, getattr(config, "model_type", type(config).__name__)
+    def __init__(self, model: str, base: float | None, own: Frequencies, window: int) -> None:
+        self.base = base or 10000.0  # RoPE's own, which GPT-J does not write down; compared below before it is used
+        self.own, self.window, self.model = own, window, model
 
     def __call__(self, rope_type: str, length: int | None = None, **parameters: Any) -> Frequencies:
         # the functions read width and partial rotation from many kinds of configuration: a plain one that says what the probe found
@@ -91,10 +89,4 @@ def without_model(method: Method, window: int, context: int, base: float, width:
     if not method.rescales:
         return own, own
     length = int(method.largest_distance(context)) + 1
-    return own, method.frequencies(Rope(own, window, length, _Standard(LlamaConfig(), {"rope_theta": base}, own, window)))
-
-
-def original_window(config: Any, layer_type: str) -> int:
-    """The window before any scaling: positions below it use a checkpoint's short frequencies."""
-    original = dial.rope_parameters(config, layer_type).get("original_max_position_embeddings")
-    return int(original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings)
+    return own, method.frequencies(Rope(own, window, length, _Standard("this head", base, own, window)))

@@ -1,12 +1,13 @@
 """What kind of attention each layer was trained with, and what follows from it for a method.
 
-Knows configurations and attention modules; not forwards, caches or rotary modules.
+Knows attention calls and modules; not forwards, caches or rotary modules.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from longreach import configs
 from longreach.engine.batch import Batch
 from longreach.hf.rotary import Seen
 from longreach.methods.base import Method
@@ -14,16 +15,10 @@ from longreach.methods.stock import Stock
 
 
 def as_trained(config: Any, index: int, seen: Seen) -> Stock:
-    """The attention of one layer as a method: full, in a sliding window, or in chunks."""
+    """How one layer attends by itself: as its call is told, else as the configuration states for this very layer."""
     if isinstance(window := seen.kwargs.get("sliding_window"), int):
         return Stock(sliding_window=window)
-    types = getattr(config, "layer_types", None)
-    kind = "full_attention" if types is None else types[index]
-    if kind == "sliding_attention":
-        return Stock(sliding_window=int(config.sliding_window))
-    if kind == "chunked_attention":
-        return Stock(attention_chunk=int(config.attention_chunk_size))
-    return Stock()
+    return Stock() if configs.layer_types(config)[index] is None else configs.trained_layers(config)[index]
 
 
 def refuse_uncovered(name: str, method: Method, covered: list[int]) -> None:

@@ -231,7 +231,7 @@ class LegacySeam:
     base: Any
     family: Family
     name: str
-    configs: registration.Configs
+    before: registration.Configs
     modules: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -257,10 +257,10 @@ class LegacySeam:
         try:
             yield
         finally:
-            registration.set_back(self.configs)
+            registration.set_back(self.before)
 
     def install(self, attend: Attend, modules: Sequence[Any]) -> None:
-        for config, _ in self.configs:  # set_attn_implementation declines models of these families
+        for config, _ in self.before:  # set_attn_implementation declines models of these families
             config._attn_implementation_internal = self.name
         for module in modules:
             module.forward = Forward(self.family, module, attend)
@@ -269,10 +269,10 @@ class LegacySeam:
         for module in self.modules:
             if isinstance(module.__dict__.get("forward"), Forward):
                 del module.forward
-        registration.set_back(self.configs, self.name)
+        registration.set_back(self.before, self.name)
 
 
-def seam_of(model: nn.Module, name: str = "", configs: registration.Configs = ()) -> LegacySeam | None:
+def seam_of(model: nn.Module, name: str = "", before: registration.Configs = ()) -> LegacySeam | None:
     """The seam of a model of these families, None for all others. Raises if its attention is taken already."""
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is None:
@@ -281,7 +281,7 @@ def seam_of(model: nn.Module, name: str = "", configs: registration.Configs = ()
     bases = [m for m in model.modules() if isinstance(m, PreTrainedModel) and isinstance(getattr(m, family.blocks, None), nn.ModuleList)]
     if len(bases) != 1 or not all(hasattr(block, family.attention) for block in getattr(bases[0], family.blocks)):
         return None  # code of its own under a known name
-    seam = LegacySeam(model, bases[0], family, name, configs)
+    seam = LegacySeam(model, bases[0], family, name, before)
     for module in seam.modules:
         if isinstance(taken := module.__dict__.get("forward"), Forward):
             raise ValueError("this model is extended already; call remove() on its extension first")

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from longreach import configs
 from longreach.core.encodings import Rotary
-from longreach.hf import frequencies, layer_kinds, registration, rotary, selfcheck
+from longreach.hf import layer_kinds, registration, rotary, selfcheck
 from longreach.hf.checks import check_arguments
 from longreach.hf.facts import PROBE_POSITIONS, Entry, Reading
 from longreach.hf.rotary import IdentityRotary, Key, Seen
@@ -48,15 +49,15 @@ class Listener:
 class StandardSeam:
     legacy: ClassVar[bool] = False
 
-    def __init__(self, model: Any, base: Any, name: str, configs: registration.Configs) -> None:
-        self.model, self.base, self.name, self.configs = model, base, name, configs
+    def __init__(self, model: Any, base: Any, name: str, before: registration.Configs) -> None:
+        self.model, self.base, self.name, self.before = model, base, name, before
         self.original: nn.Module = base.rotary_emb
         self.identity = IdentityRotary(self.original)
         self.identity.train(self.original.training)
         self._uncompiled: Sequence[Any] = ()
 
     def probe(self, window: int) -> torch.Tensor:
-        original = frequencies.original_window(self.base.config, "full_attention")
+        original = configs.original_window(self.base.config)
         return torch.tensor([p for p in PROBE_POSITIONS if p < original])
 
     def read(self, ids: torch.Tensor, positions: torch.Tensor) -> Reading:
@@ -72,7 +73,7 @@ class StandardSeam:
             )
         encodings = {key: rotary.frequencies(identity.probed, key, positions[None]) for key in tables}
         dtype = raw[0].q.dtype
-        kinds = getattr(config, "layer_types", None) or [None] * len(raw)
+        kinds = configs.layer_types(config)
         keys: list[Key] = []
         rotaries: list[Rotary | None] = []
         worst = 0.0
@@ -120,7 +121,7 @@ class StandardSeam:
             yield
         finally:
             self.base.rotary_emb = self.original
-            registration.set_back(self.configs)
+            registration.set_back(self.before)
 
     def install(self, attend: Any, modules: Sequence[Any]) -> None:
         self._take()
@@ -142,4 +143,4 @@ class StandardSeam:
         self._uncompiled = ()
         if self.base.rotary_emb is self.identity:
             self.base.rotary_emb = self.original
-        registration.set_back(self.configs, self.name)
+        registration.set_back(self.before, self.name)

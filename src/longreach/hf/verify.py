@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from longreach import configs
 from longreach.core.differences import relative
 from longreach.core.encodings import Rotary
 from longreach.engine.executor import Layer
@@ -25,7 +26,7 @@ from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 
 
-def verify(seam: Seam, chosen: Chosen, configs: registration.Configs, dense: bool = False) -> Facts:
+def verify(seam: Seam, chosen: Chosen, before: registration.Configs, dense: bool = False) -> Facts:
     """The facts of a model under a method. dense: every layer is to compute the dense truth.
 
     Raises ValueError, with the fix, where the method cannot apply to the model, and Inexact where the engine does not compute what the model does. The
@@ -48,7 +49,7 @@ def verify(seam: Seam, chosen: Chosen, configs: registration.Configs, dense: boo
         neutral = tuple(Layer(i, t, r, alibi=reading.alibi) for i, (t, r) in enumerate(zip(reading.trained, reading.rotaries, strict=True)))
         unlimited = replace(chosen, context=None, capacity=None)
         probed = Facts(seam.model, seam.base, seam.legacy, seam.name, unlimited, reading, neutral, layer_kinds.slot_scales(reading.modules))
-        with Attachment(seam, Forward(probed), configs):
+        with Attachment(seam, Forward(probed), before):
             ours = selfcheck.observe(reading.modules, logits, stock.first.inputs)
     return replace(
         probed,
@@ -76,8 +77,7 @@ def _settle(base: Any, chosen: Chosen, reading: Reading) -> tuple[Chosen, list[M
     Where the layers that take the method encode no positions, its distances mean nothing: plain attention is chosen, or it is refused, or said.
     """
     name, method, choice = type(base).__name__, chosen.method, chosen.choice
-    override = overrides_sliding(reading, method)
-    methods: list[Method] = [method if trained == Stock() or override else trained for trained in reading.trained]
+    methods = configs.methods_of(reading.trained, method)
     covered = [i for i, m in enumerate(methods) if m is method]
     layer_kinds.refuse_uncovered(name, method, covered)
     remark = None
@@ -91,11 +91,6 @@ def _settle(base: Any, chosen: Chosen, reading: Reading) -> tuple[Chosen, list[M
             layer_kinds.refuse_unrotated(name, method)
             remark = layer_kinds.unrotated_remark(covered)
     return chosen, methods, (choice.warning if choice is not None else None) or remark
-
-
-def overrides_sliding(reading: Reading, method: Method) -> bool:
-    """Whether a method takes sliding layers too: where all slide, there is nothing else to act on."""
-    return all(trained.sliding_window is not None for trained in reading.trained) and not isinstance(method, Stock)
 
 
 def _layers(config: Any, reading: Reading, chosen: Chosen, methods: list[Method], dense: bool) -> list[Layer]:

@@ -1,6 +1,6 @@
 """The single dial: a declared context and a model's configuration -> a method and its parameters, with the reason.
 
-Knows configurations, the published rules and how much memory is free; touches no weights. The decision is made once, at `extend()`.
+Knows the published rules and how much memory is free; touches no weights. The decision is made once, at `extend()`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,22 @@ from typing import Any
 
 import torch
 
+from longreach.configs import Window as Window
+from longreach.configs import decoder
+from longreach.configs import trained_window as trained_window
 from longreach.methods.base import Method
 from longreach.methods.dual_chunk import DualChunk
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
-from longreach.planning.architecture import outline
 from longreach.planning.machine import free_memory
 from longreach.planning.memory import Budget, largest
 from longreach.quantities import counted
 
 WINDOW_SHARE = 8  # neighbour window = trained window / 8; see docs/nano.md for the evidence
 WELL_TRAINED = (2, 3)  # only the lower two thirds of the trained positions are trusted (the authors' empirical rule)
-WINDOW_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")  # the second is MPT's, the third BLOOM's, where a checkpoint has it
 LARGEST_GROUP = 64  # the authors' range for group sizes ends here
 SHARPENED = "the log scale keeps attention sharp among more keys than in training"
-
-
-@dataclass(frozen=True)
-class Window:
-    """How many tokens a model was trained to read, after any scaling, and how that was read from its configuration."""
-
-    tokens: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -46,42 +39,22 @@ class Choice:
     warning: str | None = None
 
 
-def trained_window(config: Any) -> Window:
-    """The effective trained window of a text configuration."""
-    name = next((name for name in WINDOW_NAMES if isinstance(getattr(config, name, None), int) and getattr(config, name) > 0), None)
-    if name is None:
-        raise ValueError(f"the model's configuration has no {WINDOW_NAMES[0]}; pass trained_window=N")
-    largest = getattr(config, name)
-    window = Window(largest, f"{name} {largest}")
-    rope = rope_parameters(config)
-    kind, factor = rope.get("rope_type", "default"), rope.get("factor")
-    original = rope.get("original_max_position_embeddings")
-    if factor and original and kind in ("yarn", "linear") and int(original * factor) > largest:
-        window = Window(int(original * factor), f"{kind} scaling: {original} x {factor:g}")
-    elif factor and not original and kind == "linear":
-        # some checkpoints give the window before scaling here, some after it: the smaller reading is safe
-        window = Window(largest, f"max_position_embeddings {largest}; with its linear scaling by {factor:g} it may be more: then pass trained_window=N")
-    sliding = uniform_sliding_window(config)
-    if sliding is not None and sliding < window.tokens:
-        window = Window(sliding, f"sliding window of every layer, {sliding}: no layer was trained on a larger distance")
-    return window
+def limit(method: Method | None, window: int) -> int | None:
+    """The most tokens that a method may be given; None: any number, as where the dial chooses, and of plain attention, whose limit `declare` warns of.
+
+    Raises ValueError for parameters that reach no text at all.
+    """
+    reach = None if method is None or isinstance(method, Stock) else method.capacity(window)
+    if reach == 0:
+        raise ValueError(f"{method} uses distances beyond the trained window of {window} tokens for any text; choose parameters of at most {window}")
+    return reach
 
 
-def rope_parameters(config: Any, layer_type: str = "full_attention") -> dict[str, Any]:
-    """The rotary parameters of the full-attention layers, from the flat or the nested form."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if layer_type in rope and isinstance(rope[layer_type], dict):
-        return dict(rope[layer_type])
-    return dict(rope)
-
-
-def uniform_sliding_window(config: Any) -> int | None:
-    """The sliding window if every layer has it, else None."""
-    sliding = getattr(config, "sliding_window", None)
-    if not sliding or getattr(config, "use_sliding_window", True) is False:
-        return None
-    types = getattr(config, "layer_types", None)
-    return sliding if types is None or all(t == "sliding_attention" for t in types) else None
+def declare(method: Method | None, window: int, context: int | None) -> tuple[int | None, str | None]:
+    """-> (the context to declare to `extend`, what to warn of). Plain attention may go beyond its window, for comparison; declared, it would be refused."""
+    if context is None or not isinstance(method, Stock) or context <= window:
+        return context, None
+    return None, f"plain attention on {context} tokens, beyond the trained window of {window}: distances that were never trained, for comparison only"
 
 
 def largest_distance_allowed(window: int) -> int:
@@ -101,7 +74,7 @@ def budget(config: Any, dtype: torch.dtype, device: torch.device) -> Budget | No
     """What is free now, after the weights were loaded; None where the system or the configuration does not tell."""
     free = free_memory(device)
     try:
-        return None if free is None else Budget(outline(config, dtype), free)
+        return None if free is None else Budget(decoder(config, dtype), free)
     except ValueError:  # layers whose bytes we cannot count: then memory is no argument
         return None
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from longreach.configs import Attention, Decoder
 from longreach.core.segments import Layout, Retention, forms
 from longreach.memory.buffer import ROLLBACK, SLACK, room
 from longreach.methods.base import Method
-from longreach.planning.architecture import Architecture, Attention
 from longreach.planning.work import layouts
 
 MARGIN = 1.1  # estimates of temporary memory are good to a tenth
@@ -105,13 +105,13 @@ def buffers(layer: Attention, layout: Layout, schedule: Schedule) -> Iterator[tu
     yield everything, entries(everything, schedule) * layer.kv_heads * layer.value_width
 
 
-def kv_bytes(architecture: Architecture, method: Method, schedule: Schedule, rows: int = 1) -> int:
+def kv_bytes(architecture: Decoder, method: Method, schedule: Schedule, rows: int = 1) -> int:
     """Bytes that the store has allocated when the schedule ends; equal to `Store.nbytes`."""
     numbers = sum(n * size for (layer, layout), n in layouts(architecture, method).items() for _, size in buffers(layer, layout, schedule))
     return numbers * architecture.itemsize * rows
 
 
-def store_forms(architecture: Architecture, method: Method, schedule: Schedule) -> list[dict[str, object]]:
+def store_forms(architecture: Decoder, method: Method, schedule: Schedule) -> list[dict[str, object]]:
     """The bytes by kind of layer and form: which first and last tokens it keeps, in which device's memory (there is one tier)."""
     found = []
     for (layer, layout), count in layouts(architecture, method).items():
@@ -122,7 +122,7 @@ def store_forms(architecture: Architecture, method: Method, schedule: Schedule) 
     return found
 
 
-def temporary_bytes(architecture: Architecture, method: Method, schedule: Schedule, rows: int = 1, expands_groups: bool = False) -> int:
+def temporary_bytes(architecture: Decoder, method: Method, schedule: Schedule, rows: int = 1, expands_groups: bool = False) -> int:
     """The most that a forward holds beside weights and store.
 
     expands_groups  the backend copies keys and values for every query head of a group (the tiles on CUDA)
@@ -172,7 +172,7 @@ def growing(layer: Attention, layout: Layout, schedule: Schedule) -> int:
 class Budget:
     """Memory that is free for keys and values, and for what a forward needs beside them: the weights are there already."""
 
-    architecture: Architecture
+    architecture: Decoder
     free: int
 
     def needs(self, method: Method, context: int, chunk: int = 512) -> int:

@@ -7,7 +7,6 @@ Loads configurations only; knows no terminals.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 
 import torch
 
-from longreach import gguf_file
+from longreach import configs
+from longreach.configs import EMBEDDED
 from longreach.methods import registry
 from longreach.methods.base import Method
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
-from longreach.planning import dial, terms, timing
-from longreach.planning import hardware as devices
+from longreach.planning import devices, dial, terms, timing
 from longreach.planning.architecture import Architecture, read
 from longreach.planning.hardware import CARDS, Hardware
 from longreach.planning.memory import Schedule, kv_bytes, largest, store_forms, temporary_bytes
@@ -29,7 +28,6 @@ from longreach.planning.theory import Term
 from longreach.planning.timing import Bound, Seconds
 from longreach.planning.work import Recall, recall
 from longreach.quantities import token_count
-from longreach.running.loading import EMBEDDED, gguf_of, parse_dtype, reading
 
 ORDER: tuple[Recall, ...] = ("everything", "what is retrieved", "recent only", "fluent only", "untrained")
 
@@ -71,7 +69,7 @@ class Request:
 
     model: str
     architecture: Architecture
-    window: dial.Window
+    window: configs.Window
     hardware: Hardware
     context: int
     new_tokens: int
@@ -169,11 +167,10 @@ def plan(
     context, new_tokens, chunk_size = token_count(context), token_count(new_tokens, "new_tokens"), token_count(chunk_size, "chunk_size")
     check(context, new_tokens, concurrency)
     trained_window = None if trained_window is None else token_count(trained_window, "trained_window")
-    found, name = configuration(model, config)
-    wanted = parse_dtype(dtype) or (torch.float32 if model == EMBEDDED and config is None else None)
+    found, name = configs.load(model, config)
+    wanted = configs.parse_dtype(dtype) or (torch.float32 if model == EMBEDDED and config is None else None)
     architecture = read(found, wanted)
-    text = found.get_text_config()
-    window = dial.trained_window(text) if trained_window is None else dial.Window(trained_window, "given")
+    window = configs.trained_window(found.get_text_config(), trained_window)
     device = hardware if isinstance(hardware, Hardware) else devices.find(str(hardware), calibration)
     request = Request(name, architecture, window, device, context, new_tokens, concurrency, chunk_size, trained_window is not None)
     methods, notes = candidates(window, context) if method is None else ([(method, True)], [])
@@ -204,48 +201,7 @@ def check(context: int, new_tokens: int, concurrency: int) -> None:
         raise ValueError(f"a context of {context} leaves no room for a prompt beside {new_tokens} new tokens; pass a context of at least {new_tokens + 1}")
 
 
-def configuration(model: Any, config: str | Path | dict[str, Any] | None) -> tuple[Any, str]:
-    """-> (a Transformers configuration, what to call the model)."""
-    from importlib.resources import as_file, files
-
-    from transformers import AutoConfig, PretrainedConfig
-
-    if isinstance(model, PretrainedConfig) and config is None:
-        return model, model.name_or_path or model.model_type
-    if not isinstance(model, str):
-        raise ValueError(f"{model!r} is not a model; pass a name, a folder or a Transformers configuration")
-    if config is not None:
-        data = config if isinstance(config, dict) else content(Path(config).expanduser())
-        if not data.get("model_type"):
-            raise ValueError('a configuration names its architecture; add "model_type", such as "llama"')
-        shown = "config" if isinstance(config, dict) else str(config)
-        with reading(shown, "it is no configuration that Transformers knows; update transformers, or pass that of another model"):
-            made = AutoConfig.for_model(**data)
-        shown = str(Path(config).expanduser().parent) if isinstance(config, str | Path) else made.model_type
-        return made, shown if model == EMBEDDED else model
-    if model == EMBEDDED and not Path(model).exists():
-        with as_file(files("longreach") / "nano") as folder:
-            return AutoConfig.from_pretrained(str(folder)), model
-    file, folder = gguf_of(model), Path(model).expanduser()
-    with reading(model, "pass a folder with config.json, a GGUF file, a public id on the Hub, or --config FILE"):
-        if file is not None:
-            return gguf_file.configuration(file, gguf_file.header(file)), model
-        return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False), model
-
-
-def content(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {str(path)!r} ({error.strerror}); pass the config.json of a model") from None
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); pass the config.json of a model") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object; pass the config.json of a model")
-    return data
-
-
-def candidates(window: dial.Window, context: int) -> tuple[list[tuple[Method, bool]], list[str]]:
+def candidates(window: configs.Window, context: int) -> tuple[list[tuple[Method, bool]], list[str]]:
     """The dial's choice, plain attention, and what every other method suggests for this context."""
     found: list[tuple[Method, bool]] = []
     notes = []

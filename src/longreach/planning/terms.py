@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from longreach.methods.stock import Stock
 from longreach.planning import theory
 from longreach.planning.architecture import Architecture
 from longreach.planning.hardware import Hardware
@@ -24,10 +25,16 @@ def plain_kv_bytes(architecture: Architecture, tokens: int) -> int:
 
 def attention_flop(architecture: Architecture, tokens: int) -> float:
     """Causal: 2 (D_k + D_v) n_heads per pair of query and key."""
-    total = 0.0
-    for layer in architecture.layers:
-        total += 2 * layer.heads * (layer.key_width + layer.value_width) * layer.pairs(tokens)
-    return total
+    return sum(2.0 * layer.heads * (layer.key_width + layer.value_width) * pairs(layer.trained, tokens) for layer in architecture.layers)
+
+
+def pairs(trained: Stock, tokens: int) -> float:
+    """Query and key that a layer attends to as it was trained, leading terms."""
+    if (chunk := trained.attention_chunk) is not None:
+        whole, rest = divmod(tokens, chunk)
+        return (whole * chunk**2 + rest**2) / 2
+    window = min(tokens, trained.sliding_window or tokens)
+    return window**2 / 2 + (tokens - window) * window
 
 
 def peak(architecture: Architecture, hardware: Hardware, context: int, new_tokens: int, users: int) -> list[Term]:

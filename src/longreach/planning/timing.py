@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from longreach.configs import Attention
 from longreach.core.segments import Layout, forms
 from longreach.methods.base import Method
-from longreach.planning.architecture import Architecture, Attention
+from longreach.planning.architecture import Architecture
 from longreach.planning.hardware import Speeds
 from longreach.planning.memory import Schedule
 from longreach.planning.theory import distinct_experts

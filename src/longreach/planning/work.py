@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from longreach.configs import Attention, Decoder, methods_of
 from longreach.core.segments import Layout, Piece, Visible
 from longreach.methods.base import Method
-from longreach.methods.stock import Stock
-from longreach.planning.architecture import Architecture, Attention
 
 Recall = Literal["everything", "what is retrieved", "recent only", "fluent only", "untrained"]
 
@@ -30,18 +29,11 @@ class Counts:
         return Counts(self.pairs + other.pairs, self.scored + other.scored, self.calls + other.calls)
 
 
-def methods_of(architecture: Architecture, method: Method) -> list[Method]:
-    """What each layer runs, by the rule of `extend`: sliding and chunked layers stay as trained, unless every layer slides."""
-    trained = [Stock(layer.window, layer.chunk) for layer in architecture.layers]
-    overridden = all(layer.window is not None for layer in architecture.layers) and not isinstance(method, Stock)
-    return [method if own == Stock() or overridden else own for own in trained]
-
-
 @lru_cache(maxsize=512)
-def layouts(architecture: Architecture, method: Method) -> dict[tuple[Attention, Layout], int]:
+def layouts(architecture: Decoder, method: Method) -> dict[tuple[Attention, Layout], int]:
     """The distinct layers and how many there are of each. Remembered: a row asks a dozen times. Not to be changed by the caller."""
     found: dict[tuple[Attention, Layout], int] = {}
-    for index, (layer, own) in enumerate(zip(architecture.layers, methods_of(architecture, method))):
+    for index, (layer, own) in enumerate(zip(architecture.layers, methods_of([layer.trained for layer in architecture.layers], method))):
         key = layer, own.layout(index)
         found[key] = found.get(key, 0) + 1
     return found
@@ -98,7 +90,7 @@ def seen_by(visible: Visible, index: int) -> Iterator[tuple[int, int]]:
             yield first, last
 
 
-def recall(architecture: Architecture, method: Method, window: int, tokens: int, new_tokens: int) -> tuple[Recall, str]:
+def recall(architecture: Decoder, method: Method, window: int, tokens: int, new_tokens: int) -> tuple[Recall, str]:
     """What the last of `tokens` tokens can draw on, of which `new_tokens` are the answer; and the same in words."""
     capacity = method.capacity(window)
     if capacity is not None and tokens > capacity:

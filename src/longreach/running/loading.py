@@ -5,9 +5,6 @@ Knows Transformers' loaders. Weights come from safetensors or GGUF only, and cod
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +12,8 @@ from typing import Any
 
 import torch
 
-EMBEDDED = "nano"
-KINDS = "a folder with config.json, tokenizer files and *.safetensors, a GGUF file, the id of a model on the Hub such as 'owner/name', or 'nano'"
-LONGEST_REASON = 300  # characters of what a library says of its own error
+from longreach import gguf_file
+from longreach.configs import EMBEDDED, KINDS, gguf_of, parse_dtype, reading
 
 
 def load(name: str = EMBEDDED, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None) -> tuple[Any, Any]:
@@ -41,38 +37,10 @@ def load(name: str = EMBEDDED, *, dtype: str | torch.dtype | None = None, device
     return _load(str(path) if path.is_dir() else name, dtype, where, name)
 
 
-def gguf_of(name: str) -> Path | None:
-    """The GGUF file that a name means; None where it means something else. Raises ValueError if it is a path that means nothing."""
-    from longreach.gguf_file import is_gguf
-
-    path = Path(name).expanduser()
-    if not name.strip():
-        raise ValueError(f"there is no model without a name; pass {KINDS}")
-    if path.is_dir():
-        if any(path.glob("*.safetensors")):
-            return None
-        found = sorted(file for file in path.iterdir() if file.is_file() and is_gguf(file))
-        if len(found) > 1:
-            raise ValueError(f"{name!r} holds {len(found)} GGUF files; name one of them: {', '.join(str(file) for file in found[:8])}")
-        return found[0] if found else None
-    if path.is_file():
-        if is_gguf(path):
-            return path
-        fix = f"name its folder, {str(path.parent)!r}" if path.suffix == ".safetensors" else f"pass {KINDS}"
-        raise ValueError(f"{name!r} is no GGUF file, for it does not begin with the letters GGUF; {fix}")
-    if path.suffix.lower() == ".gguf":
-        raise ValueError(f"there is no file {name!r}; pass {KINDS}")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ValueError(f"there is no folder {name!r}; pass {KINDS}")
-    return None
-
-
 def _load_gguf(file: Path, dtype: torch.dtype, where: torch.device) -> tuple[Any, Any]:
     if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         raise ValueError(f"reading a GGUF file needs {' and '.join(missing)}; pip install 'longreach[interop]'")
     from transformers import TOKENIZER_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-
-    from longreach import gguf_file
 
     with reading(str(file), "pass a whole GGUF file of an architecture that Transformers converts"):
         header = gguf_file.header(file)
@@ -101,7 +69,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _load(source: str, dtype: torch.dtype | None, where: torch.device, shown: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with reading(shown, f"pass {KINDS}", Path(source)):
+    with reading(shown, f"pass {KINDS}", lambda: _lacking(Path(source))):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -117,19 +85,10 @@ def _whole(info: dict[str, Any]) -> None:
         raise ValueError(f"it lacks {missing[0]}{more}, without which the model would answer at random")
 
 
-@contextmanager
-def reading(shown: str, advice: str, folder: Path | None = None) -> Iterator[None]:
-    """Whatever a reader of foreign files meets becomes one sentence that ends in the advice. What a folder lacks is looked for once it could not be read."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise
-        reason = _lacking(folder) if folder is not None and folder.is_dir() else None
-        raise ValueError(f"could not load {shown!r}: {reason or _sentence(error)}; {advice}") from error
-
-
 def _lacking(folder: Path) -> str | None:
+    """What a folder would need to be a model's."""
+    if not folder.is_dir():
+        return None
     wanted = {
         "config.json": ("config.json", "adapter_config.json"),
         "tokenizer files (such as tokenizer.json)": ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json"),
@@ -140,31 +99,6 @@ def _lacking(folder: Path) -> str | None:
         return None
     pickled = any(folder.glob("pytorch_model*.bin"))
     return f"the folder has no {' and no '.join(lacking)}" + (" (pickled weights are not read: convert them to safetensors)" if pickled else "")
-
-
-def _sentence(error: Exception) -> str:
-    """What an error says, in whole sentences."""
-    text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
-    if len(text) <= LONGEST_REASON:
-        return text
-    ends = [match.start() for match in re.finditer(r"[.;] ", text) if match.start() <= LONGEST_REASON]
-    return text[: ends[-1]] if ends else text[:LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
-
-
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    names = {
-        "float32": torch.float32,
-        "fp32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "bf16": torch.bfloat16,
-        "float16": torch.float16,
-        "fp16": torch.float16,
-    }
-    if dtype not in names:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of: {', '.join(names)}")
-    return names[dtype]
 
 
 def shipped_book() -> str:
