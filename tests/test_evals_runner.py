@@ -16,12 +16,13 @@ import pytest
 
 import longreach
 from fake_engines import CopyTail, Empty, Failing, First
+from longreach.evals import tasks as registry
 from longreach.evals.harness import results, runner
 from longreach.evals.harness.results import Folder
 from longreach.evals.report import figures, special_figures, view
 from longreach.evals.report import page as written_page
 from longreach.evals.report.view import View
-from longreach.evals.samples import base, budget
+from longreach.evals.samples import budget
 from longreach.evals.samples.base import Parts, Sample, Settings, Task
 from longreach.evals.scores import statistics
 from longreach.running import truncation
@@ -38,11 +39,11 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def items(tokenizer: Any) -> list[runner.Item]:
-    return runner.plan({base.task("passkey"): SETTINGS}, tokenizer)
+    return runner.plan({registry.task("passkey"): SETTINGS}, tokenizer)
 
 
 def run(path: Path, engine: Any, items: list[runner.Item], tokenizer: Any, shard: tuple[int, int] = (0, 1), **more: Any) -> runner.Outcome:
-    tasks = runner.describe({base.task("passkey"): SETTINGS}, more.pop("config", CONFIG))
+    tasks = runner.describe({registry.task("passkey"): SETTINGS}, more.pop("config", CONFIG))
     folder = Folder(path, shard)
     folder.start({"config": CONFIG, "tasks": tasks, "extension": {"trained_window": 256}, "started": "then", "ended": None})
     outcome = runner.run(items, engine, tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()}, shard=shard, **more)
@@ -188,13 +189,13 @@ def test_a_sample_that_fails_is_recorded_and_tried_again(tmp_path, items, tokeni
 
 def test_a_folder_holds_one_run_only(tmp_path, items, tokenizer):
     run(tmp_path, First(), items, tokenizer)
-    folder, tasks = Folder(tmp_path), runner.describe({base.task("passkey"): dataclasses.replace(SETTINGS, seed=1)}, CONFIG)
+    folder, tasks = Folder(tmp_path), runner.describe({registry.task("passkey"): dataclasses.replace(SETTINGS, seed=1)}, CONFIG)
     with pytest.raises(ValueError, match="frequencies: null there, \"other\" now"):
         folder.start({"config": {**CONFIG, "frequencies": "other"}, "tasks": {}, "started": "then"})
     assert run(tmp_path, First(), items, tokenizer, config={**CONFIG, "context": 1024}).known == 12  # longer samples declare a longer context
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
         folder.start({"config": CONFIG, "tasks": tasks, "started": "then"})
-    larger = runner.plan({base.task("passkey"): dataclasses.replace(SETTINGS, depths=(0.0, 0.25, 1.0))}, tokenizer)
+    larger = runner.plan({registry.task("passkey"): dataclasses.replace(SETTINGS, depths=(0.0, 0.25, 1.0))}, tokenizer)
     assert run(tmp_path, First(), larger, tokenizer) == runner.Outcome(4, 0, 8, 0)  # a run can be made larger
     (tmp_path / "samples.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1 of"):
@@ -282,7 +283,7 @@ def test_refusals_of_a_budget(tokenizer):
     with pytest.raises(ValueError, match="choose one of middle"):
         budget.fit(tokenizer, sample, 100, "somewhere")
     with pytest.raises(ValueError, match="there are no samples"):
-        runner.plan({base.task("passkey"): Settings()}, tokenizer)
+        runner.plan({registry.task("passkey"): Settings()}, tokenizer)
 
 
 def test_chat_templates(tokenizer):

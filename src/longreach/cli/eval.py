@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longreach.cli import targets
-from longreach.cli.common import Force, Json, output
+from longreach.cli.common import Force, Json, output, plain_table
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _help(context: typer.Context) -> None:
 def list_tasks(as_json: Json = False) -> None:
     """List the tasks: their benchmark, licence, whether they need data, and their options."""
     with output(as_json) as out:
-        from longreach.evals.samples import base
+        from longreach.evals.tasks import tasks
 
         found = [
             {
@@ -59,7 +59,7 @@ def list_tasks(as_json: Json = False) -> None:
                 "source": task.source, "metric": task.metric, "random": task.random, "options": dict(task.options),
                 "doc": " ".join((type(task).__doc__ or "").split()),
             }
-            for task in base.tasks().values()
+            for task in tasks().values()
         ]  # fmt: skip
         out.finish({"tasks": found}, lambda console: show_tasks(console, found))
 
@@ -147,13 +147,3 @@ def show_comparison(console: Console, a: Path, b: Path, rows: list[dict[str, Any
         spread = f"{r['low']:+.1f} to {r['high']:+.1f}"
         table.add_row(r["task"], r["metric"], length, str(r["n"]), f"{r['a']:.1f}", f"{r['b']:.1f}", f"{r['difference']:+.1f}", spread, *only, p)
     console.print(table)
-
-
-def plain_table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
-    for column in columns:
-        table.add_column(column, overflow="fold")  # a narrow terminal must not hide digits
-    return table
