@@ -358,8 +358,8 @@ def test_two_runs_are_compared_on_the_same_samples(folders, tmp_path):
 
 
 def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):
-    pictures = written_page.write(folders, [view.view(folder) for folder in folders], tmp_path / "page.html", tmp_path / "figures")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    text, pictures = written_page.render(folders, [view.view(folder) for folder in folders], tmp_path / "figures")
+    page = text.decode("utf-8")
     assert {picture.name for picture in pictures} == {"depth_passkey", "accuracy_passkey", "cost"}
     assert page.count("<img ") == 3 == page.count("data:image/png;base64,") == page.count("data:text/csv;base64,")
     assert page.count("<script>") == 1 and "<img src=x" not in page
@@ -371,7 +371,7 @@ def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):
     grid = (tmp_path / "figures" / "depth_passkey.csv").read_text().splitlines()
     assert grid[0] == "run,length,depth,metric,value,n,ci_low,ci_high" and len(grid) == 1 + 6 + 6 + 4
     with pytest.raises(ValueError, match="called the same"):
-        written_page.write(folders[:1] * 2, [view.view(folders[0])] * 2, tmp_path / "page.html", tmp_path)
+        written_page.render(folders[:1] * 2, [view.view(folders[0])] * 2, tmp_path)
     with pytest.raises(ValueError, match="no palette"):
         figures.draw([view.view(folders[0])], tmp_path, "rainbow")
 
