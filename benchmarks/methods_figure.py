@@ -7,7 +7,7 @@ from typing import Any
 
 from methods_result import share
 
-from longreach.drawing import plots
+from longreach.drawing import canvas
 from longreach.methods import registry
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; markers and dashes beside them for print
@@ -36,7 +36,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             recall_curve(axes[2], cells, result, style, far=False, shift=number)
         axes[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=2, frameon=False, fontsize=8.5)
     finish(grid, result)
-    plots.save(figure, path)
+    canvas.save(figure, path)
 
 
 def grouped(cells: list[Cell]) -> dict[str, dict[str, list[Cell]]]:

@@ -19,7 +19,7 @@ from typing import Any
 from common import ROOT, markdown, write_section
 
 from longreach.cli import main as longreach
-from longreach.evals.samples.base import tasks
+from longreach.evals.tasks import tasks
 from longreach.methods import registry
 from longreach.planning import dial
 

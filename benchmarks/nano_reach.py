@@ -18,7 +18,7 @@ from rich.progress import Progress, TimeRemainingColumn
 
 import longreach
 from longreach.apps import demo
-from longreach.drawing import plots
+from longreach.drawing import reach
 from longreach.running.loading import shipped_book
 
 
@@ -74,7 +74,7 @@ def main() -> None:
         task = bar.add_task("reading", total=plan.tokens(model.config.max_position_embeddings))
         result = demo.run(model, tokenizer, text, plan, lambda tokens, what: bar.update(task, advance=tokens, description=what))
     write_json(args.out, {"facts": facts(torch.device("cpu")), "model": args.model, **result})
-    plots.reach(result, args.png)
+    reach.draw(result, demo.NAMES, args.png)
     parts = {"reach": reach_table(result), "loss": loss_table(result), "cost": cost_table(result)}
     print(*parts.values(), sep="\n\n")
     if not args.no_docs:

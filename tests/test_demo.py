@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import longreach
 from longreach.apps import demo
 from longreach.cli import main
-from longreach.drawing import plots
+from longreach.drawing import reach
 from longreach.evals.samples import haystack
 from longreach.running.loading import shipped_book
 
@@ -72,7 +72,7 @@ def test_shares_add_up_and_the_words_say_them():
 
 
 def test_the_picture_is_drawn_whole_or_not_at_all(tmp_path: Path):
-    plots.reach(ran()[2], tmp_path / "reach.png")
+    reach.draw(ran()[2], demo.NAMES, tmp_path / "reach.png")
     assert (tmp_path / "reach.png").read_bytes().startswith(b"\x89PNG") and [p.name for p in tmp_path.iterdir()] == ["reach.png"]
 
 

@@ -313,8 +313,8 @@ def test_what_cannot_be_saved_is_refused_and_an_old_file_survives(extension_of_s
         extension.save(cache, tmp_path)
     target = tmp_path / "kept"
     shutil.copy(saved, target)
-    monkeypatch.setattr("longreach.hf.documents.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(ValueError, match=r"kept' cannot be written \(disk full\)"):
         extension.save(cache, target, ids)
     assert target.read_bytes() == saved.read_bytes() and [p.name for p in tmp_path.iterdir()] == ["kept"]
 

@@ -14,14 +14,15 @@ import pytest
 import longreach
 import test_evals_data_tasks
 from fake_engines import CopyTail, Empty, Oracle
-from longreach.evals.samples import base, budget
+from longreach.evals import tasks as registry
+from longreach.evals.samples import budget
 from longreach.evals.samples.base import Sample, Settings
 from longreach.evals.samples.fitting import FILLER
 from longreach.evals.tasks import niah, passkey
 from longreach.running.loading import shipped_book
 
-OFFLINE = [name for name, task in base.tasks().items() if not task.needs_data]
-WITH_DATA = [name for name, task in base.tasks().items() if task.needs_data]
+OFFLINE = [name for name, task in registry.tasks().items() if not task.needs_data]
+WITH_DATA = [name for name, task in registry.tasks().items() if task.needs_data]
 SMALL = Settings(lengths=(2048,), depths=(0.0, 0.6), samples=2, text=None)
 EDGE = ["", "\n\n", "?!.,;:", "\ud83d\ud83d", "\x00\x07", "{[(<", "7" * 10_000, "a the an " * 100_000]
 
@@ -33,11 +34,11 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def samples(tokenizer: Any) -> dict[str, list[Sample]]:
-    return {name: list(itertools.islice(base.task(name).samples(tokenizer, SMALL), 6)) for name in OFFLINE}
+    return {name: list(itertools.islice(registry.task(name).samples(tokenizer, SMALL), 6)) for name in OFFLINE}
 
 
 def score(name: str, engine: Any, samples: list[Sample], tokenizer: Any) -> list[dict[str, float]]:
-    task = base.task(name)
+    task = registry.task(name)
     return [task.score(sample, engine.answer(budget.encode(tokenizer, sample)).text) for sample in samples]
 
 
@@ -54,7 +55,7 @@ def test_prompts_fit_and_say_what_they_are(name, samples, tokenizer):
 @pytest.mark.parametrize("name", OFFLINE)
 def test_a_sample_is_a_function_of_seed_length_and_index(name, samples, tokenizer):
     """Also after another length, and with fewer depths or samples."""
-    task = base.task(name)
+    task = registry.task(name)
     other = {s.id: s for s in itertools.islice(task.samples(tokenizer, replace(SMALL, lengths=(1536, 2048), samples=1, depths=(0.6,))), 8)}
     common = [sample for sample in samples[name] if sample.id in other]
     assert common, "the same sample has another name among other lengths"
@@ -66,7 +67,7 @@ def test_a_sample_is_a_function_of_seed_length_and_index(name, samples, tokenize
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_the_oracle_is_right_and_silence_is_wrong(name, samples, tokenizer):
-    task = base.task(name)
+    task = registry.task(name)
     for found in score(name, Oracle(), samples[name], tokenizer):
         assert found[task.metric] == 1.0 and all(0 <= value <= 1 for value in found.values())
     for found in score(name, Empty(), samples[name], tokenizer):
@@ -76,22 +77,22 @@ def test_the_oracle_is_right_and_silence_is_wrong(name, samples, tokenizer):
 @pytest.mark.parametrize("name", OFFLINE)
 def test_no_answer_breaks_a_scorer(name, samples):
     for text in EDGE:
-        found = base.task(name).score(samples[name][0], text)
+        found = registry.task(name).score(samples[name][0], text)
         assert all(0 <= value <= 1 for value in found.values())
 
 
 @pytest.mark.parametrize("name", WITH_DATA)
 def test_data_that_are_not_there_are_named(name, tokenizer, tmp_path):
     """What is made of data that are there is tested in test_evals_data_tasks.py, on small files in the official formats."""
-    if "zh" in base.task(name).metric:
+    if "zh" in registry.task(name).metric:
         pytest.importorskip("jieba", reason="jieba is not installed (pip install jieba)")
-    settings = Settings(lengths=(2048,) if base.task(name).group == "ruler" else (), samples=1, data=str(tmp_path))
+    settings = Settings(lengths=(2048,) if registry.task(name).group == "ruler" else (), samples=1, data=str(tmp_path))
     with pytest.raises(ValueError, match=r"has no .*pass the folder"):
-        next(iter(base.task(name).samples(tokenizer, settings)))
+        next(iter(registry.task(name).samples(tokenizer, settings)))
 
 
 def test_every_task_says_what_it_is():
-    for name, task in base.tasks().items():
+    for name, task in registry.tasks().items():
         assert task.name == name == name.lower() and task.license and task.source, f"{name} lacks its licence or its source"
         assert task.metric and (task.random is None or 0 < task.random < 1)
 
@@ -99,7 +100,7 @@ def test_every_task_says_what_it_is():
 def test_the_pages_name_every_benchmark():
     """Numbers of tasks in the tables of docs/evaluation.md and docs/benchmark_data.md, against the registry."""
     docs = Path(__file__).parents[1] / "docs"
-    made, official = Counter(base.task(name).group for name in OFFLINE), Counter(base.task(name).group for name in WITH_DATA)
+    made, official = Counter(registry.task(name).group for name in OFFLINE), Counter(registry.task(name).group for name in WITH_DATA)
     rows = re.findall(r"^\| (none|`[a-z0-9-]+`) \| (\d+) \| (\d+) \|", (docs / "evaluation.md").read_text(encoding="utf-8"), re.M)
     listed = {name.strip("`").replace("none", ""): (int(here), int(data)) for name, here, data in rows}
     assert listed == {group: (made[group], official[group]) for group in made | official}
@@ -117,7 +118,7 @@ def test_every_task_is_tested():
 def test_needles_stand_once_and_where_they_should(name, depth, tokenizer):
     for text in (None, shipped_book()[:150_000]):
         settings = Settings(lengths=(1024,), depths=(depth,), samples=1, text=text)
-        (sample,) = base.task(name).samples(tokenizer, settings)
+        (sample,) = registry.task(name).samples(tokenizer, settings)
         needle = passkey.STATEMENT.format(key=sample.references[0]) if name == "passkey" else None
         if name == "niah-classic":
             needle = sample.references[0]
@@ -159,7 +160,7 @@ def test_golden_values_of_lm_infinite(tokenizer):
 @pytest.mark.parametrize("style", ["longreach", "selfextend", "yarn", "infinitebench", "lm-infinite"])
 def test_styles(style, tokenizer):
     settings = Settings(lengths=(900,), depths=(0.5,), samples=2, options={"style": style})
-    task = base.task("passkey")
+    task = registry.task("passkey")
     for sample in task.samples(tokenizer, settings):
         prompt = budget.encode(tokenizer, sample)
         key = sample.references[0]
@@ -179,7 +180,7 @@ def test_a_key_is_found_where_it_lies_in_the_known_tail(tokenizer):
     """Depth arithmetic: with keys at even depths and the last 40 % known, about 40 % are found, and those are the deep ones."""
     depths = tuple(d / 10 for d in range(11))
     settings = Settings(lengths=(2000,), depths=depths, samples=1)
-    samples = list(base.task("passkey").samples(tokenizer, settings))
+    samples = list(registry.task("passkey").samples(tokenizer, settings))
     found = score("passkey", CopyTail(tokenizer, 800), samples, tokenizer)
     for sample, row in zip(samples, found):
         text, key = sample.parts.text, sample.references[0]
@@ -190,7 +191,7 @@ def test_a_key_is_found_where_it_lies_in_the_known_tail(tokenizer):
 
 
 def test_what_cannot_be_is_refused(tokenizer):
-    task = base.task("passkey")
+    task = registry.task("passkey")
     for settings, says in [
         (Settings(lengths=(50,)), r"choose a length of at least \d+"),
         (Settings(lengths=(900,), options={"style": "other"}), "choose one of longreach"),
@@ -201,6 +202,6 @@ def test_what_cannot_be_is_refused(tokenizer):
         with pytest.raises(ValueError, match=says):
             list(task.samples(tokenizer, settings))
     with pytest.raises(ValueError, match="the text says already"):
-        list(base.task("niah-classic").samples(tokenizer, Settings(lengths=(300,), text=f"Once. {niah.NEEDLE} " * 99)))
+        list(registry.task("niah-classic").samples(tokenizer, Settings(lengths=(300,), text=f"Once. {niah.NEEDLE} " * 99)))
     with pytest.raises(ValueError, match="there is no task 'pass'"):
-        base.task("pass")
+        registry.task("pass")

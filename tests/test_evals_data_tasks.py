@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from longreach.evals.samples import base
-from longreach.evals.samples.base import Settings
+from longreach.evals import tasks as registry
+from longreach.evals.samples.base import Sample, Settings
 from longreach.evals.tasks import leval, longbench, longbench_v2, loogle
 
 GROUPS = ("longbench", "longbench-e", "leval", "infinitebench", "longbench-v2", "loogle")
-TASKS = {name: task for name, task in base.tasks().items() if task.group in GROUPS and task.needs_data}
+TASKS = {name: task for name, task in registry.tasks().items() if task.group in GROUPS and task.needs_data}
 DOCUMENT = "Document with {input} and $Q$ and {braces}, and <text> in it.\nSecond line."
 
 
@@ -87,14 +87,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def made(name: str, folder: Path, **more: Any) -> list[base.Sample]:
+def made(name: str, folder: Path, **more: Any) -> list[Sample]:
     task = TASKS[name]
     if "zh" in task.metric:
         pytest.importorskip("jieba", reason="jieba is not installed (pip install jieba)")
     return list(task.samples(None, Settings(data=str(folder), samples=0, **more)))
 
 
-def right(name: str, sample: base.Sample) -> str:
+def right(name: str, sample: Sample) -> str:
     if name == "leval-topic-retrieval":
         return f"It was '{sample.references[0]}'."
     if name == "longbench-v2":
@@ -335,7 +335,7 @@ def hotpot(path: Path) -> None:
 @pytest.mark.parametrize(("name", "write", "file"), [("ruler-qa-1", squad, "dev-v2.0.json"), ("ruler-qa-2", hotpot, "hotpot_dev_distractor_v1.json")])
 def test_ruler_questions_fill_a_length_with_documents(tmp_path, name, write, file):
     write(tmp_path / file)
-    task = base.task(name)
+    task = registry.task(name)
     settings = Settings(lengths=(260, 700), samples=6, data=str(tmp_path), seed=3)
     samples = list(task.samples(Words(), settings))
     assert len(samples) == 12 and samples == list(task.samples(Words(), settings))
@@ -359,11 +359,11 @@ def test_ruler_questions_fill_a_length_with_documents(tmp_path, name, write, fil
 
 def test_ruler_questions_prefer_their_own_article(tmp_path):
     squad(tmp_path / "dev-v2.0.json")
-    sample = next(iter(base.task("ruler-qa-1").samples(Words(), Settings(lengths=(260,), samples=1, data=str(tmp_path)))))
+    sample = next(iter(registry.task("ruler-qa-1").samples(Words(), Settings(lengths=(260,), samples=1, data=str(tmp_path)))))
     assert sample.references == ("answer00",) and sample.parts.document.count("article0 ") == 4
     (tmp_path / "dev-v2.0.json").write_text('{"data": [{"title": "t"}]}', encoding="utf-8")
     with pytest.raises(ValueError, match="official format"):
-        next(iter(base.task("ruler-qa-1").samples(Words(), Settings(lengths=(260,), data=str(tmp_path)))))
+        next(iter(registry.task("ruler-qa-1").samples(Words(), Settings(lengths=(260,), data=str(tmp_path)))))
 
 
 @pytest.mark.parametrize("content", ["{}", '[{"question": "q"}]', "[3]", '[{"question": "q", "answer": "a", "context": [["t"]]}]'])
@@ -371,7 +371,7 @@ def test_ruler_refuses_other_formats(tmp_path, content):
     for name, file in (("ruler-qa-1", "dev-v2.0.json"), ("ruler-qa-2", "hotpot_dev_distractor_v1.json")):
         (tmp_path / file).write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match="official"):
-            next(iter(base.task(name).samples(Words(), Settings(lengths=(260,), data=str(tmp_path)))))
+            next(iter(registry.task(name).samples(Words(), Settings(lengths=(260,), data=str(tmp_path)))))
 
 
 def test_ruler_takes_the_hubs_tables_too(tmp_path):
@@ -386,7 +386,7 @@ def test_ruler_takes_the_hubs_tables_too(tmp_path):
     folder.mkdir(parents=True)
     table = pyarrow.Table.from_pylist([{k: v for k, v in row.items() if k != "supporting_facts"} for row in tables])
     parquet.write_table(table, folder / "validation-0.parquet")
-    task = base.task("ruler-qa-2")
+    task = registry.task("ruler-qa-2")
     paths = (tmp_path / "hotpot_dev_distractor_v1.json", tmp_path / "hub")
     both = [list(task.samples(Words(), Settings(lengths=(400,), samples=3, data=str(path)))) for path in paths]
     assert both[0] == both[1]

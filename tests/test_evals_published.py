@@ -21,7 +21,7 @@ from time import perf_counter
 
 import pytest
 
-from longreach.evals.samples import base
+from longreach.evals import tasks as registry
 from longreach.evals.samples.base import Parts, Sample
 from longreach.evals.scores import scorers, statistics
 from longreach.evals.tasks.ancestral_trace import box, boxed_match
@@ -46,7 +46,7 @@ def sample(references: Sequence[str], **meta: object) -> Sample:
 
 def differences(name: str, cases: Callable[[random.Random], tuple[Sample, str, float]], metric: str | None = None) -> list[tuple[object, ...]]:
     """Answers whose score is not the published one, of a fixed stream of cases; the stream must have right and wrong ones."""
-    task, rng, found, seen = base.task(name), random.Random(name), [], set()
+    task, rng, found, seen = registry.task(name), random.Random(name), [], set()
     for _ in range(COUNT):
         asked, answer, published = cases(rng)
         ours = task.score(asked, answer)[metric or task.metric]
@@ -340,7 +340,7 @@ def test_rouge_of_word_sets(name, metric):
 
 
 def test_an_empty_answer_to_loogle_is_the_word_none():
-    task = base.task("loogle-longdep-qa")
+    task = registry.task("loogle-longdep-qa")
     assert task.score(sample(["None of it"]), "")["rouge_l_recall"] == pytest.approx(1 / 3) and task.score(sample(["x"]), "")["rouge_l_recall"] == 0
 
 
@@ -351,7 +351,7 @@ def readable(answer: str) -> str:
     return "".join("\n" if ord(c) < 32 else c for c in answer.strip()).strip()
 
 
-@pytest.mark.parametrize("name", [name for name, task in base.tasks().items() if task.group == "ruler"])
+@pytest.mark.parametrize("name", [name for name, task in registry.tasks().items() if task.group == "ruler"])
 def test_ruler(name):
     """The share of the references that stand in the answer; for its two tasks of questions whether any does."""
 

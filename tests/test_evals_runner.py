@@ -16,12 +16,13 @@ import pytest
 
 import longreach
 from fake_engines import CopyTail, Empty, Failing, First
+from longreach.evals import tasks as registry
 from longreach.evals.harness import results, runner
 from longreach.evals.harness.results import Folder
 from longreach.evals.report import figures, special_figures, view
 from longreach.evals.report import page as written_page
 from longreach.evals.report.view import View
-from longreach.evals.samples import base, budget
+from longreach.evals.samples import budget
 from longreach.evals.samples.base import Parts, Sample, Settings, Task
 from longreach.evals.scores import statistics
 from longreach.running import truncation
@@ -38,11 +39,11 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def items(tokenizer: Any) -> list[runner.Item]:
-    return runner.plan({base.task("passkey"): SETTINGS}, tokenizer)
+    return runner.plan({registry.task("passkey"): SETTINGS}, tokenizer)
 
 
 def run(path: Path, engine: Any, items: list[runner.Item], tokenizer: Any, shard: tuple[int, int] = (0, 1), **more: Any) -> runner.Outcome:
-    tasks = runner.describe({base.task("passkey"): SETTINGS}, more.pop("config", CONFIG))
+    tasks = runner.describe({registry.task("passkey"): SETTINGS}, more.pop("config", CONFIG))
     folder = Folder(path, shard)
     folder.start({"config": CONFIG, "tasks": tasks, "extension": {"trained_window": 256}, "started": "then", "ended": None})
     outcome = runner.run(items, engine, tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()}, shard=shard, **more)
@@ -188,13 +189,13 @@ def test_a_sample_that_fails_is_recorded_and_tried_again(tmp_path, items, tokeni
 
 def test_a_folder_holds_one_run_only(tmp_path, items, tokenizer):
     run(tmp_path, First(), items, tokenizer)
-    folder, tasks = Folder(tmp_path), runner.describe({base.task("passkey"): dataclasses.replace(SETTINGS, seed=1)}, CONFIG)
+    folder, tasks = Folder(tmp_path), runner.describe({registry.task("passkey"): dataclasses.replace(SETTINGS, seed=1)}, CONFIG)
     with pytest.raises(ValueError, match="frequencies: null there, \"other\" now"):
         folder.start({"config": {**CONFIG, "frequencies": "other"}, "tasks": {}, "started": "then"})
     assert run(tmp_path, First(), items, tokenizer, config={**CONFIG, "context": 1024}).known == 12  # longer samples declare a longer context
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
         folder.start({"config": CONFIG, "tasks": tasks, "started": "then"})
-    larger = runner.plan({base.task("passkey"): dataclasses.replace(SETTINGS, depths=(0.0, 0.25, 1.0))}, tokenizer)
+    larger = runner.plan({registry.task("passkey"): dataclasses.replace(SETTINGS, depths=(0.0, 0.25, 1.0))}, tokenizer)
     assert run(tmp_path, First(), larger, tokenizer) == runner.Outcome(4, 0, 8, 0)  # a run can be made larger
     (tmp_path / "samples.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1 of"):
@@ -282,7 +283,7 @@ def test_refusals_of_a_budget(tokenizer):
     with pytest.raises(ValueError, match="choose one of middle"):
         budget.fit(tokenizer, sample, 100, "somewhere")
     with pytest.raises(ValueError, match="there are no samples"):
-        runner.plan({base.task("passkey"): Settings()}, tokenizer)
+        runner.plan({registry.task("passkey"): Settings()}, tokenizer)
 
 
 def test_chat_templates(tokenizer):
@@ -357,8 +358,8 @@ def test_two_runs_are_compared_on_the_same_samples(folders, tmp_path):
 
 
 def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):
-    pictures = written_page.write(folders, [view.view(folder) for folder in folders], tmp_path / "page.html", tmp_path / "figures")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    text, pictures = written_page.render(folders, [view.view(folder) for folder in folders], tmp_path / "figures")
+    page = text.decode("utf-8")
     assert {picture.name for picture in pictures} == {"depth_passkey", "accuracy_passkey", "cost"}
     assert page.count("<img ") == 3 == page.count("data:image/png;base64,") == page.count("data:text/csv;base64,")
     assert page.count("<script>") == 1 and "<img src=x" not in page
@@ -370,7 +371,7 @@ def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):
     grid = (tmp_path / "figures" / "depth_passkey.csv").read_text().splitlines()
     assert grid[0] == "run,length,depth,metric,value,n,ci_low,ci_high" and len(grid) == 1 + 6 + 6 + 4
     with pytest.raises(ValueError, match="called the same"):
-        written_page.write(folders[:1] * 2, [view.view(folders[0])] * 2, tmp_path / "page.html", tmp_path)
+        written_page.render(folders[:1] * 2, [view.view(folders[0])] * 2, tmp_path)
     with pytest.raises(ValueError, match="no palette"):
         figures.draw([view.view(folders[0])], tmp_path, "rainbow")
 

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 import longreach
-from longreach.evals.samples import base, budget, fitting, words
+from longreach.evals import tasks as registry
+from longreach.evals.samples import budget, fitting, words
 from longreach.evals.samples.base import Parts, Sample, Settings
 from longreach.evals.tasks import ancestral_trace, needle_threading, ruler_words
 from longreach.evals.tasks.ruler import string_match_all
@@ -48,7 +49,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def samples(tokenizer: Any) -> dict[str, list[Sample]]:
-    return {name: list(base.task(name).samples(tokenizer, SETTINGS)) for name in TASKS}
+    return {name: list(registry.task(name).samples(tokenizer, SETTINGS)) for name in TASKS}
 
 
 def needs(tokenizer: Any, sample: Sample) -> int:
@@ -66,8 +67,8 @@ def facts_of(sample: Sample) -> dict[str, str]:
 
 
 def test_all_of_them_are_found():
-    assert set(base.tasks()) >= SYNTHETIC
-    assert not any(base.task(name).needs_data for name in TASKS)
+    assert set(registry.tasks()) >= SYNTHETIC
+    assert not any(registry.task(name).needs_data for name in TASKS)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -86,7 +87,7 @@ def test_prompts_fit_and_are_full(name, samples, tokenizer):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_512_tokens_suffice_or_are_refused_with_a_length_that_does(name, tokenizer):
-    task, settings = base.task(name), Settings(lengths=(512,), depths=(0.5,), samples=1)
+    task, settings = registry.task(name), Settings(lengths=(512,), depths=(0.5,), samples=1)
     if name not in TOO_SHORT:
         for sample in task.samples(tokenizer, settings):
             assert needs(tokenizer, sample) <= 512
@@ -101,7 +102,7 @@ def test_512_tokens_suffice_or_are_refused_with_a_length_that_does(name, tokeniz
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_sample_is_a_function_of_seed_length_and_index(name, samples, tokenizer):
-    task = base.task(name)
+    task = registry.task(name)
     alone = list(task.samples(tokenizer, replace(SETTINGS, lengths=(1300, LENGTH), depths=(0.6,), samples=1)))
     found = {sample.id: sample for sample in samples[name]}
     assert any(sample.id in found for sample in alone)
@@ -116,7 +117,7 @@ def test_a_sample_is_a_function_of_seed_length_and_index(name, samples, tokenize
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_oracle_is_right_silence_is_wrong_and_no_answer_breaks_a_score(name, samples):
-    task = base.task(name)
+    task = registry.task(name)
     for sample in samples[name]:
         assert set(task.score(sample, oracle(sample)).values()) == {1.0}
         assert task.score(sample, " " + ", ".join(sample.references))[task.metric] == 1.0
@@ -128,7 +129,7 @@ def test_the_oracle_is_right_silence_is_wrong_and_no_answer_breaks_a_score(name,
 @pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("ruler-niah")])
 def test_magic_needles(name, samples):
     """Every needle is whole, is there once, and only the asked keys lead to the references."""
-    task = base.task(name)
+    task = registry.task(name)
     for sample in samples[name]:
         document = sample.parts.document
         said = re.findall(r"One of the special magic (\w+) for (\S+) is: (\S+)\.", document)
@@ -148,7 +149,7 @@ def test_magic_needles(name, samples):
 
 def test_variables_can_be_tracked(samples, tokenizer):
     hard = Settings(lengths=(LENGTH,), samples=1, options={"chains": 3, "hops": 6})
-    for sample in [*samples["ruler-vt"], *base.task("ruler-vt").samples(tokenizer, hard)]:
+    for sample in [*samples["ruler-vt"], *registry.task("ruler-vt").samples(tokenizer, hard)]:
         holds: dict[str, str] = {}
         for variable, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", sample.parts.document):
             holds[variable] = holds.get(source, source)
@@ -163,7 +164,7 @@ def test_variables_can_be_tracked(samples, tokenizer):
 
 @pytest.mark.parametrize("length, often, seldom, shown", [(LENGTH, 6, 1, (3, 1, 20)), (4096, 30, 3, (10, 3, 40))])
 def test_common_words_can_be_counted(length, often, seldom, shown, tokenizer):
-    (sample,) = base.task("ruler-cwe").samples(tokenizer, Settings(lengths=(length,), samples=1))
+    (sample,) = registry.task("ruler-cwe").samples(tokenizer, Settings(lengths=(length,), samples=1))
     counts = Counter(re.findall(r"\d+\. (\w+)", sample.parts.document))
     assert {word for word, count in counts.items() if count == often} == set(sample.references) and len(sample.references) == 10
     assert set(counts.values()) == {often, seldom} and len(counts) == sample.meta["words"] > 10
@@ -175,7 +176,7 @@ def test_common_words_can_be_counted(length, often, seldom, shown, tokenizer):
 
 
 def test_frequent_words_can_be_counted(samples, tokenizer):
-    for sample in [*samples["ruler-fwe"], *base.task("ruler-fwe").samples(tokenizer, Settings(lengths=(400,), samples=1))]:
+    for sample in [*samples["ruler-fwe"], *registry.task("ruler-fwe").samples(tokenizer, Settings(lengths=(400,), samples=1))]:
         ranked = Counter(sample.parts.document.split()).most_common()
         assert ranked[0][0] == "..." and {word for word, _ in ranked[1:4]} == set(sample.references)
         assert ranked[3][1] > ranked[4][1], "the third word is not ahead of the fourth"
@@ -196,7 +197,7 @@ def test_golden_haystack_of_needle_threading():
 def test_values_belong_to_their_keys(name, samples, tokenizer):
     more: list[Sample] = []
     if name == "needle-threading-multiple":
-        more = list(base.task(name).samples(tokenizer, replace(SETTINGS, options={"placement": "clustered", "needles": 4})))
+        more = list(registry.task(name).samples(tokenizer, replace(SETTINGS, options={"placement": "clustered", "needles": 4})))
         for sample in more:
             places = sorted(list(facts_of(sample).values()).index(reference) for reference in sample.references)
             assert places == list(range(places[0], places[0] + 4))
@@ -220,7 +221,7 @@ def test_conditional_keys_hold_the_character(samples):
 @pytest.mark.parametrize("name", ["needle-threading-thread", "needle-threading-multi-thread"])
 def test_threads_lead_to_their_values(name, direction, tokenizer):
     steps = []
-    for sample in base.task(name).samples(tokenizer, replace(SETTINGS, samples=3, options={"direction": direction})):
+    for sample in registry.task(name).samples(tokenizer, replace(SETTINGS, samples=3, options={"direction": direction})):
         facts, ends = facts_of(sample), []
         order = list(facts)
         for at in re.findall(r'"([^"]+)"', sample.parts.query):
@@ -238,7 +239,7 @@ def test_threads_lead_to_their_values(name, direction, tokenizer):
 @pytest.mark.parametrize("steps, branches, length", [(3, 2, LENGTH), (4, 3, 4096), (1, 2, LENGTH)])
 def test_one_way_of_a_branched_thread_is_the_longest(steps, branches, length, tokenizer):
     settings = Settings(lengths=(length,), samples=4, options={"steps": steps, "branches": branches})
-    for sample in base.task("needle-threading-branched").samples(tokenizer, settings):
+    for sample in registry.task("needle-threading-branched").samples(tokenizer, settings):
         facts = facts_of(sample)
 
         def ends(key: str, facts: dict[str, str] = facts) -> Iterator[tuple[int, str]]:
@@ -254,12 +255,12 @@ def test_one_way_of_a_branched_thread_is_the_longest(steps, branches, length, to
 
 
 def test_lists_are_scored_as_sets_with_the_order_beside():
-    task = base.task("needle-threading-multiple")
+    task = registry.task("needle-threading-multiple")
     a, b, c = (words.uuid4(Random(seed)) for seed in range(3))
     sample = Sample("x", Parts(""), (a, b), 100)
     assert task.score(sample, f"[{b}, {a}]") == {"accuracy": 1.0, "order": 0.0, "precision": 1.0, "recall": 1.0, "f1": 1.0}
     assert task.score(sample, f"{a.upper()} {c} {a}") == {"accuracy": 0.0, "order": 0.0, "precision": 0.5, "recall": 0.5, "f1": 0.5}
-    single = base.task("needle-threading-single")
+    single = registry.task("needle-threading-single")
     assert single.score(replace(sample, references=(a,)), f"It is {a}, not {b}.") == {"accuracy": 1.0}
     assert single.score(replace(sample, references=(a,)), f"{b} or {a}") == {"accuracy": 0.0}
     assert single.score(replace(sample, references=(a,)), f"0{a}") == {"accuracy": 0.0}
@@ -271,11 +272,11 @@ def test_numbers_of_infinitebench(samples):
         assert re.fullmatch(r"[1-9]\d{9}", digits) and re.search(r"(\d)\1", digits)
         assert sample.parts.document.count(digits) == 2 and re.findall(r"\d+", sample.parts.document) == [digits] * 2
         assert abs(sample.meta["depth_actual"] - sample.meta["depth"]) < 0.03
-        score = base.task("infinitebench-number-string").score
+        score = registry.task("infinitebench-number-string").score
         assert score(sample, f" {digits}. Not 1.") == {"accuracy": 1.0} and score(sample, f" {digits}1") == {"accuracy": 0.0}
     kv = samples["infinitebench-kv-retrieval"][0]
-    assert base.task("infinitebench-kv-retrieval").score(kv, f'{{"x": "{kv.references[0]}"}}') == {"accuracy": 1.0}
-    assert base.task("infinitebench-kv-retrieval").score(kv, f"x{kv.references[0]}") == {"accuracy": 0.0}
+    assert registry.task("infinitebench-kv-retrieval").score(kv, f'{{"x": "{kv.references[0]}"}}') == {"accuracy": 1.0}
+    assert registry.task("infinitebench-kv-retrieval").score(kv, f"x{kv.references[0]}") == {"accuracy": 0.0}
 
 
 def read_kinship(text: str) -> dict[str, tuple[str, int]]:
@@ -293,7 +294,7 @@ def read_kinship(text: str) -> dict[str, tuple[str, int]]:
 
 
 def test_ancestors_can_be_traced(samples, tokenizer):
-    counted = base.task("ancestral-trace").samples(tokenizer, Settings(samples=1, options={"facts": (2, 32)}))
+    counted = registry.task("ancestral-trace").samples(tokenizer, Settings(samples=1, options={"facts": (2, 32)}))
     for sample in [*samples["ancestral-trace"], *counted, *samples["needlebench-multi-reasoning"]]:
         above = read_kinship(sample.parts.document)
         assert len(above) == sample.meta["facts"]
@@ -340,7 +341,7 @@ def test_needles_of_needlebench(samples):
             assert all(sample.parts.document.count(thing) == 1 for thing in sample.references)
     for sample in samples["needlebench-multi-retrieval"]:
         assert all(abs(depth - i / 10) < 0.5 * 600 / len(sample.parts.document) + 0.1 for i, depth in enumerate(sample.meta["depths_actual"]))
-        assert base.task("needlebench-multi-retrieval").score(sample, sample.references[3]) == {"accuracy": 1 / 11}
+        assert registry.task("needlebench-multi-retrieval").score(sample, sample.references[3]) == {"accuracy": 1 / 11}
     begin, deep = (sample for sample in samples["needlebench-single-retrieval"] if sample.meta["index"] == 0)
     strip = [re.sub(r"\s+", " ", re.sub(r"\nIn its tower.*\n", " ", sample.parts.document)).strip()[:2000] for sample in (begin, deep)]
     assert strip[0] == strip[1] and begin.references == deep.references, "depths are compared on one text"
@@ -350,16 +351,16 @@ def test_needles_of_needlebench(samples):
 @pytest.mark.parametrize("name", ["ruler-niah-single-1", "ruler-niah-multivalue", "needlebench-single-retrieval", "infinitebench-number-string"])
 def test_any_text_serves_and_is_repeated_if_short(name, text, tokenizer):
     settings = Settings(lengths=(600,), depths=(0.5,), samples=1, text=text)
-    (sample,) = base.task(name).samples(tokenizer, settings)
+    (sample,) = registry.task(name).samples(tokenizer, settings)
     assert 600 - 60 < needs(tokenizer, sample) <= 600
     assert fitting.FILLER not in sample.parts.document and text.strip()[:3] in sample.parts.document
     if "depth_actual" in sample.meta and "ruler" not in name:
         assert abs(sample.meta["depth_actual"] - 0.5) < 0.5 * 600 / len(sample.parts.document) + 0.02
-    assert base.task(name).score(sample, oracle(sample))[base.task(name).metric] == 1.0
+    assert registry.task(name).score(sample, oracle(sample))[registry.task(name).metric] == 1.0
 
 
 def test_variables_hide_in_a_text_of_the_user(tokenizer):
-    (sample,) = base.task("ruler-vt").samples(tokenizer, Settings(lengths=(700,), samples=1, text="The sea is wide. The WHALE swims. " * 9))
+    (sample,) = registry.task("ruler-vt").samples(tokenizer, Settings(lengths=(700,), samples=1, text="The sea is wide. The WHALE swims. " * 9))
     assert "The WHALE swims." in sample.parts.document and fitting.FILLER not in sample.parts.document
 
 
@@ -367,7 +368,7 @@ def test_a_chat_template_counts(tokenizer):
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{{ bos_token }}{% for m in messages %}The user says at length: {{ m['content'] }} {% endfor %}And the assistant answers to that:"
     for name in ("ruler-niah-single-2", "needle-threading-single", "passkey", "niah"):
-        sample = next(iter(base.task(name).samples(chatty, SETTINGS)))
+        sample = next(iter(registry.task(name).samples(chatty, SETTINGS)))
         parts = sample.parts
         begun = parts.answer_prefix if sample.chat == "prefix" else ""
         turn = [{"role": "user", "content": parts.text.removesuffix(begun)}]
@@ -375,7 +376,7 @@ def test_a_chat_template_counts(tokenizer):
         assert LENGTH - 90 < len(chatty(read, add_special_tokens=False)["input_ids"]) + sample.max_new_tokens <= LENGTH
         assert budget.encode(chatty, sample).needs == fitting.needs(chatty, sample) > budget.encode(chatty, sample, "off").needs
     chatty.chat_template = "{{ raise_exception('no users') }}"
-    (sample,) = base.task("passkey").samples(chatty, Settings(lengths=(300,), depths=(0.5,), samples=1))
+    (sample,) = registry.task("passkey").samples(chatty, Settings(lengths=(300,), depths=(0.5,), samples=1))
     assert fitting.needs(chatty, sample) == budget.encode(chatty, sample, "off").needs <= 300, "without the template it can be run"
     with pytest.raises(ValueError, match="pass --chat off"):
         budget.encode(chatty, sample)
@@ -399,14 +400,14 @@ def test_a_chat_template_counts(tokenizer):
 )
 def test_what_cannot_be_is_refused(name, options, says, tokenizer):
     with pytest.raises(ValueError, match=says):
-        list(base.task(name).samples(tokenizer, replace(SETTINGS, options=options)))
+        list(registry.task(name).samples(tokenizer, replace(SETTINGS, options=options)))
     with pytest.raises(ValueError, match="divide percentages by 100"):
-        list(base.task(name).samples(tokenizer, replace(SETTINGS, depths=(50.0,))))
+        list(registry.task(name).samples(tokenizer, replace(SETTINGS, depths=(50.0,))))
 
 
 def test_what_runs_out_is_refused(tokenizer):
     with pytest.raises(ValueError, match="the text to hide facts in is empty"):
-        list(base.task("ruler-niah-single-2").samples(tokenizer, replace(SETTINGS, text=" \n")))
+        list(registry.task("ruler-niah-single-2").samples(tokenizer, replace(SETTINGS, text=" \n")))
     with pytest.raises(ValueError, match="no more than 20 different units"):
         fitting.fill(tokenizer, lambda n: Sample("x", Parts("word " * n), ("word",), 1), 500, 1, 20)
 

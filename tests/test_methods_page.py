@@ -11,7 +11,7 @@ import pytest
 import longreach
 from longreach.cli import methods_page
 from longreach.core.segments import matrices
-from longreach.drawing import plots
+from longreach.drawing import distances
 from longreach.hf import frequencies
 from longreach.methods import registry
 from longreach.methods.base import Method
@@ -104,9 +104,9 @@ def test_cost_counts_what_is_seen_and_kept(method: Method):
     assert found.values <= found.keys <= 2 * n
 
 
-def pairs(method: Method, window: int, context: int, base: float = 1e4, width: int = 128) -> plots.Pairs:
+def pairs(method: Method, window: int, context: int, base: float = 1e4, width: int = 128) -> distances.Pairs:
     own, new = frequencies.without_model(method, window, context, base, width)
-    return plots.Pairs(own.inverse, new.inverse, window, context, method.largest_distance(context), new.scaling)
+    return distances.Pairs(own.inverse, new.inverse, window, context, method.largest_distance(context), new.scaling)
 
 
 def test_what_is_marked_as_untrained():

@@ -507,13 +507,13 @@ def test_a_comparison_on_a_narrow_terminal_loses_no_digit(monkeypatch: pytest.Mo
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from longreach.drawing import plots
+    from longreach.drawing import canvas
 
     def full(figure: Any, path: Path, colours: int | None) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots, "_draw", full)
-    with pytest.raises(OSError, match="No space"):
-        plots.save(None, tmp_path / "x.png")
+    monkeypatch.setattr(canvas, "_draw", full)
+    with pytest.raises(ValueError, match=r"x.png' cannot be written \(no space left on device\); free some space"):
+        canvas.save(None, tmp_path / "x.png")
     assert not list(tmp_path.iterdir())

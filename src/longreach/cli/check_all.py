@@ -1,6 +1,6 @@
 """`longreach check --all`: every method on every family of models, as a table, JSON or the page docs/families.md.
 
-Knows options and tables; what is measured is in evals/exactness.py.
+Knows options and tables; what is measured is in checking/exactness.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from longreach import files
 from longreach.cli import targets
 from longreach.cli.common import Output
 
@@ -22,7 +23,6 @@ def run(out: Output, method: str | None, names: list[str] | None, markdown: Path
     from longreach.checking import exactness
     from longreach.checking.families import FAMILIES, REFUSED
     from longreach.cli import parameters
-    from longreach.evals.harness.results import write_whole
 
     known = [*FAMILIES, *REFUSED]
     if unknown := sorted(set(names or ()) - set(known)):
@@ -37,7 +37,7 @@ def run(out: Output, method: str | None, names: list[str] | None, markdown: Path
     if markdown is not None:
         from longreach.checking.families_page import page
 
-        write_whole(markdown, page(found))
+        files.write(markdown, page(found), "page")
         out.note(f"wrote {markdown}")
     gates = {"fast_against_dense": exactness.FAST, "neutral_against_stock": exactness.NEUTRAL}
     return {"gates": gates, "families": [family.to_json() for family in found], "passed": all(family.passed for family in found)}

@@ -100,6 +100,16 @@ def pairs_table(title: str, rows: list[tuple[str, str]]) -> Table:
     return table
 
 
+def plain_table(*columns: str) -> Table:
+    """A table with a head, whose cells fold: a narrow terminal must not hide digits."""
+    from rich import box
+
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     value, unit = float(count), "B"

@@ -53,14 +53,14 @@ def command(
         book = text.read(file, text.LARGEST_FILE, out.note, encoding)
         with quiet_transformers(verbose):
             from longreach.apps import demo
-            from longreach.drawing import plots
+            from longreach.drawing import reach
             from longreach.planning import dial
 
             loaded, tokenizer = load_model(out, model, dtype, device)
             window = dial.trained_window(loaded.config).tokens
             with bar(out, plan, window) as progress:
                 result = demo.run(loaded, tokenizer, book, plan, progress)
-        plots.reach(result, png)
+        reach.draw(result, demo.NAMES, png)
         words = demo.verdict(result)
         out.finish({"model": model, "book": file, **result, "verdict": words, "png": str(png)}, lambda console: show(console, model, result, words, png))
 

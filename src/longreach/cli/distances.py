@@ -17,7 +17,7 @@ from longreach.cli.targets import check_picture
 if TYPE_CHECKING:
     import torch
 
-    from longreach.drawing import plots
+    from longreach.drawing import distances
     from longreach.methods.base import Method
 
 TAKES_METHOD_PARAMETERS = True
@@ -65,9 +65,9 @@ def command(
             out.note(f"note: {chosen.name} changes the frequencies at which these distances are encoded, which is not drawn{drawn}")
         result: dict[str, Any] = {"method": chosen.to_json(), "length": length, "layer": layer}
         if png is not None:
-            from longreach.drawing import plots
+            from longreach.drawing import distances
 
-            plots.distances(matrix, chosen.brief(), png, trained_window, pairs)
+            distances.draw(matrix, chosen.brief(), png, trained_window, pairs)
             out.note(f"wrote {png}")
             result["png"] = str(png)
         if as_json:
@@ -75,9 +75,9 @@ def command(
         out.finish(result, lambda console: None if png is not None else print(text(matrix), file=out.stdout))
 
 
-def pairs_of(method: Method, window: int, context: int, base: float, dims: int) -> plots.Pairs:
+def pairs_of(method: Method, window: int, context: int, base: float, dims: int) -> distances.Pairs:
     """The rotary pairs of a model that the options describe, for the second panel."""
-    from longreach.drawing import plots
+    from longreach.drawing import distances
     from longreach.hf import frequencies
 
     if dims % 2:
@@ -87,7 +87,7 @@ def pairs_of(method: Method, window: int, context: int, base: float, dims: int) 
     if not 1 < base < math.inf:
         raise ValueError(f"--rope-base must be a number above 1, such as 10000, not {base:g}")
     own, new = frequencies.without_model(method, window, context, base, dims)
-    return plots.Pairs(own.inverse, new.inverse, window, context, method.largest_distance(context), new.scaling)
+    return distances.Pairs(own.inverse, new.inverse, window, context, method.largest_distance(context), new.scaling)
 
 
 def note_late(out: Output, method: Method) -> None:

@@ -6,22 +6,22 @@ Knows options, tables and folders of runs; running is in eval_run.py, eval_ppl.p
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longreach import files
 from longreach.cli import targets
-from longreach.cli.common import Force, Json, output
+from longreach.cli.common import Force, Json, Output, output, plain_table
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from longreach.drawing.canvas import Picture
+    from longreach.evals.report.view import View
 
 PALETTE = Annotated[str, typer.Option("--palette", help="Colours of the depth maps: needle, or safe for the colour-blind.")]
 
@@ -51,7 +51,7 @@ def _help(context: typer.Context) -> None:
 def list_tasks(as_json: Json = False) -> None:
     """List the tasks: their benchmark, licence, whether they need data, and their options."""
     with output(as_json) as out:
-        from longreach.evals.samples import base
+        from longreach.evals.tasks import tasks
 
         found = [
             {
@@ -59,7 +59,7 @@ def list_tasks(as_json: Json = False) -> None:
                 "source": task.source, "metric": task.metric, "random": task.random, "options": dict(task.options),
                 "doc": " ".join((type(task).__doc__ or "").split()),
             }
-            for task in base.tasks().values()
+            for task in tasks().values()
         ]  # fmt: skip
         out.finish({"tasks": found}, lambda console: show_tasks(console, found))
 
@@ -90,8 +90,8 @@ def report(
 ) -> None:
     """One HTML page of several runs, with everything in it."""
     with output(as_json) as out:
-        from longreach.evals.harness.results import Folder, runs_in_markdown, write_whole, writing
-        from longreach.evals.report import page as pages
+        from longreach.evals.harness.results import Folder, runs_in_markdown
+        from longreach.evals.report import page
         from longreach.evals.report.view import view
 
         targets.check(out, html, targets.REPORT_PAGE, force)
@@ -102,25 +102,37 @@ def report(
             raise ValueError(f"{str(folder)!r} is a file; name a folder for the pictures")
         opened = [Folder(each) for each in folders]
         views = [view(each) for each in opened]
-        with writing(html), TemporaryDirectory(dir=html.parent, prefix=".report-") as made:  # what the pictures are called is known when they are drawn
-            pictures = placed(pages.write(opened, views, Path(made) / html.name, made, palette), folder, force)
-            os.replace(Path(made) / html.name, html)
+        unfinished(out, folders, views)
+        with files.said(html), TemporaryDirectory(dir=html.parent, prefix=".report-") as made:  # what the pictures are called is known when they are drawn
+            text, drawn = page.render(opened, views, made, palette)
+            pictures = placed(drawn, folder, force)
+        files.write(html, text, "page")
         if markdown is not None:
-            write_whole(markdown, f"<!-- written by longreach eval report -->\n\n{runs_in_markdown(opened)}")
+            files.write(markdown, f"<!-- written by longreach eval report -->\n\n{runs_in_markdown(opened)}", "page")
         result = {"html": str(html), "figures": [{"title": p.title, "png": str(p.png), "csv": str(p.csv)} for p in pictures]}
         out.finish(result, lambda console: console.print(f"{html}: {counted(len(opened), 'run')}, {counted(len(pictures), 'picture')}"))
 
 
+def unfinished(out: Output, folders: list[Path], views: list[View]) -> None:
+    """Say which runs have not ended. Raises ValueError where there is nothing at all to show."""
+    for folder, seen in zip(folders, views, strict=True):
+        if seen.run.get("ended") is None:
+            what = "some of its results" if seen.rows else "no results yet"
+            out.warn(f"{folder} holds {what}: its run has not ended; the command that began it completes it")
+    if not any(seen.rows for seen in views):
+        raise ValueError(f"there is nothing to report: no run in {', '.join(map(str, folders))} has results; run it to its end")
+
+
 def placed(pictures: list[Picture], folder: Path, force: bool) -> list[Picture]:
-    """Move the pictures and their numbers into the folder, if all of them may be there."""
+    """Put the pictures and their numbers into the folder, if all of them may be there."""
     folder.mkdir(parents=True, exist_ok=True)
     final = [dataclasses.replace(p, png=folder / p.png.name, csv=folder / p.csv.name) for p in pictures]
     for picture in final:
         targets.refuse(picture.png, targets.PICTURE, force)
         targets.refuse(picture.csv, targets.NUMBERS, force)
     for drawn, picture in zip(pictures, final, strict=True):
-        shutil.move(drawn.csv, picture.csv)
-        shutil.move(drawn.png, picture.png)
+        files.write(picture.csv, drawn.csv.read_bytes(), "csv of a picture")
+        files.write(picture.png, drawn.png.read_bytes(), "picture")
     return final
 
 
@@ -147,13 +159,3 @@ def show_comparison(console: Console, a: Path, b: Path, rows: list[dict[str, Any
         spread = f"{r['low']:+.1f} to {r['high']:+.1f}"
         table.add_row(r["task"], r["metric"], length, str(r["n"]), f"{r['a']:.1f}", f"{r['b']:.1f}", f"{r['difference']:+.1f}", spread, *only, p)
     console.print(table)
-
-
-def plain_table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
-    for column in columns:
-        table.add_column(column, overflow="fold")  # a narrow terminal must not hide digits
-    return table

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,15 +23,16 @@ from longreach.cli.common import (
     Json,
     MethodName,
     Model,
+    Quiet,
     TrainedWindow,
     Verbose,
     load_model,
     method_of,
     output,
+    plain_table,
     quiet_transformers,
 )
-from longreach.cli.eval_options import ChunkSize, read_value
-from longreach.cli.eval_run import now
+from longreach.cli.eval_options import ChunkSize, announce, made_with, now, read_value, window_of
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
@@ -52,9 +52,12 @@ def command(
     declared: Context = None,
     method: MethodName = None,
     limit: Annotated[float | None, typer.Option("--limit", help="Documents of each task; below 1, a share of them. All if not given.")] = None,
-    few_shots: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Worked examples in a prompt; the task's own number if not given.")] = None,
+    few_shots: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, metavar="N", help="Worked examples in a prompt; the task's own number if not given.")
+    ] = None,
     overflow: Annotated[
-        Literal["refuse", "middle", "left"], typer.Option("--overflow", help="Of requests too long for the context: refuse, or leave tokens out there.")
+        Literal["refuse", "middle", "left"],
+        typer.Option("--overflow", metavar="HOW", help="Requests too long for the context: refuse them, or leave tokens out (middle, left)."),
     ] = "refuse",
     chat: Annotated[bool, typer.Option("--apply-chat-template", help="Use the model's chat template, for all tasks.")] = False,
     generation: Annotated[Pairs, typer.Option("--gen-kwargs", metavar="NAME=VALUE", help="For answers, such as max_gen_toks=64. May be repeated.")] = None,
@@ -69,6 +72,7 @@ def command(
     trained_window: TrainedWindow = None,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness, such as mmlu, to see that a method does no harm. Needs lm_eval: pip install 'longreach\\[eval]'.
@@ -77,8 +81,9 @@ def command(
     for --context; without both, for the trained window.
     """
     started = now()
-    with output(as_json, verbose) as out:
+    with output(as_json, verbose, quiet) as out:
         from longreach.evals.lm_eval import harness
+        from longreach.planning import dial
 
         chosen = method_of(context, method)
         names = parse_names(tasks)
@@ -93,12 +98,9 @@ def command(
         with quiet_transformers(verbose):
             loaded, tokenizer = load_model(out, model, dtype, device)
             with attached(loaded, chosen, declared, trained_window) as extension, out.bars():
-                facts = extension.report()
-                out.note(f"method: {extension.method} ({facts['reason']})")
-                if facts["warning"]:
-                    out.warn(facts["warning"])
-                if declared is not None and extension.context is None:
-                    out.warn(f"up to {declared} tokens, beyond the trained window of {extension.window.tokens}: scores there show what is lost")
+                facts = announce(out, extension)
+                if warning := dial.declare(extension.method, extension.window.tokens, declared)[1]:
+                    out.warn(warning)
                 found = harness.evaluate(
                     loaded,
                     tokenizer,
@@ -124,22 +126,19 @@ def command(
             )
         result = {"model": model, "context": extension.context, **report, "limit": documents, "seed": seed, "out": out_file and str(out_file), "scores": rows}
         if out_file is not None:
-            write(out_file, found, {**result, "extension": facts, "started": started, "ended": now()}, loaded.device)
+            write(out_file, found, {**result, **made_with(loaded.device, facts, started, now())})
         out.finish(result, lambda console: show(console, rows))
 
 
 @contextmanager
 def attached(model: Any, method: Method | None, declared: int | None, trained_window: int | None) -> Iterator[Extension]:
     """The model under the method, or under what the dial chooses. Stock may go beyond its window, for comparison."""
-    from longreach.hf.checks import find_base
     from longreach.hf.extension import extend
-    from longreach.methods.stock import Stock
     from longreach.planning import dial
 
-    window = dial.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
-    length = window if declared is None and method is None else declared
-    beyond = isinstance(method, Stock) and length is not None and length > window  # declared, the method would refuse it
-    with extend(model, method, context=None if beyond else length, trained_window=trained_window) as extension:
+    window = window_of(model, trained_window)
+    context, _ = dial.declare(method, window, window if declared is None and method is None else declared)
+    with extend(model, method, context=context, trained_window=trained_window) as extension:
         yield extension
 
 
@@ -169,13 +168,11 @@ def parse_pairs(option: str, given: list[str] | None) -> dict[str, Any] | None:
     return found or None
 
 
-def write(path: Path, found: Mapping[str, Any], result: Mapping[str, Any], device: Any) -> None:
+def write(path: Path, found: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """lm-eval's results in its own shape, with "longreach": the model, the method and what else they were made with."""
-    from longreach.evals.harness import environment
     from longreach.evals.harness.results import write_json
 
-    ours = {**result, "environment": environment.describe(device), "command": ["longreach", *sys.argv[1:]]}
-    whole = {**{name: found[name] for name in KEPT if name in found}, "longreach": ours}
+    whole = {**{name: found[name] for name in KEPT if name in found}, "longreach": result}
     write_json(path, json.loads(json.dumps(plain(whole), default=str)))  # configurations of tasks may hold functions, which are named
 
 
@@ -189,8 +186,6 @@ def plain(value: Any) -> Any:
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    from longreach.cli.eval import plain_table
-
     table = plain_table("task", "metric", "filter", "value", "standard error", "n")
     for row in rows:
         numbers = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("value", "stderr"))

@@ -1,12 +1,14 @@
-"""What the commands of `longreach eval` share: their options, and what those ask for.
+"""What the commands of `longreach eval` share: their options, what those ask for, and what is said and kept of how a run was made.
 
-Knows options and the registry of tasks; no models.
+Knows options, the registry of tasks, and what an extension reports; no tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +20,7 @@ from longreach.cli.common import Output, tokens
 
 if TYPE_CHECKING:
     from longreach.evals.samples.base import Settings, Task
+    from longreach.hf.extension import Extension
 
 Cut = Literal["middle", "left", "right", "right-words", "middle-reencode", "suffix-with-head"]
 Names = Annotated[list[str], typer.Argument(metavar="TASK...", help="Tasks, or benchmarks for all their tasks; see `longreach eval list`.")]
@@ -81,12 +84,42 @@ def wanted(
     return Wanted(tasks, Settings(depths=parse_depths(depths), samples=samples, seed=seed, text=passage, data=data), listed, chosen)
 
 
+def window_of(model: Any, given: int | None) -> int:
+    """In tokens: as given, or as the configuration of the model states it."""
+    from longreach.hf.checks import find_base
+    from longreach.planning import dial
+
+    return dial.trained_window(find_base(model).config).tokens if given is None else given
+
+
+def announce(out: Output, extension: Extension) -> dict[str, Any]:
+    """Say which method runs, and what it warns of -> what the extension reports."""
+    facts = extension.report()
+    out.note(f"method: {extension.method} ({facts['reason']})")
+    if facts["warning"]:
+        out.warn(facts["warning"])
+    return facts
+
+
+def made_with(device: Any, facts: Mapping[str, Any], started: str, ended: str | None) -> dict[str, Any]:
+    """What a run keeps of how it was made."""
+    from longreach.evals.harness import environment
+
+    return {
+        "environment": environment.describe(device), "extension": facts, "command": ["longreach", *sys.argv[1:]], "started": started, "ended": ended,
+    }  # fmt: skip
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def take_method_options(context: typer.Context, words: list[str]) -> list[str]:
     """-> the names of tasks among the words. A list of names swallows options that Typer does not know, those of a method: they go to where
     `method_of` looks for them, each with the word that follows it, unless that is a task."""
-    from longreach.evals.samples import base
+    from longreach.evals import tasks as registry
 
-    known = base.tasks()
+    known = registry.tasks()
     tasks = {*known, *(task.group for task in known.values() if task.group)}
     names: list[str] = []
     waiting = False  # for the value of an option
@@ -107,12 +140,12 @@ def take_method_options(context: typer.Context, words: list[str]) -> list[str]:
 
 def find_tasks(names: list[str]) -> list[Task]:
     """Tasks by their names, or all of a benchmark by its name; each once."""
-    from longreach.evals.samples import base
+    from longreach.evals import tasks as registry
 
-    known = base.tasks()
+    known = registry.tasks()
     found: dict[str, Task] = {}
     for name in names:
-        members = [task for task in known.values() if name and task.group == name] or [base.task(name)]
+        members = [task for task in known.values() if name and task.group == name] or [registry.task(name)]
         found |= {task.name: task for task in members}
     return list(found.values())
 

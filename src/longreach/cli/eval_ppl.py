@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import sys
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from longreach import files
 from longreach.cli import text as texts
 from longreach.cli.common import (
     Context,
@@ -25,16 +25,17 @@ from longreach.cli.common import (
     MethodName,
     Model,
     Output,
+    Quiet,
     TrainedWindow,
     Verbose,
     load_model,
     method_of,
     output,
+    plain_table,
     quiet_transformers,
     tokens,
 )
-from longreach.cli.eval_options import ChunkSize, parse_lengths
-from longreach.cli.eval_run import now
+from longreach.cli.eval_options import ChunkSize, announce, made_with, now, parse_lengths, window_of
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def command(
     device: Device = None,
     trained_window: TrainedWindow = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Perplexity and bits per byte by length. Writes run.json, metrics.json and, for `truncated`, curves.csv.
@@ -82,7 +84,7 @@ def command(
     A low perplexity does not imply that anything far away is remembered: run `eval run passkey` too.
     """
     started = now()
-    with output(as_json, verbose) as out:
+    with output(as_json, verbose, quiet) as out:
         from longreach.evals.harness.results import Folder
 
         folder = Folder(out_folder)
@@ -91,13 +93,11 @@ def command(
         wanted = None if lengths is None else parse_lengths(lengths)
         sources = {name: texts.read(name, texts.LARGEST_FILE, out.note, encoding) for name in files or [texts.BOOK]}
         with quiet_transformers(verbose):
-            from longreach.evals.harness import environment, perplexity
+            from longreach.evals.harness import perplexity
             from longreach.evals.harness.model_engine import attached, span
-            from longreach.hf.checks import find_base
-            from longreach.planning import dial
 
             loaded, tokenizer = load_model(out, model, dtype, device)
-            window = dial.trained_window(find_base(loaded).config).tokens if trained_window is None else trained_window
+            window = window_of(loaded, trained_window)
             bos = tokenizer.bos_token_id
             found = wanted or (window, 2 * window, 4 * window)
             documents = read_documents(tokenizer, sources, max(found), passages, seed)
@@ -110,19 +110,13 @@ def command(
             with attached(loaded, tokenizer, chosen, bounds.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
                 extension = engine.extension
                 assert extension is not None
-                facts = extension.report()
-                out.note(f"method: {extension.method} ({facts['reason']})")
-                if facts["warning"]:
-                    out.warn(facts["warning"])
+                facts = announce(out, extension)
                 config = {
                     "model": model, "method": extension.method.to_json(), "method_text": extension.method.brief(), "context": extension.context,
                     "trained_window": window, "dtype": facts["dtype"], "device": loaded.device.type, "chunk_size": chunk_size, "protocol": protocol,
                     "lengths": list(found), "documents": [identity(doc) for doc in documents], "stride": stride, "weighting": weighting, "seed": seed,
                 }  # fmt: skip
-                folder.start({
-                    "config": config, "tasks": {}, "environment": environment.describe(loaded.device), "extension": facts,
-                    "command": ["longreach", *sys.argv[1:]], "started": started, "ended": None,
-                })  # fmt: skip
+                folder.start({"config": config, "tasks": {}, **made_with(loaded.device, facts, started, None)})
                 rows: list[Row] = []
                 if protocol == "truncated":
                     curve, each = perplexity.positions(extension, documents, max(found), chunk_size)
@@ -206,18 +200,14 @@ def rows_of_stretch(stretch: Stretch) -> list[Row]:
 
 def write_curve(path: Path, curve: Curve) -> None:
     """Positions that some document has; the first token of a text is predicted by nothing."""
-    from longreach.evals.harness.results import write_whole
-
     lines = ["position,mean,var,count"]
     for place, (mean, variance, count) in enumerate(zip(curve.mean.tolist(), curve.variance.tolist(), curve.count.tolist())):
         if count:
             lines.append(f"{place},{mean:.6f},{variance:.6f},{count}")
-    write_whole(path, "\n".join(lines) + "\n")
+    files.write(path, "\n".join(lines) + "\n")
 
 
 def show(console: Console, rows: list[Row]) -> None:
-    from longreach.cli.eval import plain_table
-
     table = plain_table("protocol", "length", "perplexity", "nats per token", "bits per byte", "documents")
     for length in dict.fromkeys(row.length for row in rows):
         values = {row.metric: row for row in rows if row.length == length}

@@ -6,8 +6,6 @@ Knows options and what is said while it runs; the work is done in `longreach.eva
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from longreach.cli.common import (
     load_model,
     method_of,
     output,
+    plain_table,
     quiet_transformers,
 )
 from longreach.cli.console import Pace, duration
@@ -47,9 +46,13 @@ from longreach.cli.eval_options import (
     Text,
     Truncate,
     Wanted,
+    announce,
+    made_with,
+    now,
     parse_shard,
     take_method_options,
     wanted,
+    window_of,
 )
 from longreach.quantities import counted
 
@@ -113,18 +116,16 @@ def command(
         with quiet_transformers(verbose):
             loaded, tokenizer = load_model(out, model, dtype, device)
             job = prepare(loaded, tokenizer, asked, chosen, declared, truncate, chat, trained_window)
-            from longreach.evals.harness import environment, runner
+            from longreach.evals.harness import runner
             from longreach.evals.harness.model_engine import attached
 
             with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
                 assert engine.extension is not None
-                announce(out, job, engine.extension)
+                facts = begin(out, job, engine.extension)
                 config = configuration(model, job, engine.extension, truncate, chat, chunk_size)
                 tasks = runner.describe(job.work, config)
-                folder.start({
-                    "config": config, "tasks": tasks, "samples": len(job.items), "environment": environment.describe(job.model.device),
-                    "extension": engine.extension.report(), "command": ["longreach", *sys.argv[1:]], "started": started, "ended": None,
-                })  # fmt: skip
+                origin = made_with(job.model.device, facts, started, None)
+                folder.start({"config": config, "tasks": tasks, "samples": len(job.items), **origin})
                 with progress_of(out, out_folder) as progress:
                     outcome = runner.run(
                         job.items,
@@ -171,10 +172,11 @@ def estimate(
     trained_window: TrainedWindow = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time two short prompts to say how long it will take.")] = True,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """How many samples and tokens a run has, and how long it will take, before it starts. Takes the options of `eval run`."""
-    with output(as_json, verbose) as out:
+    with output(as_json, verbose, quiet) as out:
         names = take_method_options(context, names)
         chosen = method_of(context, method)
         asked = wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
@@ -212,10 +214,8 @@ def prepare(
     """Make the samples, and see how long they are."""
     from longreach.evals.harness import runner
     from longreach.evals.harness.model_engine import span
-    from longreach.hf.checks import find_base
-    from longreach.planning import dial
 
-    window = dial.trained_window(find_base(model).config).tokens if trained_window is None else trained_window
+    window = window_of(model, trained_window)
     work = wanted.work(window)
     items = runner.plan(work, tokenizer, chat)
     found = span(method, window, declared, max(item.needs for item in items))
@@ -248,16 +248,16 @@ def configuration(model: str, job: Job, extension: Extension, truncate: str | No
     }
 
 
-def announce(out: Output, job: Job, extension: Extension) -> None:
-    facts = extension.report()
-    out.note(f"method: {extension.method} ({facts['reason']})")
-    if facts["warning"]:
-        out.warn(facts["warning"])
-    beyond = extension.context is None and extension.capacity is not None and job.span.context > extension.capacity
-    if beyond:
-        out.warn(f"up to {job.span.context} tokens, beyond the capacity of {extension.capacity}: distances that were never trained, for comparison only")
+def begin(out: Output, job: Job, extension: Extension) -> dict[str, Any]:
+    """Say what will be run -> what the extension reports."""
+    from longreach.planning import dial
+
+    facts = announce(out, extension)
+    if warning := dial.declare(extension.method, extension.window.tokens, job.span.context)[1]:
+        out.warn(warning)
     tokens = sum(item.tokens for item in job.items)
     out.note(f"{counted(len(job.items), 'sample')}, {counted(tokens, 'token')} of prompts, the longest sequence {max(item.needs for item in job.items)}")
+    return facts
 
 
 @contextmanager
@@ -302,8 +302,6 @@ def summary(out: Output, outcome: Outcome, file: Path) -> None:
 
 
 def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:
-    from longreach.cli.eval import plain_table
-
     chosen = [row for row in rows if row.depth is None and row.value is not None and metrics.get(row.task, row.metric) == row.metric]
     table = plain_table("task", "metric", "length", "score (%)", "95 % interval", "n", "failed", "cut")
     for row in chosen:
@@ -314,8 +312,6 @@ def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:
 
 
 def show_estimate(console: Console, result: dict[str, Any]) -> None:
-    from longreach.cli.eval import plain_table
-
     table = plain_table("task", "length", "samples", "prompt tokens", "longest", "time at most")
     for part in [*result["parts"], {**result, "task": "all", "length": None}]:
         length = "" if part["length"] is None else str(part["length"])
@@ -323,6 +319,3 @@ def show_estimate(console: Console, result: dict[str, Any]) -> None:
         table.add_row(part["task"], length, *counts, "" if part["seconds"] is None else duration(part["seconds"]))
     console.print(table)
 
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

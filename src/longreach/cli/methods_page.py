@@ -7,18 +7,18 @@ sections, `<!-- begin NAME -->` .. `<!-- end NAME -->`, and is never touched.
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from longreach import files
 from longreach.cli import parameters
 from longreach.cli.check import brief
 from longreach.cli.distances import pairs_of
 from longreach.core.segments import Retention, forms, matrices
-from longreach.drawing import plots
+from longreach.drawing import distances
 from longreach.methods import registry
 from longreach.methods.base import Method
 from longreach.methods.combined import Combined
@@ -62,7 +62,7 @@ def example(kind: type[Method]) -> Example:
 def draw(shown: Example, path: Path) -> None:
     method = shown.method
     pairs = pairs_of(method, shown.window, shown.length, BASE, DIMS) if method.rescales else None
-    plots.distances(matrices(method.layout().segments, shown.length).distance, method.brief(), path, shown.window, pairs)
+    distances.draw(matrices(method.layout().segments, shown.length).distance, method.brief(), path, shown.window, pairs)
 
 
 # -- words ------------------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,5 @@ def write(path: Path) -> list[Path]:
     for kind in registry().values():
         pictures.append(folder / f"{kind.name}.png")
         draw(example(kind), pictures[-1])
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    files.write(path, page, "page")
     return [path, *pictures]

@@ -6,11 +6,11 @@ Knows files and how to tell that Longreach wrote one; not what is in them. A fil
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from longreach import files
 from longreach.cli.console import Output
 
 HEAD = 4096  # bytes in which a page says who wrote it
@@ -28,25 +28,14 @@ class Kind:
 def check(out: Output, path: Path, kind: Kind, force: bool | None) -> None:
     """Refuses a file that is not to be written; says so where one of ours will be replaced. `force` None: there is no such option here."""
     refuse(path, kind, force)
-    if os.path.lexists(path) and not force:
+    if path.exists() and not force:
         out.note(f"{path} is a {kind.name} that Longreach wrote, and will be replaced")
 
 
 def refuse(path: Path, kind: Kind, force: bool | None) -> None:
     """Raises ValueError, with the fix, where the file could not be written or is somebody else's."""
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; name a file, such as {path / kind.example}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {str(path.parent)!r} for the {kind.name}; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"the folder {str(path.parent)!r} may not be written to; name a file in another one for the {kind.name}")
-    if not os.path.lexists(path):
-        return
-    if not path.is_file():  # a device, a pipe: the finished file is moved into place, and would replace it
-        raise ValueError(f"{str(path)!r} is not an ordinary file; name another one for the {kind.name}")
-    if force:
-        return
-    if not kind.ours(path):
+    there = files.place(path, kind.name, kind.example).exists()
+    if there and not force and not kind.ours(path):
         fix = "name another file" if force is None else "name another file, or pass --force to overwrite it"
         raise ValueError(f"{str(path)!r} exists and is no {kind.name} that Longreach wrote; {fix}")
 
@@ -73,7 +62,7 @@ def _is_document(path: Path) -> bool:
 def _is_picture(path: Path) -> bool:
     from PIL import Image
 
-    from longreach.drawing.plots import SIGNATURE
+    from longreach.drawing.canvas import SIGNATURE
 
     try:
         with Image.open(path) as opened:

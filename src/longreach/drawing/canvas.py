@@ -1,27 +1,35 @@
-"""What pictures are drawn on: figures of the Agg canvas, colours, axes of lengths, and a file with the csv of its numbers beside it.
+"""What pictures are drawn on: figures of the Agg canvas, every colour, axes of lengths, PNG files, and the csv of a picture's numbers beside it.
 
-Knows matplotlib, which is imported when a picture is drawn; no display, no state of pyplot. Knows nothing about runs.
+Knows matplotlib, which is imported when a picture is drawn; no display, no state of pyplot. Knows nothing about runs, methods or models.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longreach.drawing import plots
+from longreach import files
 
-NEEDLE_COLOURS = ["#F0496E", "#EBB839", "#0CD79F"]  # those of the original needle test
+STOCK, BLUE, ORANGE = "#8a8a8a", "#1b6ca8", "#d9822b"
+METHODS = {"stock": STOCK, "selfextend": BLUE, "lm-infinite": ORANGE}
 LINES = [
-    "#1b6ca8", "#d9822b", "#2a9d6f", "#8a5ab5", "#c0392b", "#8a8a8a", "#b5a100", "#4b4b4b",
+    BLUE, ORANGE, "#2a9d6f", "#8a5ab5", "#c0392b", STOCK, "#b5a100", "#4b4b4b",
     "#6fb3e0", "#f2b96b", "#7fd1ae", "#c9a6e4", "#f08a7c", "#c4c4c4", "#7a5230", "#d16ba5",
 ]  # fmt: skip
+COSTS = [STOCK, BLUE, ORANGE, "#3a923a", "#8c564b", "#9467bd", "#c03d3e", "#17becf"]
+# Blue for distances, orange for what was never trained: the pair that every kind of colour vision tells apart. Lightness falls with nearness.
+NEAR_TO_FAR = ["#08306b", "#2171b5", "#6baed6", "#cfe1f2"]
+UNTRAINED = "#e6872d"
+FEW_TO_MANY = ["#f4e3d2", "#9cc3dc", BLUE]
+NEEDLE = ["#F0496E", "#EBB839", "#0CD79F"]  # of the original needle test
 PALETTES = ("needle", "safe")
-COLOURS = 256  # of a picture's file; with half as many, lines lose their colours
+PALETTE = 256  # colours of a picture's file, which makes it a third as large; with half as many, lines lose their colours
+SIGNATURE = {"Software": "Longreach"}  # in the text of every PNG, so that a picture of ours is known from one of somebody else's
 
 
 @dataclass(frozen=True)
@@ -32,18 +40,24 @@ class Picture:
     csv: Path
 
 
-def figure(width: float, height: float) -> Any:
+def figure(width: float, height: float, dpi: int = 130) -> Any:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
-def colours(palette: str) -> Any:
-    from matplotlib import colormaps
+def blend(*colours: str) -> Any:
+    """A colour map that goes evenly from the first to the last."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    made = colormaps["cividis"] if palette == "safe" else LinearSegmentedColormap.from_list("needle", NEEDLE_COLOURS)
-    return made.with_extremes(bad="#e4e4e4")
+    return LinearSegmentedColormap.from_list("blend", list(colours))
+
+
+def scores(palette: str) -> Any:
+    """The colour map of scores; what was not measured is grey."""
+    from matplotlib import colormaps
+
+    return (colormaps["cividis"] if palette == "safe" else blend(*NEEDLE)).with_extremes(bad="#e4e4e4")
 
 
 def cycle(count: int) -> list[str]:
@@ -85,13 +99,34 @@ def short(length: Any) -> str:
     return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
 
 
+def save(figure: Any, path: str | Path, colours: int | None = None) -> None:
+    """The whole picture as a PNG, or none; with `colours`, reduced to so many."""
+    files.write_by(path, lambda part: _draw(figure, part, colours), "picture")
+
+
+def _draw(figure: Any, path: Path, colours: int | None) -> None:
+    if colours is None:
+        figure.savefig(path, format="png", metadata=SIGNATURE)
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    signed = PngInfo()
+    for name, text in SIGNATURE.items():
+        signed.add_text(name, text)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB").quantize(colours)
+    drawn.save(path, "png", optimize=True, pnginfo=signed)
+
+
 def write(figure: Any, folder: Path, name: str, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Picture:
-    """Picture and numbers, each whole or not at all. A palette makes the file of a drawing a third as large."""
+    """Picture and numbers, each whole or not at all."""
     figure.suptitle(title, fontsize=11)
     picture = Picture(name, title, folder / f"{name}.png", folder / f"{name}.csv")
-    plots.save(figure, picture.png, COLOURS)
-    temporary = picture.csv.with_suffix(".csv.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream).writerows([head, *rows])
-    os.replace(temporary, picture.csv)
+    save(figure, picture.png, PALETTE)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([head, *rows])
+    files.write(picture.csv, table.getvalue())
     return picture

@@ -8,21 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longreach.drawing import plots
+from longreach.drawing import canvas
 
 if TYPE_CHECKING:
     from longreach.planning.sizing import Plan, Row
 
-COLOURS = ["#8a8a8a", "#1b6ca8", "#d9822b", "#3a923a", "#8c564b", "#9467bd", "#c03d3e", "#17becf"]
 GIB = 2**30
 
 
 def draw(plan: Plan, curves: dict[str, dict[int, Row]], path: str | Path) -> None:
     """`curves`: name of a method -> length -> row. A PNG at `path`, whole or not at all."""
-    from matplotlib.figure import Figure
-
     request = plan.request
-    figure = Figure(figsize=(11.5, 4.6), dpi=150, layout="constrained")
+    figure = canvas.figure(11.5, 4.6, dpi=150)
     memory, time = figure.subplots(1, 2)
     panel(memory, {name: [(n, row.peak_bytes / GIB) for n, row in rows.items()] for name, rows in curves.items()}, "memory on the device (GiB)")
     panel(time, {name: [(n, turn(row, min(request.new_tokens, n - 1))) for n, row in rows.items()] for name, rows in curves.items()}, "seconds of one answer")
@@ -39,7 +36,7 @@ def draw(plan: Plan, curves: dict[str, dict[int, Row]], path: str | Path) -> Non
     users = f"{request.concurrency} user{'s' if request.concurrency > 1 else ''}"
     how = "measured speeds" if request.hardware.measured is not None else "datasheet and assumed efficiencies"
     figure.suptitle(f"{request.model}, {request.dtype}, {users}, {request.new_tokens} new tokens on {request.hardware.name} ({how})", fontsize=11)
-    plots.save(figure, path)
+    canvas.save(figure, path)
 
 
 def turn(row: Row, new_tokens: int) -> float:
@@ -48,7 +45,7 @@ def turn(row: Row, new_tokens: int) -> float:
 
 def panel(axes: Any, curves: dict[str, list[tuple[int, float]]], label: str) -> None:
     for number, (name, points) in enumerate(merged(curves).items()):
-        axes.plot([n for n, _ in points], [y for _, y in points], color=COLOURS[number % len(COLOURS)], lw=2, label=name)
+        axes.plot([n for n, _ in points], [y for _, y in points], color=canvas.COSTS[number % len(canvas.COSTS)], lw=2, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_ylabel(label)

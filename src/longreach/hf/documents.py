@@ -8,8 +8,6 @@ method and declared context.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
+from longreach import files
 from longreach.core.encodings import Rotary
 from longreach.hf.cache import place, store_of
 from longreach.hf.facts import Entry, Facts
@@ -83,20 +82,10 @@ def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str,
             tensors[f"{name}.{part}"] = tensor
     facts = {**_identity(forward.facts), "rows": store.rows, "seen": store.seen, "buffers": places}
     metadata = {KEY: json.dumps(facts, allow_nan=False), **{f"{NOTE}{name}": text for name, text in notes.items()}}
-    if not file.parent.is_dir():
-        raise ValueError(f"there is no folder {str(file.parent)!r} for the document; create it first")
-    if file.is_dir():
-        raise ValueError(f"{str(file)!r} is a folder; name a file")
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
-        save_file(tensors, partial, metadata)
-        with open(partial, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
+        files.write_by(file, lambda part: save_file(tensors, part, metadata), "document")
     except SafetensorError as error:
         raise ValueError(f"{str(file)!r} could not be written ({error}); free some space or name another file") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def facts(file: Path, max_bytes: int = LARGEST_FILE) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longreach import files
 from longreach.planning.hardware import Curve, Hardware, Speeds
 from longreach.planning.machine import cache_folder, processor
 
@@ -42,14 +41,7 @@ def save(hardware: Hardware, date: str, path: Path | None = None) -> Path:
         "facts": facts(hardware.device),
         "hardware": {**{f.name: getattr(hardware, f.name) for f in dataclasses.fields(hardware) if f.name != "measured"}, "measured": measured},
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.write(path, json.dumps(content, indent=1, allow_nan=False))
     return path
 
 

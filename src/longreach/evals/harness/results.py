@@ -7,19 +7,19 @@ loses at most the line it was writing. The shards of a run write a file each int
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longreach import files
 from longreach.evals.scores import statistics
 
 RUN, METRICS, CURVES, SAMPLES = "run.json", "metrics.json", "curves.csv", "samples"
+GOES_ON = "free some space and run the same command again, which goes on from what is there"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Folder:
 
     def start(self, run: Mapping[str, Any]) -> None:
         """Write run.json. Raises ValueError if the folder holds a run of other settings or files of somebody else's, or cannot be written."""
-        with writing(self.path):
+        with files.said(self.path, GOES_ON):
             self.path.mkdir(parents=True, exist_ok=True)
         tasks = dict(run["tasks"])
         if (before := self._before()) is not None:
@@ -143,7 +143,7 @@ class Folder:
         data = dataclasses.asdict(record)
         if record.prompt is None:
             del data["prompt"]
-        with writing(self.path), open(self.file, "a", encoding="utf-8") as stream:
+        with files.said(self.path, GOES_ON), open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(data) + "\n")  # ASCII: an answer may hold half a character
 
     def records(self) -> list[Record]:
@@ -215,31 +215,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    write_whole(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The whole file or none; the shards of a run may write it at the same time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        except BaseException:  # an interrupt too
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A full disk or a place that cannot be written becomes a sentence. What was written before stays, and a run goes on from it."""
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        again = "free some space and run the same command again, which goes on from what is there"
-        fix = again if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else "choose another place"
-        raise ValueError(f"{str(path)!r} cannot be written ({reason}); {fix}") from error
+    """The shards of a run may do this at the same time."""
+    files.write(path, json.dumps(data, indent=1, allow_nan=False) + "\n", full=GOES_ON)
 
 
 UNDECISIVE = ("context", "lengths", "depths", "samples")  # a sample's answer does not depend on them, beyond what other settings say

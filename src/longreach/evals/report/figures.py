@@ -65,7 +65,7 @@ def depth_grid(views: Sequence[View], task: str, folder: Path, palette: str = "n
     axes = figure.subplots(down, across, squeeze=False).flatten()
     for spare in axes[len(shown) :]:
         spare.set_axis_off()
-    colours = canvas.colours(palette)
+    colours = canvas.scores(palette)
     for axis, v in zip(axes, shown):
         grid = [[_value(cells[v.label].get((length, depth))) for length in lengths] for depth in depths]
         image = axis.imshow(grid, cmap=colours, vmin=0, vmax=100, aspect="auto", origin="upper")

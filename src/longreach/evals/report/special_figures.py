@@ -41,7 +41,7 @@ def selfextend_map(views: Sequence[View], task: str, folder: Path, palette: str)
     axes = figure.subplots(1, len(lengths), squeeze=False)[0]
     for axis, length in zip(axes, lengths):
         grid = [[cells[length, g, w][1].value if (length, g, w) in cells else math.nan for w in windows] for g in groups]
-        image = axis.imshow(grid, cmap=canvas.colours(palette), vmin=0, vmax=100, aspect="auto", origin="lower")
+        image = axis.imshow(grid, cmap=canvas.scores(palette), vmin=0, vmax=100, aspect="auto", origin="lower")
         for y, g in enumerate(groups):
             for x, w in enumerate(windows):
                 if not math.isnan(grid[y][x]):

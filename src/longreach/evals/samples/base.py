@@ -6,8 +6,6 @@ Knows tokenizers, texts and random numbers; not models, methods, runners or file
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
@@ -94,31 +92,18 @@ class Task:
         """Metrics of one answer, each in 0..1. Never raises on any string."""
         raise NotImplementedError
 
-    def option(self, settings: Settings, name: str) -> Any:
+    def check(self, settings: Settings) -> None:
+        """Raises ValueError for an option that the task does not have, and for a depth that is none."""
         if unknown := set(settings.options) - set(self.options):
             raise ValueError(f"{self.name} has no option {', '.join(sorted(unknown))}; it knows {', '.join(self.options) or 'none'}")
+        if wrong := [depth for depth in settings.depths if not 0 <= depth <= 1]:
+            raise ValueError(f"depths are fractions of the document, 0 to 1, not {wrong[0]:g}; divide percentages by 100")
+
+    def option(self, settings: Settings, name: str) -> Any:
+        self.check(settings)
         return settings.options.get(name, self.options[name])
 
 
 def generator(settings: Settings, *key: Any) -> Random:
     """The random numbers of one sample: a function of the seed and of what names the sample (task, length, depth, index)."""
     return Random(":".join(map(str, (settings.seed, *key))))
-
-
-def tasks() -> dict[str, Task]:
-    """Every task by its name, found in the files of `evals/tasks/`."""
-    package = importlib.import_module("longreach.evals.tasks")
-    found: dict[str, Task] = {}
-    for module in sorted(m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")):
-        for value in vars(importlib.import_module(module)).values():
-            if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module and "name" in vars(value):
-                assert value.name not in found, f"two tasks are called {value.name}"
-                found[value.name] = value()
-    return dict(sorted(found.items()))
-
-
-def task(name: str) -> Task:
-    known = tasks()
-    if name not in known:
-        raise ValueError(f"there is no task {name!r}; choose one of {', '.join(known)}")
-    return known[name]

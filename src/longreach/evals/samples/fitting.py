@@ -20,13 +20,6 @@ LONGEST_TOKEN = 16  # characters that a token has on average at most, with much 
 _SENTENCE = re.compile(r"""\s*(?:.{1,600}?(?:[.!?]+["'\u201d\u2019)\]]*(?= |$)|[\u3002\uff01\uff1f]+|$)|.{1,600}(?= )|.{1,600})""")  # also Chinese full stops
 
 
-def check_settings(task: Task, settings: Settings) -> None:
-    if unknown := set(settings.options) - set(task.options):
-        raise ValueError(f"{task.name} has no option {', '.join(sorted(unknown))}; it knows {', '.join(task.options) or 'none'}")
-    if wrong := [depth for depth in settings.depths if not 0 <= depth <= 1]:
-        raise ValueError(f"depths are fractions of the document, 0 to 1, not {wrong[0]:g}; divide percentages by 100")
-
-
 def whole_number(task: Task, settings: Settings, name: str, least: int = 1) -> int:
     value = task.option(settings, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

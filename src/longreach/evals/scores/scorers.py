@@ -13,7 +13,6 @@ from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 from longreach.evals.scores import subsequences
-from longreach.evals.scores.stemmer import stem
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -183,15 +182,6 @@ def code_sim_indel(answer: str, reference: str) -> float:
     return indel_ratio(code_line(answer), reference)
 
 
-def length_score(required: int, written: int) -> float:
-    """LongBench-Write's S_l: 1 for the length asked for, 0 from four times that on and from a third of it down."""
-    if required < 1 or written < 1:
-        return 0.0
-    if written > required:
-        return max(0.0, 1 - (written / required - 1) / 3)
-    return max(0.0, 1 - (required / written - 1) / 2)
-
-
 # -- ROUGE --------------------------------------------------------------------------------------------------------------------
 
 
@@ -231,15 +221,10 @@ def rouge_l_zh(answer: str, reference: str, *, compat: bool = False) -> Rouge:
     return rouge_l_set(*(" ".join(chinese_words(text)) for text in (answer, reference)), compat=compat)
 
 
-def rouge_l(answer: str, reference: str, *, stemmed: bool = False) -> Rouge:
-    """ROUGE-L as Google's package defines it: of lower-case words of a to z and digits, the whole text as one sequence."""
-    said, meant = _terms(answer, stemmed), _terms(reference, stemmed)
-    return _rouge(subsequences.length(said, meant), len(said), len(meant))
-
-
-def rouge_lsum(answer: str, reference: str, *, stemmed: bool = False) -> Rouge:
-    """ROUGE-Lsum of the same package: every line is a sentence, and a word counts no more often than both texts have it."""
-    said, meant = ([_terms(line, stemmed) for line in text.split("\n") if line] for text in (answer, reference))
+def rouge_lsum(answer: str, reference: str) -> Rouge:
+    """ROUGE-Lsum as Google's package defines it, without stems: of lower-case words of a to z and digits; every line is a sentence, and a word
+    counts no more often than both texts have it. (The package gives the same numbers, but brings NLTK and is fifteen times as slow.)"""
+    said, meant = ([re.findall("[a-z0-9]+", line.lower()) for line in text.split("\n") if line] for text in (answer, reference))
     left, missing = (Counter(term for sentence in text for term in sentence) for text in (said, meant))
     terms, wanted = left.total(), missing.total()
     hits = 0
@@ -252,21 +237,12 @@ def rouge_lsum(answer: str, reference: str, *, stemmed: bool = False) -> Rouge:
                 left[right[j]] -= 1
                 missing[right[j]] -= 1
                 hits += 1
-    return _rouge(hits, terms, wanted)
-
-
-def _rouge(common: int, said: int, meant: int) -> Rouge:
-    if not common:
+    if not hits:
         return NOTHING
-    precision, recall = common / said, common / meant
+    precision, recall = hits / terms, hits / wanted
     return Rouge(precision, recall, 2 * precision * recall / (precision + recall))
 
 
 def _sentences(text: str) -> list[tuple[str, ...]]:
     """What stands between full stops. Blanks alone, as after a last full stop, are a sentence of one empty word: published numbers count it."""
     return [tuple(part.split()) or ("",) for part in text.split(".") if part]
-
-
-def _terms(text: str, stemmed: bool) -> list[str]:
-    terms = re.findall(r"[a-z0-9]+", text.lower())
-    return [stem(term) if len(term) > 3 else term for term in terms] if stemmed else terms

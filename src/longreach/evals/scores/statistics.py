@@ -1,4 +1,7 @@
-"""How sure a mean is: intervals of 95 % for one run, and tests for two runs on the same samples. Knows numbers only."""
+"""How sure a mean is: intervals of 95 % for one run, and tests for two runs on the same samples.
+
+Knows numbers only. SciPy's intervals and tests differ from these in their last digits, and it would be a large dependency of every run.
+"""
 
 from __future__ import annotations
 

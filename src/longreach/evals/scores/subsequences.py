@@ -1,6 +1,7 @@
 """Longest common subsequences, fast: a row of the table is one large integer, a bit for every step by which its values rise.
 
-Knows sequences of hashable things; not texts or scores.
+Knows sequences of hashable things; not texts or scores. RapidFuzz finds the same lengths, but of several longest subsequences another one, and the
+published scores depend on which.
 """
 
 from __future__ import annotations

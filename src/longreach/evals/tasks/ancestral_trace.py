@@ -98,7 +98,7 @@ class AncestralTrace(Task):
     options: ClassVar[dict[str, Any]] = {"facts": (), "max_new_tokens": 0}
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_settings(self, settings)
+        self.check(settings)
         counts = self._counts(settings)
         for size in counts or settings.lengths:
             for index in range(settings.samples):

@@ -23,7 +23,7 @@ class _Synthetic(Task):
     source: ClassVar[str] = "arXiv 2402.13718"
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_settings(self, settings)
+        self.check(settings)
         for length in settings.lengths:
             for index in range(settings.samples):
                 for depth in settings.depths:

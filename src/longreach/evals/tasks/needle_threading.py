@@ -85,7 +85,7 @@ class NeedleThreading(Task):
         return (None,)
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_settings(self, settings)
+        self.check(settings)
         least = self.pairs_needed(settings)
         for length in settings.lengths:
             for index in range(settings.samples):

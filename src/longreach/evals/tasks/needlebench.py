@@ -25,7 +25,7 @@ class NeedleBench(Task):
     source: ClassVar[str] = "arXiv 2407.11963"
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_settings(self, settings)
+        self.check(settings)
         text = fitting.haystack_text(settings)
         for length in settings.lengths:
             for index in range(settings.samples):

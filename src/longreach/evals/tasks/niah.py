@@ -32,7 +32,7 @@ class _Needle(Task):
         raise NotImplementedError
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_settings(self, settings)
+        self.check(settings)
         from longreach.running.loading import shipped_book
 
         text = settings.text if settings.text is not None else shipped_book()

@@ -50,7 +50,7 @@ class PassKey(Task):
             "yarn": self._yarn,
             "infinitebench": self._infinitebench,
         }
-        fitting.check_settings(self, settings)
+        self.check(settings)
         style, digits = self.option(settings, "style"), self.option(settings, "digits")
         if style not in styles:
             raise ValueError(f"passkey has no style {style!r}; choose one of {', '.join(styles)}")

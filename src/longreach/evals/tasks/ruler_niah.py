@@ -30,7 +30,7 @@ class Niah(Ruler):
     new_tokens: ClassVar[int] = 128
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_settings(self, settings)
+        self.check(settings)
         filler = "essay" if self.filler == "noise" and settings.text is not None else self.filler
         text = fitting.haystack_text(settings) if filler == "essay" else ""
         for length in settings.lengths:

@@ -54,7 +54,7 @@ class VariableTracking(Ruler):
     new_tokens: ClassVar[int] = 30
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_settings(self, settings)
+        self.check(settings)
         text = fitting.haystack_text(settings) if settings.text is not None else ""
         for length in settings.lengths:
             example = self._example(tokenizer, settings, length)

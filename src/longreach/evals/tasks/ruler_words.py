@@ -27,7 +27,7 @@ class CommonWords(Ruler):
     new_tokens: ClassVar[int] = 120
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_settings(self, settings)
+        self.check(settings)
         pool = word_pool()
         for length in settings.lengths:
             for index in range(settings.samples):
@@ -78,7 +78,7 @@ class FrequentWords(Ruler):
     new_tokens: ClassVar[int] = 50
 
     def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
-        fitting.check_settings(self, settings)
+        self.check(settings)
         alpha = self.option(settings, "alpha")
         if not isinstance(alpha, int | float) or not 1.01 <= alpha <= 20:
             raise ValueError(f"{self.name} needs an alpha of 1.01 to 20, not {alpha!r}")
