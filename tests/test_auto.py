@@ -10,7 +10,7 @@ import transformers as t
 import longreach
 from families import build
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.planning.dial import LARGEST_GROUP, Window, choose, furthest, trained_window
+from longreach.planning.dial import LARGEST_GROUP, Window, choose, declare, furthest, limit, trained_window
 
 
 def rope(kind: str, **more):
@@ -112,3 +112,13 @@ def test_the_choice_is_reported():
 def test_the_trained_window_can_be_given():
     with longreach.extend(build("llama"), LMInfinite(200), trained_window=256) as extension:
         assert extension.capacity is None and "given" in extension.describe()
+
+
+def test_plain_attention_may_go_beyond_its_window_for_comparison():
+    assert limit(None, 64) is limit(Stock(), 64) is limit(LMInfinite(64), 64) is None and limit(SelfExtend(4, 16), 64) == SelfExtend(4, 16).capacity(64)
+    with pytest.raises(ValueError, match="choose parameters of at most 64"):
+        limit(LMInfinite(100), 64)
+    assert declare(Stock(), 64, 64) == (64, None) and declare(Stock(), 64, None) == (None, None)
+    context, warning = declare(Stock(), 64, 65)
+    assert context is None and warning == "plain attention on 65 tokens, beyond the trained window of 64: distances that were never trained, for comparison only"
+    assert declare(SelfExtend(4, 16), 64, 900) == (900, None) == declare(None, 64, 900)
