@@ -69,10 +69,10 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = longreach.load(args.model)
     text = "\n\n".join(map(read_text, args.text)) if args.text else shipped_book()
-    plan = demo.Plan(tuple(args.lengths), args.depths, args.keys, texts=args.texts, seed=args.seed)
+    design = demo.Design(tuple(args.lengths), args.depths, args.keys, texts=args.texts, seed=args.seed)
     with Progress(*Progress.get_default_columns(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("reading", total=plan.tokens(model.config.max_position_embeddings))
-        result = demo.run(model, tokenizer, text, plan, lambda tokens, what: bar.update(task, advance=tokens, description=what))
+        task = bar.add_task("reading", total=design.tokens(model.config.max_position_embeddings))
+        result = demo.run(model, tokenizer, text, design, lambda tokens, what: bar.update(task, advance=tokens, description=what))
     write_json(args.out, {"facts": facts(torch.device("cpu")), "model": args.model, **result})
     reach.draw(result, demo.NAMES, args.png)
     parts = {"reach": reach_table(result), "loss": loss_table(result), "cost": cost_table(result)}

@@ -19,14 +19,14 @@ from longreach.drawing import reach
 from longreach.evals.samples import haystack
 from longreach.running.loading import shipped_book
 
-PLAN = demo.Plan((1, 2), depths=2, keys=1, loss_length=2, stream_length=4)
+DESIGN = demo.Design((1, 2), depths=2, keys=1, loss_length=2, stream_length=4)
 
 
 @functools.lru_cache(maxsize=1)
 def ran() -> tuple[Any, Any, dict[str, Any], list[int]]:
     model, tokenizer = longreach.load("nano")
     read: list[int] = []
-    result = demo.run(model, tokenizer, shipped_book(), PLAN, lambda tokens, what: read.append(tokens))
+    result = demo.run(model, tokenizer, shipped_book(), DESIGN, lambda tokens, what: read.append(tokens))
     return model, tokenizer, result, read
 
 
@@ -34,7 +34,7 @@ def test_every_method_is_asked_for_the_same_keys_and_the_model_is_left_as_it_was
     model, _, result, read = ran()
     asked = {name: [(r["length"], r["depth"], r["key"], r["distance"]) for r in result["trials"] if r["method"] == name] for name in demo.NAMES}
     assert asked["stock"] == asked["selfextend"] == asked["lm-infinite"] and len(asked["stock"]) == 4
-    assert sum(read) == PLAN.tokens(result["window"])
+    assert sum(read) == DESIGN.tokens(result["window"])
     assert type(model.model.rotary_emb).__module__.startswith("transformers")
     json.dumps(result, allow_nan=False)
 
@@ -42,7 +42,7 @@ def test_every_method_is_asked_for_the_same_keys_and_the_model_is_left_as_it_was
 def test_a_trial_is_stock_generate():
     model, tokenizer, result, _ = ran()
     row = next(r for r in result["trials"] if r["method"] == "stock" and r["length"] == 512)
-    made = haystack.trial(tokenizer, shipped_book(), 512, 0.0, Random(PLAN.seed * 1_000_003 + 512), answer_tokens=demo.answer_tokens(tokenizer))
+    made = haystack.trial(tokenizer, shipped_book(), 512, 0.0, Random(DESIGN.seed * 1_000_003 + 512), answer_tokens=demo.answer_tokens(tokenizer))
     assert made.key == row["key"]
     out = model.generate(torch.tensor([made.ids]), max_new_tokens=demo.answer_tokens(tokenizer), do_sample=False)[0, len(made.ids) :]
     assert tokenizer.decode(out, skip_special_tokens=True).strip() == row["answer"]
@@ -51,7 +51,7 @@ def test_a_trial_is_stock_generate():
 
 def test_losses_are_those_of_plain_forwards():
     model, tokenizer, result, _ = ran()
-    ids = demo.passage(tokenizer, shipped_book(), 4 * 512, Random(PLAN.seed))
+    ids = demo.passage(tokenizer, shipped_book(), 4 * 512, Random(DESIGN.seed))
     assert len(ids) == 4 * 512 and ids[0] == tokenizer.bos_token_id
     with torch.no_grad():
         logits = model(ids[None, :1024], use_cache=False).logits[0].float()

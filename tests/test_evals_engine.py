@@ -16,8 +16,9 @@ import typer
 
 import longreach
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.cli import build, main, parameters
+from longreach.cli import main, parameters
 from longreach.cli.eval_options import parse_depths, parse_lengths, take_method_options
+from longreach.cli.program import build
 from longreach.evals.harness.model_engine import ModelEngine, attached, span
 from longreach.evals.harness.results import Folder
 from longreach.evals.samples import budget

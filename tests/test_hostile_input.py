@@ -12,7 +12,8 @@ import pytest
 import typer
 from rich.text import Text
 
-from longreach.cli import build, main
+from longreach.cli import main
+from longreach.cli.program import build
 
 FILES = {
     "t.txt": b"hello",

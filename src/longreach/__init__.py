@@ -10,11 +10,11 @@ Names are imported when they are first used, so that `longreach --help` is insta
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-from longreach.version import __version__ as __version__
-
+TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from longreach.hf.extension import Extension as Extension
     from longreach.hf.extension import extend as extend
     from longreach.methods import from_json as from_json
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from longreach.running.loading import shipped_book as shipped_book
     from longreach.running.reading import stream as stream
 
+    from longreach.version import __version__ as __version__
+
 _HOMES = {
     "load": "running.loading",
     "shipped_book": "running.loading",
@@ -52,6 +54,7 @@ _HOMES = {
     "stream": "running.reading",
     "Method": "methods.base",
     "from_json": "methods",
+    "__version__": "version",
 }
 
 

@@ -1,6 +1,6 @@
 """The demonstration: stock, SelfExtend and LM-Infinite read the same book, are asked for keys hidden in it, and say how surprised they are.
 
-Knows the library as a user does. Prints and draws nothing: the result is plain data, and `verdict` puts it into words.
+Knows models, methods and texts. Prints and draws nothing: the result is plain data, and `verdict` puts it into words.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
-import longreach
-from longreach.evals.samples import budget, haystack
+from longreach.evals.samples import haystack
+from longreach.hf.extension import Extension, extend
+from longreach.hf.interfaces import CausalLM, Tokenizer
+from longreach.methods.lm_infinite import LMInfinite
 from longreach.planning import dial
-from longreach.running import generation
+from longreach.running import generation, prompts
+from longreach.running.reading import stream
 
 NAMES = {"stock": "stock", "selfextend": "SelfExtend", "lm-infinite": "LM-Infinite"}
 FIRST_TOKENS = 4  # LM-Infinite's n_global: the first tokens that stay visible
@@ -26,7 +29,7 @@ Progress = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Design:
     """What is measured. Lengths are in trained windows.
 
     lengths      texts of these many windows get a key.
@@ -60,22 +63,22 @@ class Plan:
         return window * (keys + self.texts * (2 * self.loss_length + self.stream_length))
 
 
-PLAN = Plan()
+DESIGN = Design()
 
 
 @contextmanager
-def attached(name: str, model: Any, context: int) -> Iterator[tuple[longreach.Extension | None, str]]:
+def attached(name: str, model: CausalLM, context: int) -> Iterator[tuple[Extension | None, str]]:
     """The method of that name on the model, chosen by the dial where there is a choice -> (extension or None, what it is)."""
     window = dial.trained_window(model.config).tokens
     if name == "stock":
         yield None, "the model as it is"
         return
-    method = longreach.LMInfinite(window, FIRST_TOKENS) if name == "lm-infinite" else None
-    with longreach.extend(model, method, context=None if method else context) as extension:
+    method = LMInfinite(window, FIRST_TOKENS) if name == "lm-infinite" else None
+    with extend(model, method, context=None if method else context) as extension:
         yield extension, extension.method.brief()
 
 
-def run(model: Any, tokenizer: Any, text: str, plan: Plan = PLAN, progress: Progress = lambda tokens, what: None) -> dict[str, Any]:
+def run(model: CausalLM, tokenizer: Tokenizer, text: str, design: Design = DESIGN, progress: Progress = lambda tokens, what: None) -> dict[str, Any]:
     """All measurements as plain data: `trials`, one row each; `loss`, by window of the text; `cost`, at the longest text.
 
     progress  called with the tokens just read and what is going on.
@@ -84,13 +87,13 @@ def run(model: Any, tokenizer: Any, text: str, plan: Plan = PLAN, progress: Prog
     """
     started = time.perf_counter()
     window = dial.trained_window(model.config)
-    for n in (*plan.lengths, plan.loss_length):
+    for n in (*design.lengths, design.loss_length):
         dial.choose(window, n * window.tokens)  # refuses now what could not be read later
-    trials, methods = keys(model, tokenizer, text, window.tokens, plan, progress)
-    loss = losses(model, tokenizer, text, window.tokens, plan, progress)
+    trials, methods = keys(model, tokenizer, text, window.tokens, design, progress)
+    loss = losses(model, tokenizer, text, window.tokens, design, progress)
     return {
         "window": window.tokens,
-        "plan": asdict(plan),
+        "plan": asdict(design),
         "methods": methods,
         "trials": trials,
         "loss": loss,
@@ -99,18 +102,20 @@ def run(model: Any, tokenizer: Any, text: str, plan: Plan = PLAN, progress: Prog
     }
 
 
-def keys(model: Any, tokenizer: Any, text: str, window: int, plan: Plan, progress: Progress) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+def keys(
+    model: CausalLM, tokenizer: Tokenizer, text: str, window: int, design: Design, progress: Progress
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
     """Every method is asked for the same keys. Found means: the first number that greedy decoding writes is the key."""
     rows, methods = [], {name: {} for name in NAMES}  # type: tuple[list[dict[str, Any]], dict[str, dict[str, str]]]
     room = answer_tokens(tokenizer)
-    for length in (n * window for n in plan.lengths):
+    for length in (n * window for n in design.lengths):
         for name in NAMES:
-            rng = Random(plan.seed * 1_000_003 + length)
+            rng = Random(design.seed * 1_000_003 + length)
             with attached(name, model, length) as (extension, description):
                 methods[name][str(length)] = description
-                for step in range(plan.depths):
-                    for _ in range(plan.keys):
-                        asked = haystack.trial(tokenizer, text, length, step / max(1, plan.depths - 1), rng, answer_tokens=room)
+                for step in range(design.depths):
+                    for _ in range(design.keys):
+                        asked = haystack.trial(tokenizer, text, length, step / max(1, design.depths - 1), rng, answer_tokens=room)
                         found = generation.answer(model, tokenizer, asked.ids, room, extension=extension)
                         rows.append({
                             "method": name, "length": length, "depth": asked.depth, "distance": asked.distance, "prompt_tokens": len(asked.ids),
@@ -122,36 +127,36 @@ def keys(model: Any, tokenizer: Any, text: str, window: int, plan: Plan, progres
     return rows, methods
 
 
-def answer_tokens(tokenizer: Any) -> int:
+def answer_tokens(tokenizer: Tokenizer) -> int:
     """Room for a key of five digits and what closes the sentence, in tokens of this tokenizer."""
-    return len(tokenizer(" 88888.", add_special_tokens=False)["input_ids"]) + 3
+    return len(prompts.encode(tokenizer, " 88888.", special=False)) + 3
 
 
-def losses(model: Any, tokenizer: Any, text: str, window: int, plan: Plan, progress: Progress) -> dict[str, Any]:
+def losses(model: CausalLM, tokenizer: Tokenizer, text: str, window: int, design: Design, progress: Progress) -> dict[str, Any]:
     """Mean loss (nats per token) in every window of a text, and for each method the length it was followed to."""
-    rng = Random(plan.seed)
-    passages = [passage(tokenizer, text, plan.stream_length * window, rng) for _ in range(plan.texts)]
+    rng = Random(design.seed)
+    passages = [passage(tokenizer, text, design.stream_length * window, rng) for _ in range(design.texts)]
     found: dict[str, Any] = {"bin": window, "methods": {}}
     for name in NAMES:
-        length = (plan.stream_length if name == "lm-infinite" else plan.loss_length) * window
+        length = (design.stream_length if name == "lm-infinite" else design.loss_length) * window
         bins = torch.zeros(length // window, dtype=torch.float64)
         with attached(name, model, length) as (extension, _):
             for ids in passages:
-                read = [chunk.losses for chunk in longreach.stream(extension or model, ids[:length], chunk_size=window) if chunk.losses is not None]
+                read = [chunk.losses for chunk in stream(extension or model, ids[:length], chunk_size=window) if chunk.losses is not None]
                 bins += torch.cat(read).double().nan_to_num(0.0).view(-1, window).sum(1)
                 progress(length, f"{NAMES[name]} reads {length} tokens")
         counts = torch.full_like(bins, window)
         counts[0] -= 1  # nothing precedes the first token
-        found["methods"][name] = (bins / counts / plan.texts).tolist()
+        found["methods"][name] = (bins / counts / design.texts).tolist()
     return found
 
 
-def passage(tokenizer: Any, text: str, length: int, rng: Random) -> torch.Tensor:
+def passage(tokenizer: Tokenizer, text: str, length: int, rng: Random) -> torch.Tensor:
     """`length` tokens of the text from a drawn place on, as one document: with the special tokens that open a text."""
     start = haystack.sentence_start(text, rng.random())
-    opening = budget.open_ended(tokenizer, tokenizer("")["input_ids"])
+    opening = prompts.encode(tokenizer, "")
     piece = haystack.first_tokens(tokenizer, text, start, length + 8)  # a piece cut from a text may be a few tokens shorter when read alone
-    return torch.tensor((opening + tokenizer(piece, add_special_tokens=False)["input_ids"])[:length])
+    return torch.tensor((opening + prompts.encode(tokenizer, piece, special=False))[:length])
 
 
 def cost(trials: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -35,13 +35,17 @@ from longreach.cli.common import (
     size,
 )
 from longreach.cli.console import stopping_gently
+from longreach.cli.run import sampling_of
 from longreach.cli.session import ROOM, Session
 from longreach.quantities import counted
+from longreach.running import prompts
 
 if TYPE_CHECKING:
+    from longreach.hf.interfaces import Tokenizer
     from longreach.running.generation import Answer, Sampling
 
 TAKES_METHOD_PARAMETERS = True
+WRONG = 2  # the exit code after a line that was refused, where lines are piped in
 COMMANDS = {
     "/help": "these lines",
     "/save FILE": "keep the text and the turns in a file, as they were read",
@@ -66,7 +70,7 @@ def command(
     hide: Annotated[list[str] | None, typer.Option("--hide", help="A sentence to hide in the text; may be given several times, then spread evenly.")] = None,
     truncate: Annotated[text.Side | None, typer.Option("--truncate", help="What to leave out of a too long text. Without it, too long is an error.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; 0 if not given.")] = None,
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Tokens of one forward while reading.")] = 512,
     dtype: Dtype = None,
     device: Device = None,
@@ -94,9 +98,8 @@ def command(
         chosen = method_of(context, method)
         document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
         with quiet_transformers(verbose):
-            from longreach.running.generation import Sampling
-
             loaded, tokenizer = load_model(out, model, dtype, device)
+            sampling = sampling_of(out, temperature, None, seed)
             document, cut = fit(tokenizer, document, hide or [], declared, truncate)
             if cut is not None:
                 out.warn(str(cut))
@@ -105,18 +108,19 @@ def command(
             try:
                 read = session.read()
                 out.note(f"{counted(read, 'token')} of text read; {HINT}" if document else HINT)
-                turns = converse(session, Sampling(temperature or None, seed=seed))
+                turns, wrong = converse(session, sampling)
                 result = {"model": model, "context": session.talk.limit, "document_tokens": read, "turns": turns, "extension": session.extension.report()}
             finally:
                 session.end()
-        out.finish(result, lambda console: None)
+        out.finish(result if wrong is None else {**result, "error": wrong}, lambda console: None)
+        if wrong is not None:
+            raise typer.Exit(WRONG)
 
 
-def fit(tokenizer: Any, document: str, hidden: list[str], declared: int | None, truncate: text.Side | None) -> tuple[str, text.Truncation | None]:
+def fit(tokenizer: Tokenizer, document: str, hidden: list[str], declared: int | None, truncate: text.Side | None) -> tuple[str, text.Truncation | None]:
     """The document with the hidden sentences in it, shortened if that was asked for, with room for the conversation in a declared context."""
-    known = len(tokenizer(document, add_special_tokens=False)["input_ids"])
-    extra = sum(len(tokenizer(f" {sentence}", add_special_tokens=False)["input_ids"]) for sentence in hidden)
-    cut = None
+    encode = lambda words: prompts.encode(tokenizer, words, special=False)  # noqa: E731
+    known, extra, cut = len(encode(document)), sum(len(encode(f" {sentence}")) for sentence in hidden), None
     if declared is not None:
         most = declared - min(ROOM, declared // 4) - extra
         if known > most:
@@ -125,38 +129,44 @@ def fit(tokenizer: Any, document: str, hidden: list[str], declared: int | None, 
                     f"the text has {known + extra} tokens, which leaves too little of the context of {declared} for a conversation; "
                     f"pass --context {known + extra + ROOM}, a shorter text, or --truncate middle"
                 )
-            document, cut = text.shorten_document(tokenizer, document, most, truncate)
-    from longreach.evals.samples.haystack import hide
-
+            document, cut = text.shorten(tokenizer, document, most, truncate, encode)
     for n, sentence in enumerate(hidden):
-        document = hide(document, sentence.strip(), (n + 1) / (len(hidden) + 1))
+        document = prompts.hide(document, sentence.strip(), (n + 1) / (len(hidden) + 1))
     return document, cut
 
 
-def converse(session: Session, sampling: Sampling) -> list[dict[str, Any]]:
-    """Questions and commands until one ends it -> the turns as plain data. At a terminal nothing but the user ends it."""
+def converse(session: Session, sampling: Sampling) -> tuple[list[dict[str, Any]], str | None]:
+    """Questions and commands until one ends it -> the turns as plain data, and what went wrong. At a terminal nothing but the user ends it; where
+    questions are piped in, nobody would see what the first wrong line did to those after it, so it is the last."""
     out, turns = session.out, []
     asking = sys.stdin.isatty()
-    for line in questions(out, asking):
-        name, _, rest = line.partition(" ")
-        if name in ("/quit", "/exit"):
-            break
-        try:
-            if name.startswith("/"):
-                obey(session, name, rest.strip())
-            elif (found := ask(session, line, sampling, asking)) is not None:
-                turns.append(turn(line, found))
-        except (ValueError, OSError) as error:
-            if not asking or isinstance(error, BrokenPipeError):
-                raise
-            out.error(" ".join(str(error).split()))
-        except KeyboardInterrupt:  # in the work of a command, which is put back; an answer has its own way to stop
-            if not asking:
-                raise
-            out.note(f"\n{name if name.startswith('/') else 'the question'} is given up; the conversation goes on")
-        answered = f"{counted(len(turns), 'question')} answered, the conversation is not saved"
-        out.kept = f"the conversation is saved in {session.saved}" if session.saved else answered
-    return turns
+    try:
+        for line in questions(out, asking):
+            name, _, rest = line.partition(" ")
+            if name in ("/quit", "/exit"):
+                break
+            try:
+                if name.startswith("/"):
+                    obey(session, name, rest.strip())
+                elif (found := ask(session, line, sampling, asking)) is not None:
+                    turns.append(turn(line, found))
+            except (ValueError, OSError) as error:
+                if not asking or isinstance(error, BrokenPipeError):
+                    raise
+                out.error(" ".join(str(error).split()))
+            except KeyboardInterrupt:  # in the work of a command, which is put back; an answer has its own way to stop
+                if not asking:
+                    raise
+                out.note(f"\n{name if name.startswith('/') else 'the question'} is given up; the conversation goes on")
+            answered = f"{counted(len(turns), 'question')} answered, the conversation is not saved"
+            out.kept = f"the conversation is saved in {session.saved}" if session.saved else answered
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        wrong = " ".join(str(error).split())
+        out.error(wrong)
+        return turns, wrong
+    return turns, None
 
 
 def obey(session: Session, name: str, rest: str) -> None:
@@ -182,7 +192,7 @@ def obey(session: Session, name: str, rest: str) -> None:
         if lost:
             out.warn(f"{counted(lost, 'turn')} of the conversation before, not saved, went; /save FILE keeps one before /load")
     else:
-        out.error(f"unknown command {name!r}; {HINT}")
+        raise ValueError(f"unknown command {name!r}; {HINT}")
 
 
 def held(session: Session) -> str:

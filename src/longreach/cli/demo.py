@@ -19,7 +19,7 @@ from longreach.cli.targets import check_picture
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from longreach.apps.demo import Plan, Progress
+    from longreach.apps.demo import Design, Progress
 
 
 def command(
@@ -46,9 +46,9 @@ def command(
     The embedded model was trained on 512 tokens and has never seen the book. A minute or two on two cores.
     """
     with output(as_json, verbose, quiet) as out:
-        from longreach.apps.demo import Plan
+        from longreach.apps.demo import Design
 
-        plan = Plan(whole_numbers(lengths), depths, keys, loss_length, stream_length, texts, seed)
+        design = Design(whole_numbers(lengths), depths, keys, loss_length, stream_length, texts, seed)
         check_picture(out, png, force)
         book = text.read(file, text.LARGEST_FILE, out.note, encoding)
         with quiet_transformers(verbose):
@@ -58,8 +58,8 @@ def command(
 
             loaded, tokenizer = load_model(out, model, dtype, device)
             window = dial.trained_window(loaded.config).tokens
-            with bar(out, plan, window) as progress:
-                result = demo.run(loaded, tokenizer, book, plan, progress)
+            with bar(out, design, window) as progress:
+                result = demo.run(loaded, tokenizer, book, design, progress)
         reach.draw(result, demo.NAMES, png)
         words = demo.verdict(result)
         out.finish({"model": model, "book": file, **result, "verdict": words, "png": str(png)}, lambda console: show(console, model, result, words, png))
@@ -73,11 +73,11 @@ def whole_numbers(listed: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def bar(out: Output, plan: Plan, window: int) -> Iterator[Progress]:
+def bar(out: Output, design: Design, window: int) -> Iterator[Progress]:
     """Adds up the tokens that have been read."""
     read = 0
 
-    with progress_bar(out, plan.tokens(window), "loading") as update:
+    with progress_bar(out, design.tokens(window), "loading") as update:
 
         def advance(tokens: int, what: str) -> None:
             nonlocal read

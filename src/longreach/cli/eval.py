@@ -28,7 +28,8 @@ PALETTE = Annotated[str, typer.Option("--palette", help="Colours of the depth ma
 
 def subcommands() -> typer.Typer:
     """The commands of `longreach eval`."""
-    from longreach.cli import LENIENT, eval_lm, eval_ppl, eval_run
+    from longreach.cli import eval_lm, eval_ppl, eval_run
+    from longreach.cli.program import LENIENT
 
     app = typer.Typer(rich_markup_mode="rich")
     app.callback(invoke_without_command=True)(_help)

@@ -5,7 +5,7 @@ Knows the options and the order of the work; reading text, generating and attach
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +38,7 @@ from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from longreach.hf.extension import Extension
+    from longreach.hf.interfaces import CausalLM, Tokenizer
     from longreach.methods.base import Method
     from longreach.running.conversation import Conversation
     from longreach.running.generation import Answer, Sampling
@@ -67,11 +68,11 @@ def command(
         typer.Option("--document", help="Ask about a text that --save-document wrote, instead of --file; method and context are those it was read with."),
     ] = None,
     hide: Annotated[str | None, typer.Option("--hide", help="A sentence to hide in the text, to see whether it is found.")] = None,
-    depth: Annotated[float, typer.Option("--depth", min=0, max=1, help="Where to hide it: 0 is the beginning, 1 the end.")] = 0.5,
+    depth: Annotated[float | None, typer.Option("--depth", min=0, max=1, help="Where to hide it: 0 is the beginning, 1 the end; 0.5 if not given.")] = None,
     truncate: Annotated[text.Side | None, typer.Option("--truncate", help="What to leave out of a too long text. Without it, too long is an error.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", max=1, help="Sample among the likeliest tokens that have this probability together.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; 0 if not given.")] = None,
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens of one forward.")] = 512,
     dtype: Dtype = None,
     device: Device = None,
@@ -99,109 +100,85 @@ def command(
         if truncate is not None and declared is None and chosen is None:
             raise ValueError("--truncate needs to know for what length; pass --context N too")
         with quiet_transformers(verbose):
-            from longreach.running import generation
-
             loaded, tokenizer = load_model(out, model, dtype, device)
-            sampling = generation.Sampling(temperature or (1.0 if top_p is not None and temperature is None else None), top_p, seed)
-            if (stored_file := document or save_document) is not None:
-                choice = stored.Choice(chosen, declared, trained_window, chunk_size)
-                if document is not None:
-                    talk = stored.reopen(out, loaded, tokenizer, choice, document)
-                else:
-                    talk = stored.read_and_save(out, loaded, tokenizer, request, choice, stored_file)
-                result = ask(out, model, talk, request.prompt, max_new_tokens, sampling, stored_file, declared is not None)
-                out.finish(result, lambda console: None)
-                return
-            fitted = fit(loaded, tokenizer, request, chosen, declared, max_new_tokens, truncate, trained_window)
-            extension = fitted.attach(loaded)
-            with extension:
-                announce(out, extension, fitted)
-                with progress_bar(out, len(fitted.ids)) as progress:
-                    found = generation.answer(
-                        loaded,
-                        tokenizer,
-                        fitted.ids,
-                        max_new_tokens,
-                        extension=extension,
-                        chunk_size=chunk_size,
-                        sampling=sampling,
-                        write=out.write,
-                        progress=progress,
-                    )
-                result = report(model, extension, fitted, found)
-        if not as_json:
+            sampling = sampling_of(out, temperature, top_p, seed)
+            choice = stored.Choice(chosen, declared, trained_window, chunk_size)
+            if document is not None:
+                asked = Asked(stored.reopen(out, loaded, tokenizer, choice, document), request.prompt, file=document)
+            elif save_document is not None:
+                asked = Asked(stored.read_and_save(out, loaded, tokenizer, request, choice, save_document), request.prompt, file=save_document)
+            else:
+                asked = fit(loaded, tokenizer, request, choice, max_new_tokens, truncate)
+                announce(out, asked)
+            with asked.extension:
+                result = answer(out, model, asked, max_new_tokens, sampling, declared is not None)
+        if not as_json and "answer" in result:
             out.write("\n")
-            out.aside(table(result, extension))
+            out.aside(table(result, asked.extension))
         out.finish(result, lambda console: None)
 
 
-def ask(
-    out: Output, model: str, talk: Conversation, prompt: str, max_new_tokens: int, sampling: Sampling, file: Path, declared: bool
-) -> dict[str, Any]:
-    """The answer to a question about a text on disk, written as it comes -> the report; without a question, what was saved."""
-    extension = talk.extension
-    assert extension is not None
-    with extension:
-        read, ids = talk.known, talk.sequence(prompt)
-        if not prompt:
-            return stored.summary(model, talk, file, read)
-        found = talk.ask(prompt, max_new_tokens, sampling=sampling, write=out.write)
-        fitted = Fitted(ids, talk.limit or len(ids) + max_new_tokens, declared, extension.method, None, None, None)
-        result = {**report(model, extension, fitted, found, read), "document": str(file), "document_tokens": read}
-    if not out.as_json:
-        out.write("\n")
-        out.aside(table(result, extension))
-    return result
+def sampling_of(out: Output, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
+    """What the options say; a temperature of 0 is greedy. What has no effect is said."""
+    from longreach.running.generation import Sampling
+
+    if temperature is None and top_p is not None:
+        temperature = 1.0
+    given = {"--seed": seed, "--top-p": top_p}
+    if not temperature and (idle := [name for name, value in given.items() if value is not None]):
+        out.warn(f"without a --temperature above 0 the answer is greedy, and {' and '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect")
+    return Sampling(temperature or None, top_p, seed or 0)
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A prompt that fits, and how to attach the method that it fits."""
+class Asked:
+    """A question to a conversation whose method is attached, and what there is to say about it."""
 
-    ids: list[int]
-    context: int
-    declared: bool
-    method: Method | None  # None: the dial chooses
-    trained_window: int | None
-    cut: text.Truncation | None
-    beyond: str | None  # what to say where plain attention goes beyond its window
+    talk: Conversation
+    question: str
+    cut: text.Truncation | None = None
+    beyond: str | None = None  # what to say where plain attention goes beyond its window
+    file: Path | None = None  # the text on disk that the conversation is about
 
-    def attach(self, model: Any) -> Extension:
-        import longreach
-
-        context = None if self.beyond else self.context  # stock beyond its window: no declared context, so that nothing refuses it
-        return longreach.extend(model, self.method, context=context, trained_window=self.trained_window)
+    @property
+    def extension(self) -> Extension:
+        assert self.talk.extension is not None
+        return self.talk.extension
 
 
-def fit(
-    model: Any,
-    tokenizer: Any,
-    request: text.Request,
-    method: Method | None,
-    declared: int | None,
-    max_new_tokens: int,
-    truncate: text.Side | None,
-    trained_window: int | None,
-) -> Fitted:
-    """Encode the prompt and make sure that it and the new tokens fit; raises with the numbers and the fix if not."""
+def answer(out: Output, model: str, asked: Asked, max_new_tokens: int, sampling: Sampling, declared: bool) -> dict[str, Any]:
+    """The answer, written as it comes -> the report; without a question, what was saved."""
+    talk, known = asked.talk, asked.talk.known
+    if not asked.question:
+        assert asked.file is not None
+        return stored.summary(model, talk, asked.file, known)
+    tokens = len(talk.sequence(asked.question))
+    with progress_bar(out, tokens - known) as progress:
+        found = talk.ask(asked.question, max_new_tokens, sampling=sampling, write=out.write, progress=lambda done: progress(max(0, done - known)))
+    result = report(model, asked, found, tokens, known, talk.limit or tokens + max_new_tokens, declared)
+    return result if asked.file is None else {**result, "document": str(asked.file), "document_tokens": known}
+
+
+def fit(model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: stored.Choice, max_new_tokens: int, truncate: text.Side | None) -> Asked:
+    """Make sure that the prompt and the new tokens fit, and attach the method; raises with the numbers and the fix if they do not."""
+    import longreach
     from longreach.configs import refuse_unsupported
     from longreach.hf.checks import find_base
-    from longreach.methods.stock import Stock
     from longreach.planning import dial
+    from longreach.running.conversation import Conversation
 
     base = find_base(model)
     refuse_unsupported(base.config)
-    window = dial.trained_window(base.config).tokens if trained_window is None else trained_window
-    for_comparison = isinstance(method, Stock)
-    capacity = None if method is None or for_comparison else method.capacity(window)
-    if capacity == 0:
-        raise ValueError(f"{method} uses distances beyond the trained window of {window} tokens for any text; choose parameters of at most {window}")
+    method, declared = choice.method, choice.context
+    window = dial.trained_window(base.config).tokens if choice.trained_window is None else choice.trained_window
+    capacity = dial.limit(method, window)
     if capacity is not None and declared is not None and declared > capacity:
         raise ValueError(
             f"the declared context of {declared} tokens exceeds the capacity of {capacity} of {method} on a trained window of {window}; "
             f"pass --context {capacity}, other parameters, or leave out --method to have them chosen"
         )
-    ids = text.encode(tokenizer, request)
+    talk, question = Conversation(model, tokenizer, system=request.system, chunk_size=choice.chunk_size), request.user
+    ids = talk.sequence(question)
     if not ids:
         raise ValueError("the tokenizer makes no tokens of this text; pass another --prompt or --file")
     limit, cut = declared or capacity, None
@@ -210,14 +187,16 @@ def fit(
             raise ValueError(too_long(len(ids), max_new_tokens, limit, declared is not None, method, window))
         if limit <= max_new_tokens:
             raise ValueError(f"{max_new_tokens} new tokens leave no room for a prompt in {limit}; pass a smaller --max-new-tokens")
-        ids, cut = text.shorten(tokenizer, request, limit - max_new_tokens, truncate)
+        encode = lambda document: talk.sequence(replace(request, document=document).user)  # noqa: E731
+        document, cut = text.shorten(tokenizer, request.document, limit - max_new_tokens, truncate, encode)
+        question = replace(request, document=document).user
+        ids = talk.sequence(question)
     if max(ids) >= (known := model.get_input_embeddings().weight.shape[0]):
         raise ValueError(f"the tokenizer makes token {max(ids)} but the model knows {known} only; they do not belong together, reload the checkpoint's files")
     total = declared or len(ids) + max_new_tokens
-    beyond = None
-    if for_comparison and total > window:
-        beyond = f"plain attention on {total} tokens, beyond the trained window of {window}: distances that were never trained, for comparison only"
-    return Fitted(ids, total, declared is not None, method, trained_window, cut, beyond)
+    context, beyond = dial.declare(method, window, total)
+    talk.attach(longreach.extend(model, method, context=context, trained_window=choice.trained_window), total)
+    return Asked(talk, question, cut, beyond)
 
 
 def too_long(prompt: int, new: int, limit: int, declared: bool, method: Method | None, window: int) -> str:
@@ -231,31 +210,30 @@ def too_long(prompt: int, new: int, limit: int, declared: bool, method: Method |
     )
 
 
-def announce(out: Output, extension: Extension, fitted: Fitted) -> None:
+def announce(out: Output, asked: Asked) -> None:
     """What will be used, before the work starts."""
-    stored.announce(out, extension)
-    for warning in (fitted.beyond, fitted.cut):
+    stored.announce(out, asked.extension)
+    for warning in (asked.beyond, asked.cut):
         if warning is not None:
             out.warn(str(warning))
 
 
-def report(model: str, extension: Extension, fitted: Fitted, found: Answer, known: int = 0) -> dict[str, Any]:
+def report(model: str, asked: Asked, found: Answer, prompt_tokens: int, known: int, context: int, declared: bool) -> dict[str, Any]:
     """`known` tokens of the prompt had been read before."""
     from longreach.planning.machine import peak_memory
 
-    facts = extension.report()
-    prompt_tokens = len(fitted.ids)
+    facts = asked.extension.report()
     further = found.tokens - 1
-    cut = fitted.cut
+    cut = asked.cut
     return {
         "model": model,
         "answer": found.text,
         "finish": found.finish,
         "method": facts["method"],
         "reason": facts["reason"],
-        "warning": facts["warning"] or fitted.beyond,
-        "context": fitted.context,
-        "context_declared": fitted.declared,
+        "warning": facts["warning"] or asked.beyond,
+        "context": context,
+        "context_declared": declared,
         "capacity": facts["capacity"],
         "trained_window": facts["trained_window"],
         "prompt_tokens": prompt_tokens,
@@ -265,7 +243,7 @@ def report(model: str, extension: Extension, fitted: Fitted, found: Answer, know
         "prefill_tokens_per_second": rate(prompt_tokens - known, found.prefill_seconds),
         "decode_tokens_per_second": rate(further, found.decode_seconds) if further > 0 else None,
         "peak_memory_bytes": peak_memory(),
-        "peak_device_memory_bytes": peak_device_memory(extension),
+        "peak_device_memory_bytes": peak_device_memory(asked.extension),
         "kv_store_bytes": found.store_bytes,
         "extension": facts,
     }

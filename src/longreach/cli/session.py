@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from longreach.hf.extension import Extension
+    from longreach.hf.interfaces import CausalLM, Tokenizer
+    from longreach.methods.base import Method
     from longreach.planning.dial import Choice as DialChoice
     from longreach.planning.dial import Window
     from longreach.running.conversation import Conversation
@@ -33,8 +35,8 @@ class Session:
     reads what fits the trained window; a conversation that leaves it, or what the dial chose afterwards, goes on with what the dial chooses next."""
 
     out: Output
-    model: Any
-    tokenizer: Any
+    model: CausalLM
+    tokenizer: Tokenizer
     choice: stored.Choice
     max_new_tokens: int
     talk: Conversation = field(init=False)
@@ -103,7 +105,7 @@ class Session:
         weight = next(self.model.parameters())
         return dial.choose(self.window, context, dial.budget(self.config, weight.dtype, weight.device))
 
-    def _attach(self, method: Any, context: int | None, limit: int | None) -> None:
+    def _attach(self, method: Method | None, context: int | None, limit: int | None) -> None:
         """Put another method in place of the one in force, which comes back if that fails. The new one reads everything again."""
         import longreach
 
@@ -181,7 +183,7 @@ class Session:
         self.saved = file
 
     def load(self, file: Path) -> None:
-        """Take up another conversation, under what it was read with. If that fails, the one before goes on."""
+        """Take up another conversation, under what it was read with and not under what the options say. If that fails, the one before goes on."""
         import longreach
         from longreach.hf import documents
 
@@ -197,3 +199,7 @@ class Session:
             before.attach(again, before.limit)
             raise
         self.saved = file
+        asked = (("--context", self.choice.context, self.extension.context), ("--method", self.choice.method, self.extension.method))
+        gone = [name for name, before_it, now in (*asked, ("the text before", before.document or None, self.talk.document)) if before_it not in (None, now)]
+        if gone:
+            self.out.warn(f"no longer in force: {', '.join(gone)}; the conversation goes on with the text, method and context that {file} was read with")

@@ -15,6 +15,7 @@ from longreach.quantities import counted
 
 if TYPE_CHECKING:
     from longreach.hf.extension import Extension
+    from longreach.hf.interfaces import CausalLM, Tokenizer
     from longreach.methods.base import Method
     from longreach.running.conversation import Conversation
 
@@ -53,7 +54,7 @@ def check(out: Output, document: Path | None, save: Path | None, request: text.R
         out.kept = unsaved(save)
 
 
-def read_and_save(out: Output, model: Any, tokenizer: Any, request: text.Request, choice: Choice, file: Path) -> Conversation:
+def read_and_save(out: Output, model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: Choice, file: Path) -> Conversation:
     """Read the text with the method attached and write it to `file`."""
     import longreach
     from longreach.running.conversation import Conversation
@@ -91,7 +92,7 @@ def announce(out: Output, extension: Extension) -> None:
         out.warn(facts["warning"])
 
 
-def reopen(out: Output, model: Any, tokenizer: Any, choice: Choice, file: Path) -> Conversation:
+def reopen(out: Output, model: CausalLM, tokenizer: Tokenizer, choice: Choice, file: Path) -> Conversation:
     """Attach what the document was read with and take it up again; raises if the options name something else."""
     import longreach
     from longreach.hf import documents

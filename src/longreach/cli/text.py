@@ -1,6 +1,6 @@
-"""From a file, standard input and a prompt to token ids that fit. Nothing is cut unless the user says where.
+"""From a file, standard input and a prompt to a text that fits. Nothing is cut unless the user says where.
 
-Knows files and tokenizers; not models or methods.
+Knows files, encodings and tokenizers; not models or methods.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from longreach.evals.samples.budget import open_ended
-from longreach.evals.samples.haystack import hide
+from longreach.hf.interfaces import Tokenizer
 from longreach.quantities import counted
-from longreach.running.truncation import Side as Side
-from longreach.running.truncation import keep_tokens, token_spans
+from longreach.running import prompts
+from longreach.running.prompts import Side as Side
 
 COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
 NOTHING_TO_DECODE = "--text-encoding says how a text is written, and no text is read here; pass --file FILE too, or leave it out"
@@ -39,20 +38,22 @@ class Request:
     prompt: str
     system: str | None = None
     hidden: str | None = None  # a sentence put into the document, to see whether it is found
-    depth: float = 0.5  # where: 0 is the beginning, 1 the end
+    depth: float | None = None  # where: 0 is the beginning, 1 the end, None the middle
 
     def __post_init__(self) -> None:
         for option, value in (("--prompt", self.prompt), ("--system", self.system), ("--hide", self.hidden)):
             check_argument(option, value)
+        if self.depth is not None and self.hidden is None:
+            raise ValueError("--depth says where --hide puts its sentence; pass --hide SENTENCE too, or leave it out")
 
     @property
     def text(self) -> str:
         """The document, with the hidden sentence in it."""
-        return self.document if self.hidden is None else hide(self.document, self.hidden.strip(), self.depth)
+        return self.document if self.hidden is None else prompts.hide(self.document, self.hidden.strip(), 0.5 if self.depth is None else self.depth)
 
     @property
     def user(self) -> str:
-        return "\n\n".join(part for part in (self.text, self.prompt) if part)
+        return prompts.about(self.text, self.prompt)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def _decode(data: bytes, source: str, most: int, note: Callable[[str], None], en
         if encoding is not None:
             note(f"reading {source} as {encoding.upper()}, as its first bytes say")
     try:
+        if encoding is not None and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")) and _is_utf8(data):
+            raise ValueError(f"{source} is UTF-8 text, not {encoding.upper()}; leave out --text-encoding")
         text = data.decode(encoding or "utf-8-sig")
     except LookupError:
         raise ValueError(f"there is no encoding {encoding!r}; pass --text-encoding utf-8, utf-16, latin-1, cp1252 or another that Python knows") from None
@@ -155,48 +158,31 @@ def _wide(data: bytes) -> str | None:
     return None
 
 
+def _is_utf8(data: bytes) -> bool:
+    """Whether bytes are a text in UTF-8. Those of a text of two or four bytes a character are none: they have zeros, control characters or stray bytes."""
+    try:
+        return bool(data) and all(character.isprintable() or character.isspace() for character in data.decode("utf-8"))
+    except UnicodeError:
+        return False
+
+
 def _required(text: str, source: str) -> str:
     if not text.strip():
         raise ValueError(f"{source} is empty; pass a file with text, or leave it out and give a --prompt")
     return text
 
 
-def encode(tokenizer: Any, request: Request) -> list[int]:
-    """Token ids: the tokenizer's chat template if it has one, else plain text with its special tokens at the start."""
-    if getattr(tokenizer, "chat_template", None):
-        messages = [] if request.system is None else [{"role": "system", "content": request.system}]
-        messages.append({"role": "user", "content": request.user})
-        from longreach.running.generation import chat_ids
+def shorten(tokenizer: Tokenizer, document: str, most: int, side: Side, encode: Callable[[str], list[int]]) -> tuple[str, Truncation]:
+    """The document with as much of it left out, at `side`, as makes what `encode` makes of it at most `most` tokens."""
+    _, spans = prompts.encode_with_spans(tokenizer, document, special=False)
+    rest = len(encode(""))
 
-        return chat_ids(tokenizer, messages, "leave out --system")
-    if request.system is not None:
-        raise ValueError("this model has no chat template, so there is no place for --system; put its words into --prompt")
-    return open_ended(tokenizer, tokenizer(request.user)["input_ids"])
+    def make(keep: int) -> tuple[str, int]:
+        shorter = prompts.keep_tokens(document, spans, keep, side)
+        return shorter, len(encode(shorter)) - most
 
-
-def shorten(tokenizer: Any, request: Request, most: int, side: Side) -> tuple[list[int], Truncation]:
-    """The ids with as much of the document left out, at `side`, as makes them at most `most`."""
-    spans = token_spans(tokenizer, request.document)
-    rest = len(encode(tokenizer, replace(request, document="")))
-    keep = min(len(spans), most - rest)
-    while keep > 0:
-        shorter = keep_tokens(request.document, spans, keep, side)
-        ids = encode(tokenizer, replace(request, document=shorter))
-        over = len(ids) - most
-        if over <= 0:
-            return ids, Truncation(side, len(spans), len(tokenizer(shorter, add_special_tokens=False)["input_ids"]))
-        keep -= over if over < keep else 1  # characters of several tokens may need one step less than they are over
-    raise ValueError(f"the prompt alone has {counted(rest, 'token')} and no document fits into {most}; shorten it or declare a larger --context")
-
-
-def shorten_document(tokenizer: Any, document: str, most: int, side: Side) -> tuple[str, Truncation]:
-    """The document alone, with as much of it left out, at `side`, as makes it about `most` tokens and not more."""
-    spans = token_spans(tokenizer, document)
-    keep = min(len(spans), most)
-    while keep > 0:
-        shorter = keep_tokens(document, spans, keep, side)
-        tokens = len(tokenizer(shorter, add_special_tokens=False)["input_ids"])
-        if tokens <= most:
-            return shorter, Truncation(side, len(spans), tokens)
-        keep -= min(keep, tokens - most)
-    raise ValueError(f"nothing of the text fits into {counted(most, 'token')}; declare a larger --context")
+    shorter = prompts.shrink(min(len(spans), most - rest), make)
+    if shorter is None:
+        alone = f"the prompt alone has {counted(rest, 'token')} and no document" if rest else "nothing of the text"
+        raise ValueError(f"{alone} fits into {most}; shorten it or declare a larger --context")
+    return shorter, Truncation(side, len(spans), len(prompts.encode(tokenizer, shorter, special=False)))

@@ -143,7 +143,7 @@ def take_back(cache: Any, slots: int) -> bool:
             store.crop(slots, warn=False)
         else:
             cache.crop(-slots)
-    except ValueError:
+    except (ValueError, RuntimeError):  # as stock layers that slide or have a state say it
         return False
     return True
 

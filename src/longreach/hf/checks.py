@@ -25,7 +25,7 @@ class Inexact(ValueError):
     """The engine was attached and does not compute what the stock model does: a refusal of a model that we do not know, a fault on one that we do."""
 
 
-def find_base(model: nn.Module) -> Any:
+def find_base(model: object) -> Any:
     """The text model that owns the rotary module, or of a legacy family the layers. Raises if there is none, several, or one that is extended already."""
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
         raise ValueError(f"{type(model).__name__} is not a Transformers model; load one with longreach.load(...) or AutoModelForCausalLM")

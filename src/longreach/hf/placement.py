@@ -12,8 +12,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from longreach.hf.interfaces import CausalLM
 
-def device_of(model: nn.Module) -> torch.device:
+
+def device_of(model: nn.Module | CausalLM) -> torch.device:
     """The device that a model takes its input on."""
     embeddings = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     for tensor in (*(embeddings.parameters() if isinstance(embeddings, nn.Module) else ()), *model.parameters()):

@@ -1,22 +1,19 @@
 """A conversation over a document: what has been read stays in the cache, a question costs only its own tokens.
 
-Knows a tokenizer, generation and which tokens the cache holds; not files or terminals.
+Knows what was said; not how ids are made of it, what a cache holds, or terminals.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from longreach.hf.cache import take_back
 from longreach.hf.extension import Extension
-from longreach.running import generation
-from longreach.running.reading import stream
+from longreach.hf.interfaces import CausalLM, Tokenizer
+from longreach.running import generation, prompts
+from longreach.running.prefix import Prefix, common
 
 
 @dataclass
@@ -31,24 +28,19 @@ class Conversation:
     extension   the one in force on the model; None is the stock model.
     """
 
-    model: Any
-    tokenizer: Any
+    model: CausalLM
+    tokenizer: Tokenizer
     document: str = ""
     system: str | None = None
     limit: int | None = None
     extension: Extension | None = None
     chunk_size: int = 512
     turns: list[tuple[str, generation.Answer]] = field(default_factory=list)
-    _cache: Any = None
-    _cached: list[int] = field(default_factory=list)  # the tokens that the cache holds
+    prefix: Prefix = field(default_factory=Prefix)
 
     def __post_init__(self) -> None:
-        if self.system is not None and not self._has_template:
+        if self.system is not None and not prompts.has_template(self.tokenizer):
             raise ValueError("this model has no chat template, so there is no place for a system message; put its words into the document or the question")
-
-    @property
-    def _has_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
 
     def read(self, progress: Callable[[int], None] = lambda done: None) -> int:
         """Read the document now, so that the first question is quick -> the number of its tokens.
@@ -58,16 +50,13 @@ class Conversation:
         ids = self._opening()
         if self.extension is None or not self.extension.method.chunk_invariant or not ids:
             return len(ids)
-        self._start(ids)
-        for chunk in stream(self.extension, torch.tensor(ids), chunk_size=self.chunk_size, losses=False, cache=self._cache):
-            progress(min(chunk.start + self.chunk_size, len(ids)))
-        self._cached = ids
+        self.prefix.read(self.extension, ids, chunk_size=self.chunk_size, progress=progress)
         return len(ids)
 
     @property
     def known(self) -> int:
         """Tokens that the cache holds."""
-        return len(self._cached)
+        return len(self.prefix.ids)
 
     def needs(self, question: str, max_new_tokens: int) -> int:
         """Tokens of the whole sequence with this question and its longest answer."""
@@ -76,7 +65,7 @@ class Conversation:
     def attach(self, extension: Extension, limit: int | None) -> None:
         """Go on under another extension. A method is fixed for a whole sequence, so everything is read again with the next question."""
         self.extension, self.limit = extension, limit
-        self._start([])
+        self.prefix.forget()
 
     def save(self, file: str | Path) -> None:
         """Write the document and the turns as they were read, so that `open` can go on from there without reading them."""
@@ -87,25 +76,27 @@ class Conversation:
                 f"the result of {self.extension.method.brief()} depends on how a prompt is cut, so a document cannot be read apart from its question; "
                 "use a method or an option that does not (longreach methods), or ask without saving"
             )
-        if not self._cached:
+        if not self.known:
             raise ValueError("nothing has been read yet, so there is nothing to save; call read() first, or ask a question")
         notes = {"document": self.document} | ({} if self.system is None else {"system": self.system})
         if self.turns:
             notes["turns"] = json.dumps([[question, answer.text, answer.ids, answer.finish] for question, answer in self.turns])
-        self.extension.save(self._cache, file, self._cached, notes=notes)
+        self.extension.save(self.prefix.cache, file, self.prefix.ids, notes=notes)
 
     @classmethod
-    def open(cls, model: Any, tokenizer: Any, extension: Extension, file: str | Path, *, limit: int | None = None, chunk_size: int = 512) -> Conversation:
+    def open(
+        cls, model: CausalLM, tokenizer: Tokenizer, extension: Extension, file: str | Path, *, limit: int | None = None, chunk_size: int = 512
+    ) -> Conversation:
         """The conversation that `save` wrote. Raises ValueError if it belongs to another model, method, context or tokenizer."""
         found = extension.load(file)
         if "document" not in found.notes or found.ids is None or found.ids.shape[0] != 1:
             raise ValueError(f"{str(file)!r} holds a cache without its text; use extension.load(file), or save one with Conversation.save or --save-document")
         talk = cls(model, tokenizer, found.notes["document"], found.notes.get("system"), limit, extension, chunk_size)
-        talk._cache, talk._cached = found.cache, found.ids[0].tolist()
+        talk.prefix.keep(found.cache, found.ids[0].tolist())
         if "turns" in found.notes:
             talk.turns = _turns(found.notes["turns"], model.get_input_embeddings().weight.shape[0], str(file))
         opening = talk._opening()
-        same = _common(talk._cached, opening) == min(len(talk._cached), len(opening))
+        same = common(talk.prefix.ids, opening) == min(talk.known, len(opening))
         if not same or any(tokenizer.decode(answer.ids, skip_special_tokens=True) != answer.text for _, answer in talk.turns):
             raise ValueError(f"the tokenizer of this model makes other tokens of the text in {str(file)!r}; load the tokenizer that it was read with")
         return talk
@@ -131,26 +122,21 @@ class Conversation:
                 f"with this question and {max_new_tokens} new tokens the conversation needs {len(ids) + max_new_tokens} tokens, more than its context of "
                 f"{self.limit}; {shorter}declare a larger context, or ask for fewer new tokens"
             )
-        self._rewind(ids)
-        try:
-            found = generation.answer(
-                self.model,
-                self.tokenizer,
-                ids,
-                max_new_tokens,
-                extension=self.extension,
-                chunk_size=self.chunk_size,
-                sampling=sampling,
-                cache=self._cache,
-                write=write,
-                progress=progress,
-                stopped=stopped,
-            )
-        except BaseException:
-            self._start([])  # the cache may hold a part of this turn
-            raise
-        self._cache = found.cache
-        self._cached = (ids + found.ids)[: self._cache.get_seq_length()]
+        cache, _ = self.prefix.resume(ids[:-1])  # at least one token is left to be read; a template may write an earlier answer differently than the model did
+        found = generation.answer(
+            self.model,
+            self.tokenizer,
+            ids,
+            max_new_tokens,
+            extension=self.extension,
+            chunk_size=self.chunk_size,
+            sampling=sampling,
+            cache=cache,
+            write=write,
+            progress=progress,
+            stopped=stopped,
+        )
+        self.prefix.keep(found.cache, ids + found.ids)
         if found.ids:
             self.turns.append((question, replace(found, cache=None)))  # a turn must not keep a store alive that is not in use any more
         return found
@@ -158,56 +144,35 @@ class Conversation:
     def reset(self) -> None:
         """Forget the turns and keep the document, which is read again with the next question."""
         self.turns.clear()
-        self._start([])
+        self.prefix.forget()
 
     def sequence(self, question: str) -> list[int]:
         """The ids of everything so far and the question."""
-        if self._has_template:
-            return self._rendered(question)
-        ids, between = self._opening(), "\n\n" if self.document else ""
+        if prompts.has_template(self.tokenizer):
+            return self._rendered(question, self.turns)
+        ids, between = self._opening(), prompts.BETWEEN if self.document else ""
         for asked, answer in self.turns:
-            ids, between = ids + self._encode(between + asked) + answer.ids, "\n\n"
+            ids, between = ids + self._encode(between + asked) + answer.ids, prompts.BETWEEN
         return ids + self._encode(between + question)
 
     def _opening(self) -> list[int]:
         """What every sequence begins with, whatever is asked: the ids up to the end of the document."""
-        if not self._has_template:
-            from longreach.evals.samples.budget import open_ended
-
-            return open_ended(self.tokenizer, self.tokenizer(self.document)["input_ids"])
-        one, other = self._rendered("a", alone=True), self._rendered("Why?", alone=True)
-        return one[: _common(one, other)] if self.document else []
+        if not prompts.has_template(self.tokenizer):
+            return prompts.encode(self.tokenizer, self.document)
+        one, other = self._rendered("a"), self._rendered("Why?")
+        return one[: common(one, other)] if self.document else []
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return prompts.encode(self.tokenizer, text, special=False)
 
-    def _rendered(self, question: str, alone: bool = False) -> list[int]:
+    def _rendered(self, question: str, turns: Sequence[tuple[str, generation.Answer]] = ()) -> list[int]:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        asked = [] if alone else self.turns
-        questions = [q for q, _ in asked] + [question]
-        if self.document:
-            questions[0] = f"{self.document}\n\n{questions[0]}"
-        for i, text in enumerate(questions):
-            messages.append({"role": "user", "content": text})
-            if i < len(asked):
-                messages.append({"role": "assistant", "content": asked[i][1].text})
-        return generation.chat_ids(self.tokenizer, messages, "leave out the system message")
-
-    def _rewind(self, ids: list[int]) -> None:
-        """Make the cache hold a beginning of `ids`: a template or a tokenizer may write an earlier answer differently than the model did."""
-        same = min(_common(self._cached, ids), len(ids) - 1)  # at least one token is left to be read
-        if self._cache is None or same == 0:
-            self._start([])
-        elif same < len(self._cached):
-            if take_back(self._cache, len(self._cached) - same):
-                self._cached = ids[:same]
-            else:  # read everything again
-                self._start([])
-
-    def _start(self, ids: list[int]) -> None:
-        from transformers import DynamicCache
-
-        self._cache, self._cached = DynamicCache(), list(ids)
+        document = self.document
+        for asked, answer in turns:
+            messages += [{"role": "user", "content": prompts.about(document, asked)}, {"role": "assistant", "content": answer.text}]
+            document = ""  # it opens the first message only
+        messages.append({"role": "user", "content": prompts.about(document, question)})
+        return self._encode(prompts.render(self.tokenizer, messages, "leave out the system message"))
 
 
 def _turns(text: str, vocabulary: int, file: str) -> list[tuple[str, generation.Answer]]:
@@ -225,8 +190,3 @@ def _turns(text: str, vocabulary: int, file: str) -> list[tuple[str, generation.
     if not fine:
         raise ValueError(f"the turns of the conversation in {file!r} are damaged or forged; read the document again and save it")
     return [(question, generation.Answer(answer, ids, finish, 0.0, 0.0, 0, None)) for question, answer, ids, finish in found]
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """The length of the longest common beginning."""
-    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 
 from longreach.hf.cache import cache_bytes
 from longreach.hf.extension import Extension
+from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.hf.placement import device_of
 from longreach.running.reading import stream
 
@@ -57,8 +59,8 @@ class Answer:
 
 
 def answer(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     ids: list[int],
     max_new_tokens: int,
     *,
@@ -84,7 +86,6 @@ def answer(
     prompt = torch.tensor([ids], device=device_of(model))
     config = generation_config(model, tokenizer, max_new_tokens, sampling)
     streamer = _streamer(tokenizer, write)
-    torch.manual_seed(sampling.seed)
     started = time.perf_counter()
     cache = DynamicCache() if cache is None else cache
     known = cache.get_seq_length()
@@ -96,7 +97,7 @@ def answer(
             if stopped is not None and stopped():
                 return Answer("", [], "interrupted", time.perf_counter() - started, 0.0, cache_bytes(cache), cache)
     criteria = _stopping(tokenizer, len(ids), stop, stopped)
-    with torch.no_grad():
+    with torch.no_grad(), own_random_state(sampling.seed, prompt.device):
         output = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -131,16 +132,27 @@ def answer(
     )
 
 
-def chat_ids(tokenizer: Any, messages: list[dict[str, str]], fix: str) -> list[int]:
-    """The ids of messages under the tokenizer's chat template, up to where the answer begins; `fix` is what helps where it refuses them."""
+@contextmanager
+def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, the process draws what a generator of this seed draws on the CPU and on the device; afterwards it goes on with what it had.
+
+    Transformers samples from the generators of the process and takes no other. So requests may be nested, or follow each other, but not sample in two
+    threads at once.
+    """
+    own = [(torch.random, torch.device("cpu"), ())]  # type: list[tuple[Any, torch.device, tuple[Any, ...]]]
+    if device.type != "cpu":
+        own.append((torch.get_device_module(device), device, () if device.type == "mps" else (device,)))
+    before = [module.get_rng_state(*where) for module, _, where in own]
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of its own and may raise anything
-        raise ValueError(f"the chat template of this model refuses the messages ({error}); {fix}") from error
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        for module, place, where in own:
+            module.set_rng_state(torch.Generator(place).manual_seed(seed).get_state(), *where)
+        yield
+    finally:
+        for (module, _, where), state in zip(own, before):
+            module.set_rng_state(state, *where)
 
 
-def generation_config(model: Any, tokenizer: Any, max_new_tokens: int, sampling: Sampling) -> Any:
+def generation_config(model: CausalLM, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling) -> Any:
     """The checkpoint's own settings with ours over them: greedy unless a temperature was asked for, one beam, our cache."""
     config = copy.deepcopy(model.generation_config)
     config.max_length = None
@@ -164,7 +176,7 @@ def _stop_at(text: str, stop: tuple[str, ...]) -> int | None:
     return min((at for end in stop if (at := text.find(end, begins)) >= 0), default=None)
 
 
-def _stopping(tokenizer: Any, prompt: int, stop: tuple[str, ...], stopped: Callable[[], bool] | None) -> Any:
+def _stopping(tokenizer: Tokenizer, prompt: int, stop: tuple[str, ...], stopped: Callable[[], bool] | None) -> Any:
     """Ends when it is told to, or at a stop string, wherever the tokens that write it are cut. Greedy answers are short: decoding them anew costs little."""
     if not stop and stopped is None:
         return None
@@ -184,7 +196,7 @@ def _ends(config: Any) -> list[int]:
     return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [int(end)]
 
 
-def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: Tokenizer, write: Callable[[str], None]) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc,unused-ignore]

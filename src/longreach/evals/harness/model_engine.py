@@ -15,14 +15,13 @@ import torch
 
 from longreach.evals.harness.engine import Reply
 from longreach.evals.samples.budget import Prompt
-from longreach.hf.cache import take_back
 from longreach.hf.checks import find_base
 from longreach.hf.extension import Extension, extend
+from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.methods.base import Method
-from longreach.methods.stock import Stock
 from longreach.planning import dial, machine
 from longreach.running import generation
-from longreach.running.reading import stream
+from longreach.running.prefix import Prefix
 
 WARM_UP = 64  # tokens of the prompt that is answered first and not timed
 
@@ -36,12 +35,11 @@ class ModelEngine:
     Prompts are cut at the end of their document in both cases, so that an answer does not depend on what was asked before.
     """
 
-    model: Any
-    tokenizer: Any
+    model: CausalLM
+    tokenizer: Tokenizer
     extension: Extension | None = None
     chunk_size: int = 512
-    _cache: Any = field(default=None, repr=False)
-    _cached: list[int] = field(default_factory=list, repr=False)  # the ids that the cache holds
+    _prefix: Prefix = field(default_factory=Prefix, repr=False)
     _warm: bool = False
 
     @property
@@ -55,51 +53,33 @@ class ModelEngine:
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        try:
-            started = time.perf_counter()
-            reused = self._read(prompt) if self.reuses and prompt.shared else self._forget()
-            reading = time.perf_counter() - started
-            found = generation.answer(
-                self.model,
-                self.tokenizer,
-                prompt.ids,
-                prompt.sample.max_new_tokens,
-                extension=self.extension,
-                chunk_size=self.chunk_size,
-                cache=self._cache,
-                stop=prompt.sample.stop,
-            )
-        except BaseException:
-            self._forget()  # the cache may hold a part of this prompt
-            raise
-        if self._cache is not None:
-            self._cached = prompt.ids + found.ids[:-1]
+        started = time.perf_counter()
+        cache, reused = self._read(prompt)
+        reading = time.perf_counter() - started
+        found = generation.answer(
+            self.model,
+            self.tokenizer,
+            prompt.ids,
+            prompt.sample.max_new_tokens,
+            extension=self.extension,
+            chunk_size=self.chunk_size,
+            cache=cache,
+            stop=prompt.sample.stop,
+        )
+        if cache is not None:
+            self._prefix.keep(found.cache, prompt.ids + found.ids)
         return Reply(found.text, found.tokens, found.finish, reading + found.prefill_seconds, found.decode_seconds, reused, peak_memory(device))
 
-    def _read(self, prompt: Prompt) -> int:
-        """Make the cache hold the document -> how many of its tokens it held already."""
-        document = prompt.ids[: prompt.shared]
-        if self._cached[: len(document)] == document and self._crop(len(document)):
-            return len(document)
-        self._forget()
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+    def _read(self, prompt: Prompt) -> tuple[Any, int]:
+        """-> (a cache that holds the document of the prompt, how many of its tokens it held already); None where nothing is to be used again."""
+        document = prompt.ids[: prompt.shared] if self.reuses else []
+        if not document or self._prefix.ids[: len(document)] != document:  # what another document begins with is read again: reuse is all or nothing
+            self._prefix.forget()
+        if not document:
+            return None, 0
         assert self.extension is not None
-        for _ in stream(self.extension, torch.tensor(document), chunk_size=self.chunk_size, losses=False, cache=cache):
-            pass
-        self._cache, self._cached = cache, document
-        return 0
-
-    def _crop(self, length: int) -> bool:
-        if length < len(self._cached) and not take_back(self._cache, len(self._cached) - length):
-            return False
-        self._cached = self._cached[:length]
-        return True
-
-    def _forget(self) -> int:
-        self._cache, self._cached = None, []
-        return 0
+        reused = self._prefix.read(self.extension, document, chunk_size=self.chunk_size)
+        return self._prefix.resume(document)[0], reused
 
 
 @dataclass(frozen=True)
@@ -115,20 +95,17 @@ def span(method: Method | None, window: int, declared: int | None, needed: int) 
     """How long prompts may be under a method, where the longest needs so many tokens. Stock may go beyond its window, for comparison."""
     if declared is not None:
         return Span(declared, declared)
-    capacity = None if method is None or method.needs_context or isinstance(method, Stock) else method.capacity(window)
-    if capacity == 0:
-        raise ValueError(f"{method} uses distances beyond the trained window of {window} tokens for any text; choose parameters of at most {window}")
+    capacity = None if method is not None and method.needs_context else dial.limit(method, window)
     return Span(capacity, needed if capacity is None else min(needed, capacity))
 
 
 @contextmanager
 def attached(
-    model: Any, tokenizer: Any, method: Method | None, context: int, *, trained_window: int | None = None, chunk_size: int = 512
+    model: CausalLM, tokenizer: Tokenizer, method: Method | None, context: int, *, trained_window: int | None = None, chunk_size: int = 512
 ) -> Iterator[ModelEngine]:
     """The model under the method, or under what the dial chooses for the context."""
     window = trained_window if trained_window is not None else dial.trained_window(find_base(model).config).tokens
-    beyond = isinstance(method, Stock) and context > window  # declared, the method would refuse it
-    with extend(model, method, context=None if beyond else context, trained_window=trained_window) as extension:
+    with extend(model, method, context=dial.declare(method, window, context)[0], trained_window=trained_window) as extension:
         yield ModelEngine(model, tokenizer, extension, chunk_size)
 
 

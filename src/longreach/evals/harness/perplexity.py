@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 
-from longreach.evals.samples.budget import open_ended
 from longreach.evals.scores import statistics
 from longreach.hf.extension import Extension
+from longreach.running import prompts
 from longreach.running.reading import stream
 
 CHUNK = 512  # positions whose logits exist at one time
@@ -38,12 +38,11 @@ class Document:
 
 
 def document(tokenizer: Any, text: str, name: str = "") -> Document:
-    if not getattr(tokenizer, "is_fast", False):
-        return Document(torch.tensor(open_ended(tokenizer, tokenizer(text)["input_ids"])), None, name)
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    ids = open_ended(tokenizer, encoded["input_ids"])
+    if not prompts.is_fast(tokenizer):
+        return Document(torch.tensor(prompts.encode(tokenizer, text)), None, name)
+    ids, spans = prompts.encode_with_spans(tokenizer, text)
     sizes, done = [], 0
-    for _, end in encoded["offset_mapping"][: len(ids)]:
+    for _, end in spans:
         # a character may take several tokens that all end after it: its bytes belong to the first, so that nothing counts twice
         sizes.append(len(text[done:end].encode("utf-8", "surrogatepass")) if end > done else 0)
         done = max(done, end)

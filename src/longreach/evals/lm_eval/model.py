@@ -16,9 +16,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from longreach.hf.cache import take_back
 from longreach.hf.extension import Extension
+from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.planning import dial
+from longreach.running.prefix import Prefix
+from longreach.running.prompts import Side, keep_ids, shrink
 from longreach.running.reading import require_finite, stream
 
 Overflow = Literal["refuse", "middle", "left"]
@@ -36,8 +38,8 @@ class LongContextLM(HFLM):
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: CausalLM,
+        tokenizer: Tokenizer,
         *,
         extension: Extension | None = None,
         max_length: int | None = None,
@@ -54,8 +56,7 @@ class LongContextLM(HFLM):
             raise ValueError("the extension was removed from the model; extend() it again, or pass none to evaluate the stock model")
         self.extension, self.overflow, self.chunk_size = extension, overflow, chunk_size
         self.requests = self.shortened = self.left_out = 0
-        self._cache: Any = None
-        self._known: list[int] = []
+        self._prefix = Prefix()
         super().__init__(  # the tokenizer is a copy because lm-eval gives it a padding token
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
@@ -68,6 +69,11 @@ class LongContextLM(HFLM):
     @property
     def chunked(self) -> bool:
         return self.extension is not None and self.extension.method.chunk_invariant
+
+    @property
+    def side(self) -> Side:
+        """Where tokens are left out."""
+        return "middle" if self.overflow == "middle" else "left"
 
     def report(self) -> dict[str, Any]:
         """What a reader of the scores has to know, as plain data."""
@@ -93,7 +99,7 @@ class LongContextLM(HFLM):
             found[i] = self._score(*work[i])
             if requests[i][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
-        self._cache, self._known = None, []
+        self._prefix.forget()
         return found
 
     @torch.no_grad()
@@ -112,8 +118,7 @@ class LongContextLM(HFLM):
 
     def _logits(self, ids: list[int], first: int) -> Iterator[torch.Tensor]:
         """Logits [n, V] after every token from `first` on, no more than a chunk of them at a time where the method can read in chunks."""
-        start = self._resume(ids, first)
-        cache, self._cache, self._known = self._cache, None, []  # what is in it is uncertain until the last forward has succeeded
+        cache, start = self._prefix.resume(ids[:first]) if self.chunked else (None, 0)
         step = self.chunk_size if self.chunked else len(ids)
         while start < len(ids):
             stop = min(start + step, len(ids))
@@ -123,19 +128,8 @@ class LongContextLM(HFLM):
             if wanted:
                 yield from logits.split(self.chunk_size)
             start = stop
-        self._cache, self._known = cache, ids if self.chunked else []
-
-    def _resume(self, ids: list[int], first: int) -> int:
-        """How many tokens the cache holds after it was taken back to what this request has in common with the last one."""
-        same = next((n for n, (a, b) in enumerate(zip(ids, self._known)) if a != b), min(len(ids), len(self._known)))
-        same = min(same, first)
-        if same > 0 and (same == len(self._known) or take_back(self._cache, len(self._known) - same)):
-            return same
         if self.chunked:
-            from transformers import DynamicCache
-
-            self._cache = DynamicCache()
-        return 0
+            self._prefix.keep(cache, ids)
 
     # -- answers --------------------------------------------------------------------------------------------------------------
 
@@ -151,12 +145,12 @@ class LongContextLM(HFLM):
 
     def _shorter_request(self, request: Any, room: int) -> Any:
         ids = self.tok_encode(request.args[0])
-        keep, text = room, ""
-        while keep > 0:  # tokenising anew may make a few more than were kept
-            text = self.tokenizer.decode(cut(ids, keep, self.overflow), skip_special_tokens=False)
-            if (over := len(self.tok_encode(text)) - room) <= 0:
-                break
-            keep -= over
+
+        def make(keep: int) -> tuple[tuple[str, int], int]:
+            text = self.tokenizer.decode(keep_ids(ids, keep, self.side), skip_special_tokens=False)
+            return (text, keep), len(self.tok_encode(text)) - room
+
+        text, keep = shrink(room, make) or ("", 0)
         self.shortened += 1
         self.left_out += len(ids) - keep
         request = copy.copy(request)
@@ -187,15 +181,10 @@ class LongContextLM(HFLM):
             raise ValueError(f"a continuation of {self.max_length + 1 - room} tokens does not fit into {self.max_length}; declare a larger context")
         self.shortened += 1
         self.left_out += len(context) - room
-        return cut(context, room, self.overflow)
+        return keep_ids(context, room, self.side)
 
 
-def cut(ids: list[int], keep: int, overflow: Overflow) -> list[int]:
-    head = (keep + 1) // 2 if overflow == "middle" else 0
-    return ids[:head] + ids[len(ids) - (keep - head) :]
-
-
-def window(model: Any, extension: Extension | None, max_length: int | None) -> int:
+def window(model: CausalLM, extension: Extension | None, max_length: int | None) -> int:
     """Tokens that a request may have: what was asked for, else what the model reaches."""
     declared = extension.context if extension is not None else None
     reach = extension.capacity if extension is not None else dial.trained_window(model.config).tokens

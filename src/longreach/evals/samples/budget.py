@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from longreach.evals.samples.base import Parts, Sample
+from longreach.evals.samples.base import Sample
+from longreach.hf.interfaces import Tokenizer
 from longreach.quantities import counted
-from longreach.running import truncation
+from longreach.running import prompts
 
 ChatMode = Literal["auto", "off"]
 DOCUMENT_CUTS = ("middle", "left", "right", "right-words")
@@ -43,32 +44,31 @@ class Prompt:
         return len(self.ids) + self.sample.max_new_tokens
 
 
-def encode(tokenizer: Any, sample: Sample, chat: ChatMode = "auto") -> Prompt:
+def encode(tokenizer: Tokenizer, sample: Sample, chat: ChatMode = "auto") -> Prompt:
     """The whole prompt, however long. `chat` "off" never uses the model's chat template; "auto" does where the task says so."""
     text, document_end, special = _render(tokenizer, sample, chat)
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        ids = open_ended(tokenizer, encoded["input_ids"])
-        shared = next((n for n, (_, end) in enumerate(encoded["offset_mapping"][: len(ids)]) if end > document_end), len(ids))
+    if prompts.is_fast(tokenizer):
+        ids, spans = prompts.encode_with_spans(tokenizer, text, special)
+        shared = next((n for n, (_, end) in enumerate(spans) if end > document_end), len(ids))
     else:
-        ids, shared = _ids(tokenizer, text, special), 0
+        ids, shared = prompts.encode(tokenizer, text, special), 0
     return Prompt(sample, text, ids, min(shared, len(ids) - 1) if sample.parts.query else 0)
 
 
-def token_count(tokenizer: Any, sample: Sample) -> int:
+def token_count(tokenizer: Tokenizer, sample: Sample) -> int:
     """Tokens of the whole prompt: the larger number of with and without the chat template, so that what is made to fit does either way.
 
     A template that refuses the prompt does not count; `encode` raises when the prompt is to be read with it.
     """
-    plain = len(_ids(tokenizer, sample.parts.text, True))
+    plain = len(prompts.encode(tokenizer, sample.parts.text))
     try:
         text, _, special = _render(tokenizer, sample, "auto")
     except ValueError:
         return plain
-    return plain if special else max(plain, len(_ids(tokenizer, text, False)))
+    return plain if special else max(plain, len(prompts.encode(tokenizer, text, False)))
 
 
-def fit(tokenizer: Any, sample: Sample, limit: int | None, truncate: str | None = None, chat: ChatMode = "auto") -> Prompt:
+def fit(tokenizer: Tokenizer, sample: Sample, limit: int | None, truncate: str | None = None, chat: ChatMode = "auto") -> Prompt:
     """The prompt, so that it and its answer are at most `limit` tokens.
 
     truncate  what may be left out, one of CUTS; None refuses a prompt that is too long.
@@ -89,60 +89,44 @@ def fit(tokenizer: Any, sample: Sample, limit: int | None, truncate: str | None 
     return _cut_document(tokenizer, prompt, most, truncate, chat)
 
 
-def _cut_document(tokenizer: Any, prompt: Prompt, most: int, truncate: str, chat: ChatMode) -> Prompt:
+def _cut_document(tokenizer: Tokenizer, prompt: Prompt, most: int, truncate: str, chat: ChatMode) -> Prompt:
     sample, document = prompt.sample, prompt.sample.parts.document
-    spans = truncation.token_spans(tokenizer, document)
-    keep = len(spans) - (len(prompt.ids) - most)
-    while keep >= 0:
+    _, spans = prompts.encode_with_spans(tokenizer, document, special=False)
+
+    def make(keep: int) -> tuple[Prompt, int]:
         if truncate == "right-words":
-            shorter = truncation.right_words(tokenizer, document, keep)
+            shorter = prompts.right_words(tokenizer, document, keep)
         else:
-            shorter = truncation.keep_tokens(document, spans, keep, truncate)  # type: ignore[arg-type]
+            shorter = prompts.keep_tokens(document, spans, keep, truncate)  # type: ignore[arg-type]
         found = encode(tokenizer, replace(sample, parts=replace(sample.parts, document=shorter)), chat)
-        if (over := len(found.ids) - most) <= 0:
-            return replace(found, sample=sample, truncated=len(prompt.ids) - len(found.ids))
-        keep -= over  # the tokens at the seam may be one or two more than they were
-    raise ValueError(f"{sample.id}: without its document the prompt still has more than {counted(most, 'token')}; declare a larger context")
+        return found, len(found.ids) - most
+
+    found = prompts.shrink(len(spans) - (len(prompt.ids) - most), make, least=0)
+    if found is None:
+        raise ValueError(f"{sample.id}: without its document the prompt still has more than {counted(most, 'token')}; declare a larger context")
+    return replace(found, sample=sample, truncated=len(prompt.ids) - len(found.ids))
 
 
-def _cut_prompt(tokenizer: Any, prompt: Prompt, most: int, truncate: str) -> Prompt:
-    ids, keep = prompt.ids, most
-    while len(ids) > most:  # tokenising anew may make a few more than were kept
-        if keep < 2:
-            raise ValueError(f"{prompt.sample.id}: nothing of the prompt fits into {counted(most, 'token')}; declare a larger context")
-        ids = truncation.suffix_with_head(prompt.ids, keep) if truncate == "suffix-with-head" else truncation.middle_reencode(tokenizer, prompt.ids, keep)
-        ids = open_ended(tokenizer, ids)
-        keep -= max(1, len(ids) - most)
+def _cut_prompt(tokenizer: Tokenizer, prompt: Prompt, most: int, truncate: str) -> Prompt:
+    def make(keep: int) -> tuple[list[int], int]:
+        ids = prompts.suffix_with_head(prompt.ids, keep) if truncate == "suffix-with-head" else prompts.middle_reencode(tokenizer, prompt.ids, keep)
+        ids = prompts.open_ended(tokenizer, ids)
+        return ids, len(ids) - most
+
+    ids = prompts.shrink(most, make, least=2)
+    if ids is None:
+        raise ValueError(f"{prompt.sample.id}: nothing of the prompt fits into {counted(most, 'token')}; declare a larger context")
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return replace(prompt, text=text, ids=ids, shared=0, truncated=len(prompt.ids) - len(ids))
 
 
-def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    return open_ended(tokenizer, tokenizer(text, add_special_tokens=special)["input_ids"])
-
-
-def _render(tokenizer: Any, sample: Sample, chat: ChatMode) -> tuple[str, int, bool]:
+def _render(tokenizer: Tokenizer, sample: Sample, chat: ChatMode) -> tuple[str, int, bool]:
     """-> (what the model reads, the place where its document ends, whether the tokenizer's special tokens are still to be added)."""
     parts = sample.parts
-    if chat == "off" or sample.chat == "off" or not getattr(tokenizer, "chat_template", None):
+    if chat == "off" or sample.chat == "off" or not prompts.has_template(tokenizer):
         return parts.text, len(parts.prefix) + len(parts.document), True
     begun = parts.answer_prefix if sample.chat == "prefix" else ""
     turn = parts if sample.chat == "user_turn" else replace(parts, answer_prefix="")
-    text = _template(tokenizer, turn)
+    text = prompts.render(tokenizer, [{"role": "user", "content": turn.text}], "pass --chat off")
     at = text.find(parts.document) if parts.document else -1
     return text + begun, at + len(parts.document) if at >= 0 else 0, False
-
-
-def _template(tokenizer: Any, turn: Parts) -> str:
-    """The user's turn in the tokenizer's chat template, up to where the answer begins. The template writes the special tokens itself."""
-    try:
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": turn.text}], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of its own and may raise anything
-        raise ValueError(f"the chat template of this model refuses the prompt ({error}); pass --chat off") from error
-    return str(rendered)
-
-
-def open_ended(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Some tokenizers end every text, but the model is to go on."""
-    ends = {token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None} - {tokenizer.bos_token_id}
-    return list(ids[:-1] if ids and ids[-1] in ends else ids)
