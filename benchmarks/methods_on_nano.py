@@ -1,6 +1,6 @@
 """Every method on nano, from one to sixteen times its window: the loss along a text, and the pass keys found.
 
-    python benchmarks/methods_on_nano.py      # results/methods-on-nano.json, docs/methods-reach.png and the tables of README.md
+    python benchmarks/methods_on_nano.py      # results/methods-on-nano.json, docs/methods-reach.png and the tables of docs/results.md
     python benchmarks/methods_on_nano.py --methods selfextend rerope --lengths 512 1024 --keys 1 --no-docs
 
 The parameters follow a rule and no search: `longreach.planning.dial.recommended`, which is the dial's choice for SelfExtend and for every other method the
@@ -41,7 +41,7 @@ from longreach.planning import dial
 from longreach.running import generation
 from longreach.running.loading import shipped_book
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/results.md"
 RULE = "longreach.planning.dial.recommended: the dial's choice for SelfExtend, for the others what their authors recommend for the declared context"
 
 
@@ -201,11 +201,11 @@ def run(subject: Subject, names: list[str], plan: Plan, path: Path) -> dict[str,
 # -- the command ------------------------------------------------------------------------------------------------------------------
 
 
-def readme_has_a_section() -> bool:
-    text = README.read_text(encoding="utf-8")
+def page_has_a_section() -> bool:
+    text = PAGE.read_text(encoding="utf-8")
     if "<!-- begin methods -->" in text and "<!-- end methods -->" in text:
         return True
-    print("README.md has no section methods: it needs the lines <!-- begin methods --> and <!-- end methods -->; the tables are printed only", file=sys.stderr)
+    print("docs/results.md needs the lines <!-- begin methods --> and <!-- end methods -->; the tables are printed only", file=sys.stderr)
     return False
 
 
@@ -220,7 +220,7 @@ def options(window: int) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, nargs="*", help="plain or .xz books, joined; the book in the package if not given")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/methods-on-nano.json", help="its cells are kept beside it, in .jsonl")
     parser.add_argument("--png", type=Path, default=ROOT / "docs/methods-reach.png")
-    parser.add_argument("--no-docs", action="store_true", help="leave README.md alone")
+    parser.add_argument("--no-docs", action="store_true", help="leave docs/results.md alone")
     args = parser.parse_args()
     args.lengths = sorted(set(args.lengths))
     if wrong := [n for n in args.lengths if n < window or n % window]:
@@ -236,7 +236,7 @@ def options(window: int) -> argparse.Namespace:
 def main() -> None:
     model, tokenizer = longreach.load("nano")
     args = options(dial.trained_window(model.config).tokens)
-    to_readme = not args.no_docs and readme_has_a_section()
+    to_page = not args.no_docs and page_has_a_section()
     text = "\n\n".join(map(read_text, args.text)) if args.text else shipped_book()
     plan = Plan(tuple(args.lengths), tuple(args.keys), args.depths, args.texts, args.seed)
     with one_thread():
@@ -246,8 +246,8 @@ def main() -> None:
     draw(result, args.png)
     section = tables(result)
     print(section)
-    if to_readme:
-        write_section(README, "methods", section)
+    if to_page:
+        write_section(PAGE, "methods", section)
 
 
 if __name__ == "__main__":

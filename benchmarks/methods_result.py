@@ -57,9 +57,9 @@ def tables(result: dict[str, Any]) -> str:
         other.append([label(row[0]), *(f"{all_keys.percent:.0f} %, {cell['loss'][-1]:.2f}" for cell in row if (all_keys := share(cell, window)))])
     parts = []
     if far_lengths:
-        parts.append(markdown([f"keys farther than {window} tokens found", *(heads[lengths.index(n)] for n in far_lengths)], recall))
-        parts.append("In brackets the 95 % interval. * The length is beyond the reach of the method's parameters: some distances were never trained.")
-    parts.append(markdown(["keys at all depths; loss in the last window", *heads], other))
+        parts.append(markdown([f"far keys found (more than {window} tokens away)", *(heads[lengths.index(n)] for n in far_lengths)], recall))
+        parts.append("95 % intervals in brackets. * This length is beyond the capacity of the parameters: some distances were never trained.")
+    parts.append(markdown(["keys found at all depths, loss in the last window", *heads], other))
     parts.append("\n".join(f"- {sentence}" for sentence in findings(result)))
     return "\n\n".join(parts)
 
@@ -86,13 +86,13 @@ def findings(result: dict[str, Any]) -> list[str]:
         level = [label(cell) for cell, found in shares if cell is not best and found.interval[1] >= most.interval[0]]
         recall = f"{label(best)} finds {most} of {most.asked} far keys, " if most.found else f"no method finds any of {most.asked} far keys"
         if most.found:
-            recall += f"with intervals that overlap its own: {several(level, row)}" if level else "its interval above all others"
+            recall += f"and these overlap with its interval: {several(level, row)}" if level else "its interval above all others"
         said.append(f"{length} tokens: {recall}; {loss}.")
     if bounded := [cell for cell in result["cells"] if cell["bounded"]]:
         found = [share(cell, window, far=True) for cell in bounded]
         asked = sum(s.asked for s in found if s)
         if asked:
             names = " and ".join(dict.fromkeys(map(label, bounded)))
-            said.append(f"{names}, whose memory is constant, found {sum(s.found for s in found if s)} of {asked} far keys at all lengths together.")
+            said.append(f"{names}, whose memory is constant, found {sum(s.found for s in found if s)} of {asked} far keys over all lengths.")
     said += [f"{registry()[name].__name__} is left out: {reason}." for name, reason in result["left_out"].items()]
     return said

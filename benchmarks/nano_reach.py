@@ -1,6 +1,6 @@
-"""The README's picture and tables: `longreach demo` on more books, with more keys.
+"""The README's picture and table: `longreach demo` on more books, with more keys.
 
-    python benchmarks/nano_reach.py --text BOOK ...    # writes results/nano-reach.json, docs/reach.png and the tables of README.md and docs/nano.md
+    python benchmarks/nano_reach.py --text BOOK ...    # writes results/nano-reach.json, docs/reach.png, the table of README.md and those of docs/nano.md
 
 Stock, SelfExtend (parameters chosen by the dial) and LM-Infinite (n_local = the trained window) read the same texts and are asked for the same
 keys. What counts as found, and what is measured, is `longreach.apps.demo`. Without --text the book in the package is read.
@@ -22,24 +22,43 @@ from longreach.drawing import reach
 from longreach.running.loading import shipped_book
 
 
+def percent(share: Any) -> str:
+    return "" if share.percent is None else f"{share.percent:.1f} %".replace(".0 %", " %")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The README's table: far keys and loss, at some lengths."""
+    window, curves = result["window"], result["loss"]["methods"]
+    lengths, places = [n for n in result["plan"]["lengths"] if n > 1], (1, 8, 16, 64)
+    asked = {n: demo.share(result, "stock", n * window, far=True).asked for n in lengths}
+    header = ["", *(f"far keys found at {n * window} tokens (of {asked[n]})" for n in lengths), *(f"loss at {n * window}" for n in places)]
+    rows = [
+        [
+            label, *(percent(demo.share(result, name, n * window, far=True)) for n in lengths),
+            *(f"{curves[name][n - 1]:.2f}" if n <= len(curves[name]) else "not read" for n in places),
+        ]
+        for name, label in demo.NAMES.items()
+    ]
+    return markdown(header, rows)
+
+
 def reach_table(result: dict[str, Any]) -> str:
     window, names = result["window"], demo.NAMES
     header = ["tokens", *(f"{label}: keys farther than {window} tokens" for label in names.values()), *(f"{label}: all depths" for label in names.values())]
     rows = []
     for n in result["plan"]["lengths"]:
         shares = [demo.share(result, name, n * window, far=True) for name in names] + [demo.share(result, name, n * window) for name in names]
-        cells = ["" if s.percent is None else f"{s.percent:.1f} %".replace(".0 %", " %") for s in shares]
-        rows.append([f"{n * window} ({n}x)", *cells])
+        rows.append([f"{n * window} ({n}x)", *map(percent, shares)])
     far = max(demo.share(result, "stock", n * window, far=True).asked for n in result["plan"]["lengths"])
     each = result["plan"]["depths"] * result["plan"]["keys"]
-    return markdown(header, rows) + f"\n\n{each} keys a length, up to {far} of them farther away than {window} tokens."
+    return markdown(header, rows) + f"\n\n{each} keys at each length, up to {far} of them farther away than {window} tokens."
 
 
 def loss_table(result: dict[str, Any]) -> str:
     window, curves = result["window"], result["loss"]["methods"]
     steps = [2**k for k in range(20) if 2**k <= max(map(len, curves.values()))]
     rows = [[demo.NAMES[name], *(f"{curve[n - 1]:.2f}" if n <= len(curve) else "" for n in steps)] for name, curve in curves.items()]
-    return markdown(["loss (nats per token) at", *(f"{n * window}" for n in steps)], rows)
+    return markdown(["loss (nats per token) at token", *(f"{n * window}" for n in steps)], rows)
 
 
 def cost_table(result: dict[str, Any]) -> str:
@@ -51,7 +70,12 @@ def cost_table(result: dict[str, Any]) -> str:
         for name, c in result["cost"].items()
     ]
     length = next(iter(result["cost"].values()))["length"]
-    return markdown([f"at {length} tokens", "method", "reading", "a further token", "keys and values"], rows)
+    return markdown([f"at {length} tokens", "method", "prefill", "each new token", "KV cache"], rows)
+
+
+def page(result: dict[str, Any]) -> str:
+    """The tables of docs/nano.md."""
+    return "\n\n".join((reach_table(result), loss_table(result), cost_table(result)))
 
 
 def main() -> None:
@@ -75,11 +99,10 @@ def main() -> None:
         result = demo.run(model, tokenizer, text, design, lambda tokens, what: bar.update(task, advance=tokens, description=what))
     write_json(args.out, {"facts": facts(torch.device("cpu")), "model": args.model, **result})
     reach.draw(result, demo.NAMES, args.png)
-    parts = {"reach": reach_table(result), "loss": loss_table(result), "cost": cost_table(result)}
-    print(*parts.values(), sep="\n\n")
+    print(page(result))
     if not args.no_docs:
-        write_section(ROOT / "README.md", "reach", "\n\n".join(parts.values()))
-        write_section(ROOT / "docs/nano.md", "reach", "\n\n".join(parts.values()))
+        write_section(ROOT / "README.md", "reach", summary(result))
+        write_section(ROOT / "docs/nano.md", "reach", page(result))
 
 
 if __name__ == "__main__":

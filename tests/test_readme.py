@@ -1,4 +1,8 @@
-"""The README's snippets run, its two commands are the ones the repository uses, and its picture and pages exist."""
+"""What README.md shows is what happens: its snippet prints its answer, its two commands are the repository's, its numbers are those of the results.
+
+The same for the pages that README hands over to: the commands of docs/commands.md run, the tables of docs/results.md and docs/nano.md are those of
+benchmarks/results, and every link of every page leads somewhere.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,24 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from longreach.cli import main
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+TOUR = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.splitlines()[-1][:40])
-def test_python_snippets_run(snippet):
-    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("longreach ", "echo "))])
-def test_commands_run(command, tmp_path):
-    done = subprocess.run(installed(command), shell=True, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    if number := re.search(r"--hide \"[^\"]*? is (\d+)", command):
-        assert number[1] in done.stdout
+def commands(page: str) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.strip().splitlines()]
 
 
 def installed(command: str) -> str:
@@ -39,8 +38,34 @@ def installed(command: str) -> str:
     return command.replace("longreach ", f"{shlex.quote(sys.executable)} -m longreach.cli ", 1)
 
 
+def test_the_snippet_prints_the_answer_that_is_shown(tmp_path):
+    [snippet], [shown] = blocks(README, "python"), blocks(README, "text")
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == shown
+    key = re.search(r"key is (\d+)\.", snippet)
+    assert key and f"extended: ' {key[1]}'" in shown and shown.count(key[1]) == 1  # stock does not find it
+    tokens = int(shown.split()[0])
+    assert 7 * 512 < tokens <= 4096
+
+
+@pytest.mark.parametrize("command", commands(TOUR))
+def test_the_commands_of_the_tour_run(command, tmp_path):
+    done = subprocess.run(installed(command), shell=True, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    if number := re.search(r"--hide \"[^\"]*? is (\d+)", command):
+        assert number[1] in done.stdout
+
+
+def test_the_tour_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    assert sorted(re.findall(r"^\| `longreach ([\w-]+)`", TOUR, re.M)) == sorted(re.findall(r"^│ ([a-z]+) {2,}\S", capsys.readouterr().out, re.M))
+    assert len(commands(TOUR)) >= 5
+
+
 def test_the_first_command_shows_who_finds_what(tmp_path):
-    first = COMMANDS[0].split(" && ", 1)[1]
+    first = commands(README)[0].split(" && ", 1)[1]
     done = subprocess.run(shlex.split(installed(f"{first} --json")), cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -54,15 +79,51 @@ def test_the_first_command_shows_who_finds_what(tmp_path):
     assert (tmp_path / "longreach-demo.png").stat().st_size > 10_000
 
 
-def test_the_two_commands_come_first_and_agree_with_ci():
-    install, test = COMMANDS[:2]
-    assert install.startswith("pip install -c constraints.txt . && longreach ")
+def test_the_two_commands_are_those_of_ci_and_the_page_is_short():
+    install, test = commands(README)
+    assert install == "pip install -c constraints.txt . && longreach demo"
     assert test == "pip install -c constraints.txt '.[dev]' && pytest"
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert "-c constraints.txt '.[dev]'" in script and "pytest" in script
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert len(README.splitlines()) <= 120
 
 
-def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.fixture(scope="module")
+def tables() -> Any:
+    """The functions of the benchmarks that write tables."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import methods_result
+        import nano_reach
+    finally:
+        sys.path.pop(0)
+    return methods_result, nano_reach
+
+
+def section(page: str, name: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8").split(f"<!-- begin {name} -->\n")[1].split(f"\n<!-- end {name} -->")[0]
+
+
+def test_the_tables_are_those_of_the_results(tables):
+    methods_result, nano_reach = tables
+    read = lambda name: json.loads((ROOT / "benchmarks/results" / name).read_text(encoding="utf-8"))  # noqa: E731
+    reach = read("nano-reach.json")
+    assert section("README.md", "reach") == nano_reach.summary(reach)
+    assert section("docs/nano.md", "reach") == nano_reach.page(reach)
+    assert section("docs/results.md", "methods") == methods_result.tables(read("methods-on-nano.json"))
+
+
+def anchors(text: str) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads} | set(re.findall(r'<a id="([^"]+)"', text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_exist(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)", text) + [(source, "") for source in re.findall(r'<img src="([^"]+)"', text)]
+    for target, anchor in links:
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{target}#{anchor}"

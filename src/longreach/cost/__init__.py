@@ -1,0 +1,1 @@
+"""Moved to `longreach.planning`; `longreach.cost.theory` goes with the next release."""
