@@ -120,5 +120,5 @@ def test_plain_attention_may_go_beyond_its_window_for_comparison():
         limit(LMInfinite(100), 64)
     assert declare(Stock(), 64, 64) == (64, None) and declare(Stock(), 64, None) == (None, None)
     context, warning = declare(Stock(), 64, 65)
-    assert context is None and warning == "plain attention on 65 tokens, beyond the trained window of 64: distances that were never trained, for comparison only"
+    assert context is None and warning.startswith("plain attention on 65 tokens, beyond the trained window of 64: ") and "for comparison only" in warning
     assert declare(SelfExtend(4, 16), 64, 900) == (900, None) == declare(None, 64, 900)

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from longreach.running.loading import load as load
     from longreach.running.loading import shipped_book as shipped_book
     from longreach.running.reading import stream as stream
-
     from longreach.version import __version__ as __version__
 
 _HOMES = {

@@ -107,7 +107,7 @@ def layer_types(config: Any) -> list[str | None]:
 
 def trained_layers(config: Any) -> tuple[Stock, ...]:
     """How every layer attends by itself: to everything, in a sliding window, or in chunks."""
-    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    window, chunk = first_of(config, ("sliding_window",)), first_of(config, ("attention_chunk_size",)) or None
     sliding = Stock(window) if window and getattr(config, "use_sliding_window", True) is not False else Stock()
     kinds = {None: sliding, "sliding_attention": sliding, "chunked_attention": Stock(attention_chunk=chunk)}
     return tuple(kinds.get(kind, Stock()) for kind in layer_types(config))

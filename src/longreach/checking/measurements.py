@@ -20,7 +20,7 @@ from longreach.core.differences import TINY
 from longreach.core.differences import relative as difference
 from longreach.hf import selfcheck
 from longreach.hf.extension import Extension, extend
-from longreach.hf.placement import ordinary
+from longreach.hf.placement import device_of, ordinary
 from longreach.methods.base import Method
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
@@ -64,10 +64,6 @@ def texts(model: Any, tokenizer: Any, count: int) -> torch.Tensor:
                 raise ValueError(f"the tokenizer makes {len(ids)} tokens of a quarter of a book, and {count} are to be measured; pass fewer --tokens")
         rows.append(ids[:count])
     return torch.tensor(rows).to(device_of(model))
-
-
-def device_of(model: Any) -> torch.device:
-    return next(model.parameters()).device
 
 
 @torch.no_grad()

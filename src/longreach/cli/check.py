@@ -94,6 +94,7 @@ def examine(
     """Everything about one model, as plain data. The model ends in fp32."""
     from longreach import extend
     from longreach.checking import measurements
+    from longreach.hf.placement import device_of
     from longreach.methods.stock import Stock
 
     with extend(model, method or (None if declared else Stock()), context=declared, trained_window=trained_window) as extension:
@@ -107,7 +108,7 @@ def examine(
         out.note(f"measuring {each} on {counted(tokens, 'token')}")
         groups.append(group(each, measurements.consistency(model, each, ids[:1], declared)))
     return {
-        "device": str(measurements.device_of(model)),
+        "device": str(device_of(model)),
         "tokens": tokens,
         "texts": measurements.TEXTS,
         "extension": facts,

@@ -83,7 +83,7 @@ def command(
         )  # fmt: skip
         result = found.to_json()
         if png is not None:
-            draw(found, chosen, png)
+            draw(found, chosen, result, png)
             out.note(f"wrote {png}")
             result["png"] = str(png)
         out.finish(result, lambda console: show(console, found))
@@ -110,12 +110,16 @@ def measure(out: Output, device: str) -> dict[str, Any]:
     return {"file": str(calibration.default_path()), "device": device, "memory": made.memory, "reserved": made.reserved, "speeds": found}
 
 
-def draw(found: Plan, method: Any, png: Path) -> None:
+def draw(found: Plan, method: Any, result: dict[str, Any], png: Path) -> None:
     from longreach.drawing import costs
     from longreach.planning.sizing import curves, lengths_around
 
+    def point(n: int, row: Row) -> tuple[int, int, float]:
+        return n, row.peak_bytes, row.prefill_seconds + min(request.new_tokens, n - 1) * row.token_seconds
+
     request = found.request
-    costs.draw(found, curves(found, lengths_around(request.context, request.new_tokens), method), png)
+    rows = curves(found, lengths_around(request.context, request.new_tokens), method)
+    costs.draw(result, {name: [point(n, row) for n, row in by_length.items()] for name, by_length in rows.items()}, png)
 
 
 def show(console: Console, found: Plan) -> None:

@@ -1,46 +1,46 @@
 """A picture of cost against length: memory and time of every method, with the limits of the device as lines.
 
-Knows the rows of a plan and matplotlib, which is imported when a picture is drawn. Methods whose curves coincide share one.
+Knows plain numbers and matplotlib, which is imported when a picture is drawn. Methods whose curves coincide share one.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longreach.drawing import canvas
-
-if TYPE_CHECKING:
-    from longreach.planning.sizing import Plan, Row
+from longreach.quantities import counted
 
 GIB = 2**30
 
 
-def draw(plan: Plan, curves: dict[str, dict[int, Row]], path: str | Path) -> None:
-    """`curves`: name of a method -> length -> row. A PNG at `path`, whole or not at all."""
-    request = plan.request
+def draw(plan: dict[str, Any], curves: dict[str, list[tuple[int, int, float]]], path: str | Path) -> None:
+    """A PNG at `path`, whole or not at all.
+
+    plan    what `longreach plan --json` prints.
+    curves  name of a method -> (length, bytes on the device, seconds of one answer).
+    """
+    hardware = plan["hardware"]
     figure = canvas.figure(11.5, 4.6, dpi=150)
     memory, time = figure.subplots(1, 2)
-    panel(memory, {name: [(n, row.peak_bytes / GIB) for n, row in rows.items()] for name, rows in curves.items()}, "memory on the device (GiB)")
-    panel(time, {name: [(n, turn(row, min(request.new_tokens, n - 1))) for n, row in rows.items()] for name, rows in curves.items()}, "seconds of one answer")
-    for limit, label in ((request.hardware.memory, f"memory of {request.hardware.name}"), (request.architecture.weights.nbytes, "weights")):
-        memory.axhline(limit / GIB, color="black", lw=1, ls="--" if limit == request.hardware.memory else ":")
+    panel(memory, {name: [(n, size / GIB) for n, size, _ in points] for name, points in curves.items()}, "memory on the device (GiB)")
+    panel(time, {name: [(n, seconds) for n, _, seconds in points] for name, points in curves.items()}, "seconds of one answer")
+    for limit, label, line in ((hardware["memory"], f"memory of {hardware['name']}", "--"), (plan["weights"]["bytes"], "weights", ":")):
+        memory.axhline(limit / GIB, color="black", lw=1, ls=line)
         memory.annotate(label, (memory.get_xlim()[0], limit / GIB), xytext=(2, 3), textcoords="offset points", fontsize=8)
     for axes in (memory, time):
-        axes.axvline(request.context, color="#555555", lw=1, ls=":")
-        axes.annotate("asked for", (request.context, axes.get_ylim()[1]), xytext=(-3, -3), textcoords="offset points", ha="right", va="top", fontsize=8)
-        axes.axvline(request.window.tokens, color="#bbbbbb", lw=1)
-        axes.annotate("trained window", (request.window.tokens, axes.get_ylim()[0]), xytext=(3, 3), textcoords="offset points", fontsize=8, color="#777777")
+        axes.axvline(plan["context"], color="#555555", lw=1, ls=":")
+        axes.annotate("asked for", (plan["context"], axes.get_ylim()[1]), xytext=(-3, -3), textcoords="offset points", ha="right", va="top", fontsize=8)
+        window = plan["trained_window"]
+        axes.axvline(window, color="#bbbbbb", lw=1)
+        axes.annotate("trained window", (window, axes.get_ylim()[0]), xytext=(3, 3), textcoords="offset points", fontsize=8, color="#777777")
         axes.set_xlabel("context (tokens)")
     time.legend(frameon=False, fontsize=8)
-    users = f"{request.concurrency} user{'s' if request.concurrency > 1 else ''}"
-    how = "measured speeds" if request.hardware.measured is not None else "datasheet and assumed efficiencies"
-    figure.suptitle(f"{request.model}, {request.dtype}, {users}, {request.new_tokens} new tokens on {request.hardware.name} ({how})", fontsize=11)
+    users = counted(plan["concurrency"], "user")
+    how = "measured speeds" if plan["speeds"] == "measured" else "datasheet and assumed efficiencies"
+    title = f"{plan['model']}, {plan['dtype']}, {users}, {plan['new_tokens']} new tokens on {hardware['name']} ({how})"
+    figure.suptitle(title, fontsize=11)
     canvas.save(figure, path)
-
-
-def turn(row: Row, new_tokens: int) -> float:
-    return row.prefill_seconds + new_tokens * row.token_seconds
 
 
 def panel(axes: Any, curves: dict[str, list[tuple[int, float]]], label: str) -> None:

@@ -57,42 +57,6 @@ def declare(method: Method | None, window: int, context: int | None) -> tuple[in
     return None, f"plain attention on {context} tokens, beyond the trained window of {window}: distances that were never trained, for comparison only"
 
 
-def limit(method: Method | None, window: int) -> int | None:
-    """The most tokens that a method may be given; None: any number, as where the dial chooses, and of plain attention, whose limit `declare` warns of.
-
-    Raises ValueError for parameters that reach no text at all.
-    """
-    reach = None if method is None or isinstance(method, Stock) else method.capacity(window)
-    if reach == 0:
-        raise ValueError(f"{method} uses distances beyond the trained window of {window} tokens for any text; choose parameters of at most {window}")
-    return reach
-
-
-def declare(method: Method | None, window: int, context: int | None) -> tuple[int | None, str | None]:
-    """-> (the context to declare to `extend`, what to warn of). Plain attention may go beyond its window, for comparison; declared, it would be refused."""
-    if context is None or not isinstance(method, Stock) or context <= window:
-        return context, None
-    return None, f"plain attention on {context} tokens, beyond the trained window of {window}: distances that were never trained, for comparison only"
-
-
-def limit(method: Method | None, window: int) -> int | None:
-    """The most tokens that a method may be given; None: any number, as where the dial chooses, and of plain attention, whose limit `declare` warns of.
-
-    Raises ValueError for parameters that reach no text at all.
-    """
-    reach = None if method is None or isinstance(method, Stock) else method.capacity(window)
-    if reach == 0:
-        raise ValueError(f"{method} uses distances beyond the trained window of {window} tokens for any text; choose parameters of at most {window}")
-    return reach
-
-
-def declare(method: Method | None, window: int, context: int | None) -> tuple[int | None, str | None]:
-    """-> (the context to declare to `extend`, what to warn of). Plain attention may go beyond its window, for comparison; declared, it would be refused."""
-    if context is None or not isinstance(method, Stock) or context <= window:
-        return context, None
-    return None, f"plain attention on {context} tokens, beyond the trained window of {window}: distances that were never trained, for comparison only"
-
-
 def largest_distance_allowed(window: int) -> int:
     return window * WELL_TRAINED[0] // WELL_TRAINED[1]
 

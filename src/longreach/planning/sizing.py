@@ -315,7 +315,9 @@ def by_memory(request: Request, best: Row, given: Method | None) -> list[Alterna
     if best.users:
         found.append(Alternative(f"{best.users} of {request.concurrency} users at once; a change of user then takes {best.switch_seconds:.3g} s", best.command))
     if request.architecture.dtype == torch.float32:
-        half = halved(request)
+        whole = request.architecture
+        weights = replace(whole.weights, nbytes=whole.weights.nbytes // 2)
+        half = replace(request, architecture=replace(whole, dtype=torch.bfloat16, weights=weights))
         if peak_bytes(half, best.method, half.context) <= device.memory:
             found.append(Alternative("bfloat16 in place of float32", command(half, best.method)))
     for card in sorted(CARDS.values(), key=lambda c: c.memory):
@@ -327,12 +329,6 @@ def by_memory(request: Request, best: Row, given: Method | None) -> list[Alterna
         what = "the weights alone exceed this device" if fixed > device.memory else "keys and values exceed this device"
         found.append(Alternative(f"{what} and every listed card: {need:.1f} GiB are needed; take a smaller model or several devices", None))
     return found
-
-
-def halved(request: Request) -> Request:
-    """The same in bfloat16."""
-    a = request.architecture
-    return replace(request, architecture=replace(a, dtype=torch.bfloat16, weights=replace(a.weights, nbytes=a.weights.nbytes // 2)))
 
 
 def curves(found: Plan, lengths: list[int], given: Method | None = None) -> dict[str, dict[int, Row]]:
