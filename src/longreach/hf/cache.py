@@ -21,7 +21,8 @@ from longreach.memory.store import Store
 class StoreLayer(CacheLayerMixin):
     """One layer of the store. Layer 0 does what concerns all layers, for Transformers calls every layer in turn.
 
-    What a forward asks of it changes with every token, so torch.compile must not look inside: it would compile anew each time.
+    What a forward asks of it changes with every token, so torch.compile must not look inside: it would compile anew each time. `update` is called by modules
+    that are not compiled anyway.
     """
 
     is_sliding = False
@@ -59,7 +60,6 @@ class StoreLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Buffers are allocated by the store when the first tokens arrive."""
 
-    @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.calls.expects(self.store):
             raise ValueError("this cache belongs to a Longreach extension that is not in force here; pass a new DynamicCache() and the whole text")

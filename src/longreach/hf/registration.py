@@ -22,9 +22,12 @@ Configs = Sequence[tuple[Any, str]]  # every configuration of a model, with the 
 
 
 def register(name: str, functions: Any) -> None:
-    """`functions` has an attention function and a mask function. It is not kept alive."""
-    for mapping, function in zip(MAPPINGS, (functions.attention, functions.mask), strict=True):
-        mapping.register(name, _weakly(function))
+    """`functions` has an attention function and a mask function. It is not kept alive.
+
+    Compiled code calls the mask function; the attention function is called by modules that are not compiled, see `Uncompiled`.
+    """
+    AttentionInterface.register(name, _weakly(functions.attention))
+    AttentionMaskInterface.register(name, torch.compiler.disable(_weakly(functions.mask)))
 
 
 def unregister(name: str, configs: Configs = ()) -> None:
@@ -54,7 +57,6 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """A function that calls a bound method and does not keep what it is bound to."""
     reference = weakref.WeakMethod(method)
 
-    @torch.compiler.disable
     def call(*args: Any, **kwargs: Any) -> Any:
         found = reference()
         if found is None:
