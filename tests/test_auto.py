@@ -9,7 +9,8 @@ import pytest
 import longreach
 from families import build
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.planning.dial import LARGEST_GROUP, Window, choose, declare, furthest, limit
+from longreach.configs import Window
+from longreach.planning.dial import LARGEST_GROUP, choose, declare, furthest, limit
 
 
 @pytest.mark.parametrize("length", [512, 2048, 4096, 8192, 32768])

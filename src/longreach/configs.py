@@ -171,6 +171,10 @@ class Decoder:
         return self.dtype.itemsize
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def bytes_per_token(self) -> int:
         """Keys and values of one token in every layer, each once."""
         return sum(layer.entry for layer in self.layers) * self.itemsize

@@ -79,7 +79,7 @@ class Request:
 
     @property
     def dtype(self) -> str:
-        return terms.dtype_name(self.architecture)
+        return self.architecture.dtype_name
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def plan(
         request=request,
         rows=tuple(rows),
         terms=tuple(terms.peak(architecture, device, context, new_tokens, concurrency)),
-        offloading=terms.offloading(terms.spe_context(architecture, device, concurrency), context),
+        offloading=terms.offloading(architecture, device, concurrency, context),
         nearest=tuple(nearest(request, rows, method)),
         notes=(*architecture.notes, *notes, *waiting(request, rows[0])),
     )
