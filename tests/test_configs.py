@@ -9,7 +9,7 @@ import torch
 import transformers as t
 
 import longreach
-from families import build
+from families import BASE, build
 from longreach import LMInfinite, SelfExtend, Stock, configs
 from longreach.configs import Window, trained_layers, trained_window
 
@@ -197,6 +197,15 @@ def test_a_configuration_is_found_by_name(tmp_path):
         assert (found.sliding_window, shown) == (77, name)
     assert configs.load(t.LlamaConfig(num_hidden_layers=3))[0].num_hidden_layers == 3
     assert configs.load("nano", {"model_type": "gpt2"})[1] == "gpt2"
+
+
+def test_a_folder_of_the_name_goes_before_the_embedded_model(tmp_path, monkeypatch):
+    """`load` takes it at its own dtype, and so does a plan."""
+    t.LlamaConfig(**{**BASE, "dtype": "bfloat16"}).save_pretrained(tmp_path / "nano")
+    assert longreach.plan("nano", 300, "L4", new_tokens=8).to_json()["dtype"] == "float32"
+    monkeypatch.chdir(tmp_path)
+    found = longreach.plan("nano", 300, "L4", new_tokens=8).to_json()
+    assert (found["dtype"], found["trained_window"]) == ("bfloat16", 64)
 
 
 @pytest.mark.parametrize(
