@@ -5,6 +5,7 @@ A roofline per kind of operation: a matrix product takes the longer of its FLOP 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,12 +50,10 @@ class Seconds:
 def prefill(architecture: Architecture, method: Method, schedule: Schedule, speeds: Speeds) -> Seconds:
     """From the first token of the prompt to the first new one."""
     total = Seconds()
-    lengths: dict[int, int] = {}
-    for _, tokens in schedule.reads():
-        lengths[tokens] = lengths.get(tokens, 0) + 1
+    lengths = Counter(tokens for _, tokens in schedule.reads())
     for tokens, times in lengths.items():
         total += products(architecture, tokens, speeds) * times
-    forwards = sum(lengths.values())
+    forwards = lengths.total()
     square = (speeds.square - 1) * sum(times * tokens * (tokens + 1) // 2 for tokens, times in lengths.items())
     for (layer, layout), n in layouts(architecture, method).items():
         attended = read_counts(layout, schedule)

@@ -5,6 +5,7 @@ Counts what the executor executes, from the same segments. Closed forms; knows i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,11 +33,8 @@ class Counts:
 @lru_cache(maxsize=512)
 def layouts(architecture: Decoder, method: Method) -> dict[tuple[Attention, Layout], int]:
     """The distinct layers and how many there are of each. Remembered: a row asks a dozen times. Not to be changed by the caller."""
-    found: dict[tuple[Attention, Layout], int] = {}
-    for index, (layer, own) in enumerate(zip(architecture.layers, methods_of([layer.trained for layer in architecture.layers], method))):
-        key = layer, own.layout(index)
-        found[key] = found.get(key, 0) + 1
-    return found
+    methods = methods_of([layer.trained for layer in architecture.layers], method)
+    return Counter((layer, own.layout(index)) for index, (layer, own) in enumerate(zip(architecture.layers, methods)))
 
 
 def count(layout: Layout, start: int, stop: int) -> Counts:
