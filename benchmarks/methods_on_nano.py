@@ -33,6 +33,7 @@ from methods_result import tables
 from rich.progress import Progress, TimeRemainingColumn
 
 import longreach
+from longreach import configs
 from longreach.apps import demo
 from longreach.evals.samples import haystack
 from longreach.methods import registry
@@ -66,7 +67,7 @@ class Subject:
     model: Any
     tokenizer: Any
     text: str
-    window: dial.Window
+    window: configs.Window
     mark: str
 
     @classmethod
@@ -74,7 +75,7 @@ class Subject:
         digest = hashlib.sha256(text.encode())
         for name, value in model.state_dict().items():
             digest.update(name.encode() + value.float().cpu().numpy().tobytes())
-        return cls(model, tokenizer, text, dial.trained_window(model.config), digest.hexdigest()[:16])
+        return cls(model, tokenizer, text, configs.trained_window(model.config), digest.hexdigest()[:16])
 
 
 def usual_keys(length: int, window: int) -> int:
@@ -150,7 +151,7 @@ def weight(length: int) -> float:
 # -- all cells --------------------------------------------------------------------------------------------------------------------
 
 
-def settings(names: list[str], plan: Plan, window: dial.Window) -> tuple[list[tuple[Method, str, int]], dict[str, str]]:
+def settings(names: list[str], plan: Plan, window: configs.Window) -> tuple[list[tuple[Method, str, int]], dict[str, str]]:
     """(method, the name it was asked for, length), short lengths first; and what is left out, with the reason."""
     wanted, left_out = [], {}
     for length in plan.lengths:
@@ -235,7 +236,7 @@ def options(window: int) -> argparse.Namespace:
 
 def main() -> None:
     model, tokenizer = longreach.load("nano")
-    args = options(dial.trained_window(model.config).tokens)
+    args = options(configs.trained_window(model.config).tokens)
     to_page = not args.no_docs and page_has_a_section()
     text = "\n\n".join(map(read_text, args.text)) if args.text else shipped_book()
     plan = Plan(tuple(args.lengths), tuple(args.keys), args.depths, args.texts, args.seed)

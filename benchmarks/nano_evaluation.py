@@ -18,12 +18,13 @@ from typing import Any
 
 from common import ROOT, markdown, write_section
 
+from longreach import configs
 from longreach.cli import main as longreach
 from longreach.evals.tasks import tasks
 from longreach.methods import registry
 from longreach.planning import dial
 
-WINDOW = dial.Window(512, "nano")
+WINDOW = configs.Window(512, "nano")
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BY_DEPTH = ("passkey", "niah", "infinitebench-number-string", "infinitebench-kv-retrieval")
 OTHERS = ("ruler-niah-multikey-1", "ruler-niah-multivalue", "ruler-vt")

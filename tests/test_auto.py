@@ -1,51 +1,16 @@
-"""The dial: trained windows of real configurations, the published rules, refusals."""
+"""The dial: the published rules, refusals, what is declared."""
 
 from __future__ import annotations
 
 import warnings
 
 import pytest
-import transformers as t
 
 import longreach
 from families import build
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.planning.dial import LARGEST_GROUP, Window, choose, declare, furthest, limit, trained_window
-
-
-def rope(kind: str, **more):
-    return {"rope_type": kind, "rope_theta": 10000.0, **more}
-
-
-CONFIGS = [
-    (t.LlamaConfig(max_position_embeddings=4096), 4096),
-    (
-        t.LlamaConfig(
-            max_position_embeddings=131072,
-            rope_parameters=rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
-        ),
-        131072,
-    ),
-    (t.LlamaConfig(max_position_embeddings=65536, rope_parameters=rope("yarn", factor=16.0, original_max_position_embeddings=4096)), 65536),
-    (t.Qwen2Config(max_position_embeddings=32768, rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=32768)), 131072),
-    (t.LlamaConfig(max_position_embeddings=4096, rope_parameters=rope("linear", factor=4.0)), 4096),
-    (t.LlamaConfig(max_position_embeddings=4096, rope_parameters=rope("dynamic", factor=4.0)), 4096),
-    (t.MistralConfig(max_position_embeddings=32768, sliding_window=4096), 4096),
-    (t.MistralConfig(max_position_embeddings=32768, sliding_window=None), 32768),
-    (t.Qwen2Config(max_position_embeddings=32768, use_sliding_window=False, sliding_window=4096), 32768),
-    (t.Gemma2Config(max_position_embeddings=8192, sliding_window=4096), 8192),
-    (t.GptOssConfig(max_position_embeddings=131072), 131072),
-]
-
-
-@pytest.mark.parametrize(("config", "window"), CONFIGS, ids=lambda x: f"{x}" if isinstance(x, int) else x.model_type)
-def test_trained_window(config, window):
-    assert trained_window(config).tokens == window
-
-
-def test_a_configuration_without_a_window_is_refused():
-    with pytest.raises(ValueError, match="trained_window=N"):
-        trained_window(t.BloomConfig())
+from longreach.configs import Window
+from longreach.planning.dial import LARGEST_GROUP, choose, declare, furthest, limit
 
 
 @pytest.mark.parametrize("length", [512, 2048, 4096, 8192, 32768])

@@ -11,11 +11,10 @@ from transformers import DynamicCache, GenerationConfig
 
 import longreach
 from families import WINDOW, build, tokens
-from longreach import PI, LMInfinite, SelfExtend, Stock
+from longreach import PI, LMInfinite, SelfExtend, Stock, configs
 from longreach.hf import legacy
 from longreach.hf.cache import cache_bytes, store_of
 from longreach.hf.legacy import FAMILIES as KNOWN
-from longreach.planning import dial
 from methods_matrix import ALIBI, LEGACY
 
 ALL = sorted(LEGACY | {"gptj", "bloom"})
@@ -225,8 +224,8 @@ def test_arguments_by_position():
 
 
 def test_trained_windows():
-    assert dial.trained_window(t.MptConfig(max_seq_len=77)).tokens == 77
-    assert dial.trained_window(t.BloomConfig(seq_length=78)).tokens == 78
-    assert dial.trained_window(t.GPTJConfig(n_positions=79)).tokens == 79
+    assert configs.trained_window(t.MptConfig(max_seq_len=77)).tokens == 77
+    assert configs.trained_window(t.BloomConfig(seq_length=78)).tokens == 78
+    assert configs.trained_window(t.GPTJConfig(n_positions=79)).tokens == 79
     with refuses("pass trained_window=N"):
-        dial.trained_window(t.BloomConfig())
+        configs.trained_window(t.BloomConfig())

@@ -17,7 +17,7 @@ import transformers as t
 
 import longreach
 from families import BASE, build
-from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM
+from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM, configs
 from longreach.checking import speedtest
 from longreach.cli import main, parameters
 from longreach.methods import registry
@@ -239,7 +239,7 @@ def budget(free):
 
 
 def test_the_dial_looks_at_memory_where_it_binds():
-    window = dial.Window(512, "test")
+    window = configs.Window(512, "test")
     plain = dial.choose(window, 8192)
     plenty, need = budget(1 << 40), budget(0).needs(plain.method, 8192)
     assert dial.choose(window, 8192, plenty) == plain == dial.choose(window, 8192, budget(need))
@@ -255,7 +255,7 @@ def test_the_dial_looks_at_memory_where_it_binds():
 
 def test_extend_warns_when_memory_chose(monkeypatch):
     model = build("llama")
-    need = dial.budget(model.config, torch.float32, torch.device("cpu")).needs(dial.choose(dial.Window(64, ""), 1000).method, 1000)
+    need = dial.budget(model.config, torch.float32, torch.device("cpu")).needs(dial.choose(configs.Window(64, ""), 1000).method, 1000)
     monkeypatch.setattr(dial, "free_memory", lambda device: need - 1)
     with pytest.warns(UserWarning, match="memory binds"), longreach.extend(model, context=1000) as extension:
         assert isinstance(extension.method, LMInfinite) and "memory" not in extension.method.recalls

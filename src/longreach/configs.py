@@ -171,6 +171,10 @@ class Decoder:
         return self.dtype.itemsize
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def bytes_per_token(self) -> int:
         """Keys and values of one token in every layer, each once."""
         return sum(layer.entry for layer in self.layers) * self.itemsize
@@ -262,7 +266,7 @@ def load(model: Any, config: str | Path | dict[str, Any] | None = None) -> tuple
             made = AutoConfig.for_model(**data)
         shown = str(Path(config).expanduser().parent) if isinstance(config, str | Path) else made.model_type
         return made, shown if model == EMBEDDED else model
-    if model == EMBEDDED and not Path(model).exists():
+    if embedded(model):
         with as_file(files("longreach") / "nano") as folder:
             return AutoConfig.from_pretrained(str(folder)), model
     file, folder = gguf_of(model), Path(model).expanduser()
@@ -270,6 +274,11 @@ def load(model: Any, config: str | Path | dict[str, Any] | None = None) -> tuple
         if file is not None:
             return gguf_file.configuration(file, gguf_file.header(file)), model
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model, trust_remote_code=False), model
+
+
+def embedded(name: Any) -> bool:
+    """Whether it means the model that comes with the package. A folder of that name goes before it."""
+    return isinstance(name, str) and name == EMBEDDED and not Path(name).exists()
 
 
 def content(path: Path) -> dict[str, Any]:

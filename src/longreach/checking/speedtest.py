@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from longreach.hf.extension import extend
+from longreach.hf.placement import device_of
 from longreach.kernels import backend_for
 from longreach.kernels.tiles import Band
 from longreach.methods.base import Method
@@ -29,12 +31,15 @@ from longreach.planning.machine import resident_memory, total_memory
 from longreach.planning.memory import Schedule
 from longreach.planning.timing import elementwise_bytes, prefill
 from longreach.planning.work import layouts
+from longreach.running.reading import stream
 
 ROWS = 512  # tokens of a forward, the chunk size of `longreach run`
 MATRICES = ((256, 512), (1024, 1024), (2048, 2048), (2048, 8192))
 HEADS = (64, 128)
 POOL = 1 << 28  # bytes of matrices that are read in turn, more than any cache holds
 OVERHEAD_LAYERS = (2, 8)
+TINY = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+SMALL = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=4)
 FEW, MANY = 8, 40  # new tokens of the two answers whose difference is timed
 
 Say = Callable[[str], None]
@@ -147,10 +152,7 @@ def elementwise(device: torch.device, dtype: torch.dtype, width: int = 2048) -> 
 def elementwise_in_a_model(device: torch.device, dtype: torch.dtype, found: Speeds, rounds: int = 3) -> float:
     """Bytes/s of what is neither product nor attention nor overhead: what they leave of the seconds of a small model. Between two steps a model has
     forgotten its caches and takes new memory, which no loop over one step shows; a loop is the upper limit."""
-    from longreach.hf.extension import extend
-    from longreach.running.reading import stream
-
-    model, schedule = small(device, dtype), Schedule(2 * ROWS + 1, 1, ROWS)
+    model, schedule = random_model(device, dtype, **SMALL), Schedule(2 * ROWS + 1, 1, ROWS)
     architecture = read(model.config, dtype)
     ids = torch.ones(schedule.prompt, dtype=torch.long, device=device)
     taken: list[float] = []
@@ -166,13 +168,10 @@ def elementwise_in_a_model(device: torch.device, dtype: torch.dtype, found: Spee
     return min(found.elementwise, moved / left) if left > 0 else found.elementwise
 
 
-def small(device: torch.device, dtype: torch.dtype) -> Any:
+def random_model(device: torch.device, dtype: torch.dtype, **sizes: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=4,
-        max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    config = LlamaConfig(vocab_size=64, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=0, **sizes)
     return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
@@ -185,28 +184,16 @@ def link(device: torch.device) -> float:
 
 def overhead_seconds(device: torch.device) -> tuple[float, float, float]:
     """Of a forward, of a layer, of an attention call beyond the first: differences between tiny models that do next to nothing else."""
-    few, many = (token_seconds(tiny(layers, device), Stock()) for layers in OVERHEAD_LAYERS)
+    few, many = (token_seconds(random_model(device, torch.float32, num_hidden_layers=layers, **TINY), Stock()) for layers in OVERHEAD_LAYERS)
     layer = max(0.0, (many - few) / (OVERHEAD_LAYERS[1] - OVERHEAD_LAYERS[0]))
-    two_calls = token_seconds(tiny(OVERHEAD_LAYERS[1], device), ReRoPE(4))
+    two_calls = token_seconds(random_model(device, torch.float32, num_hidden_layers=OVERHEAD_LAYERS[1], **TINY), ReRoPE(4))
     call = max(0.0, (two_calls - many) / OVERHEAD_LAYERS[1])
     return max(0.0, few - OVERHEAD_LAYERS[0] * layer), layer, call
 
 
-def tiny(layers: int, device: torch.device) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(device).eval()
-
-
 def token_seconds(model: Any, method: Method, rounds: int = 3) -> float:
     """Of one new token of `generate`: the difference of a long and a short answer, median of `rounds`."""
-    from longreach.hf.extension import extend
-
-    ids = torch.ones(1, 16, dtype=torch.long, device=next(model.parameters()).device)
+    ids = torch.ones(1, 16, dtype=torch.long, device=device_of(model))
 
     def answer(count: int) -> float:
         started = time.perf_counter()

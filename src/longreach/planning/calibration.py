@@ -35,12 +35,7 @@ def save(hardware: Hardware, date: str, path: Path | None = None) -> Path:
     path = path or default_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"version": VERSION, "devices": read(path).get("devices", {}) if path.exists() else {}}
-    measured = {name: dataclasses.asdict(speeds) for name, speeds in (hardware.measured or {}).items()}
-    content["devices"][hardware.device] = {
-        "date": date,
-        "facts": facts(hardware.device),
-        "hardware": {**{f.name: getattr(hardware, f.name) for f in dataclasses.fields(hardware) if f.name != "measured"}, "measured": measured},
-    }
+    content["devices"][hardware.device] = {"date": date, "facts": facts(hardware.device), "hardware": dataclasses.asdict(hardware)}
     files.write(path, json.dumps(content, indent=1, allow_nan=False))
     return path
 

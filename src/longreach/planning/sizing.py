@@ -79,7 +79,7 @@ class Request:
 
     @property
     def dtype(self) -> str:
-        return terms.dtype_name(self.architecture)
+        return self.architecture.dtype_name
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def plan(
     check(context, new_tokens, concurrency)
     trained_window = None if trained_window is None else token_count(trained_window, "trained_window")
     found, name = configs.load(model, config)
-    wanted = configs.parse_dtype(dtype) or (torch.float32 if model == EMBEDDED and config is None else None)
+    wanted = configs.parse_dtype(dtype) or (torch.float32 if config is None and configs.embedded(model) else None)
     architecture = read(found, wanted)
     window = configs.trained_window(found.get_text_config(), trained_window)
     device = hardware if isinstance(hardware, Hardware) else devices.find(str(hardware), calibration)
@@ -179,7 +179,7 @@ def plan(
         request=request,
         rows=tuple(rows),
         terms=tuple(terms.peak(architecture, device, context, new_tokens, concurrency)),
-        offloading=terms.offloading(terms.spe_context(architecture, device, concurrency), context),
+        offloading=terms.offloading(architecture, device, concurrency, context),
         nearest=tuple(nearest(request, rows, method)),
         notes=(*architecture.notes, *notes, *waiting(request, rows[0])),
     )

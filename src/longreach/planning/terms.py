@@ -14,10 +14,6 @@ from longreach.planning.hardware import Hardware
 from longreach.planning.theory import SpeContext, Term
 
 
-def dtype_name(architecture: Architecture) -> str:
-    return str(architecture.dtype).removeprefix("torch.")
-
-
 def plain_kv_bytes(architecture: Architecture, tokens: int) -> int:
     """Keys and values of plain attention, each once; layers with a window or chunks hold no more."""
     return sum(layer.entry * min(tokens, layer.reach or tokens) for layer in architecture.layers) * architecture.itemsize
@@ -40,7 +36,7 @@ def pairs(trained: Stock, tokens: int) -> float:
 def peak(architecture: Architecture, hardware: Hardware, context: int, new_tokens: int, users: int) -> list[Term]:
     """The framework of arXiv 2405.08944, term by term, for plain attention."""
     weights, prompt = architecture.weights, context - new_tokens
-    flops, dtype = hardware.peak(dtype_name(architecture)), dtype_name(architecture)
+    dtype, flops = architecture.dtype_name, hardware.peak(architecture.dtype_name)
     kv = plain_kv_bytes(architecture, context)
     linear, attention = 2.0 * (weights.active - weights.head) * prompt + 2.0 * weights.head, attention_flop(architecture, prompt)
     met = expected_weights(architecture, users)
@@ -78,19 +74,15 @@ def expected_weights(architecture: Architecture, tokens: int) -> float:
     return weights.nbytes - one * (weights.experts - theory.distinct_experts(weights.experts, weights.experts_per_token, tokens))
 
 
-def spe_context(architecture: Architecture, hardware: Hardware, requests: int, budget: int = 2048) -> SpeContext:
+def offloading(architecture: Architecture, hardware: Hardware, requests: int, tokens: int) -> dict[str, Any]:
     """SpeContext's model of this architecture without its retrieval head, whose size depends on its training."""
     layers = architecture.layers
-    return SpeContext(
+    model = SpeContext(
         weights=architecture.weights.nbytes,
         layers=len(layers),
         entry=architecture.bytes_per_token / len(layers),
         repeats=sum(layer.heads / layer.kv_heads for layer in layers) / len(layers),
         memory=hardware.memory,
-        budget=budget,
         requests=requests,
     )
-
-
-def offloading(model: SpeContext, tokens: int) -> dict[str, Any]:
     return {"budget": model.budget, "layers_on_host": model.layers_on_host(tokens), "thresholds": model.thresholds()}

@@ -5,6 +5,7 @@ A roofline per kind of operation: a matrix product takes the longer of its FLOP 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from longreach.planning.architecture import Architecture
 from longreach.planning.hardware import Speeds
 from longreach.planning.memory import Schedule
 from longreach.planning.theory import distinct_experts
-from longreach.planning.work import Counts, count, keys_read, layouts
+from longreach.planning.work import Counts, count, layouts
 
 Bound = Literal["compute", "memory bandwidth", "host link", "capacity", "overhead"]
 
@@ -49,12 +50,10 @@ class Seconds:
 def prefill(architecture: Architecture, method: Method, schedule: Schedule, speeds: Speeds) -> Seconds:
     """From the first token of the prompt to the first new one."""
     total = Seconds()
-    lengths: dict[int, int] = {}
-    for _, tokens in schedule.reads():
-        lengths[tokens] = lengths.get(tokens, 0) + 1
+    lengths = Counter(tokens for _, tokens in schedule.reads())
     for tokens, times in lengths.items():
         total += products(architecture, tokens, speeds) * times
-    forwards = sum(lengths.values())
+    forwards = lengths.total()
     square = (speeds.square - 1) * sum(times * tokens * (tokens + 1) // 2 for tokens, times in lengths.items())
     for (layer, layout), n in layouts(architecture, method).items():
         attended = read_counts(layout, schedule)
@@ -79,7 +78,7 @@ def token(architecture: Architecture, method: Method, index: int, speeds: Speeds
     """One more token at `index` for each of `rows` users in one batch."""
     total = products(architecture, rows, speeds, rows)
     for (layer, layout), n in layouts(architecture, method).items():
-        seen = keys_read(layout, index)
+        seen = count(layout, index, index + 1)
         numbers = layer.kv_heads * (seen.pairs * (layer.key_width + layer.value_width) + seen.scored * layer.key_width)
         steps = elementwise_bytes(architecture, layer, layout)
         read = rows * (numbers * architecture.itemsize / speeds.keys + steps / speeds.elementwise)
@@ -95,23 +94,18 @@ def decode(architecture: Architecture, method: Method, schedule: Schedule, speed
 def products(architecture: Architecture, rows: int, speeds: Speeds, head_rows: int = 1) -> Seconds:
     """Every matrix times `rows` rows, and the head times those whose logits are wanted."""
     weights, compute, bandwidth = architecture.weights, 0.0, 0.0
-
-    def multiply(elements: float, times: float, rows: float, read: float) -> None:
-        nonlocal compute, bandwidth
-        flop, nbytes = 2 * rows * elements * times / speeds.gemm(elements), elements * read * architecture.itemsize / speeds.gemv(elements)
+    work: list[tuple[int, int, int, float]] = [(elements, times, rows, times) for elements, times in weights.matrices]  # the last: how many are read
+    if weights.experts:
+        met = distinct_experts(weights.experts, weights.experts_per_token, rows)
+        work += [(elements, times, rows * weights.experts_per_token, times * met) for elements, times in weights.expert_matrices]
+    if weights.head:
+        work.append((weights.head, 1, head_rows, 1))
+    for elements, times, n, read in work:
+        flop, nbytes = 2 * n * elements * times / speeds.gemm(elements), elements * read * architecture.itemsize / speeds.gemv(elements)
         if flop > nbytes:
             compute += flop
         else:
             bandwidth += nbytes
-
-    for elements, times in weights.matrices:
-        multiply(elements, times, rows, times)
-    if weights.experts:
-        met = distinct_experts(weights.experts, weights.experts_per_token, rows)
-        for elements, times in weights.expert_matrices:  # of one expert over all layers
-            multiply(elements, times, rows * weights.experts_per_token, times * met)
-    if weights.head:
-        multiply(weights.head, 1, head_rows, 1)
     return Seconds(compute, bandwidth)
 
 

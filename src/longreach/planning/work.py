@@ -5,13 +5,14 @@ Counts what the executor executes, from the same segments. Closed forms; knows i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 from longreach.configs import Attention, Decoder, methods_of
-from longreach.core.segments import Layout, Piece, Visible
+from longreach.core.segments import Layout, Piece
 from longreach.methods.base import Method
 
 Recall = Literal["everything", "what is retrieved", "recent only", "fluent only", "untrained"]
@@ -32,11 +33,8 @@ class Counts:
 @lru_cache(maxsize=512)
 def layouts(architecture: Decoder, method: Method) -> dict[tuple[Attention, Layout], int]:
     """The distinct layers and how many there are of each. Remembered: a row asks a dozen times. Not to be changed by the caller."""
-    found: dict[tuple[Attention, Layout], int] = {}
-    for index, (layer, own) in enumerate(zip(architecture.layers, methods_of([layer.trained for layer in architecture.layers], method))):
-        key = layer, own.layout(index)
-        found[key] = found.get(key, 0) + 1
-    return found
+    methods = methods_of([layer.trained for layer in architecture.layers], method)
+    return Counter((layer, own.layout(index)) for index, (layer, own) in enumerate(zip(architecture.layers, methods)))
 
 
 def count(layout: Layout, start: int, stop: int) -> Counts:
@@ -71,19 +69,9 @@ def keys_up_to(piece: Piece, behind: int) -> int:
     return ramp(b - full) - ramp(a - 1) + full * width
 
 
-def keys_read(layout: Layout, index: int) -> Counts:
-    """What the single query `index` attends to and scores: a decoded token."""
-    return count(layout, index, index + 1)
-
-
 def spans(layout: Layout, index: int) -> Iterator[tuple[int, int]]:
     """The ranges of keys that query `index` sees."""
-    for segment in layout.segments:
-        yield from seen_by(segment.visible, index)
-
-
-def seen_by(visible: Visible, index: int) -> Iterator[tuple[int, int]]:
-    for piece in visible.pieces(index, index + 1):
+    for piece in (piece for segment in layout.segments for piece in segment.visible.pieces(index, index + 1)):
         first = piece.from_key if piece.high is None else max(piece.from_key, index - piece.high + 1)
         last = min(piece.to_key, index - piece.low + 1)
         if first < last:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from longreach import gguf_file
-from longreach.configs import EMBEDDED, KINDS, gguf_of, parse_dtype, reading
+from longreach.configs import EMBEDDED, KINDS, embedded, gguf_of, parse_dtype, reading
 
 
 def load(name: str = EMBEDDED, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None) -> tuple[Any, Any]:
@@ -27,7 +27,7 @@ def load(name: str = EMBEDDED, *, dtype: str | torch.dtype | None = None, device
     Raises ValueError, with the fix, if there is no such model, if it has no safetensors, or if it lacks weights of its architecture.
     """
     dtype, where, path = parse_dtype(dtype), _device(device), Path(name).expanduser()
-    if name == EMBEDDED and not path.exists():
+    if embedded(name):
         with as_file(files("longreach") / "nano") as folder:
             if not (folder / "model.safetensors").exists():
                 raise ValueError("this installation lacks the files of nano; reinstall longreach, or pass a folder or a Hub id")
