@@ -31,7 +31,6 @@ class CausalLM(Protocol):
 
 
 class Tokenizer(Protocol):
-    name_or_path: str
     chat_template: Any
     bos_token_id: int | None
     eos_token_id: Any

@@ -21,7 +21,7 @@ BEFORE = (0, 5)
 
 def evaluate(
     model: CausalLM,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     tasks: Sequence[Any],
     *,
     extension: Any = None,
