@@ -10,10 +10,11 @@ Names are imported when they are first used, so that `longreach --help` is insta
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from longreach.hf.extension import Extension as Extension
     from longreach.hf.extension import extend as extend
     from longreach.methods import from_json as from_json
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from longreach.running.loading import shipped_book as shipped_book
     from longreach.running.reading import stream as stream
 
+    __version__: str
+
 _HOMES = {
     "load": "running.loading",
     "shipped_book": "running.loading",
@@ -53,13 +56,15 @@ _HOMES = {
     "from_json": "methods",
 }
 
-try:
-    __version__ = version("longreach")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
-
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("longreach")
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            return "0+unknown"
     if name in _HOMES:
         return getattr(import_module(f"longreach.{_HOMES[name]}"), name)
     if not name.startswith("_"):
@@ -74,4 +79,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from longreach.methods import registry
 
-    return sorted({*globals(), *_HOMES, *(method.__name__ for method in registry().values())})
+    return sorted({*globals(), "__version__", *_HOMES, *(method.__name__ for method in registry().values())})
