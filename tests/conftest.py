@@ -1,4 +1,4 @@
-"""Every `torch.empty` of the tests is filled with NaN, so that memory that was never written shows."""
+"""Every `torch.empty` of the tests is filled with NaN, so that memory that was never written shows. The fixtures of the command line are everywhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from commands import book, folders, run, stdin  # noqa: F401
 
 with torch.device("meta"):
     torch.empty(0)  # at the first use PyTorch remembers which functions take a device: it has to see the real ones, not those below

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import transformers as t
 
-from test_cli import SMALL
-from test_cli import tokenizer as byte_tokenizer
+from tiny import SMALL
+from tiny import tokenizer as byte_tokenizer
 
 VOCABULARY = 260
 DENSE = {**SMALL, "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from longreach.cli.session import Session
 from longreach.planning import dial
 from longreach.running import generation
 from longreach.running.conversation import Conversation
-from test_cli import SMALL, tokenizer
+from tiny import SMALL, llama, tokenizer
 
 DOCUMENT = "It was a dark night. Nobody was on the road, and the lamp in the inn had gone out long ago."
 QUESTIONS = ["Who was there?", "Why?", "And the lamp?"]
@@ -30,28 +32,39 @@ REWRITING = (
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    return t.LlamaForCausalLM(t.LlamaConfig(**SMALL)).eval()
+    return llama()
 
 
-@pytest.mark.parametrize("method", [None, SelfExtend(8, 16), LMInfinite(48, 4)], ids=["stock", "selfextend", "lm-infinite"])
-@pytest.mark.parametrize("template", ["none", "plain", "rewriting"])
-def test_every_turn_equals_an_answer_to_the_whole_sequence(model: Any, method: Any, template: str) -> None:
+MATRIX = [
+    pytest.mark.parametrize("method", [None, SelfExtend(8, 16), LMInfinite(48, 4)], ids=["stock", "selfextend", "lm-infinite"]),
+    pytest.mark.parametrize("template", ["none", "plain", "rewriting"]),
+]
+
+
+@contextmanager
+def talking(model: Any, method: Any, template: str) -> Iterator[Conversation]:
+    """A conversation about the document under a method, with a kind of chat template."""
     made = tokenizer(chat=template != "none")
     if template == "rewriting":
         made.chat_template = REWRITING
-    extension = None if method is None else longreach.extend(model, method)
-    try:
-        talk = Conversation(model, made, DOCUMENT, extension=extension, chunk_size=32)
+    with nullcontext() if method is None else longreach.extend(model, method) as extension:
+        yield Conversation(model, made, DOCUMENT, extension=extension, chunk_size=32)
+
+
+def alone(talk: Conversation, question: str) -> list[int]:
+    """The ids of the answer to everything so far and the question, read anew."""
+    return generation.answer(talk.model, talk.tokenizer, talk.sequence(question), 12, extension=talk.extension).ids
+
+
+@MATRIX[0]
+@MATRIX[1]
+def test_every_turn_equals_an_answer_to_the_whole_sequence(model: Any, method: Any, template: str) -> None:
+    with talking(model, method, template) as talk:
         talk.read()
         for question in QUESTIONS:
-            whole = talk.sequence(question)
-            expected = generation.answer(model, made, whole, 12, extension=extension)
-            assert talk.ask(question, 12).ids == expected.ids
+            expected = alone(talk, question)
+            assert talk.ask(question, 12).ids == expected
         assert [q for q, _ in talk.turns] == QUESTIONS
-    finally:
-        if extension is not None:
-            extension.remove()
 
 
 @pytest.mark.parametrize("method", [None, SelfExtend(8, 16)], ids=["stock", "selfextend"])
@@ -90,25 +103,17 @@ def test_a_question_costs_only_its_own_tokens(model: Any, document: str) -> None
     assert sum(fed) == sum(map(len, QUESTIONS)) + between + written - 1  # the very last token is not read
 
 
-@pytest.mark.parametrize("method", [None, SelfExtend(8, 16), LMInfinite(48, 4)], ids=["stock", "selfextend", "lm-infinite"])
-@pytest.mark.parametrize("template", ["none", "plain", "rewriting"])
+@MATRIX[0]
+@MATRIX[1]
 def test_an_interrupted_answer_is_a_turn_like_any_other(model: Any, method: Any, template: str) -> None:
-    made = tokenizer(chat=template != "none")
-    if template == "rewriting":
-        made.chat_template = REWRITING
-    extension = None if method is None else longreach.extend(model, method)
-    try:
-        talk = Conversation(model, made, DOCUMENT, extension=extension, chunk_size=32)
+    with talking(model, method, template) as talk:
         whole, written = talk.ask(QUESTIONS[0], 12).ids, []
         talk.reset()
         cut = talk.ask(QUESTIONS[0], 12, write=written.append, stopped=lambda: len(written) >= 5)
         assert cut.finish == "interrupted" and 0 < len(cut.ids) < 12 and cut.ids == whole[: len(cut.ids)] and talk.turns[0][1].text == cut.text
         for question in QUESTIONS[1:]:
-            expected = generation.answer(model, made, talk.sequence(question), 12, extension=extension)
-            assert talk.ask(question, 12).ids == expected.ids
-    finally:
-        if extension is not None:
-            extension.remove()
+            expected = alone(talk, question)
+            assert talk.ask(question, 12).ids == expected
 
 
 @pytest.mark.parametrize("method", [SelfExtend(8, 16), LMInfinite(48, 4)], ids=["selfextend", "lm-infinite"])
@@ -136,10 +141,10 @@ def test_a_conversation_is_saved_with_its_turns(model: Any, tmp_path: Path, temp
         assert again.known == talk.known and [(q, a.ids, a.text, a.finish) for q, a in again.turns] == [(q, a.ids, a.text, a.finish) for q, a in talk.turns]
         assert again.ask(QUESTIONS[2], 8).ids == talk.ask(QUESTIONS[2], 8).ids
         for forged in ("[", "[[1, 2, 3, 4]]", '[["a", "b", [100000], "stop"]]', '[["a", "b", [3], "never"]]', '[["\\ud800", "b", [3], "stop"]]', '{"a": 1}'):
-            extension.save(talk._cache, file, talk._cached, notes={"document": document, "turns": forged})
+            extension.save(talk.prefix.cache, file, talk.prefix.ids, notes={"document": document, "turns": forged})
             with pytest.raises(ValueError, match="damaged or forged"):
                 Conversation.open(model, made, extension, file)
-        extension.save(talk._cache, file, talk._cached, notes={"document": document, "turns": '[["a", "another text", [3], "stop"]]'})
+        extension.save(talk.prefix.cache, file, talk.prefix.ids, notes={"document": document, "turns": '[["a", "another text", [3], "stop"]]'})
         with pytest.raises(ValueError, match="other tokens of the text"):
             Conversation.open(model, made, extension, file)
 
@@ -274,7 +279,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(model: Any) -> None:
 
 
 def test_the_command_reads_once_and_answers_line_by_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = "What is the pass key?\n\n/facts\nWhat is the red code?\n/reset\nWhat is the pass key?\n/nonsense\n/quit\nnever asked\n"
+    lines = "What is the pass key?\n\n/facts\nWhat is the red code?\n/reset\nWhat is the pass key?\n/quit\nnever asked\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     options = ["chat", "--file", "@book", "--truncate", "right", "--context", "1536", "--max-new-tokens", "20"]
     hidden = ["--hide", "The pass key is 48213. Remember it. 48213 is the pass key.", "--hide", "The red code is 77120."]
@@ -284,7 +289,32 @@ def test_the_command_reads_once_and_answers_line_by_line(monkeypatch: pytest.Mon
     assert [turn["question"] for turn in found["turns"]] == ["What is the pass key?", "What is the red code?", "What is the pass key?"]
     assert "48213" in found["turns"][0]["answer"] and found["turns"][0]["answer"] == found["turns"][2]["answer"]
     assert found["context"] == 1536 and 1000 < found["document_tokens"] <= 1536 - 384 + 1
-    assert "unknown command '/nonsense'" in captured.err and "tokens were left out (right)" in captured.err
+    assert "tokens were left out (right)" in captured.err
+
+
+@pytest.mark.parametrize(("wrong", "says"), [("/nonsense", "unknown command '/nonsense'"), ("/load none", "there is no document"), ("Why? " * 99, "more than")])
+def test_a_wrong_line_of_piped_ones_is_the_last_and_loses_no_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str, says: str
+) -> None:
+    options = ["chat", "--max-new-tokens", "4", *(["--context", "300"] if "Why" in wrong else [])]
+    for as_json in ([], ["--json"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"Who?\n{wrong}\nnever asked\n"))
+        assert main([*options, *as_json]) == 2
+        captured = capsys.readouterr()
+        last = captured.err.strip().splitlines()[-1]
+        assert last.startswith("error: ") and says in last
+    found = json.loads(captured.out)
+    assert [turn["question"] for turn in found["turns"]] == ["Who?"] and found["turns"][0]["answer"] and found["error"] == last.removeprefix("error: ")
+
+
+def test_what_a_loaded_conversation_puts_out_of_force_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file, short = tmp_path / "talk", ["--max-new-tokens", 4]
+    (tmp_path / "book.txt").write_text(DOCUMENT)
+    chat(monkeypatch, capsys, ["Who?", f"/save {file}"], "--context", 600, *short)
+    _, said = chat(monkeypatch, capsys, [f"/load {file}", "Why?"], "--context", 600, *short)
+    assert "no longer in force" not in said
+    found, said = chat(monkeypatch, capsys, [f"/load {file}", "Why?"], "--context", 700, "--file", tmp_path / "book.txt", *short)
+    assert "warning: no longer in force: --context, the text before; the conversation goes on with" in said and found["context"] == 600
 
 
 def test_a_text_that_leaves_no_room_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

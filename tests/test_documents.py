@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import longreach
+from commands import Run, refused
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, StreamingLLM
 from longreach.hf.cache import store_of
 from longreach.running.conversation import Conversation
 from methods_matrix import METHODS, context, refusal
-from test_cli import Run, folders, refused, run  # noqa: F401
-from test_cli import tokenizer as byte_tokenizer
+from tiny import tokenizer as byte_tokenizer
 
 READ, LENGTH = 230, 248  # more than a bounded buffer of these methods holds: its tail has moved
 
@@ -338,7 +338,7 @@ def test_a_model_that_was_cast_while_extended_cannot_save(tmp_path):
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "template"])
-def test_a_conversation_goes_on_from_its_document(chat, tmp_path, folders):  # noqa: F811
+def test_a_conversation_goes_on_from_its_document(chat, tmp_path, folders):
     model, made = longreach.load(folders["llama"])[0], byte_tokenizer(chat)
     text = "It was a dark night. Nobody was on the road, and the lamp in the inn had gone out long ago."
     with longreach.extend(model, SelfExtend(8, 16)) as extension:
@@ -355,7 +355,7 @@ def test_a_conversation_goes_on_from_its_document(chat, tmp_path, folders):  # n
             Conversation.open(model, byte_tokenizer(not chat), extension, tmp_path / "d")
 
 
-def test_run_reads_once_and_asks_many_times(run: Run, folders, tmp_path):  # noqa: F811
+def test_run_reads_once_and_asks_many_times(run: Run, folders, tmp_path):
     (tmp_path / "book.txt").write_text("It was a dark night. " * 20)
     file, model = tmp_path / "book.safetensors", ["run", "--model", folders["chat"], "--max-new-tokens", 8]
     first = run(*model, "--file", tmp_path / "book.txt", "--context", 600, "--save-document", file, "--prompt", "Why?", "--json")

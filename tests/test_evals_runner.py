@@ -25,7 +25,7 @@ from longreach.evals.report.view import View
 from longreach.evals.samples import budget
 from longreach.evals.samples.base import Parts, Sample, Settings, Task
 from longreach.evals.scores import statistics
-from longreach.running import truncation
+from longreach.running import prompts
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 SETTINGS = Settings(lengths=(256, 512), depths=(0.0, 0.5, 1.0), samples=2)
@@ -260,8 +260,8 @@ def test_cuts(cut, tokenizer):
 
 def test_cuts_of_ids():
     ids = list(range(1000))
-    assert truncation.middle_ids(ids, 7) == [0, 1, 2, 3, 997, 998, 999] and truncation.middle_ids(ids, 1000) is ids
-    assert truncation.suffix_with_head(ids, 130) == [*range(128), 998, 999] and truncation.suffix_with_head(ids, 5) == [0, 1, 2, 3, 4]
+    assert prompts.keep_ids(ids, 7, "middle") == [0, 1, 2, 3, 997, 998, 999] and prompts.keep_ids(ids, 1000, "middle") is ids
+    assert prompts.suffix_with_head(ids, 130) == [*range(128), 998, 999] and prompts.suffix_with_head(ids, 5) == [0, 1, 2, 3, 4]
 
     class Numbers:
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
@@ -270,8 +270,7 @@ def test_cuts_of_ids():
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [int(n) for n in text.split()]}
 
-    assert truncation.middle_reencode(Numbers(), ids, 7) == [0, 1, 2, 997, 998, 999]  # an odd limit loses one
-    assert truncation.middle_reencode(Numbers(), ids, 7, odd_tail=True) == [0, 1, 2, 996, 997, 998, 999]
+    assert prompts.middle_reencode(Numbers(), ids, 7) == [0, 1, 2, 997, 998, 999]  # an odd limit loses one
 
 
 def test_refusals_of_a_budget(tokenizer):

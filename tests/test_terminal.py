@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 import longreach
+from commands import Run, refused
 from longreach.cli import console
-from test_cli import Run, book, folders, refused, run, stdin  # noqa: F401
 
 SECONDS = 120
 
@@ -133,7 +133,7 @@ def test_a_reader_that_has_gone_ends_it_quietly(line: str) -> None:
     assert len(found.stdout) == 1 and found.stderr.splitlines()[-1] == "0" and "Traceback" not in found.stderr and "Exception" not in found.stderr
 
 
-def test_any_text_reaches_any_terminal(folders: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_any_text_reaches_any_terminal(folders: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "q").write_bytes("é\n".encode())
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     found = shell('"$@" <q', "chat", "--model", folders["llama"], "--max-new-tokens", 2, "--json", cwd=tmp_path, env=environment)
@@ -146,7 +146,7 @@ def test_any_text_reaches_any_terminal(folders: dict[str, str], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("option", ["--prompt", "--system", "--hide"])
-def test_words_that_are_no_text(run: Run, folders: dict[str, str], option: str) -> None:  # noqa: F811
+def test_words_that_are_no_text(run: Run, folders: dict[str, str], option: str) -> None:
     refused(run, "run", "--model", folders["chat"], "--prompt", "x", option, "\udcff", says=f"{option} is not UTF-8 text")
 
 
@@ -162,20 +162,20 @@ def test_words_that_are_no_text(run: Run, folders: dict[str, str], option: str) 
         (["plan", "--context", "1k", "--config", "/tmp"], "cannot read '/tmp'"),
     ],
 )
-def test_what_is_no_file_is_said_before_a_model_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str) -> None:  # noqa: F811
+def test_what_is_no_file_is_said_before_a_model_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str) -> None:
     monkeypatch.setattr(longreach, "load", lambda *_, **__: pytest.fail("the work began"))
     refused(run, *arguments, says=says)
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "check", "plan", "demo"])
-def test_an_empty_value_is_refused(run: Run, command: str) -> None:  # noqa: F811
+def test_an_empty_value_is_refused(run: Run, command: str) -> None:
     for option in ("--model", "--file", "--dtype", "--device", "--png", "--save-document", "--context", "--method", "--hide"):
         refused(run, command, option, "", says=f"{option} is given an empty value")
         refused(run, command, f"{option}=", says=f"{option} is given an empty value")
 
 
 @pytest.mark.parametrize("arguments", [["run", "--prompt", "x"], ["plan", "--context", "1k", "--hardware", "H200"], ["check"]])
-def test_a_narrow_terminal_loses_no_word(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:  # noqa: F811
+def test_a_narrow_terminal_loses_no_word(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     monkeypatch.setenv("COLUMNS", "24")
     found = run(*arguments, *(["--max-new-tokens", "2"] if arguments[0] == "run" else []))
     assert found.code == 0 and "512" in "".join((found.err + found.out).split())
@@ -241,7 +241,7 @@ def test_a_chat_at_a_terminal_outlives_interrupts(program: Callable[..., Program
     assert code == 130 and f"interrupted; the conversation is saved in {tmp_path / 'talk'}" in said and "Traceback" not in said
 
 
-def test_piped_questions_end_with_an_interrupt(folders: dict[str, str]) -> None:  # noqa: F811
+def test_piped_questions_end_with_an_interrupt(folders: dict[str, str]) -> None:
     command = [sys.executable, "-m", "longreach.cli", "chat", "--model", folders["llama"], "--max-new-tokens", "4"]
     running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     assert running.stdin and running.stdout and running.stderr
@@ -272,7 +272,7 @@ WRITERS: list[tuple[str, list[str]]] = [
 @pytest.mark.parametrize(("option", "arguments"), WRITERS, ids=[" ".join(a[:2]) for _, a in WRITERS])
 @pytest.mark.parametrize("what", ["text", "folder", "device", "nowhere"])
 def test_a_file_of_the_user_is_refused_before_the_work(
-    run: Run,  # noqa: F811
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     option: str,
@@ -299,7 +299,7 @@ def test_a_file_of_the_user_is_refused_before_the_work(
     assert what != "text" or target.read_text() == "mine"
 
 
-def test_ours_is_replaced_and_force_replaces_anything(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_ours_is_replaced_and_force_replaces_anything(run: Run, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     arguments = ["distances", "stock", "--png", picture]
     assert run(*arguments).code == 0
@@ -317,7 +317,7 @@ def test_ours_is_replaced_and_force_replaces_anything(run: Run, tmp_path: Path) 
         assert run("plan", "--context", "1k", "--hardware", "H200", "--png", cost).code == 0
 
 
-def test_a_document_is_replaced_by_a_document_only(run: Run, folders: dict[str, str], book: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_document_is_replaced_by_a_document_only(run: Run, folders: dict[str, str], book: Path, tmp_path: Path) -> None:
     file = tmp_path / "d"
     arguments = ["run", "--model", folders["llama"], "--file", book, "--context", 400, "--save-document", file]
     assert run(*arguments).code == 0
@@ -332,7 +332,7 @@ def test_a_document_is_replaced_by_a_document_only(run: Run, folders: dict[str, 
     assert run(*arguments, "--force").code == 0 and file.read_bytes() != weights
 
 
-def test_a_folder_of_somebody_else_takes_no_run(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_a_folder_of_somebody_else_takes_no_run(run: Run, tmp_path: Path) -> None:
     arguments = ["eval", "run", "passkey", "--lengths", "256", "--samples", 1, "--depths", "0", "--out", tmp_path]
     (tmp_path / "metrics.json").write_text("[1]")
     refused(run, *arguments, says="holds metrics.json but no run.json")
@@ -341,7 +341,7 @@ def test_a_folder_of_somebody_else_takes_no_run(run: Run, tmp_path: Path) -> Non
     assert (tmp_path / "run.json").read_text() == "[1]" == (tmp_path / "metrics.json").read_text()
 
 
-def test_a_report_takes_the_place_of_a_report_only(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_a_report_takes_the_place_of_a_report_only(run: Run, tmp_path: Path) -> None:
     folder, page = tmp_path / "run", tmp_path / "page.html"
     assert run("eval", "run", "passkey", "--lengths", "256", "--samples", 1, "--depths", "0,1", "--out", folder, "--quiet").code == 0
     arguments = ["eval", "report", folder, "--html", page, "--markdown", tmp_path / "page.md"]
@@ -374,7 +374,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(longreach, "load", loud)
 
 
-def test_libraries_are_heard_with_verbose_only(run: Run, noisy: None, folders: dict[str, str]) -> None:  # noqa: F811
+def test_libraries_are_heard_with_verbose_only(run: Run, noisy: None, folders: dict[str, str]) -> None:
     arguments = ["run", "--model", folders["llama"], "--prompt", "x", "--max-new-tokens", 2]
     plain, loud = run(*arguments), run(*arguments, "--verbose")
     assert "noise" not in plain.err + plain.out
@@ -382,7 +382,7 @@ def test_libraries_are_heard_with_verbose_only(run: Run, noisy: None, folders: d
     assert run(*arguments, "--json").json["new_tokens"] <= 2
 
 
-def test_quiet_leaves_errors_and_warnings(run: Run, folders: dict[str, str], stdin: Callable[[bytes], None], tmp_path: Path) -> None:  # noqa: F811
+def test_quiet_leaves_errors_and_warnings(run: Run, folders: dict[str, str], stdin: Callable[[bytes], None], tmp_path: Path) -> None:
     model = ["--model", folders["llama"], "-q"]
     stdin(b"Who?\n")
     evaluation = ["eval", "run", "passkey", *model, "--lengths", 60, "--samples", 1, "--depths", 0, "--option", "style=yarn"]
@@ -403,9 +403,9 @@ def test_quiet_leaves_errors_and_warnings(run: Run, folders: dict[str, str], std
 
 
 def test_progress_without_a_terminal_is_lines_now_and_then(
-    run: Run,  # noqa: F811
-    folders: dict[str, str],  # noqa: F811
-    book: Path,  # noqa: F811
+    run: Run,
+    folders: dict[str, str],
+    book: Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -449,7 +449,7 @@ def test_an_interrupt_in_a_command_keeps_the_conversation(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "stdin", Terminal())
     with console.output(as_json=False, quiet=True) as out:
         session: Any = Interrupted(out)
-        assert chat.converse(session, GREEDY) == [] and session.resets == 1
+        assert chat.converse(session, GREEDY) == ([], None) and session.resets == 1
         assert "error: unknown command '/what'" in capsys.readouterr().err  # in quiet mode too
         monkeypatch.setattr(Terminal, "isatty", lambda self: False)
         with pytest.raises(KeyboardInterrupt):
@@ -467,7 +467,7 @@ def test_loading_says_that_turns_are_lost(capsys: pytest.CaptureFixture[str]) ->
             assert says in (said := capsys.readouterr().err) and (said == "" or says)
 
 
-def test_a_document_never_takes_the_place_of_its_text(run: Run, folders: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_document_never_takes_the_place_of_its_text(run: Run, folders: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_text("words " * 20)
     (tmp_path / "link").symlink_to(file)
@@ -477,16 +477,16 @@ def test_a_document_never_takes_the_place_of_its_text(run: Run, folders: dict[st
     assert file.read_text() == "words " * 20
 
 
-def test_an_encoding_without_a_text_is_refused(run: Run, folders: dict[str, str]) -> None:  # noqa: F811
+def test_an_encoding_without_a_text_is_refused(run: Run, folders: dict[str, str]) -> None:
     for more in (["run", "--prompt", "x"], ["run", "--document", "d", "--prompt", "x"], ["chat"]):
         refused(run, *more, "--model", folders["llama"], "--text-encoding", "utf-16", says="--text-encoding says how a text is written")
 
 
-def test_a_seed_that_is_too_large_is_a_sentence(run: Run, folders: dict[str, str]) -> None:  # noqa: F811
+def test_a_seed_that_is_too_large_is_a_sentence(run: Run, folders: dict[str, str]) -> None:
     refused(run, "run", "--model", folders["llama"], "--prompt", "x", "--temperature", 1, "--seed", 10**23, says="the seed must be")
 
 
-def test_what_a_document_saved_was_not_read_again(run: Run, folders: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_what_a_document_saved_was_not_read_again(run: Run, folders: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "text").write_text("words " * 20)
     file = tmp_path / "d"
     assert run("run", "--model", folders["llama"], "--file", tmp_path / "text", "--context", 128, "--save-document", file).code == 0

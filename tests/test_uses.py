@@ -26,9 +26,9 @@ from longreach.engine.batch import Batch
 from longreach.engine.executor import Inputs, Layer, execute
 from longreach.hf.cache import store_of
 from longreach.kernels.plain import PlainBackend
-from test_cli import SMALL
-from test_cli import tokenizer as byte_tokenizer
 from test_matrix import chunked, difference
+from tiny import SMALL
+from tiny import tokenizer as byte_tokenizer
 
 METHOD = SelfExtend(3, 8)
 IDS = tokens(2, 50)

@@ -14,26 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import stored, text
-from longreach.cli.common import (
-    Context,
-    Device,
-    Dtype,
-    Encoding,
-    Json,
-    MethodName,
-    Model,
-    Output,
-    Quiet,
-    TrainedWindow,
-    Verbose,
-    load_model,
-    method_of,
-    output,
-    quiet_transformers,
-    rate,
-    size,
-)
+from longreach.cli import common, stored, text
+from longreach.cli.common import Output
 from longreach.cli.console import stopping_gently
 from longreach.cli.run import sampling_of
 from longreach.cli.session import ROOM, Session
@@ -60,11 +42,11 @@ LEAVING = "Ctrl-C again leaves, and so do /quit and Ctrl-D; during an answer Ctr
 
 def command(
     context: typer.Context,
-    model: Model = "nano",
-    declared: Context = None,
-    method: MethodName = None,
+    model: common.Model = "nano",
+    declared: common.Context = None,
+    method: common.MethodName = None,
     file: Annotated[str | None, typer.Option("--file", "-f", help="The text to talk about: a file (.xz and .gz too) or @book.")] = None,
-    encoding: Encoding = None,
+    encoding: common.Encoding = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
     hide: Annotated[list[str] | None, typer.Option("--hide", help="A sentence to hide in the text; may be given several times, then spread evenly.")] = None,
@@ -72,12 +54,12 @@ def command(
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; 0 if not given.")] = None,
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Tokens of one forward while reading.")] = 512,
-    dtype: Dtype = None,
-    device: Device = None,
-    trained_window: TrainedWindow = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    trained_window: common.TrainedWindow = None,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """Talk about a text: it is read once, every question then costs only its own tokens.
 
@@ -86,7 +68,7 @@ def command(
     once with what the dial chooses. With one of them, the method is in force from the start. Parameters of a method are options too: see
     `longreach methods`.
     """
-    with output(as_json, verbose, quiet) as out:
+    with common.output(as_json, verbose, quiet) as out:
         if file == text.STDIN:
             raise ValueError("standard input is where the questions come from; pass the text as a file")
         if sys.stdin is None:
@@ -95,10 +77,10 @@ def command(
             raise ValueError(text.NOTHING_TO_DECODE)
         for option, value in (("--system", system), *(("--hide", sentence) for sentence in hide or [])):
             text.check_argument(option, value)
-        chosen = method_of(context, method)
+        chosen = common.method_of(context, method)
         document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
-        with quiet_transformers(verbose):
-            loaded, tokenizer = load_model(out, model, dtype, device)
+        with common.quiet_transformers(verbose):
+            loaded, tokenizer = common.load_model(out, model, dtype, device)
             sampling = sampling_of(out, temperature, None, seed)
             document, cut = fit(tokenizer, document, hide or [], declared, truncate)
             if cut is not None:
@@ -215,10 +197,10 @@ def ask(session: Session, question: str, sampling: Sampling, asking: bool) -> An
     if not found.ids:
         out.note("stopped before the first word; the question is forgotten")
         return None
-    speed = rate(found.tokens - 1, found.decode_seconds) if found.tokens > 1 else None
+    speed = common.rate(found.tokens - 1, found.decode_seconds) if found.tokens > 1 else None
     decoding = f", {speed:.0f} tokens/s" if speed else ""
     stop = "stopped, what was written stays in the conversation; " if found.finish == "interrupted" else ""
-    out.note(f"({stop}{found.prefill_seconds:.2f} s to the first token{decoding}, {size(found.store_bytes)} of keys and values)")
+    out.note(f"({stop}{found.prefill_seconds:.2f} s to the first token{decoding}, {common.size(found.store_bytes)} of keys and values)")
     return found
 
 

@@ -11,29 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import stored, text
-from longreach.cli.common import (
-    Context,
-    Device,
-    Dtype,
-    Encoding,
-    Force,
-    Json,
-    MethodName,
-    Model,
-    Output,
-    Quiet,
-    TrainedWindow,
-    Verbose,
-    load_model,
-    method_of,
-    output,
-    pairs_table,
-    progress_bar,
-    quiet_transformers,
-    rate,
-    size,
-)
+from longreach.cli import common, stored, text
+from longreach.cli.common import Output
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
@@ -48,14 +27,14 @@ TAKES_METHOD_PARAMETERS = True
 
 def command(
     context: typer.Context,
-    model: Model = "nano",
-    declared: Context = None,
-    method: MethodName = None,
+    model: common.Model = "nano",
+    declared: common.Context = None,
+    method: common.MethodName = None,
     file: Annotated[
         str | None,
         typer.Option("--file", "-f", help="The text to read: a file (.xz and .gz too), - for standard input, or @book, a book that comes with nano."),
     ] = None,
-    encoding: Encoding = None,
+    encoding: common.Encoding = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question or instruction that follows the text.")] = "",
     system: Annotated[str | None, typer.Option("--system", help="A system message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
@@ -74,23 +53,23 @@ def command(
     top_p: Annotated[float | None, typer.Option("--top-p", max=1, help="Sample among the likeliest tokens that have this probability together.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; 0 if not given.")] = None,
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens of one forward.")] = 512,
-    dtype: Dtype = None,
-    device: Device = None,
-    trained_window: TrainedWindow = None,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    trained_window: common.TrainedWindow = None,
     max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Refuse a longer text.")] = text.LARGEST_FILE,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    force: common.Force = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """Read a text of any length and answer a prompt about it.
 
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
-    with output(as_json, verbose, quiet) as out:
+    with common.output(as_json, verbose, quiet) as out:
         if top_p is not None and not top_p > 0:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
-        chosen = method_of(context, method)
+        chosen = common.method_of(context, method)
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
         request = text.Request("" if document else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)
@@ -99,8 +78,8 @@ def command(
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
         if truncate is not None and declared is None and chosen is None:
             raise ValueError("--truncate needs to know for what length; pass --context N too")
-        with quiet_transformers(verbose):
-            loaded, tokenizer = load_model(out, model, dtype, device)
+        with common.quiet_transformers(verbose):
+            loaded, tokenizer = common.load_model(out, model, dtype, device)
             sampling = sampling_of(out, temperature, top_p, seed)
             choice = stored.Choice(chosen, declared, trained_window, chunk_size)
             if document is not None:
@@ -153,7 +132,7 @@ def answer(out: Output, model: str, asked: Asked, max_new_tokens: int, sampling:
         assert asked.file is not None
         return stored.summary(model, talk, asked.file, known)
     tokens = len(talk.sequence(asked.question))
-    with progress_bar(out, tokens - known) as progress:
+    with common.progress_bar(out, tokens - known) as progress:
         found = talk.ask(asked.question, max_new_tokens, sampling=sampling, write=out.write, progress=lambda done: progress(max(0, done - known)))
     result = report(model, asked, found, tokens, known, talk.limit or tokens + max_new_tokens, declared)
     return result if asked.file is None else {**result, "document": str(asked.file), "document_tokens": known}
@@ -240,8 +219,8 @@ def report(model: str, asked: Asked, found: Answer, prompt_tokens: int, known: i
         "new_tokens": found.tokens,
         "truncated": None if cut is None else {"side": cut.side, "document_tokens": cut.document_tokens, "kept_tokens": cut.kept_tokens},
         "prefill_seconds": round(found.prefill_seconds, 4),
-        "prefill_tokens_per_second": rate(prompt_tokens - known, found.prefill_seconds),
-        "decode_tokens_per_second": rate(further, found.decode_seconds) if further > 0 else None,
+        "prefill_tokens_per_second": common.rate(prompt_tokens - known, found.prefill_seconds),
+        "decode_tokens_per_second": common.rate(further, found.decode_seconds) if further > 0 else None,
         "peak_memory_bytes": peak_memory(),
         "peak_device_memory_bytes": peak_device_memory(asked.extension),
         "kv_store_bytes": found.store_bytes,
@@ -268,13 +247,13 @@ def table(result: dict[str, Any], extension: Extension) -> Any:
         ("capacity", "unlimited" if result["capacity"] is None else counted(result["capacity"], "token")),
         ("prompt", f"{prompt}, {result['prefill_seconds']:.2f} s to the first new one{speed(result['prefill_tokens_per_second'])}"),
         ("answer", f"{counted(result['new_tokens'], 'token')}{speed(result['decode_tokens_per_second'])}"),
-        ("keys and values", size(result["kv_store_bytes"])),
+        ("keys and values", common.size(result["kv_store_bytes"])),
     ]
     if result["truncated"] is not None:
         cut = result["truncated"]
         rows.insert(5, ("left out", f"{cut['document_tokens'] - cut['kept_tokens']} of the document's {cut['document_tokens']} tokens ({cut['side']})"))
     if result["peak_memory_bytes"] is not None:
-        rows.append(("peak memory", size(result["peak_memory_bytes"])))
+        rows.append(("peak memory", common.size(result["peak_memory_bytes"])))
     if result["peak_device_memory_bytes"] is not None:
-        rows.append(("on the device", size(result["peak_device_memory_bytes"])))
-    return pairs_table("", rows)
+        rows.append(("on the device", common.size(result["peak_device_memory_bytes"])))
+    return common.pairs_table("", rows)

@@ -6,6 +6,7 @@ under it: whatever changes the method costs one reading of everything so far, wh
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from longreach.cli.console import Output, progress_bar
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from longreach.hf.extension import Extension
     from longreach.hf.interfaces import CausalLM, Tokenizer
@@ -46,7 +47,6 @@ class Session:
 
     def begin(self, document: str, system: str | None) -> None:
         """Attach what suits the text, which is not read yet."""
-        import longreach
         from longreach.hf.checks import find_base
         from longreach.planning import dial
         from longreach.running.conversation import Conversation
@@ -55,7 +55,7 @@ class Session:
         self.config = find_base(self.model).config
         self.window = dial.trained_window(self.config) if given is None else dial.Window(given, "given")
         context, limit = self._first(document)
-        extension = longreach.extend(self.model, self.choice.method, context=context, trained_window=self.choice.trained_window)
+        extension = self._extend(self.choice.method, context)
         try:
             self.talk = Conversation(self.model, self.tokenizer, document, system, limit, extension, self.choice.chunk_size)
         except BaseException:
@@ -105,18 +105,26 @@ class Session:
         weight = next(self.model.parameters())
         return dial.choose(self.window, context, dial.budget(self.config, weight.dtype, weight.device))
 
-    def _attach(self, method: Method | None, context: int | None, limit: int | None) -> None:
-        """Put another method in place of the one in force, which comes back if that fails. The new one reads everything again."""
+    def _extend(self, method: Method | None, context: int | None) -> Extension:
         import longreach
 
-        before, bound = self.extension, self.talk.limit
+        return longreach.extend(self.model, method, context=context, trained_window=self.choice.trained_window)
+
+    @contextmanager
+    def _taken_off(self) -> Iterator[None]:
+        """Inside, no method is attached. If what is to take its place fails, the one before comes back, and reads everything again."""
+        talk, before, limit = self.talk, self.extension, self.talk.limit
         before.remove()
         try:
-            self.talk.attach(longreach.extend(self.model, method, context=context, trained_window=self.choice.trained_window), limit)
+            yield
         except BaseException:
-            again = longreach.extend(self.model, before.method, context=before.context, trained_window=self.choice.trained_window)
-            self.talk.attach(again, bound)
+            talk.attach(self._extend(before.method, before.context), limit)
             raise
+
+    def _attach(self, method: Method | None, context: int | None, limit: int | None) -> None:
+        """Put another method in place of the one in force. The new one reads everything again."""
+        with self._taken_off():
+            self.talk.attach(self._extend(method, context), limit)
 
     def read(self) -> int:
         with progress_bar(self.out, len(self.talk.sequence("?"))) as progress:
@@ -184,20 +192,13 @@ class Session:
 
     def load(self, file: Path) -> None:
         """Take up another conversation, under what it was read with and not under what the options say. If that fails, the one before goes on."""
-        import longreach
         from longreach.hf import documents
 
         documents.facts(file)  # what is no document at all is refused before anything is changed
         before = self.talk
-        self.extension.remove()
         own = stored.Choice(None, None, self.choice.trained_window, self.choice.chunk_size)
-        try:
+        with self._taken_off():
             self.talk = stored.reopen(self.out, self.model, self.tokenizer, own, file)
-        except BaseException:
-            assert before.extension is not None
-            again = longreach.extend(self.model, before.extension.method, context=before.extension.context, trained_window=self.choice.trained_window)
-            before.attach(again, before.limit)
-            raise
         self.saved = file
         asked = (("--context", self.choice.context, self.extension.context), ("--method", self.choice.method, self.extension.method))
         gone = [name for name, before_it, now in (*asked, ("the text before", before.document or None, self.talk.document)) if before_it not in (None, now)]

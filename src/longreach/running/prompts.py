@@ -114,15 +114,14 @@ def keep_ids(ids: list[int], keep: int, side: Side) -> list[int]:
     return ids[:head] + ids[len(ids) - tail :]
 
 
-def middle_reencode(tokenizer: Tokenizer, ids: list[int], most: int, *, odd_tail: bool = False) -> list[int]:
+def middle_reencode(tokenizer: Tokenizer, ids: list[int], most: int) -> list[int]:
     """LongBench's cut of a whole prompt: both halves become text again, without special tokens, which is tokenised anew.
 
-    One token is lost where `most` is odd, unless `odd_tail` (LongBench v2), and the seam may change the count by a few, upwards too.
+    One token is lost where `most` is odd, and the seam may change the count by a few, upwards too.
     """
     if len(ids) <= most:
         return ids
-    tail = -(-most // 2) if odd_tail else most // 2
-    parts = (ids[: most // 2], ids[len(ids) - tail :])
+    parts = (ids[: most // 2], ids[len(ids) - most // 2 :])
     return list(tokenizer("".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts))["input_ids"])
 
 
@@ -134,9 +133,9 @@ def suffix_with_head(ids: list[int], most: int) -> list[int]:
     return ids[:head] + ids[len(ids) - (most - head) :]
 
 
-def right_words(tokenizer: Tokenizer, document: str, most: int, *, from_left: bool = False) -> str:
-    """L-Eval's cut of a document: 250 words at a time go from its end (for code from its beginning) until it has at most `most` tokens."""
+def right_words(tokenizer: Tokenizer, document: str, most: int) -> str:
+    """L-Eval's cut of a document: 250 words at a time go from its end until it has at most `most` tokens."""
     words = document.split(" ")
     while words and len(encode(tokenizer, " ".join(words), special=False)) > most:
-        words = words[WORD_STEP:] if from_left else words[:-WORD_STEP]
+        words = words[:-WORD_STEP]
     return " ".join(words)

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longreach.evals.samples.base import Sample, Settings, Task
+from longreach.hf.interfaces import CausalLM, Tokenizer
 
 NEEDED = (0, 4, 13)
 BEFORE = (0, 5)
 
 
 def evaluate(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     tasks: Sequence[Any],
     *,
@@ -125,7 +126,7 @@ def refuse_broken(tasks: Sequence[Any]) -> None:
         raise ValueError(f"lm-eval's {', '.join(broken)} fail to load their data; use our own: longreach eval run infinitebench-longbook-qa-eng and others")
 
 
-def as_lm_eval_task(task: Task, tokenizer: Any, settings: Settings) -> Any:
+def as_lm_eval_task(task: Task, tokenizer: Tokenizer, settings: Settings) -> Any:
     """One of our tasks for lm-eval: the same prompts, the same scores. The name in lm-eval is "longreach_" and ours.
 
     Answers have the longest of the samples' lengths, since lm-eval has one for a task. Whether a chat template applies is lm-eval's choice.

@@ -20,7 +20,7 @@ from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.planning import dial
 from longreach.running.prefix import Prefix
-from longreach.running.prompts import Side, keep_ids, shrink
+from longreach.running.prompts import keep_ids, shrink
 from longreach.running.reading import require_finite, stream
 
 Overflow = Literal["refuse", "middle", "left"]
@@ -69,11 +69,6 @@ class LongContextLM(HFLM):
     @property
     def chunked(self) -> bool:
         return self.extension is not None and self.extension.method.chunk_invariant
-
-    @property
-    def side(self) -> Side:
-        """Where tokens are left out."""
-        return "middle" if self.overflow == "middle" else "left"
 
     def report(self) -> dict[str, Any]:
         """What a reader of the scores has to know, as plain data."""
@@ -147,7 +142,8 @@ class LongContextLM(HFLM):
         ids = self.tok_encode(request.args[0])
 
         def make(keep: int) -> tuple[tuple[str, int], int]:
-            text = self.tokenizer.decode(keep_ids(ids, keep, self.side), skip_special_tokens=False)
+            assert self.overflow != "refuse"
+            text = self.tokenizer.decode(keep_ids(ids, keep, self.overflow), skip_special_tokens=False)
             return (text, keep), len(self.tok_encode(text)) - room
 
         text, keep = shrink(room, make) or ("", 0)
@@ -179,9 +175,10 @@ class LongContextLM(HFLM):
             return context
         if room < 1:
             raise ValueError(f"a continuation of {self.max_length + 1 - room} tokens does not fit into {self.max_length}; declare a larger context")
+        assert self.overflow != "refuse"
         self.shortened += 1
         self.left_out += len(context) - room
-        return keep_ids(context, room, self.side)
+        return keep_ids(context, room, self.overflow)
 
 
 def window(model: CausalLM, extension: Extension | None, max_length: int | None) -> int:
