@@ -20,8 +20,8 @@ class StreamingLLM(Method):
         visible:   i - j <= n_recent   or   j < n_sink
         distance:  i - j for the recent ones, min(i, C) - j for the sinks
 
-    A distance never exceeds C, and it is i - j for all while the cache is not full (i <= C). Unlike LM-Infinite the sinks keep distances
-    of their own. What is neither a sink nor recent is gone.
+    A distance never exceeds C, and it is i - j for all while the cache is not full (i <= C). Unlike in LM-Infinite, the sinks keep
+    different distances. What is neither a sink nor recent is gone.
 
     n_recent   recent tokens that the cache holds, >= 1. The official chat demo uses 2000; the paper fills the trained window.
     n_sink     first tokens that it holds, >= 0; the paper uses 4.
