@@ -25,8 +25,8 @@ class DualChunk(Method):
     pretraining_length  the trained window L; the paper's c. Distances stay below it.
     preset              "paper": s = 3 L / 4, W = L - s, so that all of L is used. "repository": s = 5 L / 8, W = L / 8 + 1, distances up to
                         3 L / 4 (the official code's chunk size of 3 L / 4 less a local window of L / 8).
-    chunk_length        s, >= 1, in place of the preset's.
-    local_window        W, 1 to s, in place of the preset's.
+    chunk_length        s, >= 1; replaces the preset's.
+    local_window        W, 1 to s; replaces the preset's.
 
     Raises ValueError for parameters out of range.
     """

@@ -22,7 +22,7 @@ class LongRoPE(FrequencyMethod):
         lambda = short_factor up to length L, long_factor beyond; cos and sin times attention_factor at every length
 
     The length is the declared context, or factor * L if none is declared; it is fixed for the whole sequence. The paper's
-    search, and its first n tokens that keep the original rotation, are not offered: bring lists of your own.
+    search, and its first n tokens that keep the original rotation, are not offered: supply your own lists.
 
     factor            context / trained window that the lists were searched for, >= 1.
     long_factor       one divisor > 0 per pair of rotary dims, or the path of a JSON file: a list, or an object with `long_factor` and,
