@@ -40,13 +40,14 @@ def installed(command: str) -> str:
 
 def test_the_snippet_prints_the_answer_that_is_shown(tmp_path):
     [snippet], [shown] = blocks(README, "python"), blocks(README, "text")
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    more = "print(inputs['input_ids'].shape[1], extension.method.name)\nassert extension.describe()\nextension.remove()"
+    done = subprocess.run([sys.executable, "-c", f"{snippet}\n{more}"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == shown
+    tokens = re.search(r"# (\d+) tokens$", snippet, re.M)
+    assert tokens and 7 * 512 < int(tokens[1]) <= 4096
+    assert done.stdout == f"{shown}{tokens[1]} selfextend\n"
     key = re.search(r"key is (\d+)\.", snippet)
     assert key and f"extended: ' {key[1]}'" in shown and shown.count(key[1]) == 1  # stock does not find it
-    tokens = int(shown.split()[0])
-    assert 7 * 512 < tokens <= 4096
 
 
 @pytest.mark.parametrize("command", commands(TOUR))

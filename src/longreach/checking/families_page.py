@@ -22,17 +22,18 @@ def page(found: list[Family]) -> str:
     parts = [
         "# Families",
         f"Written by `longreach check --all --markdown docs/families.md`: {len(names)} methods on {len(open_ones)} families, {exact} combinations exact, "
-        f"{refused} refused with a reason, and {len(closed)} families that no method can be attached to. A family is a tiny model with random weights of a "
-        "real architecture of Transformers, in fp32 on the CPU. It proves that the arithmetic is right, not that a method is useful on it.",
-        f"Every cell shows two differences, relative to the largest logit. First: the fast path with a cache against the dense truth, {TOKENS} tokens, a "
-        f"small configuration that shows all the method does; the gate is {FAST:.0e}. Second: parameters that make the method plain attention against the "
-        f"stock model, {NEUTRAL_TOKENS} tokens; the gate is {NEUTRAL:.0e}. `R1`, `R2`, ...: refused, see the [reasons](#reasons). The tests check the same "
-        "cells and more: chunks, decoding, left-padded batches and bf16.",
-        "Support is not a list: `extend` reads and verifies the rotary encoding and the attention of the model it is given. A model that is not here is "
-        "either exact in the same sense, or refused.",
+        f"{refused} refused with a reason, and {len(closed)} families to which no method can be attached. Each family is represented by a tiny model with "
+        "random weights and a real architecture of Transformers, in fp32 on the CPU. This proves that the arithmetic is right, not that a method is "
+        "useful there.",
+        f"Every cell shows two differences, relative to the largest logit. The first compares the fast path with a cache to the dense truth, on {TOKENS} "
+        f"tokens, with small parameters that use every part of the method; the gate is {FAST:.0e}. The second compares parameters that make the method plain "
+        f"attention to the stock model, on {NEUTRAL_TOKENS} tokens; the gate is {NEUTRAL:.0e}. `R1`, `R2`, ... mean refused, for the [reasons](#reasons) "
+        "below. The tests check the same cells, and also prefill chunks, decoding, left-padded batches and bf16.",
+        "This is not a list of supported models: `extend` reads and verifies the rotary encoding and the attention of the model it is given. A model that is "
+        "not listed here is either exact in the same sense, or refused.",
         "## Layers",
-        "What each family was trained with. Layers with a sliding window or chunks stay as trained; the method goes on the full ones. If every layer slides, "
-        "the method replaces the window.",
+        "What each family was trained with. Layers with a sliding window or chunks stay as trained; the method is applied to the full layers. If every "
+        "layer has a sliding window, the method replaces it.",
         table(["family", "model", "layers"], [[f.name, f.architecture, f.layers.replace(" | ", ", ")] for f in open_ones]),
         "## Exactness",
         table(["family", *names], [[f.name, *(shown(cell, reasons) for cell in f.cells)] for f in open_ones]),

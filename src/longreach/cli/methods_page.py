@@ -137,17 +137,17 @@ def cost_sentence(kind: type[Method]) -> str:
     window, tokens = COSTED
     method = example(kind).method if kind in (Combined, LongRoPE) else dial.recommended(kind, window, tokens)
     found = cost(method, tokens)
-    growth = "constant from there on" if method.bounded else "growing with the text"
-    work = f"a new token attends to {found.read} keys, {found.keys} keys and {found.values} values are held, {growth}"
+    growth = "and stops growing" if method.bounded else "and grows with the text"
+    work = f"a new token attends to {found.read} keys; the KV cache holds {found.keys} keys and {found.values} values {growth}"
     setting = f"`{method.brief()}`" if kind is not LongRoPE else "any lists"
     trained = "" if kind in (Combined, LongRoPE) else f" on a trained window of {window.tokens}"
-    return f"**Cost** at {tokens} tokens with {setting}{trained}, per KV head, layer and row: {work}. Stock: {tokens} of each."
+    return f"**Cost** at {tokens} tokens with {setting}{trained}, per KV head, layer and row: {work} (stock: {tokens} of each)."
 
 
 def section(kind: type[Method]) -> str:
     doc, shown = read_doc(kind), example(kind)
     alt = f"Distances of {shown.method.brief()}" + (", and the turns of its rotary pairs" if kind.rescales else "")
-    head = f"`{kind.__name__}`, on the command line `{kind.name}`. Paper or source: {paper(kind)}. It recalls {kind.recalls}."
+    head = f"`{kind.__name__}`, on the command line `{kind.name}`. Paper or source: {paper(kind)}. Recalls {kind.recalls}."
     picture = f'<img src="{FOLDER}/{kind.name}.png" width="{680 if kind.rescales else 400}" alt="{alt}">'
     drawn = f"Picture: `{shown.command}`"
     return "\n\n".join((head, picture, drawn, doc.body, parameter_table(kind, doc), cost_sentence(kind)))
@@ -159,15 +159,15 @@ def gallery() -> str:
     positions = [kind for kind in kinds if not kind.rescales]
     shown = example(positions[0])
     lead = (
-        f"Methods of positions, {shown.length} tokens on a trained window of {shown.window}: colour is the effective distance, on the same scale in every "
-        "picture; orange was never trained, white is not visible."
+        f"Methods of positions, {shown.length} tokens on a trained window of {shown.window}: the colour is the effective distance, on the same scale in every "
+        "picture. Orange distances were never trained; white keys are not visible."
     )
     others = [kind for kind in kinds if kind.rescales]
     shown = example(others[0])
     second = (
-        f"Frequency methods, whose distances are the true ones, {shown.length} tokens on a trained window of {shown.window}: beside the distances, the tokens "
-        f"of one full turn of every rotary pair (rope_theta {BASE:g}, {DIMS} rotated dims). Orange is a distance at which some pair has an angle that was "
-        "never trained."
+        f"Frequency methods, which keep the true distances, {shown.length} tokens on a trained window of {shown.window}. Beside the distances: how many tokens "
+        f"one full turn of every rotary pair takes (rope_theta {BASE:g}, {DIMS} rotated dims). At an orange distance, some pair has an angle that was never "
+        "trained."
     )
     return "\n\n".join((lead, grid(positions, COLUMNS), second, grid(others, 2)))
 

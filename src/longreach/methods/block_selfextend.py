@@ -13,16 +13,16 @@ from longreach.methods.base import Method, require, require_integer
 
 @dataclass(frozen=True)
 class BlockSelfExtend(Method):
-    """SelfExtend with an exact window that grows from one block border to the next and is then grouped as a whole. Full visibility.
+    """SelfExtend in blocks: the exact window grows from one block border to the next, and is then grouped as a whole. Full visibility.
 
     With B = window * floor(i / window), the border before the query:
 
         j >= B:  d = i - j
         j <  B:  d = (i - B) + B / group_size - floor(j / group_size)
 
-    Just after a border even the previous token is grouped; SelfExtend keeps `window` tokens exact for every query. The official code
-    moves a border only between batches, so its exact zone depends on how a prompt is cut; these are its distances for a text that is fed
-    token by token, however it is cut here.
+    Just after a border even the previous token is grouped, whereas SelfExtend keeps `window` tokens exact for every query. The official
+    code moves a border only between batches, so its exact zone depends on how a prompt is cut. Here the distances are those of a text
+    that the official code reads token by token, and do not depend on the cut.
 
     group_size  tokens that share one position in finished blocks, >= 1; 1 is plain attention (the official `--grp-attn-n`).
     window      tokens of a block, a multiple of group_size; 512 is the official default (`--grp-attn-w`).
@@ -35,7 +35,7 @@ class BlockSelfExtend(Method):
 
     name: ClassVar[str] = "block-selfextend"
     paper: ClassVar[str] = "llama.cpp, pull request 4815"
-    recalls: ClassVar[str] = "everything, order coarse before the current block"
+    recalls: ClassVar[str] = "everything, order only coarsely before the current block"
 
     def __post_init__(self) -> None:
         require_integer("group_size", self.group_size, 1)

@@ -22,9 +22,9 @@ class Combined(Method):
         Combined(YaRN(4.0), LMInfinite(n_local=8192))
         Combined(PI(2.0), SelfExtend(group_size=8, window=1024))
 
-    The trained window that `positions` may use is what `encoding` reaches: with a trained window of L, YaRN(4.0) lets the other's
-    distances grow to 4 L. Frequencies that depend on the length are fixed from the largest distance that `positions` makes, so
-    a method that keeps all distances inside the trained window leaves them as they are.
+    `positions` may use all distances that `encoding` reaches: with a trained window of L, YaRN(4.0) lets them grow to 4 L.
+    Frequencies that depend on the length are fixed from the largest distance that `positions` produces. If that lies inside the
+    trained window, the frequencies are the model's own.
 
     encoding   a frequency method: PI, NTK, DynamicNTK, NTKByParts, YaRN, DynamicYaRN, LongRoPE.
     positions  any other method.

@@ -13,20 +13,20 @@ from longreach.methods.base import Method, require, require_integer
 
 @dataclass(frozen=True)
 class DualChunk(Method):
-    """Full visibility, no untrained distance, texts of any length. With chunks of s tokens, keys stand at j mod s and a query at
+    """Full visibility, no untrained distance, texts of any length. With chunks of s tokens, a key is at j mod s and a query at
 
         same chunk:      i mod s                                                (intra-chunk)
         chunk before:    s + i mod s,  at most s + W - 1                        (successive-chunk)
         older chunks:    s + W - 1                                              (inter-chunk)
 
-    True distances of 0 to W are exact for every query, larger ones as far as the query's place in its chunk allows. A distance does not
-    always grow with the true one: a far token can stand nearer than a close one, but never nearer than W.
+    True distances from 0 to W are exact for every query; how far beyond W they are exact depends on the query's place in its chunk. The
+    distance does not always grow with the true one: a far token can be placed nearer than a close one, but never nearer than W.
 
     pretraining_length  the trained window L; the paper's c. Distances stay below it.
     preset              "paper": s = 3 L / 4, W = L - s, so that all of L is used. "repository": s = 5 L / 8, W = L / 8 + 1, distances up to
                         3 L / 4 (the official code's chunk size of 3 L / 4 less a local window of L / 8).
-    chunk_length        s, >= 1, in place of the preset's.
-    local_window        W, 1 to s, in place of the preset's.
+    chunk_length        s, >= 1; replaces the preset's.
+    local_window        W, 1 to s; replaces the preset's.
 
     Raises ValueError for parameters out of range.
     """
@@ -38,7 +38,7 @@ class DualChunk(Method):
 
     name: ClassVar[str] = "dual-chunk"
     paper: ClassVar[str] = "arXiv 2402.17463"
-    recalls: ClassVar[str] = "everything, the order of far chunks unseen"
+    recalls: ClassVar[str] = "everything, but not the order of far chunks"
 
     def __post_init__(self) -> None:
         require_integer("pretraining_length", self.pretraining_length, 2)

@@ -15,7 +15,7 @@ class DynamicNTK(FrequencyMethod):
 
         base' = base * (factor * max(N, L) / L - (factor - 1)) ** (D / (D - 2))
 
-    Up to L it is plain attention. Transformers computes it anew as N grows; here N is the declared context, once for the whole
+    Up to L it is plain attention. Transformers recomputes the base as N grows; here N is the declared context, fixed for the whole
     sequence, so that cached decoding equals one forward.
 
     factor  >= 1; 1 slows the slowest pair by N / L, larger factors leave the other pairs more room.

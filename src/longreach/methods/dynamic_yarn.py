@@ -16,7 +16,7 @@ class DynamicYaRN(FrequencyMethod):
 
         YaRN with factor = max(1, N / L), temperature included
 
-    Up to L it is plain attention. The paper computes the factor anew at every step; here N is the declared context, once for the
+    Up to L it is plain attention. The paper recomputes the factor at every step; here N is the declared context, fixed for the
     whole sequence, so that cached decoding equals one forward.
 
     beta_fast         turns from which a pair stays as it is, > beta_slow; 32 for Llama.

@@ -14,7 +14,7 @@ from longreach.methods.base import Method, require, require_integer
 
 @dataclass(frozen=True)
 class LeakyReRoPE(Method):
-    """SelfExtend without floors: full visibility, fractional far positions, so order is kept at every distance.
+    """SelfExtend without rounding: full visibility and fractional far positions, so order is kept at every distance.
 
         i - j <  window:  d = i - j
         i - j >= window:  d = window + (i - j - window) / factor
@@ -23,7 +23,7 @@ class LeakyReRoPE(Method):
     factor     true distance per unit of far distance, >= 1; 1 is plain attention. 16 is the official default. For a text of N tokens on a
                trained window of L choose it so that window + (N - 1 - window) / factor <= L - 1.
     log_scale  base of the query factor max(1, ln(i + 1) / ln(base)). The official code always applies it, with the trained window as
-               base; None, off, is the position part alone.
+               base; None turns it off.
 
     Raises ValueError for parameters out of range.
     """

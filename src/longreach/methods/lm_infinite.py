@@ -19,15 +19,15 @@ class LMInfinite(Method):
         distance:  min(i - j, distance_limit)
 
     n_local         tokens seen at their true distance, >= 1; the paper uses the trained window.
-    n_global        first tokens that stay visible for ever; the paper finds 10 to 100 alike and 0 to break the model.
+    n_global        first tokens that always stay visible; the paper finds that 10 to 100 work equally well and that 0 breaks the model.
     distance_limit  the ceiling; None is n_local, which is also what the official conversion calls force.
     distance        "min" is the paper's; "constant" puts every global key beyond n_local at exactly distance_limit, as the official
                     code does. They differ only when distance_limit > n_local.
-    top_k           re-attend to the `top_k` best hidden keys of the middle (an option of the paper, 5 there); 0 is off. It keeps
-                    every key, so the memory is no longer bounded.
+    top_k           also attend to the `top_k` best hidden keys of the middle (an option of the paper, 5 there); 0 is off. It keeps
+                    every key, so memory is no longer bounded.
     top_k_distance  the one distance at which they are seen; None is half of distance_limit.
     top_k_rows      "last": only the last query of each forward, as in the official code; "all": every query.
-    top_k_from_layer  first layer (from 0) that re-attends; the official code uses 4.
+    top_k_from_layer  first layer (from 0) that does so; the official code uses 4.
 
     Raises ValueError for parameters out of range.
     """

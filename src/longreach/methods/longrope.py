@@ -21,8 +21,8 @@ class LongRoPE(FrequencyMethod):
         theta_a' = theta_a / lambda_a
         lambda = short_factor up to length L, long_factor beyond; cos and sin times attention_factor at every length
 
-    The length is the declared context, or factor * L if none is declared; it is looked at once for the whole sequence. The paper's
-    search, and its first n tokens that keep the original rotation, are not offered: bring the lists.
+    The length is the declared context, or factor * L if none is declared; it is fixed for the whole sequence. The paper's
+    search, and its first n tokens that keep the original rotation, are not offered: supply your own lists.
 
     factor            context / trained window that the lists were searched for, >= 1.
     long_factor       one divisor > 0 per pair of rotary dims, or the path of a JSON file: a list, or an object with `long_factor` and,
@@ -41,7 +41,7 @@ class LongRoPE(FrequencyMethod):
 
     name: ClassVar[str] = "longrope"
     paper: ClassVar[str] = "arXiv 2402.13753"
-    recalls: ClassVar[str] = "everything, as well as the searched lists allow"
+    recalls: ClassVar[str] = "everything, as far as the searched lists allow"
 
     def __post_init__(self) -> None:
         require_number("factor", self.factor, 1)

@@ -18,7 +18,7 @@ class NTK(FrequencyMethod):
         base' = base * factor ** (D / (D - 2)),   which is   theta_a' = theta_a * factor ** (-2 a / (D - 2))
 
     The fastest pair is unchanged, the slowest is divided by `factor` exactly as in position interpolation. The pairs between are
-    divided by less, so those that make no full turn in the trained window pass their trained angles before factor * L: choose the
+    divided by less. Those that make no full turn in the trained window therefore exceed their trained angles before factor * L: choose a
     factor larger than context / trained window.
 
     factor  by how much the slowest pair is slowed down, >= 1; 1 is plain attention.

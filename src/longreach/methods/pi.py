@@ -16,7 +16,7 @@ class PI(FrequencyMethod):
         theta_a' = theta_a / factor
 
     A distance d is thus encoded as d / factor: at length factor * L no angle is larger than those of the trained window L. Near
-    tokens come as close together as far ones, which is what models read worst without fine-tuning.
+    tokens move together by the same factor as far ones, and models without fine-tuning handle that badly.
 
     factor  context / trained window, >= 1; 1 is plain attention.
 

@@ -13,12 +13,12 @@ from longreach.methods.base import Method, require_integer
 
 @dataclass(frozen=True)
 class ReRoPE(Method):
-    """d = min(i - j, window), with full visibility: everything beyond the window stands at one distance. Texts of any length.
+    """d = min(i - j, window), with full visibility: everything beyond the window is at one distance. Texts of any length.
 
     window     tokens kept at their true distance, >= 1; 512 is the official default, its published table uses 1024 for a trained window
                of 4096.
     log_scale  base of the query factor max(1, ln(i + 1) / ln(base)). The official code always applies it, with the trained window as
-               base; None, off, is the position part alone.
+               base; None turns it off.
 
     Raises ValueError for parameters out of range.
     """
@@ -28,7 +28,7 @@ class ReRoPE(Method):
 
     name: ClassVar[str] = "rerope"
     paper: ClassVar[str] = "github.com/bojone/rerope"
-    recalls: ClassVar[str] = "everything, far order unseen"
+    recalls: ClassVar[str] = "everything, but not the order of far tokens"
 
     def __post_init__(self) -> None:
         require_integer("window", self.window, 1)

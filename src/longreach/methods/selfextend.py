@@ -27,7 +27,7 @@ class SelfExtend(Method):
     shift        "floor" is the paper's; "true_division" is what part of the official code computes (window - window / group_size),
                  which differs when group_size does not divide window.
     above        group only queries at index >= `above` (pass the trained window): shorter texts stay exactly as the model
-                 computes them. The paper groups from the window on (None).
+                 computes them. The paper groups as soon as a text is longer than `window` (None).
     log_scale    base L of the query factor max(1, ln(i + 1) / ln(L)), an option of the official code; None is off.
 
     Raises ValueError for parameters out of range.
@@ -41,7 +41,7 @@ class SelfExtend(Method):
 
     name: ClassVar[str] = "selfextend"
     paper: ClassVar[str] = "arXiv 2401.01325"
-    recalls: ClassVar[str] = "everything, far order coarse"
+    recalls: ClassVar[str] = "everything, the order of far tokens only coarsely"
 
     def __post_init__(self) -> None:
         require_integer("group_size", self.group_size, 1)

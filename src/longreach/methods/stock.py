@@ -13,12 +13,12 @@ from longreach.methods.base import Method, hidden_to_nan, require, require_integ
 
 @dataclass(frozen=True)
 class Stock(Method):
-    """d = i - j for all j <= i. Fits texts up to the trained window; chosen by the dial when the declared context fits.
+    """d = i - j for all j <= i: plain attention, for texts up to the trained window. The dial chooses it if the declared context fits.
 
-    sliding_window   see the last `sliding_window` tokens only, self included; None sees all. Layers that a model was trained with a
-                     sliding window on keep theirs under every method.
-    attention_chunk  see the tokens of the same stretch of `attention_chunk` tokens only, self included; None sees all. Layers that were
-                     trained in chunks keep theirs too. Not with `sliding_window`.
+    sliding_window   see only the last `sliding_window` tokens, the query included; None sees all. Layers that were trained with a
+                     sliding window keep it under every method, if the model has other layers too.
+    attention_chunk  see only tokens of the same chunk of `attention_chunk` tokens, the query included; None sees all. Layers that were
+                     trained with chunks keep them. Not together with `sliding_window`.
     """
 
     sliding_window: int | None = field(default=None, metadata={"help": "see the last tokens only"})

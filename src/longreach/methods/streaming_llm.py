@@ -20,14 +20,14 @@ class StreamingLLM(Method):
         visible:   i - j <= n_recent   or   j < n_sink
         distance:  i - j for the recent ones, min(i, C) - j for the sinks
 
-    A distance never exceeds C, and it is i - j for all while the cache is not full (i <= C). Unlike LM-Infinite the sinks keep distances
-    of their own. What is neither a sink nor recent is gone.
+    A distance never exceeds C, and it is i - j for all while the cache is not full (i <= C). Unlike in LM-Infinite, the sinks keep
+    different distances. What is neither a sink nor recent is gone.
 
     n_recent   recent tokens that the cache holds, >= 1. The official chat demo uses 2000; the paper fills the trained window.
     n_sink     first tokens that it holds, >= 0; the paper uses 4.
-    counting   "official": a token is fed, attends to the cache and to itself, then the oldest recent token leaves; n_recent + 1 recent
-               tokens are visible, self included. "chunkable": n_recent of them, self included, and the sinks stand at C - j from the first
-               query that does not see them as recent (the form of InfLLM's baseline). Both may be fed in chunks here.
+    counting   "official": a token attends to the cache and to itself before the oldest recent token leaves, so n_recent + 1 recent tokens
+               are visible, the query included. "chunkable": n_recent are visible, the query included, and a sink is at C - j from the
+               first query that does not see it as recent (as in InfLLM's baseline). Here, both can be read in chunks.
 
     Raises ValueError for parameters out of range.
     """

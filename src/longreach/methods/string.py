@@ -22,8 +22,8 @@ class STRING(Method):
     local_window to shift - 1 occur twice.
 
     shift         true distance from which keys are shifted, >= 1. The paper uses L / 3 of the trained window L; L / 7 to L / 2 work there.
-    local_window  distance at which the shifted keys begin, so that nearer tokens are alone at theirs; 0 to shift. 128 in the paper, at
-                  least 32 is advised; equal to `shift` it is plain attention.
+    local_window  distance at which the shifted keys begin, so that nearer distances occur once; 0 to shift. The paper uses 128 and
+                  advises at least 32; equal to `shift` it is plain attention.
 
     Raises ValueError for parameters out of range.
     """
@@ -33,7 +33,7 @@ class STRING(Method):
 
     name: ClassVar[str] = "string"
     paper: ClassVar[str] = "arXiv 2410.18745"
-    recalls: ClassVar[str] = "everything, up to the trained window and somewhat beyond"
+    recalls: ClassVar[str] = "everything, up to slightly more than the trained window"
 
     def __post_init__(self) -> None:
         require_integer("shift", self.shift, 1)

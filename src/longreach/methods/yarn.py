@@ -11,7 +11,7 @@ from longreach.methods.base import FrequencyMethod, require, require_number, req
 
 @dataclass(frozen=True)
 class YaRN(FrequencyMethod):
-    """Pairs with many turns in the trained window L stay, pairs with few are divided by `factor`, a ramp joins them; logits are sharpened:
+    """Pairs with many turns in the trained window L stay, pairs with few turns are divided by `factor`, and a ramp joins them; logits are sharpened:
 
         theta_a' = ramp_a * theta_a / factor + (1 - ramp_a) * theta_a
         ramp: 0 at pair low, 1 at pair high, linear in the pair's index between
