@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import longreach
 from longreach.checking import measurements
 from longreach.cli import COMMANDS, build, main, parameters, text
-from longreach.cli.check import brief
+from longreach.cli.parameters import brief
 from longreach.methods import registry
 from longreach.methods.base import Method
 from longreach.running import generation
