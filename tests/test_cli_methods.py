@@ -14,7 +14,7 @@ import torch
 import longreach
 from commands import Run, refused
 from longreach.cli import parameters
-from longreach.cli.check import brief
+from longreach.cli.parameters import brief
 from longreach.cli.program import build
 from longreach.methods import registry
 from longreach.methods.base import Method

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import longreach
 from longreach.apps import demo
 from longreach.cli import main
-from longreach.drawing import reach
+from longreach.drawing import canvas, reach
 from longreach.evals.samples import haystack
 from longreach.running.loading import shipped_book
 
@@ -74,6 +74,20 @@ def test_shares_add_up_and_the_words_say_them():
 def test_the_picture_is_drawn_whole_or_not_at_all(tmp_path: Path):
     reach.draw(ran()[2], demo.NAMES, tmp_path / "reach.png")
     assert (tmp_path / "reach.png").read_bytes().startswith(b"\x89PNG") and [p.name for p in tmp_path.iterdir()] == ["reach.png"]
+
+
+def test_the_picture_shows_the_numbers_of_the_result(monkeypatch: pytest.MonkeyPatch):
+    result, drawn = ran()[2], []
+    monkeypatch.setattr(canvas, "save", lambda figure, path: drawn.append(figure))
+    reach.draw(result, demo.NAMES, "not written")
+    curves, *panels = drawn[0].axes
+    lines = {line.get_label(): (line.get_color(), line.get_ydata().tolist()) for line in curves.lines[:3]}
+    assert lines == {label: (canvas.METHODS[name], result["loss"]["methods"][name]) for name, label in demo.NAMES.items()}
+    for (name, label), panel in zip(demo.NAMES.items(), panels, strict=True):
+        shares = [[demo.share(result, name, length, depth).percent for length in (512, 1024)] for depth in (0.0, 1.0)]
+        assert panel.get_title() == label and panel.images[0].get_array().tolist() == shares
+        assert [text.get_text() for text in panel.texts] == [f"{value:.0f}" for row in shares for value in row]
+        assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1x", "2x"]
 
 
 def test_the_command_prints_tables_or_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

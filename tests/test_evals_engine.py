@@ -171,6 +171,39 @@ def test_the_commands_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
         assert rows and all(row["task"] == protocol for row in rows)
 
 
+def test_a_report_says_which_runs_have_not_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Before: "2 runs, 0 pictures" and nothing else, of a run of perplexities that was interrupted."""
+    run = ("--lengths", "64", "--passages", 1, "--method", "stock")
+    said(capsys, "eval", "ppl", *run, "--out", tmp_path / "whole")
+    begun = json.loads((tmp_path / "whole" / "run.json").read_text()) | {"ended": None}
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.json").write_text(json.dumps(begun))
+    page = tmp_path / "r.html"
+    refused = said(capsys, "eval", "report", tmp_path / "begun", "--html", page, code=2)["error"]
+    assert refused == f"there is nothing to report: no run in {tmp_path / 'begun'} has results; run it to its end" and not page.exists()
+    assert main(["eval", "report", str(tmp_path / "whole"), str(tmp_path / "begun"), "--html", str(page)]) == 0
+    found = capsys.readouterr()
+    assert found.out == f"{page}: 2 runs, 2 pictures\n" and "whole" not in found.err
+    assert f"warning: {tmp_path / 'begun'} holds no results yet: its run has not ended; the command that began it completes it" in found.err
+
+
+@pytest.mark.parametrize(
+    "command", ["ppl --lengths 64 --passages 1 --out out", "estimate passkey --lengths 160 --samples 1", "run passkey --lengths 160 --samples 1 --out out"]
+)
+def test_quiet_means_quiet(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", *command.split(), "--method", "stock", "--quiet"]) == 0
+    found = capsys.readouterr()
+    assert found.err == "" and found.out
+
+
+def test_help_cuts_no_name_of_an_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("list", "run", "estimate", "ppl", "lm-eval", "report", "compare"):
+        assert main(["eval", name, "--help"]) == 0
+        assert "…" not in capsys.readouterr().out, name
+
+
 @pytest.mark.slow
 def test_a_killed_process_and_two_processes_give_the_numbers_of_one(tmp_path: Path):
     """With a real model: one run to its end, one that is killed and started again, and two that share a folder at the same time."""

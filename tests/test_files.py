@@ -58,7 +58,10 @@ def test_what_goes_wrong_in_the_middle_leaves_the_file_as_it_was(target: Path, p
 
 
 def test_a_kill_in_the_middle_leaves_the_file_as_it_was(target: Path):
-    code = "import sys, time; from longreach import files; files.write_by(sys.argv[1], lambda part: (part.write_text('half'), print('!', flush=True), time.sleep(60)))"
+    code = """if True:
+        import sys, time
+        from longreach import files
+        files.write_by(sys.argv[1], lambda part: (part.write_text('half'), print('!', flush=True), time.sleep(60)))"""
     child = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert child.stdout is not None and child.stdout.readline() == b"!\n"
     child.send_signal(signal.SIGKILL)
@@ -76,7 +79,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(target: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         with pytest.raises(ValueError, match=rf"^'{target}' cannot be written \(file too large\); free some space and try again, or choose another place$"):
             files.write(target, NEW)
-        with pytest.raises(ValueError, match="; go on later$"):
+        with pytest.raises(ValueError, match=r"; go on later$"):
             files.write(target, NEW, full="go on later")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import longreach
 from longreach.cli import methods_page
 from longreach.core.segments import matrices
-from longreach.drawing import distances
+from longreach.drawing import canvas, distances
 from longreach.hf import frequencies
 from longreach.methods import registry
 from longreach.methods.base import Method
@@ -53,6 +54,21 @@ def test_pictures_are_small(tmp_path, name):
     path = tmp_path / "picture.png"
     methods_page.draw(methods_page.example(registry()[name]), path)
     assert path.read_bytes().startswith(b"\x89PNG") and 2_000 < path.stat().st_size < 40_000
+
+
+def test_a_picture_shows_the_distances_it_is_given(monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Any] = []
+    monkeypatch.setattr(canvas, "save", lambda figure, path, colours: drawn.append((figure, colours)))
+    matrix = matrices(longreach.LMInfinite(4, 1).layout().segments, 8).distance
+    distances.draw(matrix, "a title", "not written", trained=3)
+    (figure, colours), (axes, bar) = drawn[0], drawn[0][0].axes
+    assert colours == canvas.PALETTE and figure.get_suptitle() == "a title"
+    shown = axes.images[0].get_array()
+    assert shown.filled(-1).tolist() == matrix.nan_to_num(-1).tolist() and axes.images[0].norm.vmax == 3
+    assert [text.get_text() for text in axes.texts] == [f"{d:g}" for d in matrix.flatten().tolist() if d == d]
+    assert [text.get_text() for text in axes.get_legend().texts] == ["not visible", "never trained"] and bar.get_ylabel() == "effective distance (tokens)"
+    distances.draw(matrix, "", "not written", trained=4)  # no distance is farther
+    assert [text.get_text() for text in drawn[1][0].axes[0].get_legend().texts] == ["not visible"]
 
 
 def test_a_parameter_without_a_meaning_is_refused():

@@ -165,6 +165,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from longreach.cli import parameters
     from longreach.methods import from_json
 
     facts = result["extension"]
@@ -185,7 +186,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     for column in ("context", "method", "capacity"):
         dial.add_column(column, justify="right" if column == "capacity" else "left")
     for row in result["dial"]:
-        name = "refused" if row["method"] is None else Text(brief(row["method"]))
+        name = "refused" if row["method"] is None else Text(parameters.brief(row["method"]))
         dial.add_row(f"{row['context']} ({row['times']}x)", name, "" if row["capacity"] is None else str(row["capacity"]))
     console.print(dial)
     for row in result["dial"]:
@@ -198,26 +199,10 @@ def show(console: Console, result: dict[str, Any]) -> None:
         gates.add_column(column, justify="right" if column in ("value", "gate") else "left")
     for group in result["groups"]:
         if group["method"] is not None:
-            gates.add_row("", Text(brief(group["method"]), style="bold"), "", "")
+            gates.add_row("", Text(parameters.brief(group["method"]), style="bold"), "", "")
         for m in group["measurements"]:
             state = Text("skip") if m["value"] is None and m["passed"] else Text("pass", "green") if m["passed"] else Text("FAIL", "bold red")
             gates.add_row(state, Text(m["name"]), m["note"] if m["value"] is None else f"{m['value']:.2g}", f"{m['gate']:.2g}")
     console.print(gates)
     failed = "a gate fails: do not trust this model under Longreach, and report it"
     console.print("all gates pass" if result["passed"] else failed, style="" if result["passed"] else "bold red")
-
-
-def brief(method: dict[str, Any]) -> str:
-    """selfextend --group-size 8 --window 64: what one would type, without the defaults."""
-    from longreach.cli import parameters
-
-    known = parameters.of(parameters.find(method["method"]))
-    given = [f"{p.option} {typed(method[p.name])}" for p in known if p.required or method[p.name] != p.default]
-    return " ".join([method["method"], *given])
-
-
-def typed(value: Any) -> str:
-    """A value of a parameter as one would type it."""
-    if isinstance(value, dict):
-        return f'"{brief(value)}"'
-    return ",".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value)

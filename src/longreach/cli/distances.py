@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli.common import Force, Json, Output, output, tokens
+from longreach.cli.common import Force, Json, Output, method_of, output, tokens
 from longreach.cli.targets import check_picture
 
 if TYPE_CHECKING:
@@ -52,10 +52,9 @@ def command(
         check_picture(out, png, force)
         if png is None and trained_window is not None:
             raise ValueError("--trained-window marks a picture; add --png FILE")
-        from longreach.cli.parameters import build
         from longreach.core.segments import matrices
 
-        chosen = build(method, context.args, ["--length", "--layer", "--png", "--trained-window", "--rope-base", "--rotary-dims", "--force", "--json"])
+        chosen = method_of(context, method)
         assert chosen is not None
         matrix = matrices(chosen.layout(layer).segments, length).distance
         note_late(out, chosen)

@@ -111,7 +111,7 @@ def report(
         if markdown is not None:
             files.write(markdown, f"<!-- written by longreach eval report -->\n\n{runs_in_markdown(opened)}", "page")
         result = {"html": str(html), "figures": [{"title": p.title, "png": str(p.png), "csv": str(p.csv)} for p in pictures]}
-        out.finish(result, lambda console: console.print(f"{html}: {counted(len(opened), 'run')}, {counted(len(pictures), 'picture')}"))
+        out.finish(result, lambda console: console.print(f"{html}: {counted(len(opened), 'run')}, {counted(len(pictures), 'picture')}", soft_wrap=True))
 
 
 def unfinished(out: Output, folders: list[Path], views: list[View]) -> None:

@@ -32,7 +32,7 @@ from longreach.cli.common import (
     plain_table,
     quiet_transformers,
 )
-from longreach.cli.eval_options import ChunkSize, announce, made_with, now, read_value, window_of
+from longreach.cli.eval_options import ChunkSize, announce, made_with, now, read_pair, window_of
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def command(
         chosen = method_of(context, method)
         names = parse_names(tasks)
         documents = parse_limit(limit)
-        answers, given = parse_pairs("--gen-kwargs", generation), parse_pairs("--metadata", metadata)
+        answers = dict(read_pair("--gen-kwargs", pair) for pair in generation or [])
+        given = dict(read_pair("--metadata", pair) for pair in metadata or [])
         if out_file is not None:
             targets.check(out, out_file, targets.RESULT, force)
         if include is not None and not include.is_dir():
@@ -112,9 +113,9 @@ def command(
                     num_fewshot=few_shots,
                     limit=documents,
                     apply_chat_template=chat,
-                    gen_kwargs=answers,
+                    gen_kwargs=answers or None,
                     include_path=None if include is None else str(include),
-                    metadata=given,
+                    metadata=given or None,
                     seed=seed,
                     confirm_run_unsafe_code=unsafe,
                 )
@@ -156,16 +157,6 @@ def parse_limit(limit: float | None) -> int | float | None:
     if not (1 <= limit < math.inf) or limit != int(limit):
         raise ValueError(f"--limit must be a number of documents, such as 50, or a share of them, such as 0.1, not {limit:g}")
     return int(limit)
-
-
-def parse_pairs(option: str, given: list[str] | None) -> dict[str, Any] | None:
-    found = {}
-    for pair in given or []:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise ValueError(f"{option} must be NAME=VALUE, not {pair!r}; repeat the option for several")
-        found[name] = read_value(value)
-    return found or None
 
 
 def write(path: Path, found: Mapping[str, Any], result: Mapping[str, Any]) -> None:

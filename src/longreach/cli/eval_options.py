@@ -154,22 +154,25 @@ def parse_options(given: list[str], tasks: list[Task]) -> dict[str, dict[str, An
     """NAME=VALUE for every task that knows the name; numbers, true and false are read as such."""
     found: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
     for option in given:
-        name, equals, value = option.partition("=")
+        name, value = read_pair("--option", option)
         owners = [task for task in tasks if name in task.options]
-        if not equals or not owners:
+        if not owners:
             known = sorted({known for task in tasks for known in task.options})
-            raise ValueError(f"--option {option!r} is not NAME=VALUE with a name that the tasks know; they know {', '.join(known) or 'none'}")
+            raise ValueError(f"--option {option!r} has a name that the tasks do not know; they know {', '.join(known) or 'none'}")
         for task in owners:
-            found[task.name][name] = read_value(value)
+            found[task.name][name] = value
     return found
 
 
-def read_value(text: str) -> Any:
-    """Numbers, true, false and lists as JSON has them; anything else is a word."""
+def read_pair(option: str, given: str) -> tuple[str, Any]:
+    """NAME=VALUE: numbers, true, false and lists as JSON has them; anything else is a word."""
+    name, equals, value = given.partition("=")
+    if not (name and equals):
+        raise ValueError(f"{option} must be NAME=VALUE, not {given!r}; repeat the option for several")
     try:
-        return json.loads(text)
+        return name, json.loads(value)
     except ValueError:
-        return text
+        return name, value
 
 
 def parse_lengths(listed: str) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from longreach.evals.harness.perplexity import Curve, Document, Point, Stretch
     from longreach.evals.harness.results import Row
+    from longreach.hf.interfaces import Tokenizer
 
 BENCH = "perplexity"
 CURVES = "curves.csv"
@@ -135,7 +136,7 @@ def command(
         out.finish(result, lambda console: show(console, rows))
 
 
-def read_documents(tokenizer: Any, sources: dict[str, str], longest: int, passages: int | None, seed: int) -> list[Document]:
+def read_documents(tokenizer: Tokenizer, sources: dict[str, str], longest: int, passages: int | None, seed: int) -> list[Document]:
     """Each text as a document, or passages of it."""
     from longreach.evals.harness import perplexity
     from longreach.evals.samples import haystack

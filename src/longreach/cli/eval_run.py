@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from longreach.evals.samples.base import Settings, Task
     from longreach.evals.samples.budget import ChatMode
     from longreach.hf.extension import Extension
+    from longreach.hf.interfaces import Tokenizer
     from longreach.methods.base import Method
 
 FAILED = 1
@@ -202,14 +203,21 @@ class Job:
     """A model, what is to be run on it, and how long its prompts may be."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     work: Mapping[Task, Settings]
     items: list[Item]
     span: Span
 
 
 def prepare(
-    model: Any, tokenizer: Any, wanted: Wanted, method: Method | None, declared: int | None, truncate: str | None, chat: ChatMode, trained_window: int | None
+    model: Any,
+    tokenizer: Tokenizer,
+    wanted: Wanted,
+    method: Method | None,
+    declared: int | None,
+    truncate: str | None,
+    chat: ChatMode,
+    trained_window: int | None,
 ) -> Job:
     """Make the samples, and see how long they are."""
     from longreach.evals.harness import runner

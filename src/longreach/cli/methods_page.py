@@ -15,7 +15,6 @@ import torch
 
 from longreach import files
 from longreach.cli import parameters
-from longreach.cli.check import brief
 from longreach.cli.distances import pairs_of
 from longreach.core.segments import Retention, forms, matrices
 from longreach.drawing import distances
@@ -46,7 +45,7 @@ class Example:
     def command(self) -> str:
         dims = f" --rotary-dims {DIMS}" if self.method.rescales else ""
         shown = f"--length {self.length} --trained-window {self.window}{dims} --png docs/{FOLDER}/{self.method.name}.png"
-        return f"longreach distances {brief(self.method.to_json())} {shown}"
+        return f"longreach distances {parameters.brief(self.method.to_json())} {shown}"
 
 
 def example(kind: type[Method]) -> Example:

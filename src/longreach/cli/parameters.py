@@ -205,3 +205,17 @@ def _example(annotation: Any, number: str | None = None) -> str:
     if _is_method(annotation):
         return '"METHOD --parameter VALUE"'
     return (number if annotation in (int, float) else None) or {int: "8", float: "0.5", bool: "true"}.get(annotation, "VALUE")
+
+
+def brief(method: dict[str, Any]) -> str:
+    """selfextend --group-size 8 --window 64: what one would type, without the defaults."""
+    known = of(find(method["method"]))
+    given = [f"{p.option} {typed(method[p.name])}" for p in known if p.required or method[p.name] != p.default]
+    return " ".join([method["method"], *given])
+
+
+def typed(value: Any) -> str:
+    """A value of a parameter as one would type it."""
+    if isinstance(value, dict):
+        return f'"{brief(value)}"'
+    return ",".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value)

@@ -16,6 +16,7 @@ from longreach.evals.harness.results import UNDECISIVE, Folder, Record, digest
 from longreach.evals.samples import budget
 from longreach.evals.samples.base import Sample, Settings, Task
 from longreach.evals.samples.budget import ChatMode, Prompt
+from longreach.hf.interfaces import Tokenizer
 from longreach.quantities import counted
 
 META = ("length_target", "depth", "depth_actual", "seed")  # have fields of their own in a record
@@ -67,7 +68,7 @@ class Outcome:
     truncated: int
 
 
-def plan(work: Mapping[Task, Settings], tokenizer: Any, chat: ChatMode = "auto") -> list[Item]:
+def plan(work: Mapping[Task, Settings], tokenizer: Tokenizer, chat: ChatMode = "auto") -> list[Item]:
     """Every sample of the tasks, with the length of its prompt."""
     items: list[Item] = []
     for task, settings in work.items():
@@ -125,7 +126,7 @@ def ordered(items: Sequence[Item]) -> list[Item]:
 def run(
     items: Sequence[Item],
     engine: Engine,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     folder: Folder,
     hashes: Mapping[str, str],
     *,
@@ -173,7 +174,7 @@ def _is_known(item: Item, known: Mapping[tuple[str, str], Record], hashes: Mappi
 
 
 def _record(
-    item: Item, engine: Engine, tokenizer: Any, config_hash: str, limit: int | None, truncate: str | None, chat: ChatMode, save_prompts: bool
+    item: Item, engine: Engine, tokenizer: Tokenizer, config_hash: str, limit: int | None, truncate: str | None, chat: ChatMode, save_prompts: bool
 ) -> Record:
     sample: Sample = item.sample
     metrics: dict[str, float] = {}
@@ -260,7 +261,7 @@ class Speed:
         return self.linear * tokens + self.quadratic * tokens**2
 
 
-def measure(items: Sequence[Item], engine: Engine, tokenizer: Any, chat: ChatMode = "auto") -> Speed:
+def measure(items: Sequence[Item], engine: Engine, tokenizer: Tokenizer, chat: ChatMode = "auto") -> Speed:
     """From the beginnings of the longest prompt."""
     prompt = budget.encode(tokenizer, max(items, key=lambda item: item.tokens).sample, chat)
     sample = replace(prompt.sample, max_new_tokens=PROBE_ANSWER, stop=())

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ClassVar, Literal
 
+from longreach.hf.interfaces import Tokenizer
+
 Chat = Literal["off", "user_turn", "prefix"]
 
 
@@ -85,7 +87,7 @@ class Task:
     random: ClassVar[float | None] = None
     options: ClassVar[Mapping[str, Any]] = {}  # known options and their defaults
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         raise NotImplementedError
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:

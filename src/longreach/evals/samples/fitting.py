@@ -10,10 +10,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 from random import Random
-from typing import Any
 
 from longreach.evals.samples.base import Sample, Settings, Task
 from longreach.evals.samples.budget import token_count
+from longreach.hf.interfaces import Tokenizer
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 LONGEST_TOKEN = 16  # characters that a token has on average at most, with much to spare: enough text is taken for this
@@ -107,24 +107,24 @@ def fresh(draw: Callable[[Random], str], rng: Random, taken: Collection[str], te
     raise ValueError(f"the text holds almost every word that a needle could have, such as {found!r}; pass another text")
 
 
-def answer_tokens(tokenizer: Any, answer: str, least: int) -> int:
+def answer_tokens(tokenizer: Tokenizer, answer: str, least: int) -> int:
     """Room for an answer: what the benchmark gives, or more where this tokenizer writes the right answer with more."""
     return max(least, len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 8)
 
 
-def needs(tokenizer: Any, sample: Sample) -> int:
+def needs(tokenizer: Tokenizer, sample: Sample) -> int:
     """Tokens of prompt and answer."""
     return token_count(tokenizer, sample) + sample.max_new_tokens
 
 
-def room_beside(tokenizer: Any, shortest: Sample, length: int) -> int:
+def room_beside(tokenizer: Tokenizer, shortest: Sample, length: int) -> int:
     """Tokens that are left of the length beside the shortest sample of a task. Raises ValueError if it does not fit."""
     if (least := needs(tokenizer, shortest)) > length:
         raise ValueError(f"{shortest.id}: the shortest prompt of this task and its answer have {least} tokens; choose a length of at least {least}")
     return length - least
 
 
-def fill(tokenizer: Any, build: Callable[[int], Sample], length: int, least: int = 0, most: int | None = None) -> Sample:
+def fill(tokenizer: Tokenizer, build: Callable[[int], Sample], length: int, least: int = 0, most: int | None = None) -> Sample:
     """One of the samples build(least), build(least + 1), ...: the prompt and the answer are at most `length` tokens, and few are left.
 
     Few is less than one unit has, or a 2000th of the length. The size grows about evenly with n, so that a secant gets there in a few steps;

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from longreach.evals.samples import fitting, words
 from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
+from longreach.hf.interfaces import Tokenizer
 
 PUBLISHED_FACTS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 GENERATIONS = {"father": 1, "mother": 1, "dad": 1, "mom": 1} | dict.fromkeys(
@@ -97,7 +98,7 @@ class AncestralTrace(Task):
     source: ClassVar[str] = "arXiv 2407.11963"
     options: ClassVar[dict[str, Any]] = {"facts": (), "max_new_tokens": 0}
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         self.check(settings)
         counts = self._counts(settings)
         for size in counts or settings.lengths:
@@ -119,7 +120,7 @@ class AncestralTrace(Task):
             raise ValueError(f"{self.name} needs whole numbers of 1 to {most} for facts, not {wrong[0]!r}")
         return counts or (() if settings.lengths else PUBLISHED_FACTS)
 
-    def _filled(self, tokenizer: Any, settings: Settings, length: int, kind: str, index: int) -> Sample:
+    def _filled(self, tokenizer: Tokenizer, settings: Settings, length: int, kind: str, index: int) -> Sample:
         family = Family(generator(settings, self.name, length, kind, index))
         answer = new_tokens(self, settings, length)
         return fitting.fill(tokenizer, lambda n: self._build(settings, (length,), kind, index, n, answer, length, family), length, 2, family.most)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from longreach.evals.samples import data
 from longreach.evals.samples.base import Parts, Sample, Settings, Task
 from longreach.evals.scores import scorers
+from longreach.hf.interfaces import Tokenizer
 
 COLUMNS: data.Columns = {"context": str, "input": str, "answer": (str, list, int, float), "options": (str, list)}
 LETTERS = "ABCD"
@@ -36,7 +37,7 @@ class InfiniteBench(Task):
     ask: ClassVar[str]
     tokens: ClassVar[int]
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         data.refuse_lengths(self, settings)
         source = data.Source("xinrongzhang2022/InfiniteBench", (f"{self.split}.jsonl",), COLUMNS)
         for number, row in data.pick(list(enumerate(data.rows(source, settings, self.group))), settings, self.name):

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import floor
 from random import Random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from longreach.evals.samples import fitting
 from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
 from longreach.evals.scores import scorers
 from longreach.evals.tasks.infinitebench import MARKS
 from longreach.evals.tasks.needle_threading import stream
+from longreach.hf.interfaces import Tokenizer
 
 
 class _Synthetic(Task):
@@ -22,14 +23,14 @@ class _Synthetic(Task):
     license: ClassVar[str] = "generated; needs no data"
     source: ClassVar[str] = "arXiv 2402.13718"
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         self.check(settings)
         for length in settings.lengths:
             for index in range(settings.samples):
                 for depth in settings.depths:
                     yield self._sample(tokenizer, settings, length, depth, index)
 
-    def _sample(self, tokenizer: Any, settings: Settings, length: int, depth: float, index: int) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, settings: Settings, length: int, depth: float, index: int) -> Sample:
         raise NotImplementedError
 
     def _id(self, length: int, depth: float, index: int) -> str:
@@ -41,7 +42,7 @@ class KeyValueRetrieval(_Synthetic):
 
     name: ClassVar[str] = "infinitebench-kv-retrieval"
 
-    def _sample(self, tokenizer: Any, settings: Settings, length: int, depth: float, index: int) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, settings: Settings, length: int, depth: float, index: int) -> Sample:
         haystack = stream(settings, index)
 
         def build(n: int) -> Sample:
@@ -64,7 +65,7 @@ class NumberString(_Synthetic):
 
     name: ClassVar[str] = "infinitebench-number-string"
 
-    def _sample(self, tokenizer: Any, settings: Settings, length: int, depth: float, index: int) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, settings: Settings, length: int, depth: float, index: int) -> Sample:
         text = fitting.haystack_text(settings) if settings.text is not None else ""
         passage = fitting.Passage(text, length) if text else None
         digits = fitting.fresh(repeated_digits, generator(settings, self.name, length, depth, index), (), text)

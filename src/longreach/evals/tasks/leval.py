@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from longreach.evals.samples import data
 from longreach.evals.samples.base import Parts, Sample, Settings, Task
+from longreach.hf.interfaces import Tokenizer
 
 COLUMNS: data.Columns = {"instructions": (list, str), "outputs": (list, str), "input": str}
 TOKENS = 512
@@ -32,7 +33,7 @@ class LEval(Task):
     system: ClassVar[str]
     exam: ClassVar[bool] = True
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         data.refuse_lengths(self, settings)
         questions = []
         for number, row in enumerate(data.rows(data.Source("L4NLP/LEval", (f"{self.file}.jsonl",), COLUMNS), settings, self.group)):

@@ -1,4 +1,4 @@
-"""LongBench (arXiv 2308.14508) and LongBench-E: 21 tasks in English, Chinese and code; 13 of them in three bins of length.
+"""LongBench (arXiv 2308.14508) and LongBench-E: 21 tasks in English, Chinese and code, a table; 13 of them in three bins of length.
 
 Scores are the official ones. The instructions are our own words around the official slots and cues; for the official wording give the
 official file: option `prompts`, the path of LongBench's config/dataset2prompt.json.
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from longreach.evals.samples import data
 from longreach.evals.samples.base import Chat, Parts, Sample, Settings, Task
 from longreach.evals.scores import scorers
+from longreach.hf.interfaces import Tokenizer
 
 COLUMNS: data.Columns = {"input": str, "context": str, "answers": (list, str), "length": int}
 BINS = ((4000, "0-4k"), (8000, "4-8k"))  # of the stored length: words, for Chinese characters
@@ -36,8 +37,11 @@ ROUGE: dict[str, Callable[..., scorers.Rouge]] = {"rouge_l": scorers.rouge_l_set
 class LongBench(Task):
     """One data set of LongBench: its prompt, the tokens of an answer, its metric.
 
+    config      its name among the official files.
     template    with the slots {context} and {input}.
+    tokens      of an answer.
     first_line  only the first line of an answer counts; the few-shot tasks.
+    binned      the form with lengths spread evenly, LongBench-E: settings.samples of each bin.
     """
 
     group = "longbench"
@@ -56,7 +60,7 @@ class LongBench(Task):
     chat: ClassVar[Chat] = "user_turn"
     binned: ClassVar[bool] = False
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         data.refuse_lengths(self, settings)
         prompts = self.option(settings, "prompts")
         template = self.template if prompts is None else official_template(prompts, self.config)
@@ -121,7 +125,7 @@ def averages(scores: Mapping[str, float]) -> dict[str, float]:
     """From the scores of the tasks, by name: `avg_category` is the mean of the means of six categories, as in the paper's tables; `avg_16` the
     mean of the 16 tasks in English and code, as in most later papers. Both need all 16; {} if one is missing.
     """
-    tasks = [t for t in _classes() if t.language != "zh" and not t.binned]
+    tasks = [t for t in TASKS if t.language != "zh" and not t.binned]
     if not all(t.name in scores for t in tasks):
         return {}
     categories: dict[str, list[float]] = {}
@@ -130,228 +134,76 @@ def averages(scores: Mapping[str, float]) -> dict[str, float]:
     return {"avg_category": fmean(map(fmean, categories.values())), "avg_16": fmean(scores[t.name] for t in tasks)}
 
 
-def _classes() -> list[type[LongBench]]:
-    return [value for value in globals().values() if isinstance(value, type) and issubclass(value, LongBench) and "name" in vars(value)]
+# -- the data sets ----------------------------------------------------------------------------------------------------------------
 
-
-# -- one document ---------------------------------------------------------------------------------------------------------------
-
-
-class NarrativeQA(LongBench):
-    name, config, category, tokens, metric = "longbench-narrativeqa", "narrativeqa", "single-document QA", 128, "f1"
-    template = (
-        "Here is a story: a novel or the script of a film. A question about it comes after it. Answer with as few words as you can, one phrase if "
-        "possible, and explain nothing.\n\nStory: {context}\n\nNow answer the question about the story above with as few words as you can, one "
-        "phrase if possible, and explain nothing.\n\nQuestion: {input}\n\nAnswer:"
-    )
-
-
-class Qasper(LongBench):
-    name, config, category, tokens, metric = "longbench-qasper", "qasper", "single-document QA", 128, "f1"
-    rule = (
-        'Answer with as few words as you can, one phrase or sentence if possible. If the article does not hold the answer, write "unanswerable". If it '
-        'is a question of yes or no, write "yes", "no" or "unanswerable". Explain nothing.'
-    )
-    template = (
-        f"Here are a scientific article and a question about it. {rule}\n\nArticle: {{context}}\n\n {rule}\n\nQuestion: {{input}}\n\nAnswer:"
-    )
-
-
-class MultiFieldQA(LongBench):
-    name, config, category, tokens, metric = "longbench-multifieldqa-en", "multifieldqa_en", "single-document QA", 64, "f1"
-    template = (
-        "Read this text. A short question about it follows.\n\n{context}\n\nAnswer the question from the text above. Write the answer and nothing "
-        "else.\n\nQuestion: {input}\nAnswer:"
-    )
-
-
-class MultiFieldQAChinese(LongBench):
-    name, config, category, tokens, metric = "longbench-multifieldqa-zh", "multifieldqa_zh", "single-document QA", 64, "f1_zh"
-    language = "zh"
-    template = "请先读下面这篇文章，然后简短地回答问题。\n\n文章：{context}\n\n请根据以上文章回答问题，只写答案，不要写别的内容。\n\n问题：{input}\n回答："
-
-
-# -- several documents ----------------------------------------------------------------------------------------------------------
-
+RULE = (
+    'Answer with as few words as you can, one phrase or sentence if possible. If the article does not hold the answer, write "unanswerable". If it '
+    'is a question of yes or no, write "yes", "no" or "unanswerable". Explain nothing.'
+)
 PASSAGES = (
     "Answer the question from the passages. Write the answer and nothing else.\n\nThe passages are:\n{context}\n\nAnswer the question from the "
     "passages above. Write the answer and nothing else.\n\nQuestion: {input}\nAnswer:"
 )
-
-
-class HotpotQA(LongBench):
-    name, config, category, tokens, metric, template = "longbench-hotpotqa", "hotpotqa", "multi-document QA", 32, "f1", PASSAGES
-
-
-class TwoWiki(LongBench):
-    name, config, category, tokens, metric, template = "longbench-2wikimqa", "2wikimqa", "multi-document QA", 32, "f1", PASSAGES
-
-
-class MuSiQue(LongBench):
-    name, config, category, tokens, metric, template = "longbench-musique", "musique", "multi-document QA", 32, "f1", PASSAGES
-
-
-class DuReader(LongBench):
-    name, config, category, tokens, metric = "longbench-dureader", "dureader", "multi-document QA", 128, "rouge_l_zh"
-    language = "zh"
-    template = "请根据给出的几篇文章回答问题。\n\n文章：{context}\n\n请根据以上几篇文章回答问题。\n\n问题：{input}\n回答："
-
-
-# -- summaries ------------------------------------------------------------------------------------------------------------------
-
-
-class GovReport(LongBench):
-    name, config, category, tokens, metric = "longbench-gov-report", "gov_report", "summaries", 512, "rouge_l"
-    template = "Here is a report of a government agency. Summarise it on one page.\n\nReport:\n{context}\n\nSummarise the report on one page.\n\nSummary:"
-
-
-class QMSum(LongBench):
-    name, config, category, tokens, metric = "longbench-qmsum", "qmsum", "summaries", 512, "rouge_l"
-    template = (
+CHINESE: dict[str, Any] = {"language": "zh"}
+CODE: dict[str, Any] = {"language": "code", "chat": "off"}
+FEW_SHOT: dict[str, Any] = {"first_line": True, "chat": "off"}
+# name, category, metric, tokens of an answer, what is not as usual, template
+SETS: tuple[tuple[str, str, str, int, dict[str, Any], str], ...] = (
+    ("narrativeqa", "single-document QA", "f1", 128, {},
+        "Here is a story: a novel or the script of a film. A question about it comes after it. Answer with as few words as you can, one phrase if "
+        "possible, and explain nothing.\n\nStory: {context}\n\nNow answer the question about the story above with as few words as you can, one "
+        "phrase if possible, and explain nothing.\n\nQuestion: {input}\n\nAnswer:"),
+    ("qasper", "single-document QA", "f1", 128, {},
+        f"Here are a scientific article and a question about it. {RULE}\n\nArticle: {{context}}\n\n {RULE}\n\nQuestion: {{input}}\n\nAnswer:"),
+    ("multifieldqa-en", "single-document QA", "f1", 64, {},
+        "Read this text. A short question about it follows.\n\n{context}\n\nAnswer the question from the text above. Write the answer and nothing "
+        "else.\n\nQuestion: {input}\nAnswer:"),
+    ("multifieldqa-zh", "single-document QA", "f1_zh", 64, CHINESE,
+        "请先读下面这篇文章，然后简短地回答问题。\n\n文章：{context}\n\n请根据以上文章回答问题，只写答案，不要写别的内容。\n\n问题：{input}\n回答："),
+    ("hotpotqa", "multi-document QA", "f1", 32, {}, PASSAGES),
+    ("2wikimqa", "multi-document QA", "f1", 32, {}, PASSAGES),
+    ("musique", "multi-document QA", "f1", 32, {}, PASSAGES),
+    ("dureader", "multi-document QA", "rouge_l_zh", 128, CHINESE,
+        "请根据给出的几篇文章回答问题。\n\n文章：{context}\n\n请根据以上几篇文章回答问题。\n\n问题：{input}\n回答："),
+    ("gov-report", "summaries", "rouge_l", 512, {},
+        "Here is a report of a government agency. Summarise it on one page.\n\nReport:\n{context}\n\nSummarise the report on one page.\n\nSummary:"),
+    ("qmsum", "summaries", "rouge_l", 512, {},
         "Here are the transcript of a meeting and a query about it. Answer the query in one or more sentences.\n\nTranscript:\n{context}\n\nAnswer "
-        "the query about the meeting above in one or more sentences.\n\nQuery: {input}\nAnswer:"
-    )
-
-
-class MultiNews(LongBench):
-    name, config, category, tokens, metric = "longbench-multi-news", "multi_news", "summaries", 512, "rouge_l"
-    template = "Here are several news articles. Summarise all of them on one page.\n\nNews:\n{context}\n\nSummarise all the news on one page.\n\nSummary:"
-
-
-class VCSum(LongBench):
-    name, config, category, tokens, metric = "longbench-vcsum", "vcsum", "summaries", 512, "rouge_l_zh"
-    language = "zh"
-    template = "下面是一次会议的记录。读完后请写一段总结，概括会议的内容。\n会议记录：\n{context}\n\n会议总结："
-
-
-# -- examples, then a new case --------------------------------------------------------------------------------------------------
-
-
-class TREC(LongBench):
-    name, config, category, tokens, metric = "longbench-trec", "trec", "few-shot", 64, "accuracy"
-    first_line, chat = True, "off"
-    template = "Say of which type the question is. Examples come first.\n\n{context}\n{input}"
-
-
-class TriviaQA(LongBench):
-    name, config, category, tokens, metric = "longbench-triviaqa", "triviaqa", "few-shot", 32, "f1"
-    first_line, chat = True, "off"
-    template = "Answer the question from the passage. Write the answer and nothing else. Examples come first.\n\n{context}\n\n{input}"
-
-
-class SAMSum(LongBench):
-    name, config, category, tokens, metric = "longbench-samsum", "samsum", "few-shot", 128, "rouge_l"
-    first_line, chat = True, "off"
-    template = "Summarise the dialogue in a few short sentences. Examples come first.\n\n{context}\n\n{input}"
-
-
-class LSHT(LongBench):
-    name, config, category, tokens, metric = "longbench-lsht", "lsht", "few-shot", 64, "accuracy"
-    first_line, chat, language = True, "off", "zh"
-    template = "请判断新闻属于哪个类别，先看几个例子。\n\n{context}\n{input}"
-
-
-# -- synthetic ------------------------------------------------------------------------------------------------------------------
-
-
-class PassageCount(LongBench):
-    name, config, category, tokens, metric = "longbench-passage-count", "passage_count", "synthetic", 32, "count"
-    template = (
+        "the query about the meeting above in one or more sentences.\n\nQuery: {input}\nAnswer:"),
+    ("multi-news", "summaries", "rouge_l", 512, {},
+        "Here are several news articles. Summarise all of them on one page.\n\nNews:\n{context}\n\nSummarise all the news on one page.\n\nSummary:"),
+    ("vcsum", "summaries", "rouge_l_zh", 512, CHINESE,
+        "下面是一次会议的记录。读完后请写一段总结，概括会议的内容。\n会议记录：\n{context}\n\n会议总结："),
+    ("trec", "few-shot", "accuracy", 64, FEW_SHOT, "Say of which type the question is. Examples come first.\n\n{context}\n{input}"),
+    ("triviaqa", "few-shot", "f1", 32, FEW_SHOT,
+        "Answer the question from the passage. Write the answer and nothing else. Examples come first.\n\n{context}\n\n{input}"),
+    ("samsum", "few-shot", "rouge_l", 128, FEW_SHOT, "Summarise the dialogue in a few short sentences. Examples come first.\n\n{context}\n\n{input}"),
+    ("lsht", "few-shot", "accuracy", 64, FEW_SHOT | CHINESE, "请判断新闻属于哪个类别，先看几个例子。\n\n{context}\n{input}"),
+    ("passage-count", "synthetic", "count", 32, {},
         "Below are paragraphs; some of them may occur more than once. Read them with care and find how many different paragraphs there are when "
         "those that repeat another are left out.\n\n{context}\n\nWrite the number of different paragraphs. Write the number alone, such as 1, 2 or "
-        "3, and nothing else.\n\nThe final answer is: "
-    )
-
-
-class PassageRetrieval(LongBench):
-    name, config, category, tokens, metric = "longbench-passage-retrieval-en", "passage_retrieval_en", "synthetic", 32, "retrieval"
-    template = (
+        "3, and nothing else.\n\nThe final answer is: "),
+    ("passage-retrieval-en", "synthetic", "retrieval", 32, {},
         "Below are 30 paragraphs of Wikipedia, and an abstract. Find the paragraph that the abstract is of.\n\n{context}\n\nThe abstract is:\n\n"
-        '{input}\n\nWrite the number of the paragraph that the abstract is of, in the form "Paragraph 1", "Paragraph 2".\n\nThe answer is: '
-    )
-
-
-class PassageRetrievalChinese(LongBench):
-    name, config, category, tokens, metric = "longbench-passage-retrieval-zh", "passage_retrieval_zh", "synthetic", 32, "retrieval"
-    language = "zh"
-    template = (
+        '{input}\n\nWrite the number of the paragraph that the abstract is of, in the form "Paragraph 1", "Paragraph 2".\n\nThe answer is: '),
+    ("passage-retrieval-zh", "synthetic", "retrieval", 32, CHINESE,
         "下面有若干个段落，还有其中一段的摘要。请找出摘要出自哪一段。\n\n{context}\n\n摘要是：\n\n{input}\n\n"
-        "请写出摘要所属段落的编号，写成“段落1”、“段落2”这样的形式。\n\n答案是："
-    )
+        "请写出摘要所属段落的编号，写成“段落1”、“段落2”这样的形式。\n\n答案是："),
+    ("lcc", "code", "code_sim", 64, CODE, "Complete the code below.\n{context}Next line of code:\n"),
+    ("repobench-p", "code", "code_sim", 64, CODE, "Complete the code below.\n{context}{input}Next line of code:\n"),
+)
+EVENLY = (
+    "qasper multifieldqa-en hotpotqa 2wikimqa gov-report multi-news trec triviaqa samsum passage-count passage-retrieval-en lcc repobench-p"
+).split()  # have the form with bins too
 
 
-# -- code -----------------------------------------------------------------------------------------------------------------------
+def _kinds() -> Iterator[type[LongBench]]:
+    for name, category, metric, tokens, more, template in SETS:
+        config = name if name == "repobench-p" else name.replace("-", "_")
+        facts = {"config": config, "category": category, "metric": metric, "tokens": tokens, "template": template, **more}
+        yield type(name, (LongBench,), {**facts, "name": f"longbench-{name}"})
+        if name in EVENLY:
+            yield type(name, (LongBench,), {**facts, "name": f"longbench-e-{name}", "group": "longbench-e", "binned": True})
 
 
-class LCC(LongBench):
-    name, config, category, tokens, metric = "longbench-lcc", "lcc", "code", 64, "code_sim"
-    chat, language = "off", "code"
-    template = "Complete the code below.\n{context}Next line of code:\n"
-
-
-class RepoBench(LongBench):
-    name, config, category, tokens, metric = "longbench-repobench-p", "repobench-p", "code", 64, "code_sim"
-    chat, language = "off", "code"
-    template = "Complete the code below.\n{context}{input}Next line of code:\n"
-
-
-# -- LongBench-E ----------------------------------------------------------------------------------------------------------------
-
-
-class Binned(LongBench):
-    """The form with lengths spread evenly: settings.samples of each bin."""
-
-    group = "longbench-e"
-    binned = True
-
-
-class QasperE(Binned, Qasper):
-    name = "longbench-e-qasper"
-
-
-class MultiFieldQAE(Binned, MultiFieldQA):
-    name = "longbench-e-multifieldqa-en"
-
-
-class HotpotQAE(Binned, HotpotQA):
-    name = "longbench-e-hotpotqa"
-
-
-class TwoWikiE(Binned, TwoWiki):
-    name = "longbench-e-2wikimqa"
-
-
-class GovReportE(Binned, GovReport):
-    name = "longbench-e-gov-report"
-
-
-class MultiNewsE(Binned, MultiNews):
-    name = "longbench-e-multi-news"
-
-
-class TRECE(Binned, TREC):
-    name = "longbench-e-trec"
-
-
-class TriviaQAE(Binned, TriviaQA):
-    name = "longbench-e-triviaqa"
-
-
-class SAMSumE(Binned, SAMSum):
-    name = "longbench-e-samsum"
-
-
-class PassageCountE(Binned, PassageCount):
-    name = "longbench-e-passage-count"
-
-
-class PassageRetrievalE(Binned, PassageRetrieval):
-    name = "longbench-e-passage-retrieval-en"
-
-
-class LCCE(Binned, LCC):
-    name = "longbench-e-lcc"
-
-
-class RepoBenchE(Binned, RepoBench):
-    name = "longbench-e-repobench-p"
+TASKS = tuple(_kinds())

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from longreach.evals.samples import data
 from longreach.evals.samples.base import Parts, Sample, Settings, Task
+from longreach.hf.interfaces import Tokenizer
 
 LETTERS = "ABCD"
 FIELDS = {"$DOC$": "context", "$Q$": "question", **{f"$C_{letter}$": f"choice_{letter}" for letter in LETTERS}}  # the official file's slots
@@ -33,7 +34,7 @@ class LongBenchV2(Task):
     random = 0.25
     options: ClassVar[Mapping[str, Any]] = {"prompt": None}
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         data.refuse_lengths(self, settings)
         path = self.option(settings, "prompt")
         template = TEMPLATE if path is None else official_template(path)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from longreach.evals.samples import data
 from longreach.evals.samples.base import Parts, Sample, Settings, Task
 from longreach.evals.scores import scorers
+from longreach.hf.interfaces import Tokenizer
 
 COLUMNS: data.Columns = {"input": str, "qa_pairs": (str, list), "output": (str, list)}
 MASK = re.compile(r"<mask-\d+>")
@@ -32,7 +33,7 @@ class LooGLE(Task):
     tokens: ClassVar[int]
     ask: ClassVar[str] = "Read the text below and answer a question about it."
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         data.refuse_lengths(self, settings)
         config = self.config
         source = data.Source("bigainlco/LooGLE", (f"{config}.jsonl", f"{config}/test*.parquet", f"{config}*.parquet"), COLUMNS)

@@ -18,6 +18,7 @@ from uuid import UUID
 
 from longreach.evals.samples import fitting
 from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
+from longreach.hf.interfaces import Tokenizer
 
 DIRECTIONS = ("forward", "backward", "random")
 _UUID = re.compile(r"(?<![0-9a-f])[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}(?![0-9a-f])")
@@ -84,7 +85,7 @@ class NeedleThreading(Task):
     def depths(self, settings: Settings) -> tuple[float | None, ...]:
         return (None,)
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         self.check(settings)
         least = self.pairs_needed(settings)
         for length in settings.lengths:
@@ -93,7 +94,7 @@ class NeedleThreading(Task):
                 for depth in self.depths(settings):
                     yield self._sample(tokenizer, settings, haystack, least, length, depth, index)
 
-    def _sample(self, tokenizer: Any, settings: Settings, haystack: Stream, least: int, length: int, depth: float | None, index: int) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, settings: Settings, haystack: Stream, least: int, length: int, depth: float | None, index: int) -> Sample:
         key = (self.name, length, index) if depth is None else (self.name, length, depth, index)
         id = "/".join(f"{part:g}" if isinstance(part, float) else str(part) for part in key)
 

@@ -13,6 +13,7 @@ from longreach.evals.samples import fitting, words
 from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
 from longreach.evals.samples.haystack import sentence_start
 from longreach.evals.tasks.ancestral_trace import INSTRUCTIONS, Family, box, boxed_match, new_tokens
+from longreach.hf.interfaces import Tokenizer
 
 Needle = tuple[float, str]  # depth and sentence
 
@@ -24,7 +25,7 @@ class NeedleBench(Task):
     license: ClassVar[str] = "generated; needs no data but a text"
     source: ClassVar[str] = "arXiv 2407.11963"
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         self.check(settings)
         text = fitting.haystack_text(settings)
         for length in settings.lengths:
@@ -38,13 +39,13 @@ class NeedleBench(Task):
         return settings.depths
 
     def sample(
-        self, tokenizer: Any, settings: Settings, text: str, passage: fitting.Passage, length: int, depth: float | None, index: int
+        self, tokenizer: Tokenizer, settings: Settings, text: str, passage: fitting.Passage, length: int, depth: float | None, index: int
     ) -> Sample:
         raise NotImplementedError
 
     def fill(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         settings: Settings,
         passage: fitting.Passage,
         length: int,
@@ -74,7 +75,7 @@ class SingleRetrieval(NeedleBench):
     name: ClassVar[str] = "needlebench-single-retrieval"
 
     def sample(
-        self, tokenizer: Any, settings: Settings, text: str, passage: fitting.Passage, length: int, depth: float | None, index: int
+        self, tokenizer: Tokenizer, settings: Settings, text: str, passage: fitting.Passage, length: int, depth: float | None, index: int
     ) -> Sample:
         assert depth is not None
         ((village, thing),) = villages(settings, (self.name, length, index), 1, text)
@@ -100,7 +101,7 @@ class MultiRetrieval(NeedleBench):
         return (None,)
 
     def sample(
-        self, tokenizer: Any, settings: Settings, text: str, passage: fitting.Passage, length: int, depth: float | None, index: int
+        self, tokenizer: Tokenizer, settings: Settings, text: str, passage: fitting.Passage, length: int, depth: float | None, index: int
     ) -> Sample:
         count = fitting.whole_number(self, settings, "needles", 2)
         found = villages(settings, (self.name, length, index), count, text)
@@ -129,7 +130,7 @@ class MultiReasoning(NeedleBench):
     options: ClassVar[dict[str, Any]] = {"facts": 3, "max_new_tokens": 0}
 
     def sample(
-        self, tokenizer: Any, settings: Settings, text: str, passage: fitting.Passage, length: int, depth: float | None, index: int
+        self, tokenizer: Tokenizer, settings: Settings, text: str, passage: fitting.Passage, length: int, depth: float | None, index: int
     ) -> Sample:
         assert depth is not None
         count = fitting.whole_number(self, settings, "facts", 2)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from longreach.evals.samples import fitting, haystack
 from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
+from longreach.hf.interfaces import Tokenizer
 
 NOUNS = "access vault courier harbour library archive ferry garden mill observatory signal tower".split()
 CITIES = "Lisbon Oslo Cairo Quito Nairobi Kyoto Hanoi Tampere Dakar Riga Lima Perth Turin Sofia Accra Bergen".split()
@@ -31,7 +32,7 @@ class _Needle(Task):
         """-> (needle, question, beginning of the answer, references)."""
         raise NotImplementedError
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         self.check(settings)
         from longreach.running.loading import shipped_book
 
@@ -42,7 +43,7 @@ class _Needle(Task):
                 for depth in settings.depths:
                     yield self._sample(tokenizer, settings, text, start, length, depth, index)
 
-    def _sample(self, tokenizer: Any, settings: Settings, text: str, start: int, length: int, depth: float, index: int) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, settings: Settings, text: str, start: int, length: int, depth: float, index: int) -> Sample:
         needle, question, lead, references = self.needle(settings, length, depth, index)
         if needle in text:
             raise ValueError(f"the text says already: {needle!r}; pass another text")

@@ -17,6 +17,7 @@ from longreach.evals.samples import fitting, haystack
 from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
 from longreach.evals.samples.fitting import FILLER
 from longreach.evals.scores import scorers
+from longreach.hf.interfaces import Tokenizer
 
 INSTRUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important information there."
@@ -42,7 +43,7 @@ class PassKey(Task):
     source: ClassVar[str] = "arXiv 2305.16300, 2308.16137, 2401.01325, 2309.00071, 2402.13718"
     options: ClassVar[dict[str, Any]] = {"style": "longreach", "digits": 5}
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         styles: dict[str, Callable[[Any, Settings], Iterator[Sample]]] = {
             "longreach": self._own,
             "lm-infinite": self._lm_infinite,
@@ -71,7 +72,7 @@ class PassKey(Task):
             return {"accuracy": float(found is not None and scorers.whole(found) == int(wanted))}
         return {"accuracy": float(found == wanted)}
 
-    def _own(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def _own(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         digits = self.option(settings, "digits")
         answer_tokens = max(12, number_tokens(tokenizer, digits) + 3)
         for length, depth, index in grid(settings):
@@ -82,14 +83,14 @@ class PassKey(Task):
             else:
                 yield self._in_passage(tokenizer, settings.text, key, answer_tokens, settings, length, depth, index, rng.random())
 
-    def _lm_infinite(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def _lm_infinite(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         for length in settings.lengths:
             for index, (key, position, slots) in enumerate(lm_infinite_draws(tokenizer, length, settings.samples, settings.seed)):
                 document = " ".join([FILLER] * position + [STATEMENT.format(key=key)] + [FILLER] * (slots - position))
                 parts = replace(frame(" "), document=document, answer_prefix=f"{LEAD} ")
                 yield self._sample(parts, key, 7, settings, length, None, index, "lm-infinite")
 
-    def _selfextend(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def _selfextend(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         if settings.data is not None:
             yield from self._selfextend_rows(tokenizer, settings)
             return
@@ -99,7 +100,7 @@ class PassKey(Task):
             key = str(generator(settings, self.name, "selfextend", length, depth, index).randrange(10 ** (digits - 1), 10**digits))
             yield self._among_slots(tokenizer, frame("\n"), "\n", key, answer_tokens, settings, length, depth, index, "selfextend")
 
-    def _selfextend_rows(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def _selfextend_rows(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         assert settings.data is not None
         path = Path(settings.data).expanduser()
         if not path.is_file():
@@ -113,7 +114,7 @@ class PassKey(Task):
             meta = {"style": "selfextend", "passkey_position": row.get("passkey_position")}
             yield Sample(f"{self.name}/selfextend/row{index}", Parts(row["input"]), (key,), count, meta)
 
-    def _yarn(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def _yarn(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         for length in settings.lengths:
             for index in range(settings.samples):
                 rng = generator(settings, self.name, "yarn", length, index)
@@ -126,13 +127,13 @@ class PassKey(Task):
         document = f"{garbage[:before]}\n{STATEMENT.format(key=key)}\n{garbage[: characters - before]}"
         return self._sample(replace(frame("\n"), document=document), key, 10, settings, length, None, index, "yarn")
 
-    def _infinitebench(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def _infinitebench(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         for length, depth, index in grid(settings):
             key = str(generator(settings, self.name, "infinitebench", length, depth, index).randrange(10**4, 10**5))
             yield self._among_slots(tokenizer, frame("\n\n"), "\n", key, 6, settings, length, depth, index, "infinitebench")
 
     def _among_slots(
-        self, tokenizer: Any, around: Parts, joint: str, key: str, new: int, settings: Settings, length: int, depth: float, index: int, style: str
+        self, tokenizer: Tokenizer, around: Parts, joint: str, key: str, new: int, settings: Settings, length: int, depth: float, index: int, style: str
     ) -> Sample:
         """As much filler as fits, with the statement after the share `depth` of its slots."""
 
@@ -143,7 +144,9 @@ class PassKey(Task):
 
         return fitting.fill(tokenizer, build, length)
 
-    def _in_passage(self, tokenizer: Any, text: str, key: str, new: int, settings: Settings, length: int, depth: float, index: int, where: float) -> Sample:
+    def _in_passage(
+        self, tokenizer: Tokenizer, text: str, key: str, new: int, settings: Settings, length: int, depth: float, index: int, where: float
+    ) -> Sample:
         """The statement in a passage of a text that the user gave, asked for as the demonstration does."""
 
         def build(document: str) -> Sample:
@@ -171,12 +174,12 @@ def grid(settings: Settings) -> Iterator[tuple[int, float, int]]:
                 yield length, depth, index
 
 
-def number_tokens(tokenizer: Any, digits: int) -> int:
+def number_tokens(tokenizer: Tokenizer, digits: int) -> int:
     """The tokens of a number with so many digits; the greater of a repetitive and of an irregular one."""
     return max(len(tokenizer(" " + (pattern * digits)[:digits], add_special_tokens=False)["input_ids"]) for pattern in ("8", "7293046158"))
 
 
-def lm_infinite_draws(tokenizer: Any, length: int, samples: int, seed: int = 0) -> Iterator[tuple[str, int, int]]:
+def lm_infinite_draws(tokenizer: Tokenizer, length: int, samples: int, seed: int = 0) -> Iterator[tuple[str, int, int]]:
     """(key, number of filler sentences before it, in all) as LM-Infinite's script draws them; seed 0 is the script's own."""
     from numpy.random import RandomState
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from longreach.evals.samples import fitting, words
 from longreach.evals.samples.base import Parts, Sample, Settings, generator
 from longreach.evals.tasks.ruler import Ruler
+from longreach.hf.interfaces import Tokenizer
 
 DRAW: dict[str, Callable[[Random], str]] = {"words": words.two_words, "numbers": words.number, "uuids": words.uuid4}
 DEPTHS = [round(100 * i / 39) for i in range(40)]
@@ -29,7 +30,7 @@ class Niah(Ruler):
     queries: ClassVar[int] = 1
     new_tokens: ClassVar[int] = 128
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         self.check(settings)
         filler = "essay" if self.filler == "noise" and settings.text is not None else self.filler
         text = fitting.haystack_text(settings) if filler == "essay" else ""
@@ -38,7 +39,7 @@ class Niah(Ruler):
             for index in range(settings.samples):
                 yield self._sample(tokenizer, settings, filler, text, essay, length, index)
 
-    def _sample(self, tokenizer: Any, settings: Settings, filler: str, text: str, essay: fitting.Passage | None, length: int, index: int) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, settings: Settings, filler: str, text: str, essay: fitting.Passage | None, length: int, index: int) -> Sample:
         rng = generator(settings, self.name, length, index)
         taken: list[str] = []
         keys = [self._new(rng, self.key_type, taken, text) for _ in range(max(self.keys, self.queries))]

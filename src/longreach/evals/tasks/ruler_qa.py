@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from longreach.evals.samples import data
 from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
 from longreach.evals.scores import scorers
+from longreach.hf.interfaces import Tokenizer
 
 TOKENS = 32
 ASK = "Answer the question from the documents below. Write the answer and nothing else."
@@ -45,7 +46,7 @@ class RulerQA(Task):
 
     origin: ClassVar[data.Source]
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         if not settings.lengths:
             raise ValueError(f"{self.name} needs lengths, such as --lengths 4k,8k: as many documents as fit are put around each question")
         if settings.samples < 0:
@@ -63,7 +64,7 @@ class RulerQA(Task):
     def pool(self, content: Any) -> Pool:
         raise NotImplementedError
 
-    def _sample(self, tokenizer: Any, pool: Pool, settings: Settings, length: int, index: int, tokens: Any) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, pool: Pool, settings: Settings, length: int, index: int, tokens: Any) -> Sample:
         question, rng = pool.questions[index], generator(settings, self.name, length, index)
         others, own = list(question.own), set(question.own) | set(question.gold)
         rng.shuffle(others)
@@ -85,7 +86,7 @@ class RulerQA(Task):
         meta = {"length_target": length, "seed": settings.seed, "documents": count, "all_documents": count == len(places)}
         return Sample(f"{self.name}:{length}:{index}", parts, question.answers, TOKENS, meta, chat="prefix")
 
-    def _estimate(self, tokenizer: Any, question: Question, places: Sequence[int], tokens: Any, length: int) -> int:
+    def _estimate(self, tokenizer: Tokenizer, question: Question, places: Sequence[int], tokens: Any, length: int) -> int:
         """About how many documents fit, by the tokens of each alone: tokenising the whole for every count would cost hours."""
         room = length - TOKENS - len(tokenizer(prompt(question, [], 0.0).text)["input_ids"])
         count = 0

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from longreach.evals.samples import fitting
 from longreach.evals.samples.base import Parts, Sample, Settings, generator
 from longreach.evals.tasks.ruler import Ruler
+from longreach.hf.interfaces import Tokenizer
 
 ANNOUNCED = "Keep track of the variables that get a value in the text below.\n\n"
 EXAMPLE_TOKENS = 500
@@ -53,7 +54,7 @@ class VariableTracking(Ruler):
     options: ClassVar[dict[str, Any]] = {"chains": 1, "hops": 4}
     new_tokens: ClassVar[int] = 30
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         self.check(settings)
         text = fitting.haystack_text(settings) if settings.text is not None else ""
         for length in settings.lengths:
@@ -62,7 +63,7 @@ class VariableTracking(Ruler):
             for index in range(settings.samples):
                 yield self._sample(tokenizer, settings, text, noise, length, index, example)
 
-    def _example(self, tokenizer: Any, settings: Settings, length: int) -> str:
+    def _example(self, tokenizer: Tokenizer, settings: Settings, length: int) -> str:
         puzzle = self._puzzle(settings, generator(settings, self.name, "example"), 3, "")
         solved = f" {', '.join(puzzle.references)}\n\n"
 
@@ -74,7 +75,7 @@ class VariableTracking(Ruler):
         wanted = min(EXAMPLE_TOKENS, length // 4)
         return fitting.fill(tokenizer, build, max(wanted, fitting.needs(tokenizer, build(least))), least).parts.document
 
-    def _sample(self, tokenizer: Any, settings: Settings, text: str, noise: list[str] | None, length: int, index: int, example: str) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, settings: Settings, text: str, noise: list[str] | None, length: int, index: int, example: str) -> Sample:
         puzzle = self._puzzle(settings, generator(settings, self.name, length, index), 5, text + example)
         new_tokens = fitting.answer_tokens(tokenizer, f" {', '.join(puzzle.references)}", self.new_tokens)
         id = f"{self.name}/{length}/{index}"

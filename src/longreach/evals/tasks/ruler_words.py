@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from longreach.evals.samples import fitting
 from longreach.evals.samples.base import Parts, Sample, Settings, generator
 from longreach.evals.tasks.ruler import Ruler
+from longreach.hf.interfaces import Tokenizer
 
 SHORT = 4096  # below this length the lists repeat their words less, as published
 
@@ -26,14 +27,14 @@ class CommonWords(Ruler):
     options: ClassVar[dict[str, Any]] = {"common": 10, "common_repeats": 0, "uncommon_repeats": 0}
     new_tokens: ClassVar[int] = 120
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         self.check(settings)
         pool = word_pool()
         for length in settings.lengths:
             for index in range(settings.samples):
                 yield self._sample(tokenizer, settings, pool, length, index)
 
-    def _sample(self, tokenizer: Any, settings: Settings, pool: list[str], length: int, index: int) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, settings: Settings, pool: list[str], length: int, index: int) -> Sample:
         common = fitting.whole_number(self, settings, "common")
         short = length < SHORT
         often = fitting.whole_number(self, settings, "common_repeats", 0) or (6 if short else 30)
@@ -77,7 +78,7 @@ class FrequentWords(Ruler):
     options: ClassVar[dict[str, Any]] = {"alpha": 2.0}
     new_tokens: ClassVar[int] = 50
 
-    def samples(self, tokenizer: Any, settings: Settings) -> Iterator[Sample]:
+    def samples(self, tokenizer: Tokenizer, settings: Settings) -> Iterator[Sample]:
         self.check(settings)
         alpha = self.option(settings, "alpha")
         if not isinstance(alpha, int | float) or not 1.01 <= alpha <= 20:
@@ -86,7 +87,7 @@ class FrequentWords(Ruler):
             for index in range(settings.samples):
                 yield self._sample(tokenizer, settings, float(alpha), length, index)
 
-    def _sample(self, tokenizer: Any, settings: Settings, alpha: float, length: int, index: int) -> Sample:
+    def _sample(self, tokenizer: Tokenizer, settings: Settings, alpha: float, length: int, index: int) -> Sample:
         rng = generator(settings, self.name, length, index)
         vocabulary: dict[str, None] = {}  # in the order of drawing
         while len(vocabulary) < max(5, length // 50):
