@@ -6,10 +6,12 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
+import transformers
 
 import longreach
-from families import WINDOW, build
+from families import BASE, WINDOW, build, tokens
 from longreach import LMInfinite, SelfExtend, Stock, configs
+from longreach.checking.families import VOCABULARY
 from longreach.hf import legacy, registration
 from longreach.hf.checks import configs_of, find_base
 from longreach.hf.facts import Chosen, Facts
@@ -65,3 +67,23 @@ def test_a_verified_model_can_be_verified_and_extended_again():
     with longreach.extend(model, SelfExtend(4, 8)) as extension:
         assert extension.exactness == extension.facts.exactness and extension.attached
     assert not extension.attached and "removed" in repr(extension)
+
+
+def test_kinds_of_layers_may_have_heads_of_unlike_width():
+    """Gemma 4: its full layers have wider heads, and frequencies of their own that partly do not rotate."""
+    types = ["sliding_attention", "full_attention"]
+    wide = dict(head_dim=8, global_head_dim=16, num_key_value_heads=2, num_global_key_value_heads=2, hidden_size_per_layer_input=8)
+    sizes = {**BASE, **wide, "vocab_size_per_layer_input": VOCABULARY, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**sizes, layer_types=types, sliding_window=24)).eval()
+    ids = tokens(1, 60)
+    want = model(ids, use_cache=False).logits
+    with longreach.extend(model, SelfExtend(1, WINDOW)) as extension:
+        assert [layer.rotary.width for layer in extension.layers] == [8, 16] and extension.facts.covered == [1]
+        assert (model(ids, use_cache=False).logits - want).abs().max() <= 1e-4 * want.abs().max()
+    with longreach.extend(model, SelfExtend(3, 8), backend="reference"):
+        dense = model(ids, use_cache=False).logits
+    with longreach.extend(model, SelfExtend(3, 8)):
+        cache = transformers.DynamicCache()
+        parts = [model(ids[:, a : a + 7], past_key_values=cache).logits for a in range(0, 60, 7)]
+    assert (torch.cat(parts, 1) - dense).abs().max() <= 1e-4 * dense.abs().max()

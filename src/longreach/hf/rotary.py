@@ -110,12 +110,12 @@ def match(
     for key, (cos, sin) in sorted(tables.items(), key=lambda item: item[0] != kind):  # two kinds may agree on so few positions
         inverse, scaling = encodings[key]
         width = 2 * inverse.numel()
+        if width > raw.q.shape[-1]:  # of another kind of layer, with wider heads
+            continue
         pairings: tuple[Literal["half", "interleaved"], ...] = ("half", "interleaved")
         for pairing in pairings:
             for start in {0, raw.q.shape[-1] - width}:
                 for sign in (1, -1):
-                    if start < 0:
-                        continue
                     rotary = Rotary(inverse, scaling, pairing, start, sign)
                     difference = max(_difference(raw.q, turned.q, cos, sin, rotary), _difference(raw.k, turned.k, cos, sin, rotary))
                     if difference < best[2]:
