@@ -115,6 +115,16 @@ def test_the_tables_are_those_of_the_results(tables):
     assert section("docs/results.md", "methods") == methods_result.tables(read("methods-on-nano.json"))
 
 
+def test_the_files_that_the_design_names_exist():
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`([\w/]+\.py)`", text) if "/" in name}
+    missing = [name for name in named if not (ROOT / "src/longreach" / name).exists()]
+    assert len(named) > 10 and not missing
+    rooms = re.findall(r"^    ([a-z_]+)(?:/|\.py) ", text, re.M)
+    here = {path.stem for path in (ROOT / "src/longreach").iterdir() if not path.name.startswith("_")}
+    assert len(rooms) > 10 and set(rooms) <= here and len(text.splitlines()) <= 110
+
+
 def anchors(text: str) -> set[str]:
     heads = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads} | set(re.findall(r'<a id="([^"]+)"', text))
