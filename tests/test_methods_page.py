@@ -62,7 +62,7 @@ def test_a_picture_shows_the_distances_it_is_given(monkeypatch: pytest.MonkeyPat
     matrix = matrices(longreach.LMInfinite(4, 1).layout().segments, 8).distance
     distances.draw(matrix, "a title", "not written", trained=3)
     (figure, colours), (axes, bar) = drawn[0], drawn[0][0].axes
-    assert colours == canvas.PALETTE and figure.get_suptitle() == "a title"
+    assert colours == canvas.REDUCED and figure.get_suptitle() == "a title"
     shown = axes.images[0].get_array()
     assert shown.filled(-1).tolist() == matrix.nan_to_num(-1).tolist() and axes.images[0].norm.vmax == 3
     assert [text.get_text() for text in axes.texts] == [f"{d:g}" for d in matrix.flatten().tolist() if d == d]

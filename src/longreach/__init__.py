@@ -60,7 +60,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"longreach.{_HOMES[name]}"), name)
-    if not name.startswith("_"):
+    if name[:1].isupper():  # a method; modules are found by whoever imports them, and must not wait for all methods
         from longreach.methods import registry
 
         for method in registry().values():

@@ -1,6 +1,6 @@
 """`longreach check`: exactness, capacity and parameters for one model, measured on it.
 
-Knows the options and the tables; the measurements are made in measurements.py.
+Knows the options and the tables; the measurements are made in checking/measurements.py.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ UNTRAINED = "#e6872d"
 FEW_TO_MANY = ["#f4e3d2", "#9cc3dc", BLUE]
 NEEDLE = ["#F0496E", "#EBB839", "#0CD79F"]  # of the original needle test
 PALETTES = ("needle", "safe")
-PALETTE = 256  # colours of a picture's file, which makes it a third as large; with half as many, lines lose their colours
+REDUCED = 256  # colours of a picture's file, which makes it a third as large; with half as many, lines lose their colours
 SIGNATURE = {"Software": "Longreach"}  # in the text of every PNG, so that a picture of ours is known from one of somebody else's
 
 
@@ -125,7 +125,7 @@ def write(figure: Any, folder: Path, name: str, title: str, head: Sequence[str],
     """Picture and numbers, each whole or not at all."""
     figure.suptitle(title, fontsize=11)
     picture = Picture(name, title, folder / f"{name}.png", folder / f"{name}.csv")
-    save(figure, picture.png, PALETTE)
+    save(figure, picture.png, REDUCED)
     table = io.StringIO(newline="")
     csv.writer(table).writerows([head, *rows])
     files.write(picture.csv, table.getvalue())

@@ -65,7 +65,7 @@ def draw(matrix: torch.Tensor, title: str, path: str | Path, trained: int | None
     _matrix(figure, panels[0], matrix, trained, fixed=pairs is None)
     if pairs is not None:
         _turns(panels[1], pairs)
-    canvas.save(figure, path, canvas.PALETTE)
+    canvas.save(figure, path, canvas.REDUCED)
 
 
 def _matrix(figure: Any, axes: Any, matrix: torch.Tensor, trained: int | None, fixed: bool) -> None:
