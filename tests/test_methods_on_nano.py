@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from longreach.planning import dial
+from longreach import configs
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["stock", "selfextend", "lm-infinite", "pi"]
@@ -48,7 +48,7 @@ def made_up(bench, monkeypatch):
 
     monkeypatch.setattr(bench.run, "measure", measure)
     plan = bench.run.Plan((512, 1024, 2048), (8, 8, 8), 4, 1, 1)
-    subject = bench.run.Subject(None, None, "", dial.Window(512, "test"), "mark")
+    subject = bench.run.Subject(None, None, "", configs.Window(512, "test"), "mark")
     return measured, plan, subject
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import longreach
+from longreach import configs
 from longreach.cli import methods_page
 from longreach.core.segments import matrices
 from longreach.drawing import canvas, distances
@@ -95,7 +96,7 @@ def test_docstrings_are_read_whole():
 @pytest.mark.parametrize("kind", [kind for name, kind in registry().items() if name not in WITHOUT_SETTING], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("window", "context"), [(64, 64), (64, 192), (512, 8192), (4096, 8192), (4096, 32768), (8192, 12345)])
 def test_recommended_settings_reach_the_context(kind: type[Method], window: int, context: int):
-    method = dial.recommended(kind, dial.Window(window, "test"), context)
+    method = dial.recommended(kind, configs.Window(window, "test"), context)
     reach = method.capacity(window)
     assert isinstance(method, kind) or (kind is longreach.SelfExtend and context <= window)
     assert reach is None or reach >= context or kind.name in SHORT
@@ -104,7 +105,7 @@ def test_recommended_settings_reach_the_context(kind: type[Method], window: int,
 def test_no_recommended_setting_is_a_sentence():
     for name in WITHOUT_SETTING:
         with pytest.raises(ValueError, match="name its parameters"):
-            dial.recommended(registry()[name], dial.Window(512, "test"), 1024)
+            dial.recommended(registry()[name], configs.Window(512, "test"), 1024)
     with pytest.raises(ValueError, match="no group size of block-selfextend reaches"):
         longreach.BlockSelfExtend.recommended(64, 10**6)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from longreach import configs
 from longreach.evals.samples import haystack
 from longreach.hf.extension import Extension, extend
 from longreach.hf.interfaces import CausalLM, Tokenizer
@@ -69,7 +70,7 @@ DESIGN = Design()
 @contextmanager
 def attached(name: str, model: CausalLM, context: int) -> Iterator[tuple[Extension | None, str]]:
     """The method of that name on the model, chosen by the dial where there is a choice -> (extension or None, what it is)."""
-    window = dial.trained_window(model.config).tokens
+    window = configs.trained_window(model.config).tokens
     if name == "stock":
         yield None, "the model as it is"
         return
@@ -86,7 +87,7 @@ def run(model: CausalLM, tokenizer: Tokenizer, text: str, design: Design = DESIG
     Raises ValueError if the text is too short or the dial cannot reach a length.
     """
     started = time.perf_counter()
-    window = dial.trained_window(model.config)
+    window = configs.trained_window(model.config)
     for n in (*design.lengths, design.loss_length):
         dial.choose(window, n * window.tokens)  # refuses now what could not be read later
     trials, methods = keys(model, tokenizer, text, window.tokens, design, progress)

@@ -12,25 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from longreach.cli import check_all
-from longreach.cli.common import (
-    Context,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    MethodName,
-    Model,
-    Output,
-    Quiet,
-    TrainedWindow,
-    Verbose,
-    load_model,
-    method_of,
-    output,
-    pairs_table,
-    quiet_transformers,
-)
+from longreach.cli import check_all, common
+from longreach.cli.common import Output
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
@@ -48,30 +31,30 @@ FAILED = 1
 
 def command(
     context: typer.Context,
-    model: Model = "nano",
-    declared: Context = None,
-    method: MethodName = None,
+    model: common.Model = "nano",
+    declared: common.Context = None,
+    method: common.MethodName = None,
     tokens: Annotated[int, typer.Option("--tokens", min=FEWEST_TOKENS, max=MOST_TOKENS, help="Length of the measured input; the dense truth is slow.")] = 300,
-    dtype: Dtype = None,
-    device: Device = None,
-    trained_window: TrainedWindow = None,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    trained_window: common.TrainedWindow = None,
     every: Annotated[bool, typer.Option("--all", help="Every method on every family of tiny random models; minutes. --method NAME: one method.")] = False,
     family: Annotated[list[str] | None, typer.Option("--family", help="With --all: this family only; may be repeated.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="With --all: write the table as a Markdown page.")] = None,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    force: common.Force = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """Measure on a model how exact Longreach is, and show what it would choose. Exits with 1 if a gate fails.
 
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
-    with output(as_json, verbose, quiet) as out:
+    with common.output(as_json, verbose, quiet) as out:
         if every:
             if context.args:
                 raise ValueError(f"with --all every method runs at a small configuration of its own; leave out {context.args[0]}")
-            with quiet_transformers(verbose):
+            with common.quiet_transformers(verbose):
                 found = check_all.run(out, method, family, markdown, force)
             out.finish(found, lambda console: check_all.show(console, found))
             if not found["passed"]:
@@ -79,18 +62,16 @@ def command(
             return
         if family or markdown:
             raise ValueError("--family and --markdown belong to --all; add it")
-        chosen = method_of(context, method)
-        with quiet_transformers(verbose):
-            loaded, tokenizer = load_model(out, model, dtype, device)
+        chosen = common.method_of(context, method)
+        with common.quiet_transformers(verbose):
+            loaded, tokenizer = common.load_model(out, model, dtype, device)
             result = {"model": model, **examine(out, loaded, tokenizer, chosen, declared, tokens, trained_window)}
         out.finish(result, lambda console: show(console, result))
         if not result["passed"]:
             raise typer.Exit(FAILED)
 
 
-def examine(
-    out: Output, model: Any, tokenizer: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None
-) -> dict[str, Any]:
+def examine(out: Output, model: Any, tokenizer: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None) -> dict[str, Any]:
     """Everything about one model, as plain data. The model ends in fp32."""
     from longreach import extend
     from longreach.checking import measurements
@@ -180,7 +161,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
         ("looked at", str(from_json(facts["method"]))),
         ("capacity", "unlimited" if facts["capacity"] is None else counted(facts["capacity"], "token")),
     ]
-    console.print(pairs_table(result["model"], rows))
+    console.print(common.pairs_table(result["model"], rows))
 
     dial = Table(title="what the dial chooses", title_justify="left", box=box.SIMPLE)
     for column in ("context", "method", "capacity"):

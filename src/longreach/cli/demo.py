@@ -52,12 +52,12 @@ def command(
         check_picture(out, png, force)
         book = text.read(file, text.LARGEST_FILE, out.note, encoding)
         with quiet_transformers(verbose):
+            from longreach import configs
             from longreach.apps import demo
             from longreach.drawing import reach
-            from longreach.planning import dial
 
             loaded, tokenizer = load_model(out, model, dtype, device)
-            window = dial.trained_window(loaded.config).tokens
+            window = configs.trained_window(loaded.config).tokens
             with bar(out, design, window) as progress:
                 result = demo.run(loaded, tokenizer, book, design, progress)
         reach.draw(result, demo.NAMES, png)

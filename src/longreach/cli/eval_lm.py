@@ -14,24 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from longreach.cli import targets
-from longreach.cli.common import (
-    Context,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    MethodName,
-    Model,
-    Quiet,
-    TrainedWindow,
-    Verbose,
-    load_model,
-    method_of,
-    output,
-    plain_table,
-    quiet_transformers,
-)
+from longreach.cli import common, targets
 from longreach.cli.eval_options import ChunkSize, announce, made_with, now, read_pair, window_of
 from longreach.quantities import counted
 
@@ -48,9 +31,9 @@ KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_bette
 def command(
     context: typer.Context,
     tasks: Annotated[str, typer.Option("--tasks", metavar="NAME,...", help="lm-eval's tasks and groups, mmlu_* for several; see `lm-eval ls tasks`.")],
-    model: Model = "nano",
-    declared: Context = None,
-    method: MethodName = None,
+    model: common.Model = "nano",
+    declared: common.Context = None,
+    method: common.MethodName = None,
     limit: Annotated[float | None, typer.Option("--limit", help="Documents of each task; below 1, a share of them. All if not given.")] = None,
     few_shots: Annotated[
         int | None, typer.Option("--num-fewshot", min=0, metavar="N", help="Worked examples in a prompt; the task's own number if not given.")
@@ -67,13 +50,13 @@ def command(
     unsafe: Annotated[bool, typer.Option("--confirm-run-unsafe-code", help="Allow tasks that run code which the model wrote.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the results and what they were made with.")] = None,
     chunk_size: ChunkSize = 512,
-    dtype: Dtype = None,
-    device: Device = None,
-    trained_window: TrainedWindow = None,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    trained_window: common.TrainedWindow = None,
+    force: common.Force = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness, such as mmlu, to see that a method does no harm. Needs lm_eval: pip install 'longreach\\[eval]'.
 
@@ -81,11 +64,11 @@ def command(
     for --context; without both, for the trained window.
     """
     started = now()
-    with output(as_json, verbose, quiet) as out:
+    with common.output(as_json, verbose, quiet) as out:
         from longreach.evals.lm_eval import harness
         from longreach.planning import dial
 
-        chosen = method_of(context, method)
+        chosen = common.method_of(context, method)
         names = parse_names(tasks)
         documents = parse_limit(limit)
         answers = dict(read_pair("--gen-kwargs", pair) for pair in generation or [])
@@ -96,8 +79,8 @@ def command(
             raise ValueError(f"there is no folder {str(include)!r}; --include-path takes the folder of the task files")
         harness.require()
         harness.refuse_broken(names)
-        with quiet_transformers(verbose):
-            loaded, tokenizer = load_model(out, model, dtype, device)
+        with common.quiet_transformers(verbose):
+            loaded, tokenizer = common.load_model(out, model, dtype, device)
             with attached(loaded, chosen, declared, trained_window) as extension, out.bars():
                 facts = announce(out, extension)
                 if warning := dial.declare(extension.method, extension.window.tokens, declared)[1]:
@@ -177,7 +160,7 @@ def plain(value: Any) -> Any:
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = plain_table("task", "metric", "filter", "value", "standard error", "n")
+    table = common.plain_table("task", "metric", "filter", "value", "standard error", "n")
     for row in rows:
         numbers = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("value", "stderr"))
         table.add_row(row["task"], row["metric"], row["filter"], *numbers, "" if row["n"] is None else str(row["n"]))

@@ -86,10 +86,10 @@ def wanted(
 
 def window_of(model: Any, given: int | None) -> int:
     """In tokens: as given, or as the configuration of the model states it."""
+    from longreach import configs
     from longreach.hf.checks import find_base
-    from longreach.planning import dial
 
-    return dial.trained_window(find_base(model).config).tokens if given is None else given
+    return configs.trained_window(find_base(model).config, given).tokens
 
 
 def announce(out: Output, extension: Extension) -> dict[str, Any]:

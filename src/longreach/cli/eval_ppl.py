@@ -15,26 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longreach import files
+from longreach.cli import common
 from longreach.cli import text as texts
-from longreach.cli.common import (
-    Context,
-    Device,
-    Dtype,
-    Encoding,
-    Json,
-    MethodName,
-    Model,
-    Output,
-    Quiet,
-    TrainedWindow,
-    Verbose,
-    load_model,
-    method_of,
-    output,
-    plain_table,
-    quiet_transformers,
-    tokens,
-)
+from longreach.cli.common import Output
 from longreach.cli.eval_options import ChunkSize, announce, made_with, now, parse_lengths, window_of
 from longreach.quantities import counted
 
@@ -54,10 +37,10 @@ def command(
     context: typer.Context,
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")],
     files: Annotated[list[str] | None, typer.Option("--text", help="A file (.xz and .gz too) or @book; one document each. @book if not given.")] = None,
-    encoding: Encoding = None,
-    model: Model = "nano",
-    declared: Context = None,
-    method: MethodName = None,
+    encoding: common.Encoding = None,
+    model: common.Model = "nano",
+    declared: common.Context = None,
+    method: common.MethodName = None,
     protocol: Annotated[
         Protocol,
         typer.Option(
@@ -67,17 +50,17 @@ def command(
     lengths: Annotated[str | None, typer.Option("--lengths", help="Lengths of texts, of windows (sliding), or of the stream: its last one counts.")] = None,
     passages: Annotated[int | None, typer.Option("--passages", min=1, help="Cut so many passages out of each text, at drawn places, as documents.")] = None,
     stride: Annotated[
-        int, typer.Option("--stride", parser=tokens, metavar="TOKENS", help="New tokens of a window (sliding), or of a stretch (streaming).")
+        int, typer.Option("--stride", parser=common.tokens, metavar="TOKENS", help="New tokens of a window (sliding), or of a stretch (streaming).")
     ] = 256,
     weighting: Annotated[Literal["token", "window"], typer.Option("--weighting", help="window: the published script's mean over windows (sliding).")] = "token",
     seed: Annotated[int, typer.Option("--seed", help="Of the passages.")] = 0,
     chunk_size: ChunkSize = 512,
-    dtype: Dtype = None,
-    device: Device = None,
-    trained_window: TrainedWindow = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    trained_window: common.TrainedWindow = None,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """Perplexity and bits per byte by length. Writes run.json, metrics.json and, for `truncated`, curves.csv.
 
@@ -85,19 +68,19 @@ def command(
     A low perplexity does not imply that anything far away is remembered: run `eval run passkey` too.
     """
     started = now()
-    with output(as_json, verbose, quiet) as out:
+    with common.output(as_json, verbose, quiet) as out:
         from longreach.evals.harness.results import Folder
 
         folder = Folder(out_folder)
         folder.check()
-        chosen = method_of(context, method)
+        chosen = common.method_of(context, method)
         wanted = None if lengths is None else parse_lengths(lengths)
         sources = {name: texts.read(name, texts.LARGEST_FILE, out.note, encoding) for name in files or [texts.BOOK]}
-        with quiet_transformers(verbose):
+        with common.quiet_transformers(verbose):
             from longreach.evals.harness import perplexity
             from longreach.evals.harness.model_engine import attached, span
 
-            loaded, tokenizer = load_model(out, model, dtype, device)
+            loaded, tokenizer = common.load_model(out, model, dtype, device)
             window = window_of(loaded, trained_window)
             bos = tokenizer.bos_token_id
             found = wanted or (window, 2 * window, 4 * window)
@@ -209,7 +192,7 @@ def write_curve(path: Path, curve: Curve) -> None:
 
 
 def show(console: Console, rows: list[Row]) -> None:
-    table = plain_table("protocol", "length", "perplexity", "nats per token", "bits per byte", "documents")
+    table = common.plain_table("protocol", "length", "perplexity", "nats per token", "bits per byte", "documents")
     for length in dict.fromkeys(row.length for row in rows):
         values = {row.metric: row for row in rows if row.length == length}
         bits = values.get("bits_per_byte")

@@ -14,46 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli.common import (
-    Context,
-    Device,
-    Dtype,
-    Encoding,
-    Json,
-    MethodName,
-    Model,
-    Output,
-    Quiet,
-    TrainedWindow,
-    Verbose,
-    load_model,
-    method_of,
-    output,
-    plain_table,
-    quiet_transformers,
-)
+from longreach.cli import common, eval_options
+from longreach.cli.common import Output
 from longreach.cli.console import Pace, duration
-from longreach.cli.eval_options import (
-    Chat,
-    ChunkSize,
-    Data,
-    Depths,
-    Lengths,
-    Names,
-    Options,
-    Samples,
-    Seed,
-    Text,
-    Truncate,
-    Wanted,
-    announce,
-    made_with,
-    now,
-    parse_shard,
-    take_method_options,
-    wanted,
-    window_of,
-)
 from longreach.quantities import counted
 
 if TYPE_CHECKING:
@@ -73,49 +36,49 @@ FAILED = 1
 
 def command(
     context: typer.Context,
-    names: Names,
+    names: eval_options.Names,
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results. A run that was stopped goes on from what is there.")],
-    model: Model = "nano",
-    declared: Context = None,
-    method: MethodName = None,
-    lengths: Lengths = None,
-    depths: Depths = "0,0.25,0.5,0.75,1",
-    samples: Samples = 5,
-    seed: Seed = 0,
-    text: Text = None,
-    encoding: Encoding = None,
-    data: Data = None,
-    options: Options = None,
-    truncate: Truncate = None,
-    chat: Chat = "auto",
+    model: common.Model = "nano",
+    declared: common.Context = None,
+    method: common.MethodName = None,
+    lengths: eval_options.Lengths = None,
+    depths: eval_options.Depths = "0,0.25,0.5,0.75,1",
+    samples: eval_options.Samples = 5,
+    seed: eval_options.Seed = 0,
+    text: eval_options.Text = None,
+    encoding: common.Encoding = None,
+    data: eval_options.Data = None,
+    options: eval_options.Options = None,
+    truncate: eval_options.Truncate = None,
+    chat: eval_options.Chat = "auto",
     shard: Annotated[str, typer.Option("--shard", help="i/n: run only every n-th sample, from the i-th (counted from 0); all shards share a folder.")] = "0/1",
     save_prompts: Annotated[bool, typer.Option("--save-prompts", help="Keep the prompts in the results, not only their hashes.")] = False,
-    chunk_size: ChunkSize = 512,
-    dtype: Dtype = None,
-    device: Device = None,
-    trained_window: TrainedWindow = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    chunk_size: eval_options.ChunkSize = 512,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    trained_window: common.TrainedWindow = None,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """Run tasks and write run.json, samples.jsonl and metrics.json. Exits with 1 if a sample failed.
 
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
-    started = now()
-    with output(as_json, verbose, quiet) as out:
+    started = eval_options.now()
+    with common.output(as_json, verbose, quiet) as out:
         from longreach.evals.harness.results import Folder
 
-        names = take_method_options(context, names)
-        chosen = method_of(context, method)
-        part = parse_shard(shard)
+        names = eval_options.take_method_options(context, names)
+        chosen = common.method_of(context, method)
+        part = eval_options.parse_shard(shard)
         folder = Folder(out_folder, part)
         folder.check()
         if before := len(folder.records()):
             out.kept = f"the {counted(before, 'sample')} in {out_folder} are as they were, and the same command goes on from there"
-        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
-        with quiet_transformers(verbose):
-            loaded, tokenizer = load_model(out, model, dtype, device)
+        asked = eval_options.wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
+        with common.quiet_transformers(verbose):
+            loaded, tokenizer = common.load_model(out, model, dtype, device)
             job = prepare(loaded, tokenizer, asked, chosen, declared, truncate, chat, trained_window)
             from longreach.evals.harness import runner
             from longreach.evals.harness.model_engine import attached
@@ -125,7 +88,7 @@ def command(
                 facts = begin(out, job, engine.extension)
                 config = configuration(model, job, engine.extension, truncate, chat, chunk_size)
                 tasks = runner.describe(job.work, config)
-                origin = made_with(job.model.device, facts, started, None)
+                origin = eval_options.made_with(job.model.device, facts, started, None)
                 folder.start({"config": config, "tasks": tasks, "samples": len(job.items), **origin})
                 with progress_of(out, out_folder) as progress:
                     outcome = runner.run(
@@ -141,7 +104,7 @@ def command(
                         save_prompts=save_prompts,
                         progress=progress,
                     )
-        rows = folder.finish(now())
+        rows = folder.finish(eval_options.now())
         summary(out, outcome, folder.file)
         result = {
             "out": str(out_folder), "method": config["method"], "context": config["context"], **dataclasses.asdict(outcome),
@@ -154,35 +117,35 @@ def command(
 
 def estimate(
     context: typer.Context,
-    names: Names,
-    model: Model = "nano",
-    declared: Context = None,
-    method: MethodName = None,
-    lengths: Lengths = None,
-    depths: Depths = "0,0.25,0.5,0.75,1",
-    samples: Samples = 5,
-    seed: Seed = 0,
-    text: Text = None,
-    encoding: Encoding = None,
-    data: Data = None,
-    options: Options = None,
-    chat: Chat = "auto",
-    chunk_size: ChunkSize = 512,
-    dtype: Dtype = None,
-    device: Device = None,
-    trained_window: TrainedWindow = None,
+    names: eval_options.Names,
+    model: common.Model = "nano",
+    declared: common.Context = None,
+    method: common.MethodName = None,
+    lengths: eval_options.Lengths = None,
+    depths: eval_options.Depths = "0,0.25,0.5,0.75,1",
+    samples: eval_options.Samples = 5,
+    seed: eval_options.Seed = 0,
+    text: eval_options.Text = None,
+    encoding: common.Encoding = None,
+    data: eval_options.Data = None,
+    options: eval_options.Options = None,
+    chat: eval_options.Chat = "auto",
+    chunk_size: eval_options.ChunkSize = 512,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    trained_window: common.TrainedWindow = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time two short prompts to say how long it will take.")] = True,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """How many samples and tokens a run has, and how long it will take, before it starts. Takes the options of `eval run`."""
-    with output(as_json, verbose, quiet) as out:
-        names = take_method_options(context, names)
-        chosen = method_of(context, method)
-        asked = wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
-        with quiet_transformers(verbose):
-            loaded, tokenizer = load_model(out, model, dtype, device)
+    with common.output(as_json, verbose, quiet) as out:
+        names = eval_options.take_method_options(context, names)
+        chosen = common.method_of(context, method)
+        asked = eval_options.wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
+        with common.quiet_transformers(verbose):
+            loaded, tokenizer = common.load_model(out, model, dtype, device)
             job = prepare(loaded, tokenizer, asked, chosen, declared, None, chat, trained_window)
             from longreach.evals.harness import runner
             from longreach.evals.harness.model_engine import attached
@@ -212,7 +175,7 @@ class Job:
 def prepare(
     model: Any,
     tokenizer: Tokenizer,
-    wanted: Wanted,
+    wanted: eval_options.Wanted,
     method: Method | None,
     declared: int | None,
     truncate: str | None,
@@ -223,7 +186,7 @@ def prepare(
     from longreach.evals.harness import runner
     from longreach.evals.harness.model_engine import span
 
-    window = window_of(model, trained_window)
+    window = eval_options.window_of(model, trained_window)
     work = wanted.work(window)
     items = runner.plan(work, tokenizer, chat)
     found = span(method, window, declared, max(item.needs for item in items))
@@ -260,7 +223,7 @@ def begin(out: Output, job: Job, extension: Extension) -> dict[str, Any]:
     """Say what will be run -> what the extension reports."""
     from longreach.planning import dial
 
-    facts = announce(out, extension)
+    facts = eval_options.announce(out, extension)
     if warning := dial.declare(extension.method, extension.window.tokens, job.span.context)[1]:
         out.warn(warning)
     tokens = sum(item.tokens for item in job.items)
@@ -311,7 +274,7 @@ def summary(out: Output, outcome: Outcome, file: Path) -> None:
 
 def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:
     chosen = [row for row in rows if row.depth is None and row.value is not None and metrics.get(row.task, row.metric) == row.metric]
-    table = plain_table("task", "metric", "length", "score (%)", "95 % interval", "n", "failed", "cut")
+    table = common.plain_table("task", "metric", "length", "score (%)", "95 % interval", "n", "failed", "cut")
     for row in chosen:
         length = "all" if row.length is None else str(row.length)
         troubles = (str(count or "") for count in (row.n_errors, row.n_truncated))
@@ -320,10 +283,9 @@ def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:
 
 
 def show_estimate(console: Console, result: dict[str, Any]) -> None:
-    table = plain_table("task", "length", "samples", "prompt tokens", "longest", "time at most")
+    table = common.plain_table("task", "length", "samples", "prompt tokens", "longest", "time at most")
     for part in [*result["parts"], {**result, "task": "all", "length": None}]:
         length = "" if part["length"] is None else str(part["length"])
         counts = (str(part[name]) for name in ("samples", "prompt_tokens", "longest"))
         table.add_row(part["task"], length, *counts, "" if part["seconds"] is None else duration(part["seconds"]))
     console.print(table)
-

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from longreach import files
+from longreach import configs, files
 from longreach.cli import parameters
 from longreach.cli.distances import pairs_of
 from longreach.core.segments import Retention, forms, matrices
@@ -30,7 +30,7 @@ FOLDER = "pictures"  # beside the page
 COLUMNS = 3  # of the gallery
 DIMS = 64  # rotated dims of a head, and rope_theta, of the pictures of frequency methods: nano's
 BASE = 1e4
-COSTED = dial.Window(4096, "for the table"), 32768
+COSTED = configs.Window(4096, "for the table"), 32768
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def example(kind: type[Method]) -> Example:
     if kind is LongRoPE:  # real lists are searched for a model; these grow evenly from the fastest pair to the slowest
         return Example(LongRoPE(4.0, tuple(round(4.0 ** (a / (DIMS // 2 - 1)), 3) for a in range(DIMS // 2))), 2048, 512)
     window, length = (512, 2048) if kind.rescales else (64, 192)
-    return Example(dial.recommended(kind, dial.Window(window, "of the picture"), length), length, window)
+    return Example(dial.recommended(kind, configs.Window(window, "of the picture"), length), length, window)
 
 
 def draw(shown: Example, path: Path) -> None:

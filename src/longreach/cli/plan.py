@@ -12,25 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from longreach.cli.common import (
-    Context,
-    Dtype,
-    Force,
-    Json,
-    MethodName,
-    Model,
-    Output,
-    Quiet,
-    TrainedWindow,
-    Verbose,
-    check_device,
-    method_of,
-    output,
-    pairs_table,
-    quiet_transformers,
-    size,
-    tokens,
-)
+from longreach.cli import common
+from longreach.cli.common import Output
 from longreach.cli.targets import check_picture
 from longreach.quantities import counted
 
@@ -43,29 +26,29 @@ IMPOSSIBLE = 1
 
 def command(
     context: typer.Context,
-    model: Model = "nano",
+    model: common.Model = "nano",
     config: Annotated[Path | None, typer.Option("--config", help="A config.json in place of the model's; nothing is downloaded then.")] = None,
-    declared: Context = None,
+    declared: common.Context = None,
     hardware: Annotated[str, typer.Option("--hardware", help="H200, H100-80, A100-80, RTX4090, ..., cpu, cuda (calibrated), or a TOML file.")] = "cpu",
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Users at a time.")] = 1,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", parser=tokens, metavar="TOKENS", help="Tokens of the answer, part of the context.")] = 128,
-    method: MethodName = None,
-    chunk_size: Annotated[int, typer.Option("--chunk-size", parser=tokens, metavar="TOKENS", help="Prompt tokens of one forward.")] = 512,
-    dtype: Dtype = None,
-    trained_window: TrainedWindow = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", parser=common.tokens, metavar="TOKENS", help="Tokens of the answer, part of the context.")] = 128,
+    method: common.MethodName = None,
+    chunk_size: Annotated[int, typer.Option("--chunk-size", parser=common.tokens, metavar="TOKENS", help="Prompt tokens of one forward.")] = 512,
+    dtype: common.Dtype = None,
+    trained_window: common.TrainedWindow = None,
     png: Annotated[Path | None, typer.Option("--png", help="Draw cost against length into this file.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine once (about a minute), for --hardware cpu or cuda.")] = False,
     device: Annotated[str, typer.Option("--device", help="What --calibrate measures: cpu or cuda.")] = "cpu",
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    force: common.Force = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """Will it fit, how long will it take, and with which method? From the configuration alone, without weights.
 
     Exits with 1 if no method can serve the request; the nearest that can be served are shown. Parameters of a method are options too.
     """
-    with output(as_json, verbose, quiet) as out, quiet_transformers(verbose):
+    with common.output(as_json, verbose, quiet) as out, common.quiet_transformers(verbose):
         check_picture(out, png, force)
         if calibrate:
             measured = measure(out, device)
@@ -76,7 +59,7 @@ def command(
             raise ValueError("pass --context N, the prompt plus the new tokens, for example longreach plan --context 32768 --hardware A100-80")
         from longreach.planning.sizing import plan
 
-        chosen = method_of(context, method)
+        chosen = common.method_of(context, method)
         found = plan(
             model, declared, hardware, config=config, new_tokens=new_tokens, concurrency=concurrency, method=chosen, dtype=dtype,
             trained_window=trained_window, chunk_size=chunk_size,
@@ -96,7 +79,7 @@ def measure(out: Output, device: str) -> dict[str, Any]:
     from longreach.checking import speedtest
     from longreach.planning import calibration
 
-    check_device(device)
+    common.check_device(device)
     out.note(f"measuring {device}; the figures are only as good as the machine is quiet")
     made = speedtest.calibrate(device, say=lambda text: out.note(f"  {text}"))
     out.note(f"wrote {calibration.default_path()}")
@@ -128,12 +111,12 @@ def show(console: Console, found: Plan) -> None:
     request, weights = found.request, found.request.architecture.weights
     speeds = "measured on this machine" if request.hardware.measured is not None else f"{request.hardware.source}, at assumed efficiencies"
     rows = [
-        ("model", f"{weights.parameters:,} parameters, {size(weights.nbytes)} in {request.dtype}"),
+        ("model", f"{weights.parameters:,} parameters, {common.size(weights.nbytes)} in {request.dtype}"),
         ("trained window", f"{counted(request.window.tokens, 'token')} ({request.window.reason})"),
         ("request", f"{counted(request.context, 'token')}, {request.new_tokens} of them new, {request.concurrency} at a time"),
-        ("hardware", f"{request.hardware.name}, {size(request.hardware.memory)} ({speeds})"),
+        ("hardware", f"{request.hardware.name}, {common.size(request.hardware.memory)} ({speeds})"),
     ]
-    console.print(pairs_table(request.model, rows))
+    console.print(common.pairs_table(request.model, rows))
     console.print(method_table(found))
     for row in found.rows:
         console.print(Text.assemble("  ", (" ".join(row.method.options()), "bold"), f": {row.remark}"), soft_wrap=True)
@@ -167,7 +150,7 @@ def method_table(found: Plan) -> Any:
         side: Literal["left", "right"] = "right" if column in ("users", "KV per user", "prefill", "ms/token") else "left"
         table.add_column(column, justify=side, no_wrap=column in ("method", "fits"), overflow="fold")
     for row in found.rows:
-        cells = [str(row.users), size(row.kv_bytes), f"{row.prefill_seconds:.3g} s", f"{1e3 * row.token_seconds:.3g}", row.bound, row.recall]
+        cells = [str(row.users), common.size(row.kv_bytes), f"{row.prefill_seconds:.3g} s", f"{1e3 * row.token_seconds:.3g}", row.bound, row.recall]
         table.add_row(("* " if row.chosen else "  ") + row.method.name, fits(row, found), *cells)
     return table
 
@@ -196,6 +179,6 @@ def terms_table(found: Plan) -> Any:
     for column in ("term", "value", "formula"):
         table.add_column(column, justify="right" if column == "value" else "left", no_wrap=column != "formula")
     for term in found.terms:
-        value = size(int(term.value)) if term.unit == "bytes" else f"{term.value:,.4g} {term.unit}"
+        value = common.size(int(term.value)) if term.unit == "bytes" else f"{term.value:,.4g} {term.unit}"
         table.add_row(term.name, value, Text(term.formula))
     return table

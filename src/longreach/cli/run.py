@@ -141,15 +141,15 @@ def answer(out: Output, model: str, asked: Asked, max_new_tokens: int, sampling:
 def fit(model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: stored.Choice, max_new_tokens: int, truncate: text.Side | None) -> Asked:
     """Make sure that the prompt and the new tokens fit, and attach the method; raises with the numbers and the fix if they do not."""
     import longreach
-    from longreach.configs import refuse_unsupported
+    from longreach import configs
     from longreach.hf.checks import find_base
     from longreach.planning import dial
     from longreach.running.conversation import Conversation
 
     base = find_base(model)
-    refuse_unsupported(base.config)
+    configs.refuse_unsupported(base.config)
     method, declared = choice.method, choice.context
-    window = dial.trained_window(base.config).tokens if choice.trained_window is None else choice.trained_window
+    window = configs.trained_window(base.config, choice.trained_window).tokens
     capacity = dial.limit(method, window)
     if capacity is not None and declared is not None and declared > capacity:
         raise ValueError(

@@ -18,11 +18,11 @@ from longreach.quantities import counted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from longreach.configs import Window
     from longreach.hf.extension import Extension
     from longreach.hf.interfaces import CausalLM, Tokenizer
     from longreach.methods.base import Method
     from longreach.planning.dial import Choice as DialChoice
-    from longreach.planning.dial import Window
     from longreach.running.conversation import Conversation
     from longreach.running.generation import Answer, Sampling
 
@@ -47,13 +47,13 @@ class Session:
 
     def begin(self, document: str, system: str | None) -> None:
         """Attach what suits the text, which is not read yet."""
+        from longreach import configs
         from longreach.hf.checks import find_base
-        from longreach.planning import dial
         from longreach.running.conversation import Conversation
 
         given = self.choice.trained_window
         self.config = find_base(self.model).config
-        self.window = dial.trained_window(self.config) if given is None else dial.Window(given, "given")
+        self.window = configs.trained_window(self.config, given)
         context, limit = self._first(document)
         extension = self._extend(self.choice.method, context)
         try:

@@ -27,7 +27,7 @@ from longreach.hf.fingerprint import fingerprint
 from longreach.hf.forward import Forward
 from longreach.hf.placement import device_of
 from longreach.memory.buffer import Buffer
-from longreach.memory.store import LayerStore, Store
+from longreach.memory.store import Store
 from longreach.version import __version__
 
 FORMAT = 1
@@ -74,7 +74,7 @@ def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str,
         tensors["mask"] = store.real.contiguous()
     places = {}
     dtypes = {entry.dtype for entry in forward.facts.reading.entries}
-    for name, buffer in _buffers(store):
+    for _, name, buffer in _buffers(store):
         places[name] = {"starts": buffer.starts, "ends": buffer.ends}
         for part, tensor in buffer.entries().items():
             if tensor.dtype not in dtypes:
@@ -132,11 +132,12 @@ def _checked_ids(ids: Any, store: Store) -> torch.Tensor:
     return found.long().contiguous()
 
 
-def _buffers(store: Store) -> Iterator[tuple[str, Buffer]]:
+def _buffers(store: Store) -> Iterator[tuple[int, str, Buffer]]:
+    """-> layer, name, buffer."""
     for index, layer in enumerate(store.layers):
-        yield f"layers.{index}.values", layer.values
+        yield index, f"layers.{index}.values", layer.values
         for number, buffer in enumerate(layer.keys.values()):
-            yield f"layers.{index}.keys.{number}", buffer
+            yield index, f"layers.{index}.keys.{number}", buffer
 
 
 # -- identity -----------------------------------------------------------------------------------------------------------------------
@@ -248,18 +249,12 @@ def _read(forward: Forward, opened: Any, found: dict[str, Any]) -> tuple[Store, 
     store = forward.new_store()
     store.restore([seen] * rows if mask is None else mask.sum(1).tolist(), seen, mask)
     used = {"mask", "ids"} & names
-    for index, (layer, entry) in enumerate(zip(store.layers, forward.facts.reading.entries, strict=True)):
-        entry = entry._replace(device=forward.facts.device_of_layer(index))
-        for name, buffer, width in _of_layer(index, layer, entry):
-            used |= _fill(opened, name, buffer, found["buffers"][name], store.lengths, (entry.heads, width), entry)
+    for index, name, buffer in _buffers(store):
+        entry = forward.facts.reading.entries[index]._replace(device=forward.facts.device_of_layer(index))
+        width = entry.value_width if name.endswith("values") else entry.key_width
+        used |= _fill(opened, name, buffer, found["buffers"][name], store.lengths, (entry.heads, width), entry)
     _require(used == names, "it holds tensors that belong nowhere")
     return store, ids
-
-
-def _of_layer(index: int, layer: LayerStore, entry: Entry) -> Iterator[tuple[str, Buffer, int]]:
-    yield f"layers.{index}.values", layer.values, entry.value_width
-    for number, buffer in enumerate(layer.keys.values()):
-        yield f"layers.{index}.keys.{number}", buffer, entry.key_width
 
 
 def _fill(opened: Any, name: str, buffer: Buffer, where: dict[str, Any], lengths: list[int], heads_width: tuple[int, int], entry: Entry) -> set[str]:

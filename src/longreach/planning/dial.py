@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from longreach.configs import Window as Window
-from longreach.configs import decoder
-from longreach.configs import trained_window as trained_window
+from longreach.configs import Window, decoder
 from longreach.methods.base import Method
 from longreach.methods.dual_chunk import DualChunk
 from longreach.methods.lm_infinite import LMInfinite

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from longreach.configs import Attention, Decoder
 from longreach.core.segments import Layout, Retention, forms
+from longreach.engine.executor import QUERIES_AT_ONCE
 from longreach.memory.buffer import ROLLBACK, SLACK, room
 from longreach.methods.base import Method
 from longreach.planning.work import layouts
 
 MARGIN = 1.1  # estimates of temporary memory are good to a tenth
-QUERIES_AT_ONCE = 4096  # of the executor: rotated queries and partial results exist for so many rows
 
 
 @dataclass(frozen=True)

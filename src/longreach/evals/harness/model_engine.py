@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from longreach import configs
 from longreach.evals.harness.engine import Reply
 from longreach.evals.samples.budget import Prompt
 from longreach.hf.checks import find_base
@@ -104,7 +105,7 @@ def attached(
     model: CausalLM, tokenizer: Tokenizer, method: Method | None, context: int, *, trained_window: int | None = None, chunk_size: int = 512
 ) -> Iterator[ModelEngine]:
     """The model under the method, or under what the dial chooses for the context."""
-    window = trained_window if trained_window is not None else dial.trained_window(find_base(model).config).tokens
+    window = configs.trained_window(find_base(model).config, trained_window).tokens
     with extend(model, method, context=dial.declare(method, window, context)[0], trained_window=trained_window) as extension:
         yield ModelEngine(model, tokenizer, extension, chunk_size)
 

@@ -16,9 +16,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from longreach import configs
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
-from longreach.planning import dial
 from longreach.running.prefix import Prefix
 from longreach.running.prompts import keep_ids, shrink
 from longreach.running.reading import require_finite, stream
@@ -184,7 +184,7 @@ class LongContextLM(HFLM):
 def window(model: CausalLM, extension: Extension | None, max_length: int | None) -> int:
     """Tokens that a request may have: what was asked for, else what the model reaches."""
     declared = extension.context if extension is not None else None
-    reach = extension.capacity if extension is not None else dial.trained_window(model.config).tokens
+    reach = extension.capacity if extension is not None else configs.trained_window(model.config).tokens
     if max_length is None:
         found = declared if declared is not None else reach
         if found is None:
