@@ -32,7 +32,7 @@ from common import DTYPES, ROOT, Ratio, Timing, alternate, device_of, facts, one
 
 from longreach.core.encodings import Rotary
 from longreach.engine import reference
-from longreach.engine.batch import plan
+from longreach.engine.batch import Batch
 from longreach.engine.executor import Inputs, Layer, execute
 from longreach.kernels import Backend, backend_for
 from longreach.memory.buffer import ROLLBACK, SLACK
@@ -151,7 +151,7 @@ class Ours:
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of the next tokens -> [1, T, H, D]."""
         columns = q.shape[2]
-        now = plan(1, columns, None, q.device, self.store)
+        now = Batch.of(1, columns, None, q.device, self.store)
         out = execute(self.layer, now, self.store.layers[0], self.backend, q, k, v, Inputs(self.shape.scale))
         self.store.advance(None, columns)
         return out
@@ -159,7 +159,7 @@ class Ours:
     def fill(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store tokens without attending: what a prefill of them leaves behind."""
         start, count = self.store.seen, k.shape[2]
-        now = plan(1, count, None, k.device, self.store)
+        now = Batch.of(1, count, None, k.device, self.store)
         layer = self.store.layers[0]
         for positions, buffer in layer.keys.items():
             rotation = now.table(self.layer.rotary, positions, start, count, k.device) if self.layer.rotary is not None else None

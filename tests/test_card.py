@@ -6,10 +6,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from scripts import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN = """
@@ -38,15 +39,13 @@ def test_never(): pass
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import attention
-        import card
-        import common
-        import model
-    finally:
-        sys.path.pop(0)
-    return SimpleNamespace(attention=attention, card=card, common=common, model=model)
+    return scripts("benchmarks", "attention", "card", "common", "model")
+
+
+@pytest.mark.parametrize("name", [f"{folder}/{path.stem}" for folder in ("benchmarks", "recipes") for path in sorted((ROOT / folder).glob("*.py"))])
+def test_every_script_finds_what_it_imports(name):
+    folder, script = name.split("/")
+    assert getattr(scripts(folder, script), script).__doc__
 
 
 def tried(bench: Any, folder: Path, content: str, seconds: float) -> dict[str, Any]:

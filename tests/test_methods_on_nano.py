@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from longreach import configs
+from scripts import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["stock", "selfextend", "lm-infinite", "pi"]
@@ -19,14 +20,8 @@ NAMES = ["stock", "selfextend", "lm-infinite", "pi"]
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import methods_figure
-        import methods_on_nano
-        import methods_result
-    finally:
-        sys.path.pop(0)
-    return SimpleNamespace(run=methods_on_nano, figure=methods_figure, result=methods_result)
+    found = scripts("benchmarks", "methods_on_nano", "methods_figure", "methods_result")
+    return SimpleNamespace(run=found.methods_on_nano, figure=found.methods_figure, result=found.methods_result)
 
 
 @pytest.fixture

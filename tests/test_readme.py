@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from longreach.cli import main
+from scripts import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,13 +94,8 @@ def test_the_two_commands_are_those_of_ci_and_the_page_is_short():
 @pytest.fixture(scope="module")
 def tables() -> Any:
     """The functions of the benchmarks that write tables."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import methods_result
-        import nano_reach
-    finally:
-        sys.path.pop(0)
-    return methods_result, nano_reach
+    found = scripts("benchmarks", "methods_result", "nano_reach")
+    return found.methods_result, found.nano_reach
 
 
 def section(page: str, name: str) -> str:

@@ -17,24 +17,21 @@ import torch
 
 import longreach
 from longreach.running.loading import shipped_book
+from scripts import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Any:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        import abilities
-        import initialisation
-        import muon
-        import retrieval_text
-        import train_nano
-        import training_rows
-    finally:
-        sys.path.pop(0)
+    found = scripts("recipes", "abilities", "initialisation", "muon", "retrieval_text", "train_nano", "training_rows")
     return SimpleNamespace(
-        text=retrieval_text, rows=training_rows, abilities=abilities, muon=muon, initialise=initialisation.initialise, train=train_nano
+        text=found.retrieval_text,
+        rows=found.training_rows,
+        abilities=found.abilities,
+        muon=found.muon,
+        initialise=found.initialisation.initialise,
+        train=found.train_nano,
     )
 
 
