@@ -23,6 +23,7 @@ from longreach.hf.checks import configs_of, find_base
 from longreach.hf.documents import Document
 from longreach.hf.facts import Chosen, Exactness, Facts
 from longreach.hf.forward import Forward
+from longreach.hf.interfaces import CausalLM
 from longreach.hf.placement import device_of
 from longreach.hf.standard import StandardSeam
 from longreach.hf.verify import verify
@@ -114,7 +115,7 @@ class Extension:
         self._attachment = attachment
 
     @property
-    def model(self) -> Any:
+    def model(self) -> CausalLM:
         return self.facts.model
 
     @property

@@ -15,6 +15,7 @@ import torch
 from longreach.configs import Window
 from longreach.core.encodings import Alibi, Rotary
 from longreach.engine.executor import Layer
+from longreach.hf.interfaces import CausalLM
 from longreach.hf.rotary import Key
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
@@ -136,7 +137,7 @@ class Facts:
     remark       what a user should know about this method on this model.
     """
 
-    model: Any
+    model: CausalLM
     base: Any
     legacy: bool
     name: str
