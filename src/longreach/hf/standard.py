@@ -57,7 +57,7 @@ class StandardSeam:
         self._uncompiled: Sequence[Any] = ()
 
     def probe(self, window: int) -> torch.Tensor:
-        original = configs.original_window(self.base.config)
+        original = configs.original_window(self.base.config, otherwise=window)
         return torch.tensor([p for p in PROBE_POSITIONS if p < original])
 
     def read(self, ids: torch.Tensor, positions: torch.Tensor) -> Reading:
