@@ -5,7 +5,7 @@ that projects, hands un-rotated q, k and v to the executor, and projects again; 
 forward is back. Which tensors these are is written down per family and believed only after every layer's output was compared with the
 layer's own, on the same input.
 
-Knows these five families; nothing about methods, stores or caches.
+Knows these five families; nothing about the method in force, stores or caches.
 """
 
 from __future__ import annotations

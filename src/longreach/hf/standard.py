@@ -125,8 +125,8 @@ class StandardSeam:
 
     def install(self, attend: Any, modules: Sequence[Any]) -> None:
         self._take()
-        registration.uncompile(modules)
         self._uncompiled = modules
+        registration.uncompile(modules)
 
     def _take(self) -> None:
         """The identity in place of the rotary module, and our function in that of attention."""
