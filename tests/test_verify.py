@@ -87,3 +87,14 @@ def test_kinds_of_layers_may_have_heads_of_unlike_width():
         cache = transformers.DynamicCache()
         parts = [model(ids[:, a : a + 7], past_key_values=cache).logits for a in range(0, 60, 7)]
     assert (torch.cat(parts, 1) - dense).abs().max() <= 1e-4 * dense.abs().max()
+
+
+@pytest.mark.parametrize("stated", [None, 0])
+def test_a_window_that_only_its_user_knows(stated):
+    model = build("llama")
+    want = verified(model, SelfExtend(4, 8)).exactness
+    vars(model.config)["max_position_embeddings"] = stated
+    with pytest.raises(ValueError, match="pass trained_window=N"):
+        longreach.extend(model, SelfExtend(4, 8))
+    with longreach.extend(model, SelfExtend(4, 8), trained_window=WINDOW) as extension:
+        assert extension.window.tokens == WINDOW and extension.exactness == want

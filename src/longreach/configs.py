@@ -74,12 +74,14 @@ def trained_window(config: Any, given: int | None = None) -> Window:
     return window
 
 
-def stated_window(config: Any) -> tuple[str, int]:
-    """(the name that the configuration gives it, tokens)."""
+def stated_window(config: Any, otherwise: int | None = None) -> tuple[str, int]:
+    """(the name that the configuration gives it, tokens). Raises ValueError where there is none, and nothing was given `otherwise`."""
     for name in WINDOWS:
         if isinstance(found := getattr(config, name, None), int) and found > 0:
             return name, found
-    raise ValueError(f"the model's configuration has no {WINDOWS[0]}; pass trained_window=N")
+    if otherwise is None:
+        raise ValueError(f"the model's configuration has no {WINDOWS[0]}; pass trained_window=N")
+    return "given", otherwise
 
 
 def scaling(config: Any, layer_type: str = "full_attention") -> Scaling:
@@ -91,9 +93,9 @@ def scaling(config: Any, layer_type: str = "full_attention") -> Scaling:
     return Scaling(rope.get("rope_type", "default"), rope.get("factor"), rope.get("original_max_position_embeddings"), base)
 
 
-def original_window(config: Any, layer_type: str = "full_attention") -> int:
+def original_window(config: Any, layer_type: str = "full_attention", otherwise: int | None = None) -> int:
     """The window before any scaling: positions below it use a checkpoint's short frequencies."""
-    return int(scaling(config, layer_type).original or getattr(config, "original_max_position_embeddings", None) or stated_window(config)[1])
+    return int(scaling(config, layer_type).original or getattr(config, "original_max_position_embeddings", None) or stated_window(config, otherwise)[1])
 
 
 # -- layers -------------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Documents: what a cache has read, saved to one safetensors file, loaded again, or forked. Continuing is bit-equal in all three.
 
-Knows caches, extensions and the format of the file; how a store keeps its tensors is in `store.py`. A file is input that may be hostile:
+Knows caches, facts and the format of the file; how tensors are kept is in the room `memory`. A file is input that may be hostile:
 nothing in it is executed, every size and index is checked before it is used, and it is refused unless it belongs to this very model,
 method and declared context.
 """
@@ -58,7 +58,7 @@ def fork(forward: Forward, cache: Any) -> DynamicCache:
 
 
 def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str, str]) -> None:
-    """Write the cache of `extension` to `file`, which exists afterwards as a whole or as it was before.
+    """Write a cache that `forward` filled to `file`, which exists afterwards as a whole or as it was before.
 
     ids    [B, T] or a list: the tokens that the cache has read, to verify and to continue with. After `generate` the cache has not read
            the last new token, so they are `sequence[:, :cache.get_seq_length()]`.

@@ -32,7 +32,7 @@ def fixed(config: Any, key: Key, found: Rotary, method: Method, window: configs.
     if rope.kind not in SWITCHING:
         return found
     arguments = {} if key is None else {"layer_type": key}
-    length = max(length, configs.original_window(config, key or "full_attention")) if rope.kind == "dynamic" else length
+    length = max(length, configs.original_window(config, key or "full_attention", window.tokens)) if rope.kind == "dynamic" else length
     inverse, scaling = ROPE_INIT_FUNCTIONS[rope.kind](config, found.inverse_frequencies.device, seq_len=length, **arguments)
     return found.at(Frequencies(inverse.double(), float(scaling)))
 

@@ -5,7 +5,7 @@ that projects, hands un-rotated q, k and v to the executor, and projects again; 
 forward is back. Which tensors these are is written down per family and believed only after every layer's output was compared with the
 layer's own, on the same input.
 
-Knows these five families; nothing about methods, stores or caches.
+Knows these five families; nothing about the method in force, stores or caches.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ class LegacySeam:
     def read(self, ids: torch.Tensor, positions: torch.Tensor) -> Reading:
         rotary, alibi = self.family.encoding(self.base, self.modules, positions)
         embedded = self.base.get_input_embeddings()(ids[:, :1])
-        made = [self.family.project(module, embedded.to(next(module.parameters()).device)) for module in self.modules]
+        weights = [next(module.parameters()) for module in self.modules]  # accelerate moves the input of a module whose weights are not at hand
+        made = [self.family.project(m, embedded if weight.is_meta else embedded.to(weight.device)) for m, weight in zip(self.modules, weights)]
         entries = [Entry(k.shape[1], k.shape[-1], v.shape[-1], k.dtype, k.device) for _, k, v in made]
         n = len(self.modules)
         return Reading(self.modules, [None] * n, [rotary] * n, alibi, [Stock()] * n, entries, embedded.dtype)

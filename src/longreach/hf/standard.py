@@ -57,7 +57,7 @@ class StandardSeam:
         self._uncompiled: Sequence[Any] = ()
 
     def probe(self, window: int) -> torch.Tensor:
-        original = configs.original_window(self.base.config)
+        original = configs.original_window(self.base.config, otherwise=window)
         return torch.tensor([p for p in PROBE_POSITIONS if p < original])
 
     def read(self, ids: torch.Tensor, positions: torch.Tensor) -> Reading:
@@ -125,8 +125,8 @@ class StandardSeam:
 
     def install(self, attend: Any, modules: Sequence[Any]) -> None:
         self._take()
-        registration.uncompile(modules)
         self._uncompiled = modules
+        registration.uncompile(modules)
 
     def _take(self) -> None:
         """The identity in place of the rotary module, and our function in that of attention."""

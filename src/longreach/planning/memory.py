@@ -1,6 +1,6 @@
 """A layout -> bytes: what the store allocates, to the byte, and what a forward needs beside it.
 
-Follows the rules of store.py (head, tail, growth) without allocating; the tests compare with real buffers. Knows no models' weights
+Follows the rules of memory/buffer.py (head, tail, growth) without allocating; the tests compare with real buffers. Knows no models' weights
 beyond their sizes, no seconds.
 """
 

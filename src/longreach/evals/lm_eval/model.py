@@ -1,6 +1,6 @@
 """An extended model as lm-evaluation-harness sees one: nothing is cut silently, prompts are read in chunks, few logits exist at a time.
 
-Knows lm-eval's HFLM, a model and its extension; needs lm_eval to be imported. `lm_harness.py` is the way in. HFLM alone would cut every prompt
+Knows lm-eval's HFLM, a model and its extension; needs lm_eval to be imported. `harness.py` is the way in. HFLM alone would cut every prompt
 to the window in the model's configuration, from the left, with no more than a log line; and hold float32 logits of a whole sequence.
 """
 
