@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -19,10 +19,49 @@ from longreach.planning import devices, hardware, theory, timing, work
 from longreach.planning.architecture import read
 from longreach.planning.hardware import CARDS, Curve
 from longreach.planning.memory import Budget, Schedule, bounded, entries, kv_bytes, largest, temporary_bytes
-from longreach.planning.theory import GIB, PeakPerformance, SpeContext
+from longreach.planning.theory import GIB, SpeContext
 from methods_matrix import METHODS
 
 # -- the published models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PeakPerformance:
+    """The framework for one dense model on `devices` equal devices; communication between them is left out, as in the paper."""
+
+    parameters: float
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    itemsize: float = 2
+    devices: int = 1
+    attention: theory.AttentionCost = "causal"
+
+    @property
+    def weights(self) -> float:
+        return self.parameters * self.itemsize
+
+    def kv(self, tokens: int) -> float:
+        heads = theory.kv_heads_per_device(self.kv_heads, self.devices) * self.devices
+        return theory.kv_bytes_per_token(self.layers, heads, self.head_dim, self.itemsize) * tokens
+
+    def concurrency(self, tokens: int) -> int:
+        return theory.concurrency(self.memory * self.devices, self.weights, self.kv(tokens))
+
+    def prefill(self, tokens: int) -> float:
+        return theory.prefill_flop(self.parameters, tokens, self.layers, self.heads * self.head_dim, self.attention) / (self.flops * self.devices)
+
+    def decode(self, tokens: int, new_tokens: int, users: int = 1) -> float:
+        return theory.decode_seconds(self.weights, users * self.kv(tokens), new_tokens, self.bandwidth * self.devices)
+
+    def switch(self, tokens: int) -> float:
+        return theory.switch_seconds(self.kv(tokens), self.kv(tokens), self.link * self.devices)
+
 
 A100 = dict(memory=80e9, flops=312e12, bandwidth=2.0e12, link=20e9)
 YI = PeakPerformance(parameters=34e9, layers=60, heads=56, kv_heads=8, head_dim=128, **A100)

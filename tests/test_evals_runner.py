@@ -59,7 +59,7 @@ def test_the_files_of_a_run(tmp_path, items, tokenizer):
     steps: list[runner.Step] = []
     outcome = run(tmp_path, CopyTail(tokenizer, 150), items, tokenizer, progress=steps.append)
     assert outcome == runner.Outcome(12, 0, 0, 0)
-    assert [step.done for step in steps] == list(range(13)) and steps[-1].seconds_left == 0 and steps[-1].tokens == steps[-1].total_tokens
+    assert [step.done for step in steps] == list(range(13)) and steps[-1].seconds_left == 0 and steps[-1].tokens == sum(item.needs for item in items)
     assert steps[0].what.startswith("reading sample 1 of 12 (passkey, ") and steps[0].seconds_left is None
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     wanted = (

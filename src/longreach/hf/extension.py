@@ -74,10 +74,16 @@ def extend(
     registration.refuse_taken(config for config, _ in before)
     name = f"{registration.PREFIX}{next(_numbers)}"
     seam = legacy.seam_of(model, name, before) or StandardSeam(model, base, name, before)
-    facts = verify(seam, chosen, before, dense=backend == "reference")
-    if facts.remark:
-        warnings.warn(facts.remark, stacklevel=2)
-    extension = Extension(facts, Attachment(seam, Forward(facts), before))
+    try:
+        facts = verify(seam, chosen, before, dense=backend == "reference")
+        if facts.remark:
+            warnings.warn(facts.remark, stacklevel=2)
+        extension = Extension(facts, Attachment(seam, Forward(facts), before))
+    except BaseException:  # an interrupt may have broken off what cleans up
+        seam.remove()
+        registration.unregister(name)
+        registration.set_back(before)
+        raise
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", extension.describe())
     return extension

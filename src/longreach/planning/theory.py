@@ -94,44 +94,6 @@ def break_even_bandwidth(nbytes: float, prefill: float, decode: float) -> float 
     return nbytes / (prefill - decode) if prefill > decode else None
 
 
-@dataclass(frozen=True)
-class PeakPerformance:
-    """The framework for one dense model on `devices` equal devices; communication between them is left out, as in the paper."""
-
-    parameters: float
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    memory: float
-    flops: float
-    bandwidth: float
-    link: float
-    itemsize: float = 2
-    devices: int = 1
-    attention: AttentionCost = "causal"
-
-    @property
-    def weights(self) -> float:
-        return self.parameters * self.itemsize
-
-    def kv(self, tokens: int) -> float:
-        heads = kv_heads_per_device(self.kv_heads, self.devices) * self.devices
-        return kv_bytes_per_token(self.layers, heads, self.head_dim, self.itemsize) * tokens
-
-    def concurrency(self, tokens: int) -> int:
-        return concurrency(self.memory * self.devices, self.weights, self.kv(tokens))
-
-    def prefill(self, tokens: int) -> float:
-        return prefill_flop(self.parameters, tokens, self.layers, self.heads * self.head_dim, self.attention) / (self.flops * self.devices)
-
-    def decode(self, tokens: int, new_tokens: int, users: int = 1) -> float:
-        return decode_seconds(self.weights, users * self.kv(tokens), new_tokens, self.bandwidth * self.devices)
-
-    def switch(self, tokens: int) -> float:
-        return switch_seconds(self.kv(tokens), self.kv(tokens), self.link * self.devices)
-
-
 # -- SpeContext's memory model ------------------------------------------------------------------------------------------------------
 
 RUNTIME = 1.3  # weights and 30 % for buffers of the runtime

@@ -49,7 +49,6 @@ class Step:
     done: int
     total: int
     tokens: int
-    total_tokens: int
     errors: int
     seconds_left: float | None
     what: str
@@ -231,7 +230,7 @@ class Clock:
         what = "done"
         if following is not None:
             what = f"reading sample {self.done + 1} of {self.total} ({following.task.name}, {counted(following.tokens, 'token')})"
-        return Step(self.done, self.total, self.tokens_read, self.tokens, errors, left, what)
+        return Step(self.done, self.total, self.tokens_read, errors, left, what)
 
 
 @dataclass(frozen=True)
