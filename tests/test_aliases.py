@@ -41,3 +41,10 @@ def test_from_imports_warn_once_and_work():
 def test_a_name_that_never_was_is_an_attribute_error():
     with pytest.raises(AttributeError, match=r"module 'longreach.auto' has no attribute 'nonsense'"):
         _ = import_module("longreach.auto").nonsense
+
+
+def test_an_old_name_is_an_attribute_of_the_package_as_before():
+    code = "import longreach; print(longreach.loading.shipped_book is longreach.shipped_book, longreach.auto.recommended.__module__)"
+    done = subprocess.run([sys.executable, "-W", "always::DeprecationWarning", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True longreach.planning.dial\n", done.stderr
+    assert done.stderr.count("DeprecationWarning: longreach.loading.shipped_book will be removed") == 1

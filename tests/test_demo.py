@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from io import StringIO
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 import longreach
 from longreach.apps import demo
 from longreach.cli import main
+from longreach.cli.demo import cost_table
 from longreach.drawing import canvas, reach
 from longreach.evals.samples import haystack
 from longreach.running.loading import shipped_book
@@ -114,3 +117,13 @@ def test_the_command_prints_tables_or_one_object(tmp_path: Path, capsys: pytest.
 def test_bad_input_is_refused_before_anything_is_read(options: list[str], says: str, capsys: pytest.CaptureFixture[str]):
     assert main(["demo", *options]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_table_of_costs_breaks_no_word_in_80_columns():
+    cost = {"prefill_seconds": 1.0, "decode_ms": 2.0, "store_bytes": 3}
+    extended = {"selfextend": "SelfExtend(group_size=15, window=60, log_scale=512)", "lm-infinite": "LMInfinite(n_local=512, n_global=4)"}
+    names = {"stock": "the model as it is", **extended}
+    result = {"plan": {"lengths": [8]}, "window": 512, "cost": dict.fromkeys(names, cost), "methods": {name: {"4096": text} for name, text in names.items()}}
+    console = Console(width=80, file=StringIO())
+    console.print(cost_table(result))
+    assert {"SelfExtend", "(group_size=15,", "log_scale=512)", "(n_local=512,", "n_global=4)"} <= set(console.file.getvalue().split())

@@ -149,6 +149,17 @@ def test_the_hub(tmp_path, monkeypatch):
         data.rows(SOURCE, Settings())
 
 
+def test_a_long_reason_of_the_hub_ends_with_a_sentence(monkeypatch):
+    import huggingface_hub
+
+    def missing(repo, **options):
+        raise huggingface_hub.errors.LocalEntryNotFoundError(f"The first sentence is {'very ' * 30}long. The second {'is longer ' * 30}than that.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
+    with pytest.raises(ValueError, match=r"very long; download rows\.jsonl.* elsewhere and pass its folder \(--data FOLDER\)$"):
+        data.rows(SOURCE, Settings())
+
+
 def test_offline_mode_of_the_hub(tmp_path, monkeypatch):
     """The real client, told not to use the network: no connection is tried, and the sentence has the way round."""
     from huggingface_hub import constants

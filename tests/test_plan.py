@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import platformdirs.macos
@@ -14,12 +15,14 @@ import psutil
 import pytest
 import torch
 import transformers as t
+from rich.console import Console
 
 import longreach
 from families import BASE, build
 from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM, configs
 from longreach.checking import speedtest
 from longreach.cli import main, parameters
+from longreach.cli import plan as plan_command
 from longreach.methods import registry
 from longreach.planning import calibration, dial, machine, sizing
 from longreach.planning.architecture import read
@@ -363,6 +366,16 @@ def test_the_command(capsys, tmp_path):
     assert code == 1 and "nearest requests" in out and "dual-chunk --pretraining-length 8192" in out and "context switch" in out
     assert run(capsys, "--context", 1000, "--hardware", "RTX4080")[0] == 2
     assert "pass --context N" in run(capsys, "--hardware", "H200")[2]
+
+
+@pytest.mark.parametrize("users", [1, 3000])  # the second row says how many fit, and memory bandwidth binds
+def test_the_table_breaks_no_word_in_80_columns(users):
+    console = Console(width=80, file=StringIO())
+    console.print(plan_command.method_table(longreach.plan("nano", 8192, "L4", concurrency=users)))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    cells = {"everything", "recent", "overhead" if users == 1 else "bandwidth", "ms/token", "block-selfextend"}
+    assert cells <= set(text.split())
 
 
 def test_curves_cover_the_request():

@@ -377,6 +377,15 @@ def test_gguf_that_cannot_be_loaded(tmp_path):
         longreach.load(str(tmp_path / "broken.gguf"))
 
 
+def test_a_gguf_file_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("longreach.gguf_file.find_spec", lambda name: None)
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + b"\x00" * 20)
+    with pytest.raises(ValueError, match=r"^reading a GGUF file needs gguf and accelerate; pip install 'longreach\[interop\]'$"):
+        longreach.load(str(tmp_path / "tiny.gguf"))
+    with pytest.raises(ValueError, match=r"^reading a GGUF file needs gguf; pip install 'longreach\[interop\]'$"):
+        longreach.plan(str(tmp_path / "tiny.gguf"), 200, "L4")
+
+
 # -- torch.compile and pipelines ------------------------------------------------------------------------------------------------
 
 

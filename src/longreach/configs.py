@@ -272,6 +272,8 @@ def load(model: Any, config: str | Path | dict[str, Any] | None = None) -> tuple
         with as_file(files("longreach") / "nano") as folder:
             return AutoConfig.from_pretrained(str(folder)), model
     file, folder = gguf_of(model), Path(model).expanduser()
+    if file is not None:
+        gguf_file.check_packages("gguf")
     with reading(model, "pass a folder with config.json, a GGUF file, a public id on the Hub, or --config FILE"):
         if file is not None:
             return gguf_file.configuration(file, gguf_file.header(file)), model

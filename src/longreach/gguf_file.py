@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,6 +67,12 @@ def is_gguf(file: Path) -> bool:
     """By its first bytes: the name is a habit."""
     with file.open("rb") as stream:
         return stream.read(len(MAGIC)) == MAGIC
+
+
+def check_packages(*names: str) -> None:
+    """Raises ValueError, with the fix, if one that Transformers reads such files with is not installed."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ValueError(f"reading a GGUF file needs {' and '.join(missing)}; pip install 'longreach[interop]'")
 
 
 def header(file: Path) -> Header:

@@ -148,7 +148,7 @@ def cost_table(result: dict[str, Any]) -> Any:
     longest = max(result["plan"]["lengths"]) * result["window"]
     table = _table(f"Cost at {longest} tokens", "", *NAMES.values())
     costs = [result["cost"][name] for name in NAMES]
-    table.add_row("method", *(result["methods"][name][str(longest)] for name in NAMES))
+    table.add_row("method", *(result["methods"][name][str(longest)].replace("(", " (", 1) for name in NAMES))  # a line may end there
     table.add_row("reading the text", *(f"{c['prefill_seconds']:.2f} s" for c in costs))
     table.add_row("a further token", *(f"{c['decode_ms']:.1f} ms" for c in costs))
     table.add_row("keys and values", *(size(c["store_bytes"]) for c in costs))

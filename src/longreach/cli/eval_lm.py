@@ -86,22 +86,11 @@ def command(
                 if warning := dial.declare(extension.method, extension.window.tokens, declared)[1]:
                     out.warn(warning)
                 found = harness.evaluate(
-                    loaded,
-                    tokenizer,
-                    names,
-                    extension=extension,
-                    max_length=declared if extension.context is None else None,
-                    overflow=overflow,
-                    chunk_size=chunk_size,
-                    num_fewshot=few_shots,
-                    limit=documents,
-                    apply_chat_template=chat,
-                    gen_kwargs=answers or None,
-                    include_path=None if include is None else str(include),
-                    metadata=given or None,
-                    seed=seed,
-                    confirm_run_unsafe_code=unsafe,
-                )
+                    loaded, tokenizer, names, extension=extension, max_length=declared if extension.context is None else None,
+                    overflow=overflow, chunk_size=chunk_size, num_fewshot=few_shots, limit=documents, apply_chat_template=chat,
+                    gen_kwargs=answers or None, include_path=None if include is None else str(include), metadata=given or None,
+                    seed=seed, confirm_run_unsafe_code=unsafe,
+                )  # fmt: skip
         rows, report = harness.scores(found), found["longreach"]
         if report["shortened_requests"]:
             out.warn(

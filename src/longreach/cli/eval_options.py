@@ -59,17 +59,9 @@ class Wanted:
 
 
 def wanted(
-    out: Output,
-    names: list[str],
-    lengths: str | None,
-    depths: str,
-    samples: int,
-    seed: int,
-    text: str | None,
-    data: str | None,
-    options: list[str] | None,
-    encoding: str | None = None,
-) -> Wanted:
+    out: Output, names: list[str], lengths: str | None, depths: str, samples: int, seed: int,
+    text: str | None, data: str | None, options: list[str] | None, encoding: str | None = None,
+) -> Wanted:  # fmt: skip
     """Whatever is wrong with the options is said here, before a model is loaded."""
     from longreach.evals.samples.base import Settings
 

@@ -92,18 +92,9 @@ def command(
                 folder.start({"config": config, "tasks": tasks, "samples": len(job.items), **origin})
                 with progress_of(out, out_folder) as progress:
                     outcome = runner.run(
-                        job.items,
-                        engine,
-                        job.tokenizer,
-                        folder,
-                        {name: facts["config_hash"] for name, facts in tasks.items()},
-                        limit=job.span.limit,
-                        truncate=truncate,
-                        chat=chat,
-                        shard=part,
-                        save_prompts=save_prompts,
-                        progress=progress,
-                    )
+                        job.items, engine, job.tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()},
+                        limit=job.span.limit, truncate=truncate, chat=chat, shard=part, save_prompts=save_prompts, progress=progress,
+                    )  # fmt: skip
         rows = folder.finish(eval_options.now())
         summary(out, outcome, folder.file)
         result = {
@@ -173,15 +164,9 @@ class Job:
 
 
 def prepare(
-    model: Any,
-    tokenizer: Tokenizer,
-    wanted: eval_options.Wanted,
-    method: Method | None,
-    declared: int | None,
-    truncate: str | None,
-    chat: ChatMode,
-    trained_window: int | None,
-) -> Job:
+    model: Any, tokenizer: Tokenizer, wanted: eval_options.Wanted, method: Method | None,
+    declared: int | None, truncate: str | None, chat: ChatMode, trained_window: int | None,
+) -> Job:  # fmt: skip
     """Make the samples, and see how long they are."""
     from longreach.evals.harness import runner
     from longreach.evals.harness.model_engine import span

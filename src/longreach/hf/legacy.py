@@ -48,11 +48,11 @@ class Family(ABC):
     def project(self, module: Any, hidden: torch.Tensor) -> QKV:
         """hidden [B, T, C] -> q [B, H, T, D], k and v [B, G, T, D], not rotated."""
 
-    @abstractmethod
-    def scale(self, module: Any) -> float: ...
+    def scale(self, module: Any) -> float:
+        return float(module.inv_norm_factor)
 
-    @abstractmethod
-    def dropout(self, module: Any) -> float: ...
+    def dropout(self, module: Any) -> float:
+        return float(module.attention_dropout.p)
 
     @abstractmethod
     def output(self, module: Any, context: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -128,12 +128,6 @@ class Falcon(Family):
             q, k, v = fused.unflatten(-1, (-1, 3, width)).unbind(-2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def scale(self, module: Any) -> float:
-        return float(module.inv_norm_factor)
-
-    def dropout(self, module: Any) -> float:
-        return float(module.attention_dropout.p)
-
     def output(self, module: Any, context: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         return torch.as_tensor(module.dense(context))
 
@@ -180,12 +174,6 @@ class Bloom(Family):
     def project(self, module: Any, hidden: torch.Tensor) -> QKV:
         q, k, v = module.query_key_value(hidden).unflatten(-1, (module.num_heads, 3, module.head_dim)).unbind(-2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def scale(self, module: Any) -> float:
-        return float(module.inv_norm_factor)
-
-    def dropout(self, module: Any) -> float:
-        return float(module.attention_dropout.p)
 
     def output(self, module: Any, context: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         assert residual is not None

@@ -6,7 +6,6 @@ Knows Transformers' loaders. Weights come from safetensors or GGUF only, and cod
 from __future__ import annotations
 
 from importlib.resources import as_file, files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,7 @@ def load(name: str = EMBEDDED, *, dtype: str | torch.dtype | None = None, device
 
 
 def _load_gguf(file: Path, dtype: torch.dtype, where: torch.device) -> tuple[Any, Any]:
-    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
-        raise ValueError(f"reading a GGUF file needs {' and '.join(missing)}; pip install 'longreach[interop]'")
+    gguf_file.check_packages("gguf", "accelerate")
     from transformers import TOKENIZER_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
     with reading(str(file), "pass a whole GGUF file of an architecture that Transformers converts"):

@@ -73,10 +73,7 @@ def evaluate(
         gen_kwargs=dict(gen_kwargs) if gen_kwargs else None,
         use_cache=use_cache,
         bootstrap_iters=bootstrap_iters,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
+        **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed),
         confirm_run_unsafe_code=confirm_run_unsafe_code,
     )
     report = lm.report()

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from random import Random
 from typing import IO, Any, TypeVar
 
+from longreach.configs import sentence
 from longreach.evals.samples.base import Settings, Task
 
 FILE_BYTES = 4 << 30  # the largest published file has under 1 GB
@@ -163,10 +164,8 @@ def download(repo: str, source: Source) -> Path:
     try:
         return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=[p for name in names for p in (name, f"*/{name}")]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(
-            f"could not get the data set {repo} from the Hub: {reason} -- download {source.wanted} elsewhere and pass its folder (--data FOLDER)"
-        ) from error
+        advice = f"download {source.wanted} elsewhere and pass its folder (--data FOLDER)"
+        raise ValueError(f"could not get the data set {repo} from the Hub: {sentence(error)}; {advice}") from error
 
 
 def _in_folder(folder: Path, source: Source, group: str) -> list[Place]:
