@@ -152,13 +152,9 @@ def truth(model: nn.Module, modules: Sequence[nn.Module], run: Callable[[], torc
 
 
 def stock_runs(
-    model: nn.Module,
-    modules: Sequence[nn.Module],
-    run: Callable[[], torch.Tensor],
-    kernels: Sequence[str],
-    using: Callable[[str], AbstractContextManager[None]],
-    dtype: torch.dtype,
-) -> Stock:
+    model: nn.Module, modules: Sequence[nn.Module], run: Callable[[], torch.Tensor], kernels: Sequence[str],
+    using: Callable[[str], AbstractContextManager[None]], dtype: torch.dtype,
+) -> Stock:  # fmt: skip
     """The stock model on the probe: under eager attention, which is its definition, and in half precision under each kernel and in fp32 too.
 
     using  a context in which the model is stock with one of the kernels. Raises ValueError if no kernel gives finite values.

@@ -32,15 +32,7 @@ class Listener:
         return None
 
     def attention(
-        self,
-        module: nn.Module,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attention_mask: Any,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: Any = None, dropout: float = 0.0, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         self.seen.append(Seen(module, q.detach(), k.detach(), v.detach(), kwargs))
         return v.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(1, 2).contiguous(), None

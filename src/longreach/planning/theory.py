@@ -117,10 +117,6 @@ class SpeContext:
     draft: float = 0.0
     requests: int = 1
 
-    def all_resident(self, tokens: int) -> float:
-        """1.3 (M_O + M_D) + R (L + 1 + a) S e."""
-        return self.split(tokens, 0)
-
     def split(self, tokens: int, on_host: int) -> float:
         """1.3 (M_O + M_D) + R [(L_gpu + 1 + a) S + L_cpu B] e."""
         resident = self.layers - on_host + 1 + self.repeats
