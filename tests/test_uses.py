@@ -487,7 +487,9 @@ import sys, torch, transformers as t, longreach
 from transformers.distributed import DistributedConfig
 torch.set_num_threads(1)
 folder, ids = sys.argv[1], torch.load(sys.argv[2])
-model = t.AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto")).eval()
+new = "tp_size" in DistributedConfig.__init__.__annotations__  # older releases take the plan itself
+split = {"distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")} if new else {"tp_plan": "auto"}
+model = t.AutoModelForCausalLM.from_pretrained(folder, **split).eval()
 with torch.no_grad(), longreach.extend(model, longreach.SelfExtend(3, 8)) as extension:
     assert extension.facts.reading.entries[0].heads == 1, extension.facts.reading.entries  # two key heads over two ranks
     cache = t.DynamicCache()
