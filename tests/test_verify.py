@@ -28,7 +28,7 @@ def verified(model: torch.nn.Module, method: Method) -> Facts:
     before = [(config, config._attn_implementation_internal) for config in configs_of(model)]
     seam = legacy.seam_of(model, NAME, before) or StandardSeam(model, base, NAME, before)
     window = configs.trained_window(base.config)
-    return verify(seam, Chosen(method, window, None, method.capacity(window.tokens)), before)
+    return verify(seam, Chosen(method, window, None, method.capacity(window.tokens)))
 
 
 def state(model: torch.nn.Module) -> list[object]:

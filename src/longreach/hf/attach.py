@@ -21,18 +21,17 @@ from longreach.hf.forward import Forward
 class Attachment:
     """A forward put into its model. `remove()`, or the end of a `with` block, takes it off."""
 
-    def __init__(self, seam: Seam, forward: Forward, before: registration.Configs) -> None:
+    def __init__(self, seam: Seam, forward: Forward) -> None:
         self.seam, self.forward = seam, forward
         self._hooks: list[Any] = []
         self._undo: Any = lambda: None
         registration.register(seam.name, forward)
-        self._unregister = weakref.finalize(forward, registration.unregister, seam.name, before)  # for models that are dropped, not given back
+        self._unregister = weakref.finalize(forward, registration.unregister, seam.name, seam.before)  # for models that are dropped, not given back
         self._unregister.atexit = False
         try:
             self._put(seam, forward)
         except BaseException:
             self.remove()
-            registration.set_back(before)
             raise
 
     def _put(self, seam: Seam, forward: Forward) -> None:

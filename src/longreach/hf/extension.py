@@ -75,10 +75,10 @@ def extend(
     name = f"{registration.PREFIX}{next(_numbers)}"
     seam = legacy.seam_of(model, name, before) or StandardSeam(model, base, name, before)
     try:
-        facts = verify(seam, chosen, before, dense=backend == "reference")
+        facts = verify(seam, chosen, dense=backend == "reference")
         if facts.remark:
             warnings.warn(facts.remark, stacklevel=2)
-        extension = Extension(facts, Attachment(seam, Forward(facts), before))
+        extension = Extension(facts, Attachment(seam, Forward(facts)))
     except BaseException:  # an interrupt may have broken off what cleans up
         seam.remove()
         registration.unregister(name)

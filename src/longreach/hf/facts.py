@@ -16,6 +16,7 @@ from longreach.configs import Window
 from longreach.core.encodings import Alibi, Rotary
 from longreach.engine.executor import Layer
 from longreach.hf.interfaces import CausalLM
+from longreach.hf.registration import Configs
 from longreach.hf.rotary import Key
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
@@ -75,6 +76,7 @@ class Seam(Protocol):
     model: Any
     base: Any  # the text model around the layers
     name: str  # of our attention function
+    before: Configs  # what the configurations had
 
     def probe(self, window: int) -> torch.Tensor:
         """[n] positions that the model is probed at."""

@@ -15,7 +15,7 @@ from longreach import configs
 from longreach.core.differences import relative
 from longreach.core.encodings import Rotary
 from longreach.engine.executor import Layer
-from longreach.hf import frequencies, layer_kinds, registration, selfcheck
+from longreach.hf import frequencies, layer_kinds, selfcheck
 from longreach.hf.attach import Attachment
 from longreach.hf.checks import Inexact
 from longreach.hf.facts import Chosen, Exactness, Facts, Reading, Seam
@@ -26,7 +26,7 @@ from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 
 
-def verify(seam: Seam, chosen: Chosen, before: registration.Configs, dense: bool = False) -> Facts:
+def verify(seam: Seam, chosen: Chosen, dense: bool = False) -> Facts:
     """The facts of a model under a method. dense: every layer is to compute the dense truth.
 
     Raises ValueError, with the fix, where the method cannot apply to the model, and Inexact where the engine does not compute what the model does. The
@@ -49,7 +49,7 @@ def verify(seam: Seam, chosen: Chosen, before: registration.Configs, dense: bool
         neutral = tuple(Layer(i, t, r, alibi=reading.alibi) for i, (t, r) in enumerate(zip(reading.trained, reading.rotaries, strict=True)))
         unlimited = replace(chosen, context=None, capacity=None)
         probed = Facts(seam.model, seam.base, seam.legacy, seam.name, unlimited, reading, neutral, layer_kinds.slot_scales(reading.modules))
-        with Attachment(seam, Forward(probed), before):
+        with Attachment(seam, Forward(probed)):
             ours = selfcheck.observe(reading.modules, logits, stock.first.inputs)
     return replace(
         probed,
