@@ -11,5 +11,6 @@ devices.py        a name -> a card, this machine as it was measured, or a TOML f
 calibration.py    this machine, measured
 timing.py         seconds, from work and measured or assumed speeds
 machine.py        memory, processor and cache folder of this machine
+profile.py        what `longreach tune` found for a model: its file, and which entry serves a context
 terms.py          the published terms and thresholds for a request
 """
