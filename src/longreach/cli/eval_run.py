@@ -22,9 +22,11 @@ from longreach.quantities import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from longreach.evals.harness.estimates import Step
+    from longreach.evals.harness.items import Item
     from longreach.evals.harness.model_engine import Span
     from longreach.evals.harness.results import Row
-    from longreach.evals.harness.runner import Item, Outcome, Progress, Step
+    from longreach.evals.harness.runner import Outcome, Progress
     from longreach.evals.samples.base import Settings, Task
     from longreach.evals.samples.budget import ChatMode
     from longreach.hf.extension import Extension
@@ -93,7 +95,7 @@ def command(
                 with progress_of(out, out_folder) as progress:
                     outcome = runner.run(
                         job.items, engine, job.tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()},
-                        limit=job.span.limit, truncate=truncate, chat=chat, shard=part, save_prompts=save_prompts, progress=progress,
+                        limit=job.span.limit, truncate=truncate, chat=chat, shard=part, save_prompts=save_prompts, work=engine.work, progress=progress,
                     )  # fmt: skip
         rows = folder.finish(eval_options.now())
         summary(out, outcome, folder.file)
@@ -125,7 +127,7 @@ def estimate(
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
-    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time two short prompts to say how long it will take.")] = True,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time short prompts to say how long it will take.")] = True,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -138,16 +140,16 @@ def estimate(
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             job = prepare(loaded, tokenizer, asked, chosen, declared, None, chat, trained_window)
-            from longreach.evals.harness import runner
+            from longreach.evals.harness import estimates
+            from longreach.evals.harness.items import by_length
             from longreach.evals.harness.model_engine import attached
 
-            if measure:
-                with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
-                    speed = runner.measure(job.items, engine, job.tokenizer, chat)
-            else:
-                speed = None
-        every = runner.estimate(job.items, speed)
-        parts = [{"task": task, "length": length, **dataclasses.asdict(runner.estimate(items, speed))} for task, length, items in runner.by_length(job.items)]
+            with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
+                work = engine.work
+                speed = estimates.measure(job.items, engine, job.tokenizer, work, chat) if measure else None
+        every = estimates.estimate(job.items, work, speed)
+        groups = [(task, length, estimates.estimate(items, work, speed)) for task, length, items in by_length(job.items)]
+        parts = [{"task": task, "length": length, **dataclasses.asdict(found)} for task, length, found in groups]
         result = {**dataclasses.asdict(every), "context": job.span.context, "parts": parts}
         out.finish(result, lambda console: show_estimate(console, result))
 
@@ -268,9 +270,9 @@ def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:
 
 
 def show_estimate(console: Console, result: dict[str, Any]) -> None:
-    table = common.plain_table("task", "length", "samples", "prompt tokens", "longest", "time at most")
+    table = common.plain_table("task", "length", "samples", "prompt tokens", "to read", "longest", "time at most")
     for part in [*result["parts"], {**result, "task": "all", "length": None}]:
         length = "" if part["length"] is None else str(part["length"])
-        counts = (str(part[name]) for name in ("samples", "prompt_tokens", "longest"))
+        counts = (str(part[name]) for name in ("samples", "prompt_tokens", "read_tokens", "longest"))
         table.add_row(part["task"], length, *counts, "" if part["seconds"] is None else duration(part["seconds"]))
     console.print(table)
