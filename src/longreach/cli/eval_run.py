@@ -17,7 +17,7 @@ import typer
 from longreach.cli import common, eval_options
 from longreach.cli.common import Output
 from longreach.cli.console import Pace, duration
-from longreach.quantities import counted
+from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +55,7 @@ def command(
     chat: eval_options.Chat = "auto",
     shard: Annotated[str, typer.Option("--shard", help="i/n: run only every n-th sample, from the i-th (counted from 0); all shards share a folder.")] = "0/1",
     save_prompts: Annotated[bool, typer.Option("--save-prompts", help="Keep the prompts in the results, not only their hashes.")] = False,
-    chunk_size: eval_options.ChunkSize = 512,
+    chunk_size: eval_options.ChunkSize = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
@@ -123,7 +123,7 @@ def estimate(
     data: eval_options.Data = None,
     options: eval_options.Options = None,
     chat: eval_options.Chat = "auto",
-    chunk_size: eval_options.ChunkSize = 512,
+    chunk_size: eval_options.ChunkSize = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,

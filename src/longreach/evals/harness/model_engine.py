@@ -26,6 +26,7 @@ from longreach.memory.buffer import ROLLBACK
 from longreach.methods.base import Method
 from longreach.planning import dial, machine
 from longreach.planning.work import count, ramp
+from longreach.quantities import CHUNK_SIZE
 from longreach.running import generation
 from longreach.running.prefix import Prefix
 
@@ -44,7 +45,7 @@ class ModelEngine:
     model: CausalLM
     tokenizer: Tokenizer
     extension: Extension | None = None
-    chunk_size: int = 512
+    chunk_size: int = CHUNK_SIZE
     _prefix: Prefix = field(default_factory=Prefix, repr=False)
     _warm: bool = False
 
@@ -139,7 +140,7 @@ def span(method: Method | None, window: int, declared: int | None, needed: int) 
 
 @contextmanager
 def attached(
-    model: CausalLM, tokenizer: Tokenizer, method: Method | None, context: int, *, trained_window: int | None = None, chunk_size: int = 512
+    model: CausalLM, tokenizer: Tokenizer, method: Method | None, context: int, *, trained_window: int | None = None, chunk_size: int = CHUNK_SIZE
 ) -> Iterator[ModelEngine]:
     """The model under the method, or under what the dial chooses for the context."""
     window = configs.trained_window(find_base(model).config, trained_window).tokens
