@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from operator import index
 
+CHUNK_SIZE = 512  # tokens of one forward while a text is read, where nothing else is asked for; no result depends on it, only memory and speed
 MOST_TOKENS = 2**32  # more than anything reads; beyond it a number is a slip of the keyboard
 
 
