@@ -146,13 +146,13 @@ class Bench:
             return None
 
     def questions(self, reading: Reading) -> list[Sample]:
-        task = tasks.task(reading.task)
+        task, alone = tasks.task(reading.task), reading.task != "passkeys"  # a task without several questions on a document: five documents of one each
+        count = len(DEPTHS) * DOCUMENTS if alone else DOCUMENTS
         text = self.novel if reading.form == "novel" else None
-        settings = Settings(lengths=(self.length(reading),), depths=DEPTHS, samples=len(DEPTHS) * DOCUMENTS, text=text)
-        found = list(task.samples(self.tokenizer, Settings(**{**vars(settings), "samples": DOCUMENTS})) if reading.task == "passkeys" else task.samples(self.tokenizer, settings))
-        if reading.task == "passkeys":
-            return [sample for sample in found if sample.meta["index"] == reading.document]
-        return found[reading.document :: DOCUMENTS][: len(DEPTHS)]  # tasks without several questions on a document: five samples
+        found = list(task.samples(self.tokenizer, Settings(lengths=(self.length(reading),), depths=DEPTHS, samples=count, text=text)))
+        if alone:
+            return found[reading.document :: DOCUMENTS][: len(DEPTHS)]
+        return [sample for sample in found if sample.meta["index"] == reading.document]
 
     # -- one reading ---------------------------------------------------------------------------------------------------------------
 

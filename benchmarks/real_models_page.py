@@ -122,7 +122,8 @@ def others(rows: Sequence[Row]) -> str:
     for task, setting, windows in keys:
         groups = [[q["score"] for q in row["questions"]] for row in rows if (row["task"], row["setting"], row["windows"]) == (task, setting, windows)]
         found = clusters.share(groups)
-        body.append([task, LABELS.get(setting, setting), f"{windows:g}x", f"{100 * found.value:.0f} % of {found.n} ({100 * found.low:.0f} to {100 * found.high:.0f} %)"])
+        percent = f"{100 * found.value:.0f} % of {found.n} ({100 * found.low:.0f} to {100 * found.high:.0f} %)"
+        body.append([task, LABELS.get(setting, setting), f"{windows:g}x", percent])
     return markdown(["task", "", "length", "score"], body)
 
 
@@ -158,7 +159,8 @@ def first_table(rows: Sequence[Row]) -> str:
     inside = [cell(share(answers, "stock", w, form)) for w, form in ((1.0, "chat"), (1.0, "raw"))]
     length = {row["windows"]: row["length"] for row in rows}
     head = ["", *(f"{length[w]} tokens, {form}" for w in (1.5, 2.0) for form in ("chat template", "raw prompt") if w in length), "loss at twice the window"]
-    return markdown(head, body) + f"\n\nInside the window ({length[1.0]} tokens) plain attention finds {inside[0]} with the chat template and {inside[1]} without."
+    ceiling = f"Inside the window ({length[1.0]} tokens) plain attention finds {inside[0]} with the chat template and {inside[1]} without."
+    return f"{markdown(head, body)}\n\n{ceiling}"
 
 
 # -- the picture --------------------------------------------------------------------------------------------------------------------
@@ -177,9 +179,8 @@ def draw(rows: Sequence[Row], path: Path, name: str) -> None:
             x = [w * 1.012 ** (shift - 3) for w, _ in points]
             y = [100 * found.value for _, found in points]
             ends = [[value - 100 * found.low for value, (_, found) in zip(y, points)], [100 * found.high - value for value, (_, found) in zip(y, points)]]
-            axis.errorbar(
-                x, y, ends, color=COLOURS[setting], label=PICTURE_LABELS.get(setting, setting), marker="o", ms=4, lw=2.2 if setting == "dial" else 1.3, elinewidth=0.7
-            )  # fmt: skip
+            width, label = 2.2 if setting == "dial" else 1.3, PICTURE_LABELS.get(setting, setting)
+            axis.errorbar(x, y, ends, color=COLOURS[setting], label=label, marker="o", ms=4, lw=width, elinewidth=0.7)
         axis.axvline(1, color="black", ls=":", lw=1)
         axis.set_xscale("log", base=2)
         axis.set_xticks(windows, [f"{w:g}x" for w in windows], fontsize=8.5)

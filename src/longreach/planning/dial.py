@@ -24,7 +24,7 @@ from longreach.quantities import counted
 WINDOW_SHARE = 8  # neighbour window = well-trained window / 8; see docs/nano.md for the evidence
 WELL_TRAINED = (2, 3)  # only the lower two thirds of the well-trained positions are trusted (the authors' empirical rule)
 ORIGINAL_BASE = 10_000  # of rotary frequencies; the authors' models and nano have it
-LATE_SHARE = 4  # where the base was raised, the window was mostly stretched late in training: a quarter of it is taken as well trained
+STRETCHED_SHARE = 4  # where the base was raised, the window was mostly stretched late in training: a quarter of it is taken as well trained
 LARGEST_GROUP = 64  # the authors' range for group sizes ends here
 SHARPENED = "the log scale keeps attention sharp among more keys than in training"
 MEASURE = "a rule, not a measurement: `longreach tune` measures what this model finds"
@@ -126,8 +126,8 @@ def by_length(window: Window, context: int) -> Choice:
     """SelfExtend with the smallest group size that the rules allow; stock when the context fits anyway.
 
     The rule of the authors: w + (N - w) / g <= 2/3 L, for only well-trained positions should be used, with w = L/8 rounded to a multiple of g, and the log
-    scale of the official code with base L. Where the base of the frequencies was raised it is held for a quarter of L first (see `well_trained`); what
-    needs more is warned of. The loose rule: every distance is below L.
+    scale of the official code with base L. Where the base of the frequencies was raised, L in this rule is a quarter of the window first, and the log scale
+    is left out (see `well_trained`, `usual`); what needs more than that quarter is warned of. The loose rule: every distance is below L.
     """
     if not isinstance(context, int) or isinstance(context, bool) or context < 1:
         raise ValueError(f"context must be a positive number of tokens, not {context!r}; count the prompt and the new tokens")
@@ -138,18 +138,18 @@ def by_length(window: Window, context: int) -> Choice:
     exceeds = f"{context} tokens exceed the trained window of {length} ({window.reason})"
     trained = well_trained(window)
     for span in dict.fromkeys((trained, length)):
-        if (method := smallest(span, context)) is not None:
+        if (method := smallest(window, span, context)) is not None:
             within = "it" if span == length else f"the {span} that are taken as well trained, a quarter, for its frequency base was raised to {window.base:g}"
             reason = (
                 f"{exceeds}: smallest group size whose largest distance, {method.window + (context - method.window) // method.group_size}, "
-                f"stays within 2/3 of {within} ({largest_distance_allowed(span)}); {SHARPENED}; {MEASURE}"
+                f"stays within 2/3 of {within} ({largest_distance_allowed(span)}); {why(window)}"
             )
             return Choice(method, context, window, reason, None if span == trained else poorly(context, trained))
-    wide = usual(length, LARGEST_GROUP)
-    loose = next((m for m in (wide, *(usual(length, g) for g in range(2, LARGEST_GROUP))) if m.window < length and (m.capacity(length) or 0) >= context), None)
-    if loose is not None:
-        reason = f"{exceeds}: {'largest' if loose == wide else 'smallest'} usual group size; all distances are trained ones; {SHARPENED}; {MEASURE}"
-        return Choice(loose, context, window, reason, poorly(context, length))
+    for group in (LARGEST_GROUP, *range(2, LARGEST_GROUP)):
+        method = usual(window, length, group)
+        if method.window < length and (method.capacity(length) or 0) >= context:
+            which = "largest" if group == LARGEST_GROUP else "smallest"
+            return Choice(method, context, window, f"{exceeds}: {which} usual group size; all distances are trained ones; {why(window)}", poorly(context, length))
     most, group = reach(length)
     raise ValueError(
         f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
@@ -168,24 +168,27 @@ def recommended(method: type[Method], window: Window, context: int) -> Method:
 
 def reach(length: int) -> tuple[int, int]:
     """The largest context that the usual parameters reach on a trained window, and the group size that does."""
-    return max((usual(length, g).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
+    return max((SelfExtend(g, neighbour_window(length, g)).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
+
+
+def stretched(window: Window) -> bool:
+    """Whether the base of its frequencies was raised: the sign of a window that was stretched late in training, most of which was on shorter texts."""
+    return window.base is not None and window.base > ORIGINAL_BASE
 
 
 def well_trained(window: Window) -> int:
-    """Tokens whose distances are taken as well trained: all of the window; a quarter where the base of its frequencies was raised.
+    """Tokens whose distances are taken as well trained: all of the window; a quarter where it was stretched.
 
-    A raised base is the sign of a window that was stretched late in training, most of which was on shorter texts. SmolLM2-135M (base 100000, window 8192)
-    finds keys at distances up to about 1500 reliably and loses them at larger ones: docs/real-models.md. The models of SelfExtend's authors, whose two
-    thirds are the rule here, and nano have the original base. A window that was given is believed.
+    SmolLM2-135M (base 100000, window 8192) finds the more the nearer keys are brought, see docs/real-models.md. The models of SelfExtend's authors, whose
+    two thirds are the rule here, and nano have the original base. A window that was given is believed.
     """
-    late = window.base is not None and window.base > ORIGINAL_BASE
-    return max(1, window.tokens // LATE_SHARE) if late else window.tokens
+    return max(1, window.tokens // STRETCHED_SHARE) if stretched(window) else window.tokens
 
 
-def smallest(span: int, context: int) -> SelfExtend | None:
+def smallest(window: Window, span: int, context: int) -> SelfExtend | None:
     """The smallest group size whose largest distance stays within two thirds of the span."""
     for group in range(2, LARGEST_GROUP + 1):
-        method = usual(span, group)
+        method = usual(window, span, group)
         if method.window < span and method.window + (context - method.window) / group <= largest_distance_allowed(span):
             return method
     return None
@@ -198,10 +201,17 @@ def poorly(context: int, span: int) -> str:
     )
 
 
-def usual(length: int, group: int) -> SelfExtend:
-    """The method that the dial considers for a group size. The log scale keeps attention as sharp among many keys as among the trained
-    number of them: without it the softmax is diluted, see docs/nano.md for the evidence. Texts inside the window are as without it."""
-    return SelfExtend(group, neighbour_window(length, group), log_scale=length if length > 1 else None)
+def usual(window: Window, span: int, group: int) -> SelfExtend:
+    """The method that the dial considers for a group size on a well-trained span.
+
+    The log scale keeps attention as sharp among many keys as among the trained number of them: nano's softmax is diluted without it (docs/nano.md). Texts
+    inside the window are as without it. Where the window was stretched it is left out: on SmolLM2 it loses keys (docs/real-models.md).
+    """
+    return SelfExtend(group, neighbour_window(span, group), log_scale=None if stretched(window) or window.tokens < 2 else window.tokens)
+
+
+def why(window: Window) -> str:
+    return MEASURE if stretched(window) else f"{SHARPENED}; {MEASURE}"
 
 
 def neighbour_window(length: int, group: int) -> int:
