@@ -3,10 +3,10 @@
     python benchmarks/attention_mass.py --model FILE.gguf --dtype bfloat16 --length 8k --method stock
     python benchmarks/attention_mass.py --model FILE.gguf --dtype bfloat16 --length 12k --method selfextend --group-size 16 --window 256
 
-A document of `passkeys` is read once, and each of its questions is asked after it. For the last token of a prompt, whose attention writes the first
-digit of the answer, the softmax over all earlier tokens is computed in fp64 from the un-rotated queries and keys of every layer and the distances of
-the method's definition (`longreach.engine.reference`). A head's mass on a key is the sum over the tokens of its statement. The answer
-itself comes from the fast path. Results: results/attention-mass.json, one entry per setting, and a line per question on the screen.
+A document of `passkeys` is read once, and each of its questions is asked after it (one of `passkey` has one question). For the last token of a prompt,
+whose attention writes the first digit of the answer, the softmax over all earlier tokens is computed in fp64 from the un-rotated queries and keys of every
+layer and the distances of the method's definition (`longreach.engine.reference`). A head's mass on a key is the sum over the tokens of its statement. The
+answer itself comes from the fast path. Results: results/attention-mass.json, one entry per setting, and a line per question on the screen.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import longreach
 from longreach.cli import parameters
 from longreach.engine import reference
 from longreach.engine.executor import Layer
+from longreach.evals import tasks
 from longreach.evals.harness.model_engine import attached
-from longreach.evals.samples import budget
-from longreach.evals.samples.base import Settings
-from longreach.evals.tasks.passkeys import WORDING, PassKeys
+from longreach.evals.samples import budget, haystack
+from longreach.evals.samples.base import Sample, Settings
+from longreach.evals.tasks.passkeys import WORDING
 from longreach.hf import forward
 from longreach.quantities import token_count
 from longreach.running import prompts
@@ -80,11 +81,16 @@ def block_of(tokenizer: Any, prompt: budget.Prompt, special: bool, statement: st
     return [n for n, (a, b) in enumerate(spans) if a < begin + len(statement) and b > begin]
 
 
+def statement_of(sample: Sample) -> str:
+    name, key = sample.meta.get("name"), sample.references[0]
+    return haystack.PASS_KEY.statement.format(key=key) if name is None else WORDING.statement.format(name=name, key=key)
+
+
 def measure(args: argparse.Namespace, model: Any, tokenizer: Any, method: Any) -> list[dict[str, Any]]:
-    task, length = PassKeys(), token_count(args.length, "--length")
+    task, length = tasks.task(args.task), token_count(args.length, "--length")
     special = args.chat == "off" or not prompts.has_template(tokenizer)
     rows: list[dict[str, Any]] = []
-    samples = list(task.samples(tokenizer, Settings(lengths=(length,), depths=DEPTHS, samples=args.documents, seed=args.seed)))
+    samples = list(task.samples(tokenizer, Settings(lengths=(length,), depths=args.depths, samples=args.documents, seed=args.seed)))
     recorder = Recorder()
     with recorder.listening(), attached(model, tokenizer, method, length, chunk_size=1024) as engine:
         assert engine.extension is not None
@@ -95,11 +101,8 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any, method: Any) -
                 engine.answer(prompt)  # reads the document; the question is asked again below
                 recorder.last.clear()
             reply = engine.answer(prompt)
-            others = [s for s in samples if s.meta["index"] == sample.meta["index"]]
-            places = {
-                other.meta["depth"]: block_of(tokenizer, prompt, special, WORDING.statement.format(name=other.meta["name"], key=other.references[0]))
-                for other in others
-            }
+            others = [s for s in samples if s.parts.document == sample.parts.document]
+            places = {other.meta["depth"]: block_of(tokenizer, prompt, special, statement_of(other)) for other in others}
             tokens = len(prompt.ids)
             here, elsewhere = places[sample.meta["depth"]], [n for depth, found in places.items() if depth != sample.meta["depth"] for n in found]
             mass = []  # [layers, heads, 3]
@@ -134,6 +137,8 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--length", default="1k")
     parser.add_argument("--chat", choices=("auto", "off"), default="auto")
+    parser.add_argument("--task", choices=("passkeys", "passkey"), default="passkeys", help="passkey: one key in a document, so one reading a question")
+    parser.add_argument("--depths", type=float, nargs="+", default=DEPTHS)
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default=None)
@@ -146,8 +151,9 @@ def main() -> None:
     import json
 
     entries = json.loads(args.out.read_text())["settings"] if args.out.exists() else []
-    name = {"model": Path(args.model).name, "method": "the dial's" if method is None else method.brief(), "length": args.length, "chat": args.chat}
-    entries = [entry for entry in entries if {key: entry[key] for key in name} != name]
+    setting = "the dial's" if method is None else method.brief()
+    name = {"model": Path(args.model).name, "method": setting, "length": args.length, "chat": args.chat, "task": args.task}
+    entries = [entry for entry in entries if {key: entry.get(key) for key in name} != name]
     write_json(args.out, {"settings": [*entries, {**name, "facts": facts(device_of("cpu")), "questions": rows}]})
     print(markdown(["depth", "found"], [[f"{row['depth']}", str(row["found"])] for row in rows]))
 

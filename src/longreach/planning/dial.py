@@ -149,7 +149,8 @@ def by_length(window: Window, context: int) -> Choice:
         method = usual(window, length, group)
         if method.window < length and (method.capacity(length) or 0) >= context:
             which = "largest" if group == LARGEST_GROUP else "smallest"
-            return Choice(method, context, window, f"{exceeds}: {which} usual group size; all distances are trained ones; {why(window)}", poorly(context, length))
+            reason = f"{exceeds}: {which} usual group size; all distances are trained ones; {why(window)}"
+            return Choice(method, context, window, reason, poorly(context, length))
     most, group = reach(length)
     raise ValueError(
         f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
