@@ -5,8 +5,9 @@
 
 A document of `passkeys` is read once, and each of its questions is asked after it (one of `passkey` has one question). For the last token of a prompt,
 whose attention writes the first digit of the answer, the softmax over all earlier tokens is computed in fp64 from the un-rotated queries and keys of every
-layer and the distances of the method's definition (`longreach.engine.reference`). A head's mass on a key is the sum over the tokens of its statement. The
-answer itself comes from the fast path. Results: results/attention-mass.json, one entry per setting, and a line per question on the screen.
+layer and the distances of the method's definition (`longreach.engine.reference`). A head's mass on a key is the sum over the tokens of its statement, on
+the number over those of its digits. The answer itself comes from the fast path. Results: results/attention-mass.json, one entry per setting, and a line
+per question on the screen.
 """
 
 from __future__ import annotations
@@ -74,11 +75,14 @@ class Recorder:
         return logits.masked_fill(distance.isnan(), -torch.inf).softmax(-1)[0, :, 0]
 
 
-def block_of(tokenizer: Any, prompt: budget.Prompt, special: bool, statement: str) -> list[int]:
-    """The tokens of a statement. All of it: some heads read the number, others the blank or the name before it."""
+def block_of(tokenizer: Any, prompt: budget.Prompt, special: bool, statement: str, key: str = "") -> list[int]:
+    """The tokens of a statement, or of the key in it. Some heads read the number, others the blank or the name before it."""
     _, spans = prompts.encode_with_spans(tokenizer, prompt.text, special)
     begin = prompt.text.index(statement)
-    return [n for n, (a, b) in enumerate(spans) if a < begin + len(statement) and b > begin]
+    if not key:
+        return [n for n, (a, b) in enumerate(spans) if a < begin + len(statement) and b > begin]
+    places = [at for at in range(begin, begin + len(statement)) if prompt.text.startswith(key, at)]
+    return [n for n, (a, b) in enumerate(spans) if any(a < at + len(key) and b > at for at in places)]
 
 
 def statement_of(sample: Sample) -> str:
@@ -104,11 +108,13 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any, method: Any) -
             others = [s for s in samples if s.parts.document == sample.parts.document]
             places = {other.meta["depth"]: block_of(tokenizer, prompt, special, statement_of(other)) for other in others}
             tokens = len(prompt.ids)
+            digits = block_of(tokenizer, prompt, special, statement_of(sample), sample.references[0])
             here, elsewhere = places[sample.meta["depth"]], [n for depth, found in places.items() if depth != sample.meta["depth"] for n in found]
-            mass = []  # [layers, heads, 3]
+            mass = []  # [layers, heads, 4]
             for index in sorted(recorder.last):
                 weights = recorder.weights(index, tokens)
-                mass.append(torch.stack([weights[:, here].sum(-1), weights[:, elsewhere].sum(-1), weights[:, :FIRST].sum(-1)], -1).tolist())
+                parts = [weights[:, here], weights[:, elsewhere], weights[:, :FIRST], weights[:, digits]]
+                mass.append(torch.stack([part.sum(-1) for part in parts], -1).tolist())
             right = task.score(sample, reply.text)["accuracy"]
             row = {
                 "document": sample.meta["index"], "depth": sample.meta["depth"], "distance": tokens - 1 - max(here), "found": bool(right), "answer": reply.text,
@@ -122,12 +128,14 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any, method: Any) -
 def summary_line(row: dict[str, Any]) -> str:
     table = torch.tensor(row["mass"])
     best = table[..., 0].flatten().topk(8).indices
-    heads = table.reshape(-1, 3)[best]
-    own, other, first = (float(x) for x in heads.mean(0))
+    heads = table.reshape(-1, 4)[best]
+    own, other, first, digits = (float(x) for x in heads.mean(0))
+    number = float(table[..., 3].flatten().topk(8).values.mean())
     return (
         f"depth {row['depth']:.1f}  distance {row['distance']:6d}  {'found' if row['found'] else 'lost '}  "
         f"all heads: key {float(table[..., 0].mean()):.4f} others {float(table[..., 1].mean()):.4f} first {float(table[..., 2].mean()):.3f}  "
-        f"best eight heads: key {own:.3f} others {other:.3f} first {first:.3f}  {row['answer'][:24]!r}"
+        f"best eight heads: key {own:.3f} (number {digits:.3f}) others {other:.3f} first {first:.3f}  best eight on the number {number:.3f}  "
+        f"{row['answer'][:24]!r}"
     )
 
 
