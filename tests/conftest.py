@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return made.fill_(float("nan")) if made.is_floating_point() and made.device.type != "meta" else made
 
     monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What somebody has tuned on this machine is not looked at."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / f"cache-{secrets.token_hex(8)}"))
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from longreach.methods.streaming_llm import StreamingLLM as StreamingLLM
     from longreach.methods.string import STRING as STRING
     from longreach.methods.yarn import YaRN as YaRN
+    from longreach.planning.profile import Profile as Profile
     from longreach.planning.sizing import Plan as Plan
     from longreach.planning.sizing import plan as plan
     from longreach.running.loading import load as load
@@ -50,6 +51,7 @@ _HOMES = {
     "Extension": "hf.extension",
     "plan": "planning.sizing",
     "Plan": "planning.sizing",
+    "Profile": "planning.profile",
     "stream": "running.reading",
     "Method": "methods.base",
     "from_json": "methods",

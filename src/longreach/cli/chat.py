@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import common, stored, text
+from longreach.cli import common, profiles, stored, text
 from longreach.cli.common import Output
 from longreach.cli.console import stopping_gently
 from longreach.cli.run import sampling_of
@@ -57,6 +57,8 @@ def command(
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
+    profile: common.ProfileFile = None,
+    no_profile: common.NoProfile = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -78,6 +80,7 @@ def command(
         for option, value in (("--system", system), *(("--hide", sentence) for sentence in hide or [])):
             text.check_argument(option, value)
         chosen = common.method_of(context, method)
+        by_profile = profiles.asked(profile, no_profile, chosen)
         document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
@@ -85,7 +88,7 @@ def command(
             document, cut = fit(tokenizer, document, hide or [], declared, truncate)
             if cut is not None:
                 out.warn(str(cut))
-            session = Session(out, loaded, tokenizer, stored.Choice(chosen, declared, trained_window, chunk_size), max_new_tokens)
+            session = Session(out, loaded, tokenizer, stored.Choice(chosen, declared, trained_window, chunk_size, by_profile), max_new_tokens)
             session.begin(document, system)
             try:
                 read = session.read()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from longreach.cli import check_all, common
+from longreach.cli import check_all, common, profiles
 from longreach.cli.common import Output
 from longreach.quantities import counted
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longreach.checking.measurements import Measurement
     from longreach.hf.extension import Extension
     from longreach.methods.base import Method
+    from longreach.planning.profile import Profile
 
 TAKES_METHOD_PARAMETERS = True
 MULTIPLES = (2, 4, 8, 16, 32)
@@ -38,6 +39,8 @@ def command(
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
+    profile: common.ProfileFile = None,
+    no_profile: common.NoProfile = False,
     every: Annotated[bool, typer.Option("--all", help="Every method on every family of tiny random models; minutes. --method NAME: one method.")] = False,
     family: Annotated[list[str] | None, typer.Option("--family", help="With --all: this family only; may be repeated.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="With --all: write the table as a Markdown page.")] = None,
@@ -54,6 +57,8 @@ def command(
         if every:
             if context.args:
                 raise ValueError(f"with --all every method runs at a small configuration of its own; leave out {context.args[0]}")
+            if profile is not None:
+                raise ValueError("with --all tiny random models are measured, which no profile was tuned for; leave out --profile")
             with common.quiet_transformers(verbose):
                 found = check_all.run(out, method, family, markdown, force)
             out.finish(found, lambda console: check_all.show(console, found))
@@ -63,24 +68,30 @@ def command(
         if family or markdown:
             raise ValueError("--family and --markdown belong to --all; add it")
         chosen = common.method_of(context, method)
+        by_profile = profiles.asked(profile, no_profile, chosen)
+        if profile is not None and declared is None:
+            raise ValueError("--profile chooses the method for a context; pass --context N too")
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
-            result = {"model": model, **examine(out, loaded, tokenizer, chosen, declared, tokens, trained_window)}
+            result = {"model": model, **examine(out, loaded, tokenizer, chosen, declared, tokens, trained_window, by_profile)}
         out.finish(result, lambda console: show(console, result))
         if not result["passed"]:
             raise typer.Exit(FAILED)
 
 
-def examine(out: Output, model: Any, tokenizer: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None) -> dict[str, Any]:
+def examine(
+    out: Output, model: Any, tokenizer: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None, by_profile: profiles.Asked
+) -> dict[str, Any]:
     """Everything about one model, as plain data. The model ends in fp32."""
     from longreach import extend
     from longreach.checking import measurements
     from longreach.hf.placement import device_of
     from longreach.methods.stock import Stock
 
-    with extend(model, method or (None if declared else Stock()), context=declared, trained_window=trained_window) as extension:
+    profile = profiles.find(out, by_profile, model, method, declared, trained_window)
+    with extend(model, method or (None if declared else Stock()), context=declared, trained_window=trained_window, profile=profile) as extension:
         facts = extension.report()
-        dial = list(choices(extension))
+        dial = list(choices(extension, profile))
         subject = method or (extension.method if declared else None)
         rotation = measurements.rotation(extension)
     ids = measurements.texts(model, tokenizer, tokens)
@@ -118,15 +129,15 @@ def own(out: Output, model: Any, ids: torch.Tensor) -> list[Measurement]:
     return found + measurements.neutral(model, ids)
 
 
-def choices(extension: Extension) -> Iterator[dict[str, Any]]:
-    """What the dial chooses for multiples of the trained window."""
+def choices(extension: Extension, profile: Profile | None) -> Iterator[dict[str, Any]]:
+    """What the dial chooses for multiples of the trained window; by the profile, as far as that reaches."""
     from longreach.planning import dial
 
     window = extension.window
     for times in MULTIPLES:
         context = times * window.tokens
         try:
-            choice = dial.choose(window, context)
+            choice = dial.choose(window, context, profile=profile if profile is not None and profile.reaches(context) else None)
         except ValueError as error:
             yield {"times": times, "context": context, "method": None, "capacity": None, "reason": None, "warning": None, "refusal": str(error)}
             continue

@@ -47,6 +47,10 @@ Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cud
 TrainedWindow = Annotated[
     int | None, typer.Option("--trained-window", parser=tokens, metavar="TOKENS", help="Overrides the trained window that the configuration states.")
 ]
+ProfileFile = Annotated[
+    Path | None, typer.Option("--profile", help="What `longreach tune` found for the model: it chooses the method; by default the one in your cache.")
+]
+NoProfile = Annotated[bool, typer.Option("--no-profile", help="Ignore the profile in your cache; the dial's rule chooses.")]
 
 
 def load_model(out: Output, name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:

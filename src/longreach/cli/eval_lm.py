@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from longreach.cli import common, targets
+from longreach.cli import common, profiles, targets
 from longreach.cli.eval_options import ChunkSize, announce, made_with, now, read_pair, window_of
 from longreach.quantities import counted
 
@@ -53,6 +53,8 @@ def command(
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
+    profile: common.ProfileFile = None,
+    no_profile: common.NoProfile = False,
     force: common.Force = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
@@ -69,6 +71,7 @@ def command(
         from longreach.planning import dial
 
         chosen = common.method_of(context, method)
+        by_profile = profiles.asked(profile, no_profile, chosen)
         names = parse_names(tasks)
         documents = parse_limit(limit)
         answers = dict(read_pair("--gen-kwargs", pair) for pair in generation or [])
@@ -81,7 +84,7 @@ def command(
         harness.refuse_broken(names)
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
-            with attached(loaded, chosen, declared, trained_window) as extension, out.bars():
+            with attached(out, loaded, chosen, declared, trained_window, by_profile) as extension, out.bars():
                 facts = announce(out, extension)
                 if warning := dial.declare(extension.method, extension.window.tokens, declared)[1]:
                     out.warn(warning)
@@ -104,14 +107,17 @@ def command(
 
 
 @contextmanager
-def attached(model: Any, method: Method | None, declared: int | None, trained_window: int | None) -> Iterator[Extension]:
+def attached(
+    out: common.Output, model: Any, method: Method | None, declared: int | None, trained_window: int | None, by_profile: profiles.Asked
+) -> Iterator[Extension]:
     """The model under the method, or under what the dial chooses. Stock may go beyond its window, for comparison."""
     from longreach.hf.extension import extend
     from longreach.planning import dial
 
     window = window_of(model, trained_window)
     context, _ = dial.declare(method, window, window if declared is None and method is None else declared)
-    with extend(model, method, context=context, trained_window=trained_window) as extension:
+    profile = profiles.find(out, by_profile, model, method, context, trained_window)
+    with extend(model, method, context=context, trained_window=trained_window, profile=profile) as extension:
         yield extension
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longreach import files
-from longreach.cli import common
+from longreach.cli import common, profiles
 from longreach.cli import text as texts
 from longreach.cli.common import Output
 from longreach.cli.eval_options import ChunkSize, announce, made_with, now, parse_lengths, window_of
@@ -58,6 +58,8 @@ def command(
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
+    profile: common.ProfileFile = None,
+    no_profile: common.NoProfile = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -74,6 +76,7 @@ def command(
         folder = Folder(out_folder)
         folder.check()
         chosen = common.method_of(context, method)
+        by_profile = profiles.asked(profile, no_profile, chosen)
         wanted = None if lengths is None else parse_lengths(lengths)
         sources = {name: texts.read(name, texts.LARGEST_FILE, out.note, encoding) for name in files or [texts.BOOK]}
         with common.quiet_transformers(verbose):
@@ -91,7 +94,8 @@ def command(
                 raise ValueError(f"--lengths up to {max(found)} exceed {limit}; pass --context {max(found)}, another method, or shorter ones")
             if protocol != "sliding":
                 documents = long_enough(out, documents, found)
-            with attached(loaded, tokenizer, chosen, bounds.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
+            by = profiles.find(out, by_profile, loaded, chosen, bounds.context, trained_window)
+            with attached(loaded, tokenizer, chosen, bounds.context, trained_window=trained_window, profile=by, chunk_size=chunk_size) as engine:
                 extension = engine.extension
                 assert extension is not None
                 facts = announce(out, extension)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import common, eval_options
+from longreach.cli import common, eval_options, profiles
 from longreach.cli.common import Output
 from longreach.cli.console import Pace, duration
 from longreach.quantities import counted
@@ -57,6 +57,8 @@ def command(
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
+    profile: common.ProfileFile = None,
+    no_profile: common.NoProfile = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -71,6 +73,7 @@ def command(
 
         names = eval_options.take_method_options(context, names)
         chosen = common.method_of(context, method)
+        by_profile = profiles.asked(profile, no_profile, chosen)
         part = eval_options.parse_shard(shard)
         folder = Folder(out_folder, part)
         folder.check()
@@ -83,7 +86,10 @@ def command(
             from longreach.evals.harness import runner
             from longreach.evals.harness.model_engine import attached
 
-            with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
+            found = profiles.find(out, by_profile, job.model, chosen, job.span.context, trained_window)
+            with attached(
+                job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, profile=found, chunk_size=chunk_size
+            ) as engine:
                 assert engine.extension is not None
                 facts = begin(out, job, engine.extension)
                 config = configuration(model, job, engine.extension, truncate, chat, chunk_size)
@@ -125,6 +131,8 @@ def estimate(
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
+    profile: common.ProfileFile = None,
+    no_profile: common.NoProfile = False,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time two short prompts to say how long it will take.")] = True,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
@@ -134,6 +142,7 @@ def estimate(
     with common.output(as_json, verbose, quiet) as out:
         names = eval_options.take_method_options(context, names)
         chosen = common.method_of(context, method)
+        by_profile = profiles.asked(profile, no_profile, chosen)
         asked = eval_options.wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
@@ -142,7 +151,10 @@ def estimate(
             from longreach.evals.harness.model_engine import attached
 
             if measure:
-                with attached(job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, chunk_size=chunk_size) as engine:
+                found = profiles.find(out, by_profile, job.model, chosen, job.span.context, trained_window)
+                with attached(
+                    job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, profile=found, chunk_size=chunk_size
+                ) as engine:
                     speed = runner.measure(job.items, engine, job.tokenizer, chat)
             else:
                 speed = None

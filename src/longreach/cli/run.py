@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import common, stored, text
+from longreach.cli import common, profiles, stored, text
 from longreach.cli.common import Output
 from longreach.quantities import counted
 
@@ -56,6 +56,8 @@ def command(
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
+    profile: common.ProfileFile = None,
+    no_profile: common.NoProfile = False,
     max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Refuse a longer text.")] = text.LARGEST_FILE,
     force: common.Force = False,
     as_json: common.Json = False,
@@ -70,6 +72,7 @@ def command(
         if top_p is not None and not top_p > 0:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
         chosen = common.method_of(context, method)
+        by_profile = profiles.asked(profile, no_profile, chosen, document)
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
         request = text.Request("" if document else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)
@@ -81,13 +84,13 @@ def command(
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             sampling = sampling_of(out, temperature, top_p, seed)
-            choice = stored.Choice(chosen, declared, trained_window, chunk_size)
+            choice = stored.Choice(chosen, declared, trained_window, chunk_size, by_profile)
             if document is not None:
                 asked = Asked(stored.reopen(out, loaded, tokenizer, choice, document), request.prompt, file=document)
             elif save_document is not None:
                 asked = Asked(stored.read_and_save(out, loaded, tokenizer, request, choice, save_document), request.prompt, file=save_document)
             else:
-                asked = fit(loaded, tokenizer, request, choice, max_new_tokens, truncate)
+                asked = fit(out, loaded, tokenizer, request, choice, max_new_tokens, truncate)
                 announce(out, asked)
             with asked.extension:
                 result = answer(out, model, asked, max_new_tokens, sampling, declared is not None)
@@ -138,7 +141,9 @@ def answer(out: Output, model: str, asked: Asked, max_new_tokens: int, sampling:
     return result if asked.file is None else {**result, "document": str(asked.file), "document_tokens": known}
 
 
-def fit(model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: stored.Choice, max_new_tokens: int, truncate: text.Side | None) -> Asked:
+def fit(
+    out: Output, model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: stored.Choice, max_new_tokens: int, truncate: text.Side | None
+) -> Asked:
     """Make sure that the prompt and the new tokens fit, and attach the method; raises with the numbers and the fix if they do not."""
     import longreach
     from longreach import configs
@@ -174,7 +179,8 @@ def fit(model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: st
         raise ValueError(f"the tokenizer makes token {max(ids)} but the model knows {known} only; they do not belong together, reload the checkpoint's files")
     total = declared or len(ids) + max_new_tokens
     context, beyond = dial.declare(method, window, total)
-    talk.attach(longreach.extend(model, method, context=context, trained_window=choice.trained_window), total)
+    profile = profiles.find(out, choice.profile, model, method, context, choice.trained_window)
+    talk.attach(longreach.extend(model, method, context=context, trained_window=choice.trained_window, profile=profile), total)
     return Asked(talk, question, cut, beyond)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longreach.cli import stored, targets
+from longreach.cli import profiles, stored, targets
 from longreach.cli.console import Output, progress_bar
 from longreach.quantities import counted
 
@@ -41,7 +41,7 @@ class Session:
     choice: stored.Choice
     max_new_tokens: int
     talk: Conversation = field(init=False)
-    config: Any = field(init=False)
+    base: Any = field(init=False)  # the text model
     window: Window = field(init=False)
     saved: Path | None = None  # where all of the conversation is kept
 
@@ -52,8 +52,8 @@ class Session:
         from longreach.running.conversation import Conversation
 
         given = self.choice.trained_window
-        self.config = find_base(self.model).config
-        self.window = configs.trained_window(self.config, given)
+        self.base = find_base(self.model)
+        self.window = configs.trained_window(self.base.config, given)
         context, limit = self._first(document)
         extension = self._extend(self.choice.method, context)
         try:
@@ -102,13 +102,15 @@ class Session:
         """The dial's choice, which `extend` will make again."""
         from longreach.planning import dial
 
+        profile = profiles.look(self.choice.profile, self.base, context, self.choice.trained_window).profile
         weight = next(self.model.parameters())
-        return dial.choose(self.window, context, dial.budget(self.config, weight.dtype, weight.device))
+        return dial.choose(self.window, context, dial.budget(self.base.config, weight.dtype, weight.device), profile)
 
     def _extend(self, method: Method | None, context: int | None) -> Extension:
         import longreach
 
-        return longreach.extend(self.model, method, context=context, trained_window=self.choice.trained_window)
+        profile = profiles.find(self.out, self.choice.profile, self.model, method, context, self.choice.trained_window)
+        return longreach.extend(self.model, method, context=context, trained_window=self.choice.trained_window, profile=profile)
 
     @contextmanager
     def _taken_off(self) -> Iterator[None]:
@@ -159,6 +161,9 @@ class Session:
         from longreach.planning import dial
 
         most, _ = dial.reach(self.window.tokens)
+        profile = profiles.look(self.choice.profile, self.base, needed, self.choice.trained_window).profile
+        if profile is not None and profile.entries and profile.reaches(needed):
+            most = profile.entries[-1].context  # beyond it the profile says nothing
         refused: ValueError | None = None
         warned: int | None = None
         for times in (2.0, 1.5, 1.25, 1.0):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longreach.cli import targets, text
+from longreach.cli import profiles, targets, text
 from longreach.cli.common import Output, progress_bar
 from longreach.quantities import counted
 
@@ -28,6 +28,7 @@ class Choice:
     context: int | None
     trained_window: int | None
     chunk_size: int
+    profile: profiles.Asked = profiles.BY_DEFAULT
 
 
 def check(out: Output, document: Path | None, save: Path | None, request: text.Request, file: str | None, truncate: text.Side | None, force: bool) -> None:
@@ -61,7 +62,8 @@ def read_and_save(out: Output, model: CausalLM, tokenizer: Tokenizer, request: t
 
     if choice.context is None and not (choice.method is not None and choice.method.bounded):
         raise ValueError("--save-document needs the length that the text, later questions and answers may have together; pass --context N")
-    extension = longreach.extend(model, choice.method, context=choice.context, trained_window=choice.trained_window)
+    profile = profiles.find(out, choice.profile, model, choice.method, choice.context, choice.trained_window)
+    extension = longreach.extend(model, choice.method, context=choice.context, trained_window=choice.trained_window, profile=profile)
     try:
         talk = Conversation(model, tokenizer, request.text, request.system, choice.context, extension, choice.chunk_size)
         tokens = len(talk.sequence(request.prompt or "?"))

@@ -22,6 +22,7 @@ from longreach.hf.attach import Attachment
 from longreach.hf.checks import configs_of, find_base
 from longreach.hf.documents import Document
 from longreach.hf.facts import Chosen, Exactness, Facts
+from longreach.hf.fingerprint import checkpoint_fingerprint
 from longreach.hf.forward import Forward
 from longreach.hf.interfaces import CausalLM
 from longreach.hf.placement import device_of
@@ -31,6 +32,7 @@ from longreach.kernels import backend_for
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planning import dial
+from longreach.planning.profile import Profile
 from longreach.quantities import counted, token_count
 
 logger = logging.getLogger("longreach")
@@ -43,6 +45,7 @@ def extend(
     *,
     context: int | str | None = None,
     trained_window: int | str | None = None,
+    profile: Profile | str | Path | None = None,
     backend: str = "auto",
 ) -> Extension:
     """Make `model` usable at a longer context, without training.
@@ -50,9 +53,12 @@ def extend(
     method          a method with its parameters; if None, the dial chooses one for `context`.
     context         the largest number of tokens of a sequence, new tokens included, such as 16384 or "16k". Longer input raises.
     trained_window  overrides the trained window read from the configuration.
+    profile         what `longreach tune` found for this model, or the file of it: it chooses the method where the context is beyond the trained window.
+                    None: the dial's rule chooses; no profile is looked for.
     backend         "auto", or "reference" for the dense truth: slow, for checking.
 
-    Raises ValueError, with the fix, if the method cannot apply to this model or context. A model may be wrapped by torch.compile or PEFT,
+    Raises ValueError, with the fix, if the method cannot apply to this model or context, or the profile is of other weights or another trained
+    window, does not reach the context, or stands beside a method. A model may be wrapped by torch.compile or PEFT,
     before or after.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile calls the model that it wraps, and so sees what is attached to it
@@ -63,11 +69,13 @@ def extend(
         raise ValueError(f"{method!r} is not a method; pass for example longreach.SelfExtend(group_size=8, window=64), or context=N alone")
     if method is None and context is None:
         raise ValueError("pass context=N, the number of tokens you want to use, or a method such as longreach.LMInfinite(n_local=512)")
+    if profile is not None and (method is not None or context is None):
+        raise ValueError("a profile chooses the method for a declared context: pass context=N and no method, or leave the profile out")
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend must be 'auto' or 'reference', not {backend!r}")
     base = find_base(model)
     configs.refuse_unsupported(base.config)
-    chosen = _chosen(model, base.config, method, *tokens)
+    chosen = _chosen(model, base.config, method, *tokens, None if profile is None else _profile_of(base, profile))
     if backend == "reference" and exact_device(device_of(model)) != device_of(model):
         raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
     before = [(config, config._attn_implementation_internal) for config in configs_of(model)]
@@ -89,14 +97,27 @@ def extend(
     return extension
 
 
-def _chosen(model: Any, config: Any, method: Method | None, context: int | None, trained_window: int | None) -> Chosen:
+def _profile_of(base: Any, given: Profile | str | Path) -> Profile:
+    """The profile itself. Raises if it was made for other weights."""
+    found = Profile.read(given) if isinstance(given, str | Path) else given
+    if not isinstance(found, Profile):
+        raise ValueError(f"profile must be a longreach.Profile or the path of one, not {type(given).__name__}; leave it out to have the dial's rule choose")
+    if found.fingerprint != (own := checkpoint_fingerprint(base)):
+        raise ValueError(
+            f"the profile of {found.model} was tuned for other weights than these (fingerprint {found.fingerprint[:16]}, and this model has {own[:16]}); "
+            "pass the profile of this model, run longreach tune for it, or leave the profile out (--no-profile, profile=None)"
+        )
+    return found
+
+
+def _chosen(model: Any, config: Any, method: Method | None, context: int | None, trained_window: int | None, profile: Profile | None) -> Chosen:
     """The method, asked for or chosen by the dial, and how far it reaches. Raises where that is less than the declared context."""
     window = configs.trained_window(config, trained_window)
     choice = None
     if method is None:
         assert context is not None
         weight = next(model.parameters())
-        choice = dial.choose(window, context, dial.budget(config, weight.dtype, weight.device))
+        choice = dial.choose(window, context, dial.budget(config, weight.dtype, weight.device), profile)
         method = choice.method
     if method.needs_context and context is None:
         raise ValueError(
@@ -110,6 +131,15 @@ def _chosen(model: Any, config: Any, method: Method | None, context: int | None,
             f"{context}; use extend(model, context={context}) to have the parameters chosen"
         )
     return Chosen(method, window, context, capacity, choice)
+
+
+def _origin(choice: dial.Choice | None) -> dict[str, Any] | None:
+    """The profile that a method is from, as plain data; None: no profile chose it."""
+    if choice is None or choice.profile is None:
+        return None
+    profile, entry = choice.profile, choice.profile.choose(choice.context)
+    assert entry is not None
+    return {"source": profile.source, "model": profile.model, "fingerprint": profile.fingerprint, "context": entry.context, "date": entry.date}
 
 
 class Extension:
@@ -194,6 +224,7 @@ class Extension:
             "trained_window": self.window.tokens,
             "trained_window_reason": self.window.reason,
             "reason": self.choice.reason if self.choice else "given",
+            "profile": _origin(self.choice),
             "warning": facts.remark,
             "recalls": self.method.recalls,
             "layers": len(layers),

@@ -84,7 +84,7 @@ def _settle(base: Any, chosen: Chosen, reading: Reading) -> tuple[Chosen, list[M
     if covered and reading.alibi is None and all(reading.rotaries[i] is None for i in covered):
         if choice is not None:
             reason = f"the layers that see everything encode no positions, so no distance of {chosen.context} tokens is untrained: plain attention"
-            choice = replace(choice, method=Stock(), reason=reason, warning=None)
+            choice = replace(choice, method=Stock(), reason=reason, warning=None, profile=None)
             chosen = replace(chosen, method=choice.method, capacity=None, choice=choice)
             methods = [chosen.method if i in covered else m for i, m in enumerate(methods)]
         elif not isinstance(method, Stock):

@@ -1,6 +1,6 @@
 """The single dial: a declared context and a model's configuration -> a method and its parameters, with the reason.
 
-Knows the published rules and how much memory is free; touches no weights. The decision is made once, at `extend()`.
+Knows the published rules, what a profile says and how much memory is free; touches no weights. The decision is made once, at `extend()`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
 from longreach.planning.machine import free_memory
 from longreach.planning.memory import Budget, largest
+from longreach.planning.profile import Profile
 from longreach.quantities import counted
 
 WINDOW_SHARE = 8  # neighbour window = trained window / 8; see docs/nano.md for the evidence
@@ -28,13 +29,14 @@ SHARPENED = "the log scale keeps attention sharp among more keys than in trainin
 
 @dataclass(frozen=True)
 class Choice:
-    """What the dial chose. `warning` is set when only the loose rule holds."""
+    """What the dial chose. `warning` is set when only the loose rule holds, `profile` when the method is from there."""
 
     method: Method
     context: int
     window: Window
     reason: str
     warning: str | None = None
+    profile: Profile | None = None
 
 
 def limit(method: Method | None, window: int) -> int | None:
@@ -59,13 +61,33 @@ def largest_distance_allowed(window: int) -> int:
     return window * WELL_TRAINED[0] // WELL_TRAINED[1]
 
 
-def choose(window: Window, context: int, budget: Budget | None = None) -> Choice:
+def choose(window: Window, context: int, budget: Budget | None = None, profile: Profile | None = None) -> Choice:
     """The method for a context; if memory is what binds, the first that fits into the budget, with a warning of what that loses.
 
-    budget  free memory for keys and values; None: memory is not looked at.
+    budget   free memory for keys and values; None: memory is not looked at.
+    profile  what was tuned for this model: beyond the trained window it takes the place of the rule.
+
+    Raises ValueError, with the fix, where the rule or the profile does not reach the context, or the profile is of another trained window.
     """
-    choice = by_length(window, context)
-    return choice if budget is None or budget.fits(choice.method, context) else frugal(choice, budget)
+    choice = preferred(window, context, profile)
+    return choice if budget is None or budget.fits(choice.method, context) else frugal(choice, budget, profile)
+
+
+def preferred(window: Window, context: int, profile: Profile | None) -> Choice:
+    """By the profile if there is one, else by the rule; memory is not looked at."""
+    if profile is None:
+        return by_length(window, context)
+    if profile.window != window.tokens:
+        raise ValueError(
+            f"the profile of {profile.model} was tuned with a trained window of {profile.window} tokens, and {window.tokens} is in force ({window.reason}); "
+            f"pass trained_window={profile.window} (--trained-window {profile.window}), tune again, or leave the profile out"
+        )
+    entry = profile.choose(context)
+    if entry is None:
+        return by_length(window, context)
+    exceeds = f"{context} tokens exceed the trained window of {window.tokens} ({window.reason})"
+    tuned = f"tuned at {entry.context} tokens" + (f" on {entry.date}" if entry.date else "")
+    return Choice(entry.method, context, window, f"{exceeds}: from the profile of {profile.model}, {tuned}: {entry.reason}", profile=profile)
 
 
 def budget(config: Any, dtype: torch.dtype, device: torch.device) -> Budget | None:
@@ -77,10 +99,10 @@ def budget(config: Any, dtype: torch.dtype, device: torch.device) -> Budget | No
         return None
 
 
-def frugal(choice: Choice, budget: Budget) -> Choice:
+def frugal(choice: Choice, budget: Budget, profile: Profile | None = None) -> Choice:
     """The first of the methods that need less memory and fit, or an error with the largest context that the dial's own choice could have."""
     wanted, context, window = choice.method, choice.context, choice.window
-    most = largest(lambda n: budget.fits(by_length(window, n).method, n), context)
+    most = largest(lambda n: budget.fits(preferred(window, n, profile).method, n), context)
     needs = f"{wanted.brief()} needs about {gigabytes(budget.needs(wanted, context))} for {counted(context, 'token')} and {gigabytes(budget.free)} are free"
     for kind in (DualChunk, LMInfinite):
         method = kind.suggest(window.tokens, context)

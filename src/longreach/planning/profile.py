@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,6 +83,7 @@ class Profile:
     fingerprint  of its weights: `longreach.hf.fingerprint.checkpoint_fingerprint` of `find_base(model)`, the same in every precision.
     window       the trained window in force when it was tuned, in tokens.
     entries      ascending contexts beyond the window, each once.
+    source       where it was read from, for people; no part of what it says.
 
     Raises ValueError for anything else.
     """
@@ -90,6 +92,7 @@ class Profile:
     fingerprint: str
     window: int
     entries: tuple[Tuned, ...] = ()
+    source: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         require_line("the model of a profile", self.model)
@@ -127,9 +130,17 @@ class Profile:
             if entry.context >= context:
                 return entry
         raise ValueError(
-            f"the profile of {self.model} was tuned for {self.contexts}, not for {context} tokens; run longreach tune --model {self.model} "
-            f"--context {context}, or leave the profile out (--no-profile, profile=None) to have the dial's rule choose"
+            f"the profile of {self.model} was tuned for {self.contexts}, not for {context} tokens; run {self.command(context)}, "
+            "or leave the profile out (--no-profile, profile=None) to have the dial's rule choose"
         )
+
+    def reaches(self, context: int) -> bool:
+        """Whether `choose` has an answer."""
+        return context <= max([self.window, *(entry.context for entry in self.entries)])
+
+    def command(self, context: int) -> str:
+        """What to type to have it tuned for a context."""
+        return f"longreach tune --model {shlex.quote(self.model)} --context {context}"
 
     def with_entry(self, entry: Tuned) -> Profile:
         """This profile with one more entry, or another one for its context."""
@@ -169,7 +180,7 @@ class Profile:
                 content = opened.read(LARGEST + 1)
             if len(content) > LARGEST:
                 raise ValueError(f"it has more than {LARGEST} bytes, which no profile has; {AGAIN}")
-            return cls.from_json(decode(content))
+            return replace(cls.from_json(decode(content)), source=str(path))
         except OSError as error:
             raise ValueError(f"the profile {str(path)!r} cannot be read: {(error.strerror or str(error)).lower()}; name another file") from error
         except ValueError as error:

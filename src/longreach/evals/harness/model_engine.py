@@ -21,6 +21,7 @@ from longreach.hf.extension import Extension, extend
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.methods.base import Method
 from longreach.planning import dial, machine
+from longreach.planning.profile import Profile
 from longreach.running import generation
 from longreach.running.prefix import Prefix
 
@@ -102,11 +103,12 @@ def span(method: Method | None, window: int, declared: int | None, needed: int) 
 
 @contextmanager
 def attached(
-    model: CausalLM, tokenizer: Tokenizer, method: Method | None, context: int, *, trained_window: int | None = None, chunk_size: int = 512
-) -> Iterator[ModelEngine]:
-    """The model under the method, or under what the dial chooses for the context."""
+    model: CausalLM, tokenizer: Tokenizer, method: Method | None, context: int, *,
+    trained_window: int | None = None, profile: Profile | None = None, chunk_size: int = 512,
+) -> Iterator[ModelEngine]:  # fmt: skip
+    """The model under the method, or under what the dial chooses for the context, by the profile if there is one."""
     window = configs.trained_window(find_base(model).config, trained_window).tokens
-    with extend(model, method, context=dial.declare(method, window, context)[0], trained_window=trained_window) as extension:
+    with extend(model, method, context=dial.declare(method, window, context)[0], trained_window=trained_window, profile=profile) as extension:
         yield ModelEngine(model, tokenizer, extension, chunk_size)
 
 
