@@ -42,13 +42,13 @@ def command(
     context: Annotated[int, typer.Option("--context", parser=common.tokens, metavar="TOKENS", help="Tokens of the whole sequence, such as 16k.")],
     model: common.Model = "nano",
     budget: Budget = "10m",  # type: ignore[assignment]
-    text: Annotated[str | None, typer.Option("--text", help="Text to hide facts in and to predict: a file or @book. Filler, and the book, if not given.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text to hide facts in and to predict: a file or @book. Filler and the book if not given.")] = None,
     encoding: common.Encoding = None,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Task to be good at; may be repeated. passkeys if not given.")] = None,
     price: Annotated[float, typer.Option("--price", min=0.0, help="Nats per token above the lowest loss that recall may cost.")] = PRICE,
     profile: Annotated[Path | None, typer.Option("--out", "-o", help="The profile to write or to add to; the user's cache if not given.")] = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Draw recall against loss into a PNG.")] = None,
-    work: Annotated[Path | None, typer.Option("--work", help="Folder of what is measured, from which a tune goes on; in the user's cache if not given.")] = None,
+    work: Annotated[Path | None, typer.Option("--work", help="Folder of what is measured, where a tune goes on; in the user's cache if not given.")] = None,
     seed: eval_options.Seed = 0,
     chat: eval_options.Chat = "auto",
     only_list: Annotated[bool, typer.Option("--list", help="Show the candidates and an estimate of the time; measure nothing else.")] = False,
@@ -75,12 +75,11 @@ def command(
             from longreach.evals.tune.study import Asked, ModelBench
 
             asked = Asked(context, chosen, passage, seed, chat, trained_window, chunk_size)
+            bench = ModelBench(loaded, tokenizer, model, asked, work)
             if only_list:
-                listed = proposed(ModelBench.window_of(loaded, asked), loaded, tokenizer, asked)
+                listed = {"model": model, **outcome.listing(bench, budget)}
                 out.finish(listed, lambda console: show_list(console, listed))
                 return
-            outcome.refuse_inside(loaded, asked)
-            bench = ModelBench(loaded, tokenizer, model, asked, work)
             out.kept = f"what was measured is kept in {bench.place.path}, and the same command goes on from there"
             if remark := outcome.before(bench, profile)[1]:
                 out.warn(remark)
@@ -104,25 +103,34 @@ def use(model: str, context: int, profile: Path | None) -> str:
 
 
 def say_plan(out: Output, bench: ModelBench, plan: Plan, cost: Cost, budget: float) -> None:
-    rungs = ", then ".join(f"{counted(rung.candidates, 'candidate')} with {counted(rung.documents, 'document')}" for rung in plan.rungs)
-    out.note(
-        f"the first document took {duration(cost.document)}. Plan for {duration(budget)}: {rungs}; {plan.losses} losses and {plan.ceiling} of "
-        f"{counted(len(bench.parts), 'part')} of the ceiling; about {duration(plan.seconds)}. Measurements are kept in {bench.place.path}"
-    )
+    from longreach.evals.tune.outcome import plan_row
 
-
-def proposed(bench: Any, model: Any, tokenizer: Any, asked: Any) -> dict[str, Any]:
-    raise NotImplementedError
+    out.note(f"the first document took {duration(cost.document)}; plan for {duration(budget)}: {ladder(plan_row(plan))}")
+    out.note(f"what is measured is kept in {bench.place.path}")
 
 
 def show_list(console: Console, listed: dict[str, Any]) -> None:
-    table = common.plain_table("", "candidate", "method", "why")
+    from rich.text import Text
+
+    table = common.plain_table("", "candidate", "options", "why")
     for place, row in enumerate(listed["candidates"], 1):
-        table.add_row(str(place), row["label"], row["text"], row["why"])
+        table.add_row(str(place), Text(row["label"]), Text(" ".join(row["options"])), row["why"])
     console.print(table)
     for row in listed["left_out"]:
-        console.print(f"left out: {row['label']}: {row['reason']}")
-    console.print(f"a document is about {duration(listed['seconds_document'])}; all of it with 4 documents each about {duration(listed['seconds_all'])}")
+        console.print(f"left out: {row['label']}: {row['reason']}", soft_wrap=True)
+    seconds = listed["document_seconds"]
+    if seconds is not None:
+        console.print(f"one document with its questions: about {duration(seconds)} (an estimate from two short prompts)")
+    if listed["plan"] is not None:
+        console.print(f"a budget of {duration(listed['budget'])} buys: {ladder(listed['plan'])}", soft_wrap=True)
+    if listed["remark"]:
+        console.print(listed["remark"], soft_wrap=True)
+
+
+def ladder(plan: dict[str, Any]) -> str:
+    rungs = ", then ".join(f"{counted(candidates, 'candidate')} with {counted(documents, 'document')}" for candidates, documents in plan["rungs"])
+    losses = f"{plan['losses']} losses" if plan["losses"] != 1 else "1 loss"
+    return f"{rungs}; {losses}; {counted(plan['ceiling'], 'part')} of the ceiling; about {duration(plan['seconds'])}"
 
 
 def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:

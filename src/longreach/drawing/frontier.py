@@ -11,6 +11,7 @@ from typing import Any
 
 from longreach.drawing import canvas
 
+STEP = 0.01  # nats between candidates whose loss is not known
 NAMED = 8  # candidates that are named in the picture; the others are grey points
 
 
@@ -20,16 +21,20 @@ def draw(found: dict[str, Any], path: str | Path) -> None:
     figure = canvas.figure(9.5, 5.4, dpi=150)
     axes = figure.subplots()
     losses = [row["loss"] for row in tried if row["loss"] is not None]
-    edge = _edge(losses)
+    edge = _edge(losses, found["price"])
     named = sorted(tried, key=lambda row: (not row["chosen"], row["loss"] is None, -row["recall"]))[:NAMED]
     colours = dict(zip((row["label"] for row in named), canvas.cycle(len(named))))
+    unmeasured = 0
     for row in tried:
-        _point(axes, row, edge, colours.get(row["label"]))
+        place = row["loss"]
+        if place is None:  # beside each other: many share a recall
+            place, unmeasured = edge + unmeasured * STEP, unmeasured + 1
+        _point(axes, row, place, colours.get(row["label"]))
     if losses:
         axes.axvline(min(losses) + found["price"], color="#777777", lw=0.8, ls="--")
         axes.annotate(f"price {found['price']:g}", (min(losses) + found["price"], 2), fontsize=7, rotation=90, ha="right", va="bottom", color="#555555")
     if len(losses) < len(tried) and losses:
-        axes.annotate("loss not measured", (edge, -4), fontsize=7, ha="center", va="top", color="#777777")
+        axes.annotate("loss not measured", (edge, -4), fontsize=7, ha="left", va="top", color="#777777")
     ceiling = next((row for row in found["ceiling"] if "recall" in row), None)
     if ceiling is not None:
         canvas.level(axes, 100 * ceiling["recall"], f"plain attention inside the window, {ceiling['length']} tokens")
@@ -43,13 +48,13 @@ def draw(found: dict[str, Any], path: str | Path) -> None:
     canvas.save(figure, path)
 
 
-def _edge(losses: Sequence[float]) -> float:
-    """Where candidates without a loss are drawn."""
-    return max(losses) + 0.15 * max(max(losses) - min(losses), 0.2) if losses else 0.0
+def _edge(losses: Sequence[float], price: float) -> float:
+    """Where candidates without a loss are drawn: right of all others, and of the line of the price."""
+    return max(*losses, min(losses) + price) + 0.05 if losses else 0.0
 
 
-def _point(axes: Any, row: dict[str, Any], edge: float, colour: str | None) -> None:
-    x, y = edge if row["loss"] is None else row["loss"], 100 * row["recall"]
+def _point(axes: Any, row: dict[str, Any], x: float, colour: str | None) -> None:
+    y = 100 * row["recall"]
     bars = [[100 * (row["recall"] - row["low"])], [100 * (row["high"] - row["recall"])]]
     label = None if colour is None else f"{row['label']}: {row['found']:g} of {row['of']}" + (" (chosen)" if row["chosen"] else "")
     axes.errorbar([x], [y], yerr=bars, fmt="o", ms=5, color=colour or "#b8b8b8", elinewidth=1, capsize=2, label=label, zorder=3 if colour else 2)

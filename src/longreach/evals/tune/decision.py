@@ -107,7 +107,8 @@ def _others(
         what = entry.candidate.label
         if entry in measured and entry not in eligible and entry.share.value > chosen.share.value:
             over = loss(entry) - lowest
-            yield f"{what} found {found(entry)}, but its loss is {over:.3f} above the lowest, more than the price of {price:g}; --price {over + 0.005:.2f} admits it"
+            fix = f"--price {over + 0.005:.2f} admits it"
+            yield f"{what} found {found(entry)}, but its loss is {over:.3f} above the lowest, more than the price of {price:g}; {fix}"
             continue
         yield f"{what} found {found(entry)}: {compared(entry, chosen)}" + ("" if entry.loss is None else f"; loss {loss(entry):.3f}")
 

@@ -291,10 +291,10 @@ class _Run:
         for entry in self.ranked():
             if not entry.candidate.control and entry.loss is None and self.worth(entry) and not self.measure_loss(entry):
                 break
-        best = next((entry for entry in self.ranked(self.finalists) if not entry.candidate.control), None)
-        for entry in [] if best is None else [self.dial(), *(entry for entry in self.entries if entry.candidate.control)]:
-            if entry is not None and best is not None and entry.answers:
-                self.read_all([entry], range(len(entry.answers), len(best.answers)))
+        most = max((len(entry.answers) for entry in self.finalists), default=0)
+        for entry in self.entries:
+            if entry.answers and (entry.candidate.label == DIAL or entry.candidate.control):
+                self.read_all([entry], range(len(entry.answers), most))
 
     def worth(self, entry: Entry) -> bool:
         """Whether it found as much as the best whose loss is known: it may be the better choice at its price."""

@@ -15,10 +15,10 @@ from longreach.evals.harness import environment
 from longreach.evals.harness.runner import Progress
 from longreach.evals.scores import clusters
 from longreach.evals.tune import decision, halving
-from longreach.evals.tune.candidates import DIAL, Proposal, propose
+from longreach.evals.tune.candidates import DIAL
 from longreach.evals.tune.decision import Decision
 from longreach.evals.tune.halving import Entry, Search
-from longreach.evals.tune.plan import Cost, Plan
+from longreach.evals.tune.plan import Cost, Plan, divide
 from longreach.evals.tune.study import Inside, ModelBench, now
 from longreach.planning.profile import LONGEST, Profile, Tuned, default_path
 
@@ -28,7 +28,6 @@ class Outcome:
     """What a tune found. `bench` says what was asked of which model, and has the ceiling."""
 
     bench: ModelBench
-    proposal: Proposal
     search: Search
     decision: Decision
     budget: float
@@ -36,7 +35,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, small enough for a profile: summaries, not answers, which are in the work folder."""
-        bench, asked, plan = self.bench, self.bench.asked, self.search.plan
+        bench, asked = self.bench, self.bench.asked
         versions = environment.describe(bench.model.device)
         return {
             "model": bench.place.model,
@@ -54,10 +53,10 @@ class Outcome:
             "budget": self.budget,
             "spent": round(self.search.spent, 1),
             "price": self.price,
-            "plan": {"rungs": [[rung.candidates, rung.documents] for rung in plan.rungs], "losses": plan.losses, "seconds": round(plan.seconds, 1)},
+            "plan": plan_row(self.search.plan),
             "ceiling": [ceiling_row(name, inside) for name, inside in bench.inside.items()],
             "candidates": [row(entry, entry is self.decision.chosen) for entry in self.search.entries],
-            "left_out": [dataclasses.asdict(each) for each in self.proposal.left_out],
+            "left_out": [dataclasses.asdict(each) for each in bench.proposal.left_out],
             "chosen": None if self.decision.chosen is None else self.decision.chosen.candidate.label,
             "dial_beaten": self.decision.beaten,
             "sentences": [*self.decision.sentences, *halving.tried(self.search.entries)],
@@ -84,13 +83,37 @@ def tune(
     progress: Progress = lambda step: None,
 ) -> Outcome:
     """Measure and choose. `budget` in seconds, `price` in nats per token. Raises ValueError, with the budget that is needed, where it is too small."""
-    proposal = proposal_for(bench)
-    found = halving.search(proposal.candidates, bench, budget, said=said, progress=progress)
-    return Outcome(bench, proposal, found, decision.decide(found.entries, price, ceiling_share(bench)), budget, price)
+    found = halving.search(bench.proposal.candidates, bench, budget, said=said, progress=progress)
+    return Outcome(bench, found, decision.decide(found.entries, price, ceiling_share(bench)), budget, price)
 
 
-def proposal_for(bench: ModelBench) -> Proposal:
-    return propose(bench.window, bench.asked.context, bench.refuses)
+def listing(bench: ModelBench, budget: float) -> dict[str, Any]:
+    """The candidates in the order of trying, and what a budget is expected to buy, without measuring more than a few hundred tokens."""
+    proposal, seconds = bench.proposal, bench.estimate()
+    found: dict[str, Any] = {
+        "context": bench.asked.context,
+        "trained_window": bench.window.tokens,
+        "candidates": [
+            {"label": c.label, "method": c.method.to_json(), "options": c.method.options(), "why": c.why, "control": c.control} for c in proposal.candidates
+        ],
+        "left_out": [dataclasses.asdict(each) for each in proposal.left_out],
+        "document_seconds": None if seconds is None else round(seconds, 2),
+        "budget": budget,
+        "plan": None,
+        "remark": None,
+    }
+    if seconds is not None:
+        try:
+            plan = divide(len(proposal.candidates), budget, Cost(seconds, seconds, tuple(part.weight * seconds for part in bench.parts)))
+            found["plan"] = plan_row(plan)
+        except ValueError as error:
+            found["remark"] = str(error)
+    return found
+
+
+def plan_row(plan: Plan) -> dict[str, Any]:
+    rungs = [[rung.candidates, rung.documents] for rung in plan.rungs]
+    return {"rungs": rungs, "losses": plan.losses, "ceiling": plan.ceiling, "seconds": round(plan.seconds, 1)}
 
 
 def ceiling_share(bench: ModelBench) -> clusters.Share | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +26,7 @@ from longreach.evals.samples import haystack
 from longreach.evals.samples.base import Settings, Task
 from longreach.evals.samples.budget import ChatMode
 from longreach.evals.tune import workplace
-from longreach.evals.tune.candidates import Candidate
+from longreach.evals.tune.candidates import Candidate, propose
 from longreach.evals.tune.halving import Answers, Loss, Part, Refused
 from longreach.evals.tune.workplace import Workplace
 from longreach.hf.checks import find_base
@@ -68,9 +69,10 @@ class ModelBench:
     """`Bench` of a model, in a folder. `inside` is the ceiling as far as it was measured; `notes` what people should know of the measurements."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, asked: Asked, work: Path | None = None) -> None:
-        self.model, self.tokenizer, self.asked = model, tokenizer, asked
+        self.model, self.tokenizer, self.name, self.asked, self.work = model, tokenizer, name, asked, work
         self.base = find_base(model)
         self.window = configs.trained_window(self.base.config, asked.trained_window)
+        self.proposal = propose(self.window, asked.context, self.refuses)
         if needing := [task.name for task in asked.tasks if task.needs_data]:
             raise ValueError(f"{needing[0]} needs official data, which has lengths of its own; tune with tasks that make their samples, such as passkeys")
         self.notes: list[str] = []
@@ -78,10 +80,14 @@ class ModelBench:
         self.passage = self._passage()
         self._documents: list[list[Item]] = []
         self.document(0)  # what cannot be made is said before anything is measured
-        self.place = Workplace.open(work, self._settings(), name)
         self._work = self._settings_of(asked.context, 1)
         self.inside: dict[str, Inside] = {}
-        self._parts = {part.name: (part, *rest) for part, *rest in self._ceiling()}
+        self._parts = {found[0].name: found for found in self._ceiling()}
+
+    @cached_property
+    def place(self) -> Workplace:
+        """The folder, which is made, or found to be ours, when it is first asked for. Raises ValueError where it is not."""
+        return Workplace.open(self.work, self._settings(), self.name)
 
     # -- what is asked -----------------------------------------------------------------------------------------------------------------
 
@@ -131,6 +137,18 @@ class ModelBench:
         kind = configs.scaling(self.base.config).kind
         return f"the rotary of this model is scaled already ({kind}), and {method.name} would scale it again" if method.rescales and kind != "default" else None
 
+    def estimate(self) -> float | None:
+        """Seconds of one document under the first candidate that can be attached, from two short beginnings of it; None if there is none."""
+        items = self.document(0)
+        for candidate in self.proposal.candidates:
+            try:
+                with self._attached(candidate.method, self.asked.context) as engine:
+                    speed = runner.measure(items, engine, self.tokenizer, self.asked.chat)
+            except Refused:
+                continue
+            return runner.estimate(items, speed).seconds
+        return None
+
     # -- candidates --------------------------------------------------------------------------------------------------------------------
 
     def known(self, candidate: Candidate, document: int) -> Answers | None:
@@ -166,7 +184,7 @@ class ModelBench:
 
     @property
     def parts(self) -> Sequence[Part]:
-        return [part for part, *_ in self._parts.values()]
+        return [found[0] for found in self._parts.values()]
 
     def _ceiling(self) -> Iterator[tuple[Part, int, bool, list[Item]]]:
         """(part, length, whether with the chat template, questions): as the candidates are asked first, at the whole window first; [] is the loss."""

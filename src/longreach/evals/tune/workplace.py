@@ -59,7 +59,8 @@ class Workplace:
 
     def config(self, method: Method, **more: Any) -> dict[str, Any]:
         """Of the run of a method, as run.json has it."""
-        return {"model": self.model, "method": method.to_json(), "method_text": method.brief(), "context": self.settings["tuned_context"], **self.settings, **more}
+        named = {"model": self.model, "method": method.to_json(), "method_text": method.brief(), "context": self.settings["tuned_context"]}
+        return {**named, **self.settings, **more}
 
 
 def default_path(settings: Mapping[str, Any]) -> Path:
@@ -95,9 +96,7 @@ def answers(folder: Folder, config: Mapping[str, Any], items: Sequence[Item], ha
 
 def note_seconds(folder: Folder, unit: str, seconds: float) -> None:
     """How long a document took with everything around it: an attachment, its making."""
-    run = folder.run
-    units = run.get("units") if isinstance(run.get("units"), dict) else {}
-    results.write_json(folder.path / RUN, {**run, "units": {**units, unit: round(seconds, 3)}})
+    results.write_json(folder.path / RUN, {**folder.run, "units": {**units(folder), unit: round(seconds, 3)}})
 
 
 def units(folder: Folder) -> dict[str, Any]:
