@@ -5,6 +5,7 @@ Knows entries with answers and losses; not models, files or terminals. Pure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -107,7 +108,7 @@ def _others(
         what = entry.candidate.label
         if entry in measured and entry not in eligible and entry.share.value > chosen.share.value:
             over = loss(entry) - lowest
-            fix = f"--price {over + 0.005:.2f} admits it"
+            fix = f"--price {math.ceil(100 * over + 1e-6) / 100:g} admits it"
             yield f"{what} found {found(entry)}, but its loss is {over:.3f} above the lowest, more than the price of {price:g}; {fix}"
             continue
         yield f"{what} found {found(entry)}: {compared(entry, chosen)}" + ("" if entry.loss is None else f"; loss {loss(entry):.3f}")

@@ -130,12 +130,13 @@ def search(
     clock: Callable[[], float] = time.monotonic,
     said: Callable[[Plan, Cost], None] = lambda plan, cost: None,
     progress: Progress = lambda step: None,
-    most: int = MOST_DOCUMENTS,
+    most: int | None = None,
 ) -> Search:
     """Time the first document, divide the budget, measure the ceiling, halve the candidates, and measure the loss of the last.
 
     budget  seconds, those of earlier calls included.
     said    gets the plan before it is carried out.
+    most    documents of a candidate; MOST_DOCUMENTS if not given.
 
     Exceeds the budget by at most one reading. Raises ValueError, with the budget that is needed, where two candidates are more than it allows.
     """
@@ -145,7 +146,7 @@ def search(
         raise ValueError(f"no candidate can be measured on this model; the first one: {run.entries[0].reason}")
     timed = first.answers[0]
     run.cost = Cost(timed.seconds, timed.reading, tuple(part.weight * timed.seconds for part in bench.parts))
-    run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, most)
+    run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, MOST_DOCUMENTS if most is None else most)
     said(plan, run.cost)
     run.measure_ceiling(plan.ceiling)
     run.halve()

@@ -87,8 +87,8 @@ def answers(folder: Folder, config: Mapping[str, Any], items: Sequence[Item], ha
         scores.append(_score(folder, record, item.task.metric))
         prefill = _seconds(record.t_prefill) or 0.0
         reading = max(reading, prefill)
-        speed = _seconds(record.tok_per_s)
-        seconds += prefill + ((record.n_generated - 1) / speed if speed and record.n_generated > 1 else 0.0)
+        speed, tokens = _seconds(record.tok_per_s), _seconds(record.n_generated)
+        seconds += prefill + ((tokens - 1) / speed if speed and tokens and tokens > 1 else 0.0)
     units = run.get("units")
     whole = _seconds(units.get(unit)) if isinstance(units, dict) else None
     return Answers(tuple(scores), seconds if whole is None else whole, reading)
