@@ -178,7 +178,8 @@ class ModelBench:
         return measured
 
     def _folder(self, candidate: Candidate, kind: str = workplace.ANSWERS) -> Folder:
-        return self.place.folder(kind, workplace.slug(candidate.method))
+        name = workplace.slug(candidate.method)
+        return self.place.folder(kind, f"loss-{name}" if kind == workplace.LOSSES else name)  # a report of all of them tells them apart
 
     # -- the ceiling -------------------------------------------------------------------------------------------------------------------
 
