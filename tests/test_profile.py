@@ -403,6 +403,15 @@ def test_evaluations_record_the_profile(run, folders, tuned, tmp_path):
     assert timed.json["samples"] == 1
 
 
+def test_lm_eval_runs_under_the_profile(folders, tuned):
+    from longreach.cli import common, eval_lm, profiles
+
+    model, _ = longreach.load(folders["llama"])
+    for asked, method in ((profiles.BY_DEFAULT, ReRoPE(16)), (profiles.Asked(None, ignored=True), dial.by_length(Window(WINDOW, "of the test"), 100).method)):
+        with common.output(as_json=True) as out, eval_lm.attached(out, model, None, 100, None, asked) as extension:
+            assert extension.method == method
+
+
 def test_check_shows_what_the_profile_chooses(run, folders, tuned):
     found = run("check", "-m", folders["llama"], "--context", 100, "--tokens", 80, "--json").json
     assert found["extension"]["profile"]["source"] == "cache"

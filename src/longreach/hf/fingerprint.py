@@ -27,6 +27,7 @@ def checkpoint_fingerprint(model: nn.Module) -> str:
     """The same of a model in float32, and of the same cast to bfloat16: elements are rounded to bfloat16, and no dtype is hashed.
 
     What a quantisation packs has no such rounding: it keeps its own dtype, and so has another fingerprint than the checkpoint it was made of.
+    Nor has a float32 checkpoint cast to float16 the same one: what was rounded there may round to another bfloat16.
     """
 
     def facts(part: torch.Tensor) -> tuple[str, torch.Tensor]:

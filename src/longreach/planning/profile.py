@@ -80,7 +80,7 @@ class Profile:
     """What was found for one model.
 
     model        the name that it was given, for people.
-    fingerprint  of its weights: `longreach.hf.fingerprint.checkpoint_fingerprint` of `find_base(model)`, the same in every precision.
+    fingerprint  of its weights: `longreach.hf.fingerprint.checkpoint_fingerprint` of `find_base(model)`, the same in float32 and bfloat16.
     window       the trained window in force when it was tuned, in tokens.
     entries      ascending contexts beyond the window, each once.
     source       where it was read from, for people; no part of what it says.
