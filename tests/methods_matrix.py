@@ -18,6 +18,7 @@ from longreach import (  # fmt: skip
     DynamicYaRN,
     LeakyReRoPE,
     LMInfinite,
+    LogisticSelfExtend,
     LongRoPE,
     NTKByParts,
     ReRoPE,
@@ -68,6 +69,8 @@ METHODS = [
     STRING(20, 5),
     BlockSelfExtend(3, 12),
     BlockSelfExtend(4, 4),
+    LogisticSelfExtend(8, growth=0.3, largest_group=6),
+    LogisticSelfExtend(1, growth=0.15, largest_group=4, log_scale=32),
 ]
 
 # What makes each method plain attention on up to 60 tokens.
@@ -92,6 +95,8 @@ NEUTRAL = [
     DualChunk(64),
     STRING(8, 8),
     BlockSelfExtend(1, 8),
+    LogisticSelfExtend(8, largest_group=1),
+    LogisticSelfExtend(7, growth=0.0),
 ]
 
 PRIMARY = (SelfExtend, LMInfinite, Stock)

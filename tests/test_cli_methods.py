@@ -151,6 +151,7 @@ def test_distances_are_the_oracles(run: Run, arguments: str, oracle: str) -> Non
         ("streaming-llm --n-recent 3 --n-sink 2 --counting chunkable --length 10", ["5 4 . . . . . 2 1 0"]),
         ("rerope --window 4 --length 10", ["4 4 4 4 4 4 3 2 1 0"]),
         ("leaky-rerope --window 4 --factor 2 --length 10", ["6.5 6 5.5 5 4.5 4 3 2 1 0"]),
+        ("logistic-selfextend --window 4 --growth 0.5 --largest-group 5 --length 12", ["8 7 6 6 5 5 4 4 3 2 1 0"]),
         ("string --shift 3 --local-window 1 --length 9", ["6 5 4 3 2 1 2 1 0"]),
     ],
 )

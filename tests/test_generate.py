@@ -8,7 +8,7 @@ from transformers import DynamicCache, GenerationConfig
 
 import longreach
 from families import build, tokens
-from longreach import BlockSelfExtend, DualChunk, LMInfinite, SelfExtend, StreamingLLM
+from longreach import BlockSelfExtend, DualChunk, LMInfinite, LogisticSelfExtend, SelfExtend, StreamingLLM
 from longreach.hf.cache import store_of
 
 
@@ -25,6 +25,7 @@ METHODS = [
     StreamingLLM(9, 3),
     DualChunk(16),
     BlockSelfExtend(3, 12),
+    LogisticSelfExtend(8, growth=0.3, largest_group=6),
 ]
 NEW = 25
 NEVER = 10_000  # an end token that no model makes; older releases want one

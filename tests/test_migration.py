@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longreach import DualChunk, LMInfinite, SelfExtend, StreamingLLM
+from longreach import DualChunk, LMInfinite, LogisticSelfExtend, SelfExtend, StreamingLLM
 from longreach.methods.base import Method
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ def test_links():
 def test_every_parameter_named_on_our_side_exists():
     known = {
         name
-        for method in (SelfExtend, LMInfinite, StreamingLLM, DualChunk)
+        for method in (SelfExtend, LMInfinite, StreamingLLM, DualChunk, LogisticSelfExtend)
         for name in re.findall(r"`(\w+)`", str(method.__doc__)) + list(method.__dataclass_fields__)
     } | {"factor", "log_scale", "group_size", "window"}
     rows = re.findall(r"^\| `[^|]+\| `(\w+)`[^|]*\|", PAGE, re.M)
@@ -62,6 +62,20 @@ def test_chunkllama_with_its_own_two_numbers(chunk_size, local):
 def test_the_shift_matters_only_where_the_group_does_not_divide_the_window():
     assert torch.equal(rows(SelfExtend(4, 8), 40).nan_to_num(-1), rows(SelfExtend(4, 8, shift="true_division"), 40).nan_to_num(-1))
     assert not torch.equal(rows(SelfExtend(3, 8), 40).nan_to_num(-1), rows(SelfExtend(3, 8, shift="true_division"), 40).nan_to_num(-1))
+
+
+def test_self_groups_are_one_token_later():
+    """Tokens of one size, the first at `start`, have the last number before them plus their place divided by the size, rounded up."""
+    n, window, sizes = 60, 4, [1, 1, 2, 2, 3, 3, *[4] * 20]  # of LogisticSelfExtend(4, 0.5, 5), by hand in test_position_methods.py
+    number, start, before = [], 0, -1
+    for size in sorted(set(sizes)):
+        number += [before + -(-place // size) for place in range(size * sizes.count(size))]
+        start, before = start + size * sizes.count(size), before + sizes.count(size)
+    ours = rows(LogisticSelfExtend(window, 0.5, 5), n)
+    assert number[0] == -1
+    for i in range(window + 1, n):
+        for j in range(1, i - window + 1):
+            assert window + number[i - window] - number[j] == ours[i - 1, j - 1]
 
 
 def test_infllm_baselines():

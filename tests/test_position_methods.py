@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from longreach import STRING, BlockSelfExtend, DualChunk, LeakyReRoPE, ReRoPE, StreamingLLM
+from longreach import STRING, BlockSelfExtend, DualChunk, LeakyReRoPE, LogisticSelfExtend, ReRoPE, StreamingLLM
 from longreach.core.segments import Affine, Chunked, Constant, Grouped, Identity, Retention, forms, matrices
 from oracles import BLOCK_SELFEXTEND_2_4, DUAL_CHUNK_7_4, STREAMING_3_2
 
@@ -62,6 +62,9 @@ FIGURE = """
         (DualChunk(5, chunk_length=3), 12, "4 3 2 4 3 2 4 3 2 2 1 0"),
         (STRING(3, 0), 9, "5 4 3 2 1 0 2 1 0"),  # the paper's example
         (STRING(3, 1), 9, "6 5 4 3 2 1 2 1 0"),
+        # by hand: groups of 1, 1, 2, 2, 3, 3 tokens, for size 2 is from 0.5 k = ln(8 / 3) = 0.98 on, size 3 from ln(6) = 1.79 and size 4 from ln(16) = 2.77
+        (LogisticSelfExtend(4, 0.5, 5), 11, "8 7 6 6 5 5 4 3 2 1 0"),
+        (LogisticSelfExtend(4, 0.5, 5), 12, "8 7 6 6 5 5 4 4 3 2 1 0"),
         (BlockSelfExtend(3, 6), 14, "5 5 5 4 4 4 3 3 3 2 2 2 1 0"),  # by hand: border 12, at 4; six tokens a block, three a position
     ],
     ids=str,

@@ -146,12 +146,13 @@ def method_table(found: Plan) -> Any:
     from rich.table import Table
 
     table = Table(title="methods (* the dial's choice)", title_justify="left", box=box.SIMPLE, show_edge=False, padding=0)  # no word is broken in 80 columns
+    most = {"fits": 6, "KV per user": 8, "bound": 9, "recalls": 10}  # the longest word of each: rich would else narrow them alike
     for column in ("method", "fits", "users", "KV per user", "prefill", "ms/token", "bound", "recalls"):
         side: Literal["left", "right"] = "right" if column in ("users", "KV per user", "prefill", "ms/token") else "left"
-        table.add_column(column, justify=side, no_wrap=column == "method", overflow="fold", max_width=7 if column == "fits" else None)
+        table.add_column(column, justify=side, no_wrap=column == "method", overflow="fold", max_width=most.get(column))
     for row in found.rows:
         cells = [str(row.users), common.size(row.kv_bytes), f"{row.prefill_seconds:.3g} s", f"{1e3 * row.token_seconds:.3g}", row.bound, row.recall]
-        table.add_row(("* " if row.chosen else "  ") + row.method.name, fits(row, found), *cells)
+        table.add_row(row.method.name + ("*" if row.chosen else ""), fits(row, found), *cells)
     return table
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from longreach.core import growing_groups
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -67,7 +69,23 @@ class Chunked:
         return (position if self.ceiling is None else position.clamp(max=self.ceiling)).double()
 
 
-PositionMap = Identity | Constant | Grouped | Affine | Chunked
+@dataclass(frozen=True)
+class GrowingGroups:
+    """The number of the group that holds `index - delay`, plus `shift`; `growing_groups` says how the groups grow. Indices before `delay` count as it does."""
+
+    growth: float
+    ceiling: int
+    delay: int = 0
+    shift: int = 0
+
+    def __call__(self, index: torch.Tensor) -> torch.Tensor:
+        first, group, size = torch.tensor(growing_groups.runs(self.growth, self.ceiling), device=index.device).unbind(1)
+        index = (index - self.delay).clamp_min(0).contiguous()
+        run = torch.searchsorted(first.contiguous(), index, right=True) - 1
+        return (group[run] + (index - first[run]) // size[run] + self.shift).double()
+
+
+PositionMap = Identity | Constant | Grouped | Affine | Chunked | GrowingGroups
 
 
 @dataclass(frozen=True)
