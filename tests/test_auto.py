@@ -9,7 +9,7 @@ import pytest
 import longreach
 from families import build
 from longreach import LMInfinite, SelfExtend, Stock
-from longreach.configs import Window
+from longreach.configs import Window, trained_window
 from longreach.planning.dial import LARGEST_GROUP, choose, declare, furthest, limit
 
 
@@ -27,6 +27,37 @@ def test_the_smallest_group_that_keeps_to_two_thirds(length, times):
     smaller = method.group_size - 1
     near = round(length / 8 / smaller) * smaller
     assert near + (times * length - near) / smaller > length * 2 // 3
+
+
+@pytest.mark.parametrize(("length", "times"), [(8192, 1.5), (8192, 2), (8192, 8), (32768, 2), (4096, 4)])
+def test_a_raised_base_trusts_a_quarter_of_the_window(length, times):
+    context = int(times * length)
+    choice = choose(Window(length, "test", 100_000.0), context)
+    method = choice.method
+    assert method == choose(Window(length // 4, "test"), context).method and choice.warning is None
+    assert method.window + (context - method.window) / method.group_size <= length / 6
+    assert "100000" in choice.reason and "longreach tune" in choice.reason
+    assert choose(Window(length, "test", 10_000.0), context).method == choose(Window(length, "test"), context).method != method
+
+
+def test_what_the_quarter_does_not_reach_is_warned_of_and_then_refused():
+    late, whole = Window(8192, "test", 500_000.0), Window(8192, "test")
+    edge = furthest(2048)
+    assert choose(late, edge).warning is None
+    beyond = choose(late, edge + 100)
+    assert beyond.method == choose(whole, edge + 100).method and f"at most {edge}" in beyond.warning
+    loose = furthest(8192) + 100
+    assert choose(late, loose).method == choose(whole, loose).method and choose(late, loose).warning == choose(whole, loose).warning
+    assert choose(late, 8192).method == Stock()
+
+
+def test_a_window_that_is_given_is_believed():
+    config = build("llama").config
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": 1e6}
+    assert trained_window(config).base == 1e6 and trained_window(config, 1024).base is None
+    config.max_position_embeddings = 1024
+    assert choose(trained_window(config), 2000).method == choose(Window(256, ""), 2000).method
+    assert choose(trained_window(config, 1024), 2000).method == choose(Window(1024, ""), 2000).method
 
 
 def test_stock_when_the_context_fits():

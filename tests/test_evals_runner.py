@@ -18,6 +18,8 @@ import longreach
 from fake_engines import CopyTail, Empty, Failing, First
 from longreach.evals import tasks as registry
 from longreach.evals.harness import results, runner
+from longreach.evals.harness.estimates import Step
+from longreach.evals.harness.items import Item, ordered
 from longreach.evals.harness.results import Folder
 from longreach.evals.report import figures, special_figures, view
 from longreach.evals.report import page as written_page
@@ -38,11 +40,11 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def items(tokenizer: Any) -> list[runner.Item]:
+def items(tokenizer: Any) -> list[Item]:
     return runner.plan({registry.task("passkey"): SETTINGS}, tokenizer)
 
 
-def run(path: Path, engine: Any, items: list[runner.Item], tokenizer: Any, shard: tuple[int, int] = (0, 1), **more: Any) -> runner.Outcome:
+def run(path: Path, engine: Any, items: list[Item], tokenizer: Any, shard: tuple[int, int] = (0, 1), **more: Any) -> runner.Outcome:
     tasks = runner.describe({registry.task("passkey"): SETTINGS}, more.pop("config", CONFIG))
     folder = Folder(path, shard)
     folder.start({"config": CONFIG, "tasks": tasks, "extension": {"trained_window": 256}, "started": "then", "ended": None})
@@ -56,7 +58,7 @@ def untimed(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_files_of_a_run(tmp_path, items, tokenizer):
-    steps: list[runner.Step] = []
+    steps: list[Step] = []
     outcome = run(tmp_path, CopyTail(tokenizer, 150), items, tokenizer, progress=steps.append)
     assert outcome == runner.Outcome(12, 0, 0, 0)
     assert [step.done for step in steps] == list(range(13)) and steps[-1].seconds_left == 0 and steps[-1].tokens == sum(item.needs for item in items)
@@ -85,7 +87,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run(tmp_path, items, tokenizer):
     run(tmp_path / "whole", First(), items, tokenizer)
     file, (soft, hard) = tmp_path / "cut" / "samples.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(step: runner.Step) -> None:
+    def fill(step: Step) -> None:
         if step.done == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, hard))
 
@@ -220,12 +222,7 @@ class Questions(Task):
 
 def test_questions_about_a_document_stand_together_the_longest_first(tokenizer):
     items = runner.plan({Questions(): Settings()}, tokenizer)
-    assert [item.sample.id for item in runner.ordered(items)] == ["q2", "q5", "q8", "q1", "q4", "q7", "q0", "q3", "q6"]
-    speed = runner.Speed(1e-3, 1e-6, 0.01)
-    found = runner.estimate(items, speed)
-    assert found.samples == 9 and found.seconds == pytest.approx(sum(i.tokens * 1e-3 + i.tokens**2 * 1e-6 + 0.04 for i in items))
-    measured = runner.measure(items, First(), tokenizer)
-    assert measured.linear > 0 and measured.quadratic == 0
+    assert [item.sample.id for item in ordered(items)] == ["q2", "q5", "q8", "q1", "q4", "q7", "q0", "q3", "q6"]
 
 
 def test_what_is_shared_ends_with_the_document(tokenizer):
@@ -329,7 +326,7 @@ def test_paired_tests():
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, items: list[runner.Item], tokenizer: Any) -> list[Folder]:
+def folders(tmp_path_factory: pytest.TempPathFactory, items: list[Item], tokenizer: Any) -> list[Folder]:
     root = tmp_path_factory.mktemp("runs")
     run(root / "first", First(), items, tokenizer)
     run(root / "tail", CopyTail(tokenizer, 200), items, tokenizer)

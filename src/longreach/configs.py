@@ -41,10 +41,14 @@ LONGEST_REASON = 300  # characters of what a library says of its own error
 
 @dataclass(frozen=True)
 class Window:
-    """How many tokens a model was trained to read, after any scaling, and how that was read from its configuration."""
+    """How many tokens a model was trained to read, after any scaling, and how that was read from its configuration.
+
+    base  of the rotary frequencies, where the window is the configuration's own; None where it does not say, or the window was given.
+    """
 
     tokens: int
     reason: str
+    base: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,17 @@ def trained_window(config: Any, given: int | None = None) -> Window:
     if given is not None:
         return Window(given, "given")
     name, largest = stated_window(config)
-    window, rope = Window(largest, f"{name} {largest}"), scaling(config)
+    rope = scaling(config)
+    window = Window(largest, f"{name} {largest}", rope.base)
     if rope.factor and rope.original and rope.kind in ("yarn", "linear") and int(rope.original * rope.factor) > largest:
-        window = Window(int(rope.original * rope.factor), f"{rope.kind} scaling: {rope.original} x {rope.factor:g}")
+        window = Window(int(rope.original * rope.factor), f"{rope.kind} scaling: {rope.original} x {rope.factor:g}", rope.base)
     elif rope.factor and not rope.original and rope.kind == "linear":
         # some checkpoints give the window before scaling here, some after it: the smaller reading is safe
-        window = Window(largest, f"max_position_embeddings {largest}; with its linear scaling by {rope.factor:g} it may be more: then pass trained_window=N")
+        reason = f"max_position_embeddings {largest}; with its linear scaling by {rope.factor:g} it may be more: then pass trained_window=N"
+        window = Window(largest, reason, rope.base)
     sliding = {layer.sliding_window for layer in trained_layers(config)}
     if len(sliding) == 1 and (width := sliding.pop()) is not None and width < window.tokens:
-        window = Window(width, f"sliding window of every layer, {width}: no layer was trained on a larger distance")
+        window = Window(width, f"sliding window of every layer, {width}: no layer was trained on a larger distance", rope.base)
     return window
 
 

@@ -6,6 +6,7 @@ from operator import index
 
 TIMES = {"s": 1, "m": 60, "h": 3600}
 MOST_SECONDS = 366 * 24 * 3600
+CHUNK_SIZE = 512  # tokens of one forward while a text is read, where nothing else is asked for; no result depends on it, only memory and speed
 MOST_TOKENS = 2**32  # more than anything reads; beyond it a number is a slip of the keyboard
 
 

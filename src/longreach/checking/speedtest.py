@@ -31,9 +31,10 @@ from longreach.planning.machine import resident_memory, total_memory
 from longreach.planning.memory import Schedule
 from longreach.planning.timing import elementwise_bytes, prefill
 from longreach.planning.work import layouts
+from longreach.quantities import CHUNK_SIZE
 from longreach.running.reading import stream
 
-ROWS = 512  # tokens of a forward, the chunk size of `longreach run`
+ROWS = CHUNK_SIZE  # tokens of a forward, as `longreach run` has them
 MATRICES = ((256, 512), (1024, 1024), (2048, 2048), (2048, 8192))
 HEADS = (64, 128)
 POOL = 1 << 28  # bytes of matrices that are read in turn, more than any cache holds

@@ -19,7 +19,7 @@ from longreach.cli.common import Output
 from longreach.cli.console import stopping_gently
 from longreach.cli.run import sampling_of
 from longreach.cli.session import ROOM, Session
-from longreach.quantities import counted
+from longreach.quantities import CHUNK_SIZE, counted
 from longreach.running import prompts
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def command(
     truncate: Annotated[text.Side | None, typer.Option("--truncate", help="What to leave out of a too long text. Without it, too long is an error.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; 0 if not given.")] = None,
-    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Tokens of one forward while reading.")] = 512,
+    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Tokens of one forward while reading.")] = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,

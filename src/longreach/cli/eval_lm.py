@@ -16,7 +16,7 @@ import typer
 
 from longreach.cli import common, profiles, targets
 from longreach.cli.eval_options import ChunkSize, announce, made_with, now, read_pair, window_of
-from longreach.quantities import counted
+from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ def command(
     seed: Annotated[int, typer.Option("--seed", help="Of whatever lm-eval draws, such as the worked examples.")] = 0,
     unsafe: Annotated[bool, typer.Option("--confirm-run-unsafe-code", help="Allow tasks that run code which the model wrote.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the results and what they were made with.")] = None,
-    chunk_size: ChunkSize = 512,
+    chunk_size: ChunkSize = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,

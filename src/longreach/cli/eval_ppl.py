@@ -19,7 +19,7 @@ from longreach.cli import common, profiles
 from longreach.cli import text as texts
 from longreach.cli.common import Output
 from longreach.cli.eval_options import ChunkSize, announce, made_with, now, parse_lengths, window_of
-from longreach.quantities import counted
+from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,7 +54,7 @@ def command(
     ] = 256,
     weighting: Annotated[Literal["token", "window"], typer.Option("--weighting", help="window: the published script's mean over windows (sliding).")] = "token",
     seed: Annotated[int, typer.Option("--seed", help="Of the passages.")] = 0,
-    chunk_size: ChunkSize = 512,
+    chunk_size: ChunkSize = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,

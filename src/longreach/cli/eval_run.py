@@ -17,14 +17,16 @@ import typer
 from longreach.cli import common, eval_options, profiles
 from longreach.cli.common import Output
 from longreach.cli.console import Pace, duration
-from longreach.quantities import counted
+from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from longreach.evals.harness.estimates import Step
+    from longreach.evals.harness.items import Item
     from longreach.evals.harness.model_engine import Span
     from longreach.evals.harness.results import Row
-    from longreach.evals.harness.runner import Item, Outcome, Progress, Step
+    from longreach.evals.harness.runner import Outcome, Progress
     from longreach.evals.samples.base import Settings, Task
     from longreach.evals.samples.budget import ChatMode
     from longreach.hf.extension import Extension
@@ -53,7 +55,7 @@ def command(
     chat: eval_options.Chat = "auto",
     shard: Annotated[str, typer.Option("--shard", help="i/n: run only every n-th sample, from the i-th (counted from 0); all shards share a folder.")] = "0/1",
     save_prompts: Annotated[bool, typer.Option("--save-prompts", help="Keep the prompts in the results, not only their hashes.")] = False,
-    chunk_size: eval_options.ChunkSize = 512,
+    chunk_size: eval_options.ChunkSize = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
@@ -99,7 +101,7 @@ def command(
                 with progress_of(out, out_folder) as progress:
                     outcome = runner.run(
                         job.items, engine, job.tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()},
-                        limit=job.span.limit, truncate=truncate, chat=chat, shard=part, save_prompts=save_prompts, progress=progress,
+                        limit=job.span.limit, truncate=truncate, chat=chat, shard=part, save_prompts=save_prompts, work=engine.work, progress=progress,
                     )  # fmt: skip
         rows = folder.finish(eval_options.now())
         summary(out, outcome, folder.file)
@@ -127,13 +129,13 @@ def estimate(
     data: eval_options.Data = None,
     options: eval_options.Options = None,
     chat: eval_options.Chat = "auto",
-    chunk_size: eval_options.ChunkSize = 512,
+    chunk_size: eval_options.ChunkSize = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
-    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time two short prompts to say how long it will take.")] = True,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time short prompts to say how long it will take.")] = True,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -147,19 +149,19 @@ def estimate(
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             job = prepare(loaded, tokenizer, asked, chosen, declared, None, chat, trained_window)
-            from longreach.evals.harness import runner
+            from longreach.evals.harness import estimates
+            from longreach.evals.harness.items import by_length
             from longreach.evals.harness.model_engine import attached
 
-            if measure:
-                found = profiles.find(out, by_profile, job.model, chosen, job.span.context, trained_window)
-                with attached(
-                    job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, profile=found, chunk_size=chunk_size
-                ) as engine:
-                    speed = runner.measure(job.items, engine, job.tokenizer, chat)
-            else:
-                speed = None
-        every = runner.estimate(job.items, speed)
-        parts = [{"task": task, "length": length, **dataclasses.asdict(runner.estimate(items, speed))} for task, length, items in runner.by_length(job.items)]
+            found = profiles.find(out, by_profile, job.model, chosen, job.span.context, trained_window)
+            with attached(
+                job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, profile=found, chunk_size=chunk_size
+            ) as engine:
+                work = engine.work
+                speed = estimates.measure(job.items, engine, job.tokenizer, work, chat) if measure else None
+        every = estimates.estimate(job.items, work, speed)
+        groups = [(task, length, estimates.estimate(items, work, speed)) for task, length, items in by_length(job.items)]
+        parts = [{"task": task, "length": length, **dataclasses.asdict(part)} for task, length, part in groups]
         result = {**dataclasses.asdict(every), "context": job.span.context, "parts": parts}
         out.finish(result, lambda console: show_estimate(console, result))
 
@@ -280,9 +282,9 @@ def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:
 
 
 def show_estimate(console: Console, result: dict[str, Any]) -> None:
-    table = common.plain_table("task", "length", "samples", "prompt tokens", "longest", "time at most")
+    table = common.plain_table("task", "length", "samples", "prompt tokens", "to read", "longest", "time at most")
     for part in [*result["parts"], {**result, "task": "all", "length": None}]:
         length = "" if part["length"] is None else str(part["length"])
-        counts = (str(part[name]) for name in ("samples", "prompt_tokens", "longest"))
+        counts = (str(part[name]) for name in ("samples", "prompt_tokens", "read_tokens", "longest"))
         table.add_row(part["task"], length, *counts, "" if part["seconds"] is None else duration(part["seconds"]))
     console.print(table)

@@ -15,7 +15,7 @@ from rich.console import Console
 from longreach.cli import common
 from longreach.cli.common import Output
 from longreach.cli.targets import check_picture
-from longreach.quantities import counted
+from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:
     from longreach.planning.sizing import Plan, Row
@@ -33,7 +33,7 @@ def command(
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Users at a time.")] = 1,
     new_tokens: Annotated[int, typer.Option("--new-tokens", parser=common.tokens, metavar="TOKENS", help="Tokens of the answer, part of the context.")] = 128,
     method: common.MethodName = None,
-    chunk_size: Annotated[int, typer.Option("--chunk-size", parser=common.tokens, metavar="TOKENS", help="Prompt tokens of one forward.")] = 512,
+    chunk_size: Annotated[int, typer.Option("--chunk-size", parser=common.tokens, metavar="TOKENS", help="Prompt tokens of one forward.")] = CHUNK_SIZE,
     dtype: common.Dtype = None,
     trained_window: common.TrainedWindow = None,
     png: Annotated[Path | None, typer.Option("--png", help="Draw cost against length into this file.")] = None,

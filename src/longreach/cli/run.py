@@ -13,7 +13,7 @@ import typer
 
 from longreach.cli import common, profiles, stored, text
 from longreach.cli.common import Output
-from longreach.quantities import counted
+from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:
     from longreach.hf.extension import Extension
@@ -52,7 +52,7 @@ def command(
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", max=1, help="Sample among the likeliest tokens that have this probability together.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; 0 if not given.")] = None,
-    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens of one forward.")] = 512,
+    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens of one forward.")] = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,

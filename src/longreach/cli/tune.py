@@ -15,7 +15,7 @@ from longreach.cli import common, eval_options, targets
 from longreach.cli import text as texts
 from longreach.cli.common import Output
 from longreach.cli.console import duration
-from longreach.quantities import counted, seconds_of
+from longreach.quantities import CHUNK_SIZE, counted, seconds_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +52,7 @@ def command(
     seed: eval_options.Seed = 0,
     chat: eval_options.Chat = "auto",
     only_list: Annotated[bool, typer.Option("--list", help="Show the candidates and an estimate of the time; measure nothing else.")] = False,
-    chunk_size: eval_options.ChunkSize = 512,
+    chunk_size: eval_options.ChunkSize = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,

@@ -21,10 +21,13 @@ from longreach.planning.memory import Budget, largest
 from longreach.planning.profile import Profile
 from longreach.quantities import counted
 
-WINDOW_SHARE = 8  # neighbour window = trained window / 8; see docs/nano.md for the evidence
-WELL_TRAINED = (2, 3)  # only the lower two thirds of the trained positions are trusted (the authors' empirical rule)
+WINDOW_SHARE = 8  # neighbour window = well-trained window / 8; see docs/nano.md for the evidence
+WELL_TRAINED = (2, 3)  # only the lower two thirds of the well-trained positions are trusted (the authors' empirical rule)
+ORIGINAL_BASE = 10_000  # of rotary frequencies; the authors' models and nano have it
+LATE_SHARE = 4  # where the base was raised, the window was mostly stretched late in training: a quarter of it is taken as well trained
 LARGEST_GROUP = 64  # the authors' range for group sizes ends here
 SHARPENED = "the log scale keeps attention sharp among more keys than in training"
+MEASURE = "a rule, not a measurement: `longreach tune` measures what this model finds"
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,9 @@ def gigabytes(count: int) -> str:
 def by_length(window: Window, context: int) -> Choice:
     """SelfExtend with the smallest group size that the rules allow; stock when the context fits anyway.
 
-    The rule of the authors: w + (N - w) / g <= 2/3 L, for only well-trained positions should be used. The loose rule: every
-    distance is below L. With w = L/8 rounded to a multiple of g, and the log scale of the official code with base L.
+    The rule of the authors: w + (N - w) / g <= 2/3 L, for only well-trained positions should be used, with w = L/8 rounded to a multiple of g, and the log
+    scale of the official code with base L. Where the base of the frequencies was raised it is held for a quarter of L first (see `well_trained`); what
+    needs more is warned of. The loose rule: every distance is below L.
     """
     if not isinstance(context, int) or isinstance(context, bool) or context < 1:
         raise ValueError(f"context must be a positive number of tokens, not {context!r}; count the prompt and the new tokens")
@@ -131,30 +135,21 @@ def by_length(window: Window, context: int) -> Choice:
     if context <= length:
         fit = "1 token fits" if context == 1 else f"{context} tokens fit"
         return Choice(Stock(), context, window, f"{fit} the trained window of {length} ({window.reason}): plain attention")
-    trusted = largest_distance_allowed(length)
-    loose: SelfExtend | None = None
-    for group in range(2, LARGEST_GROUP + 1):
-        method = usual(length, group)
-        if method.window >= length:
-            break
-        if method.window + (context - method.window) / group <= trusted:
+    exceeds = f"{context} tokens exceed the trained window of {length} ({window.reason})"
+    trained = well_trained(window)
+    for span in dict.fromkeys((trained, length)):
+        if (method := smallest(span, context)) is not None:
+            within = "it" if span == length else f"the {span} that are taken as well trained, a quarter, for its frequency base was raised to {window.base:g}"
             reason = (
-                f"{context} tokens exceed the trained window of {length} ({window.reason}): smallest group size whose largest distance, "
-                f"{method.window + (context - method.window) // group}, stays within 2/3 of it ({trusted}); {SHARPENED}"
+                f"{exceeds}: smallest group size whose largest distance, {method.window + (context - method.window) // method.group_size}, "
+                f"stays within 2/3 of {within} ({largest_distance_allowed(span)}); {SHARPENED}; {MEASURE}"
             )
-            return Choice(method, context, window, reason)
-        if loose is None and (method.capacity(length) or 0) >= context:
-            loose = method
+            return Choice(method, context, window, reason, None if span == trained else poorly(context, trained))
+    wide = usual(length, LARGEST_GROUP)
+    loose = next((m for m in (wide, *(usual(length, g) for g in range(2, LARGEST_GROUP))) if m.window < length and (m.capacity(length) or 0) >= context), None)
     if loose is not None:
-        warning = (
-            f"context {context} needs distances beyond 2/3 of the trained window of {length}, where positions are poorly trained; "
-            f"a context of at most {furthest(length)} keeps within them"
-        )
-        largest = usual(length, LARGEST_GROUP)
-        method = largest if (largest.capacity(length) or 0) >= context else loose
-        exceeds = f"{context} tokens exceed the trained window of {length} ({window.reason})"
-        reason = f"{exceeds}: largest usual group size; all distances are trained ones; {SHARPENED}"
-        return Choice(method, context, window, reason, warning)
+        reason = f"{exceeds}: {'largest' if loose == wide else 'smallest'} usual group size; all distances are trained ones; {SHARPENED}; {MEASURE}"
+        return Choice(loose, context, window, reason, poorly(context, length))
     most, group = reach(length)
     raise ValueError(
         f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
@@ -176,6 +171,33 @@ def reach(length: int) -> tuple[int, int]:
     return max((usual(length, g).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
 
 
+def well_trained(window: Window) -> int:
+    """Tokens whose distances are taken as well trained: all of the window; a quarter where the base of its frequencies was raised.
+
+    A raised base is the sign of a window that was stretched late in training, most of which was on shorter texts. SmolLM2-135M (base 100000, window 8192)
+    finds keys at distances up to about 1500 reliably and loses them at larger ones: docs/real-models.md. The models of SelfExtend's authors, whose two
+    thirds are the rule here, and nano have the original base. A window that was given is believed.
+    """
+    late = window.base is not None and window.base > ORIGINAL_BASE
+    return max(1, window.tokens // LATE_SHARE) if late else window.tokens
+
+
+def smallest(span: int, context: int) -> SelfExtend | None:
+    """The smallest group size whose largest distance stays within two thirds of the span."""
+    for group in range(2, LARGEST_GROUP + 1):
+        method = usual(span, group)
+        if method.window < span and method.window + (context - method.window) / group <= largest_distance_allowed(span):
+            return method
+    return None
+
+
+def poorly(context: int, span: int) -> str:
+    """What to warn of."""
+    return (
+        f"context {context} needs distances beyond 2/3 of {span}, where positions are poorly trained; a context of at most {furthest(span)} keeps within them"
+    )
+
+
 def usual(length: int, group: int) -> SelfExtend:
     """The method that the dial considers for a group size. The log scale keeps attention as sharp among many keys as among the trained
     number of them: without it the softmax is diluted, see docs/nano.md for the evidence. Texts inside the window are as without it."""
@@ -188,7 +210,7 @@ def neighbour_window(length: int, group: int) -> int:
 
 
 def furthest(length: int) -> int:
-    """The largest context that the strict rule allows."""
+    """The largest context that the strict rule allows on so many well-trained tokens."""
     best = length
     for group in range(2, LARGEST_GROUP + 1):
         window = neighbour_window(length, group)

@@ -15,6 +15,7 @@ from longreach.engine.executor import QUERIES_AT_ONCE
 from longreach.memory.buffer import ROLLBACK, SLACK, room
 from longreach.methods.base import Method
 from longreach.planning.work import layouts
+from longreach.quantities import CHUNK_SIZE
 
 MARGIN = 1.1  # estimates of temporary memory are good to a tenth
 
@@ -28,7 +29,7 @@ class Schedule:
 
     prompt: int
     new_tokens: int
-    chunk: int = 512
+    chunk: int = CHUNK_SIZE
     whole: bool = False
 
     def __post_init__(self) -> None:
@@ -36,7 +37,7 @@ class Schedule:
             raise ValueError(f"a context must hold the prompt and the {self.new_tokens} new tokens; pass a context of at least {self.new_tokens + 1}")
 
     @classmethod
-    def of(cls, method: Method, context: int, new_tokens: int, chunk: int = 512) -> Schedule:
+    def of(cls, method: Method, context: int, new_tokens: int, chunk: int = CHUNK_SIZE) -> Schedule:
         return cls(context - new_tokens, new_tokens, chunk, not method.chunk_invariant)
 
     @property
@@ -175,7 +176,7 @@ class Budget:
     architecture: Decoder
     free: int
 
-    def needs(self, method: Method, context: int, chunk: int = 512) -> int:
+    def needs(self, method: Method, context: int, chunk: int = CHUNK_SIZE) -> int:
         """Bytes, with a margin, when `context` tokens have been read and the last is decoded."""
         schedule = Schedule.of(method, max(2, context), 1, chunk)
         return round(MARGIN * (kv_bytes(self.architecture, method, schedule) + temporary_bytes(self.architecture, method, schedule)))

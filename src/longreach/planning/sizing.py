@@ -27,7 +27,7 @@ from longreach.planning.memory import Schedule, kv_bytes, largest, store_forms, 
 from longreach.planning.theory import Term
 from longreach.planning.timing import Bound, Seconds
 from longreach.planning.work import Recall, recall
-from longreach.quantities import token_count
+from longreach.quantities import CHUNK_SIZE, token_count
 
 ORDER: tuple[Recall, ...] = ("everything", "what is retrieved", "recent only", "fluent only", "untrained")
 
@@ -144,7 +144,7 @@ def plan(
     method: Method | None = None,
     dtype: str | torch.dtype | None = None,
     trained_window: int | str | None = None,
-    chunk_size: int | str = 512,
+    chunk_size: int | str = CHUNK_SIZE,
     calibration: Path | None = None,
 ) -> Plan:
     """What it costs to read `context` tokens, the last `new_tokens` of them generated, for `concurrency` users at a time.
@@ -275,7 +275,7 @@ def command(request: Request, method: Method, **changed: Any) -> str:
     words = ["longreach run", "--model", shlex.quote(r.model), "--context", str(r.context), "--method", *method.options()]
     words += ["--dtype", r.dtype, "--device", r.hardware.device, "--max-new-tokens", str(r.new_tokens)]
     words += ["--trained-window", str(r.window.tokens)] if r.window_given else []
-    words += ["--chunk-size", str(r.chunk_size)] if r.chunk_size != 512 else []
+    words += ["--chunk-size", str(r.chunk_size)] if r.chunk_size != CHUNK_SIZE else []
     return " ".join([*words, "--file TEXT", "--prompt QUESTION"])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
+from longreach.quantities import CHUNK_SIZE
 from longreach.running import generation, prompts
 from longreach.running.prefix import Prefix, common
 
@@ -34,7 +35,7 @@ class Conversation:
     system: str | None = None
     limit: int | None = None
     extension: Extension | None = None
-    chunk_size: int = 512
+    chunk_size: int = CHUNK_SIZE
     turns: list[tuple[str, generation.Answer]] = field(default_factory=list)
     prefix: Prefix = field(default_factory=Prefix)
 
@@ -85,7 +86,7 @@ class Conversation:
 
     @classmethod
     def open(
-        cls, model: CausalLM, tokenizer: Tokenizer, extension: Extension, file: str | Path, *, limit: int | None = None, chunk_size: int = 512
+        cls, model: CausalLM, tokenizer: Tokenizer, extension: Extension, file: str | Path, *, limit: int | None = None, chunk_size: int = CHUNK_SIZE
     ) -> Conversation:
         """The conversation that `save` wrote. Raises ValueError if it belongs to another model, method, context or tokenizer."""
         found = extension.load(file)

@@ -18,6 +18,7 @@ from longreach.hf.cache import cache_bytes
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.hf.placement import device_of
+from longreach.quantities import CHUNK_SIZE
 from longreach.running.reading import stream
 
 
@@ -65,7 +66,7 @@ def answer(
     max_new_tokens: int,
     *,
     extension: Extension | None = None,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK_SIZE,
     sampling: Sampling = GREEDY,
     cache: Any = None,
     stop: tuple[str, ...] = (),

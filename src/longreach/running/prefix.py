@@ -13,6 +13,7 @@ import torch
 
 from longreach.hf.cache import take_back
 from longreach.hf.extension import Extension
+from longreach.quantities import CHUNK_SIZE
 from longreach.running.reading import stream
 
 
@@ -42,7 +43,7 @@ class Prefix:
 
         return DynamicCache(), 0
 
-    def read(self, extension: Extension, ids: list[int], *, chunk_size: int = 512, progress: Callable[[int], None] = lambda done: None) -> int:
+    def read(self, extension: Extension, ids: list[int], *, chunk_size: int = CHUNK_SIZE, progress: Callable[[int], None] = lambda done: None) -> int:
         """Hold exactly `ids`, read in chunks -> how many of them were held already. `progress` gets the number read so far."""
         cache, held = self.resume(ids)
         if held < len(ids):

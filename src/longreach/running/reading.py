@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from longreach.hf.cache import cache_bytes
 from longreach.hf.extension import Extension
 from longreach.hf.placement import device_of
+from longreach.quantities import CHUNK_SIZE
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Chunk:
 
 
 def stream(
-    extension: Extension | Any, ids: torch.Tensor | Iterable[int], *, chunk_size: int = 512, losses: bool = True, cache: Any = None
+    extension: Extension | Any, ids: torch.Tensor | Iterable[int], *, chunk_size: int = CHUNK_SIZE, losses: bool = True, cache: Any = None
 ) -> Iterator[Chunk]:
     """Feed `ids` (one sequence: a 1-D tensor or any iterable of ints, endless ones too) in chunks; yields a `Chunk` after each.
 

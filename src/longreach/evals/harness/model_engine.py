@@ -6,6 +6,7 @@ Knows prompts, the library's generation and caches; not tasks, scores or files.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,14 +15,19 @@ from typing import Any
 import torch
 
 from longreach import configs
+from longreach.core.segments import Layout
+from longreach.evals.harness.costs import Work
 from longreach.evals.harness.engine import Reply
 from longreach.evals.samples.budget import Prompt
 from longreach.hf.checks import find_base
 from longreach.hf.extension import Extension, extend
 from longreach.hf.interfaces import CausalLM, Tokenizer
+from longreach.memory.buffer import ROLLBACK
 from longreach.methods.base import Method
 from longreach.planning import dial, machine
 from longreach.planning.profile import Profile
+from longreach.planning.work import count, ramp
+from longreach.quantities import CHUNK_SIZE
 from longreach.running import generation
 from longreach.running.prefix import Prefix
 
@@ -40,13 +46,18 @@ class ModelEngine:
     model: CausalLM
     tokenizer: Tokenizer
     extension: Extension | None = None
-    chunk_size: int = 512
+    chunk_size: int = CHUNK_SIZE
     _prefix: Prefix = field(default_factory=Prefix, repr=False)
     _warm: bool = False
 
     @property
     def reuses(self) -> bool:
         return self.extension is not None and self.extension.method.chunk_invariant
+
+    @property
+    def work(self) -> Work:
+        """What reading a prompt costs, counted from the layouts that the executor follows."""
+        return work_of(self.model, self.extension, shares=self.reuses)
 
     def answer(self, prompt: Prompt) -> Reply:
         if not self._warm:
@@ -84,6 +95,33 @@ class ModelEngine:
         return self._prefix.resume(document)[0], reused
 
 
+def work_of(model: Any, extension: Extension | None, *, shares: bool) -> Work:
+    """`shares`: questions about a document read it once. A pair of a query and a key is taken for 4 FLOP per hidden element; weights of experts that a token
+    does not meet are counted too. Measured speeds make up for such factors."""
+    tables = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    met = sum(p.numel() for p in model.parameters() if p.dim() > 1 and all(p is not table for table in tables))
+    layouts: Counter[Layout | None]  # None: the dense truth
+    if extension is None:
+        layouts = Counter(own.layout(index) for index, own in enumerate(configs.trained_layers(find_base(model).config)))
+    else:
+        layouts = Counter(None if layer.dense else layer.layout for layer in extension.layers)
+    width = 4.0 * tables[0].shape[-1]
+
+    def attention(start: int, stop: int) -> float:
+        return width * sum(times * pairs(layout, start, stop) for layout, times in layouts.items())
+
+    bounded = extension is not None and any(kept.tail is not None for layer in extension.layers for kept in layer.forms.values())
+    return Work(2.0 * met, attention, (ROLLBACK if bounded else None) if shares else 0)
+
+
+def pairs(layout: Layout | None, start: int, stop: int) -> float:
+    """Of queries start .. stop and the keys that they see; where a key is only scored, half of one."""
+    if layout is None:
+        return ramp(stop) - ramp(start)
+    found = count(layout, start, stop)
+    return found.pairs + found.scored / 2
+
+
 @dataclass(frozen=True)
 class Span:
     """limit    tokens that a prompt and its answer may have; None: no limit.
@@ -104,7 +142,7 @@ def span(method: Method | None, window: int, declared: int | None, needed: int) 
 @contextmanager
 def attached(
     model: CausalLM, tokenizer: Tokenizer, method: Method | None, context: int, *,
-    trained_window: int | None = None, profile: Profile | None = None, chunk_size: int = 512,
+    trained_window: int | None = None, profile: Profile | None = None, chunk_size: int = CHUNK_SIZE,
 ) -> Iterator[ModelEngine]:  # fmt: skip
     """The model under the method, or under what the dial chooses for the context, by the profile if there is one."""
     window = configs.trained_window(find_base(model).config, trained_window).tokens

@@ -19,10 +19,9 @@ import torch
 
 from longreach.evals.scores import statistics
 from longreach.hf.extension import Extension
+from longreach.quantities import CHUNK_SIZE
 from longreach.running import prompts
 from longreach.running.reading import stream
-
-CHUNK = 512  # positions whose logits exist at one time
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Curve:
     count: torch.Tensor
 
 
-def losses(model: Extension | Any, ids: torch.Tensor, chunk_size: int = CHUNK) -> torch.Tensor:
+def losses(model: Extension | Any, ids: torch.Tensor, chunk_size: int = CHUNK_SIZE) -> torch.Tensor:
     """[T] nats, NaN for the first token. `model` is an extension, or a model as it is, which reads in one forward, as a method does whose result
     depends on how a text is cut; all logits exist then at one time."""
     whole = not (isinstance(model, Extension) and model.method.chunk_invariant)
@@ -83,7 +82,9 @@ def losses(model: Extension | Any, ids: torch.Tensor, chunk_size: int = CHUNK) -
     return torch.cat([chunk.losses for chunk in read if chunk.losses is not None] or [torch.empty(0)])
 
 
-def positions(model: Extension | Any, documents: Sequence[Document], length: int | None = None, chunk_size: int = CHUNK) -> tuple[Curve, list[torch.Tensor]]:
+def positions(
+    model: Extension | Any, documents: Sequence[Document], length: int | None = None, chunk_size: int = CHUNK_SIZE
+) -> tuple[Curve, list[torch.Tensor]]:
     """P3: the loss at every position up to `length`, over the documents -> (curve, the losses of each document)."""
     each = [losses(model, doc.ids[:length], chunk_size).double() for doc in documents]
     longest = max((len(found) for found in each), default=0)
@@ -140,7 +141,7 @@ def sliding(
     *,
     bos: int | None = None,
     weighting: Literal["token", "window"] = "token",
-    chunk_size: int = CHUNK,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Point:
     """P1: every window reads at most `window` tokens afresh, the last `stride` of them new; only new ones count.
 
@@ -213,7 +214,7 @@ class Stretch:
     store_bytes: int
 
 
-def streaming(model: Extension | Any, ids: torch.Tensor | Iterable[int], *, every: int = 4096, chunk_size: int = CHUNK) -> Iterator[Stretch]:
+def streaming(model: Extension | Any, ids: torch.Tensor | Iterable[int], *, every: int = 4096, chunk_size: int = CHUNK_SIZE) -> Iterator[Stretch]:
     """Losses of an endless text, averaged over stretches of `every` tokens. With a bounded method memory does not grow."""
     if every < 1:
         raise ValueError(f"every must be at least 1, not {every}")

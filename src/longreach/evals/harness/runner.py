@@ -6,12 +6,15 @@ Knows tasks, budgets, engines and the folder of a run; not models, options or te
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from longreach.evals.harness.costs import PLAIN, Work
 from longreach.evals.harness.engine import Engine, Reply
+from longreach.evals.harness.estimates import Clock, Step
+from longreach.evals.harness.items import Item, ordered
+from longreach.evals.harness.items import shard as part_of
 from longreach.evals.harness.results import UNDECISIVE, Folder, Record, digest
 from longreach.evals.samples import budget
 from longreach.evals.samples.base import Sample, Settings, Task
@@ -20,38 +23,6 @@ from longreach.hf.interfaces import Tokenizer
 from longreach.quantities import counted
 
 META = ("length_target", "depth", "depth_actual", "seed")  # have fields of their own in a record
-
-
-@dataclass(frozen=True)
-class Item:
-    """A sample that is to be run. `index` counts the samples of the whole run, whatever its shards; the texts stay in memory until the run ends."""
-
-    task: Task
-    sample: Sample
-    index: int
-    tokens: int
-
-    @property
-    def needs(self) -> int:
-        return self.tokens + self.sample.max_new_tokens
-
-    @property
-    def document(self) -> str:
-        """Names what questions about one document have in common."""
-        parts = self.sample.parts
-        return hashlib.sha256("\0".join((parts.prefix, parts.document)).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where a run is, before a sample and at the end; `seconds_left` by the tokens read so far, None before the first. `what` is read next."""
-
-    done: int
-    total: int
-    tokens: int
-    errors: int
-    seconds_left: float | None
-    what: str
 
 
 Progress = Callable[[Step], None]
@@ -76,7 +47,8 @@ def plan(work: Mapping[Task, Settings], tokenizer: Tokenizer, chat: ChatMode = "
             if sample.id in seen:
                 raise ValueError(f"{task.name} makes two samples called {sample.id}; leave out what is given twice (lengths, depths)")
             seen.add(sample.id)
-            items.append(Item(task, sample, len(items), len(budget.encode(tokenizer, sample, chat).ids)))
+            prompt = budget.encode(tokenizer, sample, chat)
+            items.append(Item(task, sample, len(items), len(prompt.ids), prompt.shared))
     if not items:
         raise ValueError("there are no samples to run; pass lengths (--lengths 1k,2k), and at least one depth and sample")
     return items
@@ -113,15 +85,6 @@ def overflowing(items: Sequence[Item], limit: int | None) -> str | None:
     )
 
 
-def ordered(items: Sequence[Item]) -> list[Item]:
-    """Questions about one document together, the longest document first: what does not fit into memory shows at once."""
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(item.document, []).append(item)
-    by_length = sorted(groups.values(), key=lambda group: (-max(item.tokens for item in group), group[0].index))
-    return [item for group in by_length for item in sorted(group, key=lambda item: item.index)]
-
-
 def run(
     items: Sequence[Item],
     engine: Engine,
@@ -134,6 +97,7 @@ def run(
     chat: ChatMode = "auto",
     shard: tuple[int, int] = (0, 1),
     save_prompts: bool = False,
+    work: Work = PLAIN,
     progress: Progress = lambda step: None,
 ) -> Outcome:
     """Answer and score the samples of a shard that the folder does not hold yet. What goes wrong with one is recorded, and the run goes on.
@@ -141,23 +105,24 @@ def run(
     hashes    of every task's settings, see `describe`; answers under others do not count.
     limit     tokens of a prompt and its answer together; None: no limit.
     truncate  what to leave out of a longer prompt, see `budget.fit`; None raises before the first answer.
+    shard     (i, n): every n-th document from the i-th on, with all its questions.
+    work      what the engine does for a prompt, by which the time left is told.
     """
     if truncate is None and (sentence := overflowing(items, limit)):
         raise ValueError(sentence)
-    index, world = shard
-    mine = ordered([item for item in items if item.index % world == index])
+    mine = ordered(part_of(items, *shard))
     known = {record.key: record for record in folder.records() if record.error is None}
     waiting = [item for item in mine if not _is_known(item, known, hashes)]
-    clock = Clock(len(mine), len(mine) - len(waiting), sum(item.needs for item in waiting))
+    clock = Clock(len(mine), waiting, work, limit)
     answered = failed = cut = 0
     for item in mine:
         before = known.get((item.task.name, item.sample.id)) if _is_known(item, known, hashes) else None
         if before is None:
             progress(clock.step(item, failed))
-            record = _record(item, engine, tokenizer, hashes[item.task.name], limit, truncate, chat, save_prompts)
+            record, reply = _record(item, engine, tokenizer, hashes[item.task.name], limit, truncate, chat, save_prompts)
             folder.append(record)
             answered, failed = answered + (record.error is None), failed + (record.error is not None)
-            clock.read(item)
+            clock.read(item, reply, record.prompt_tokens)
         else:
             record = before
         cut += record.truncated_tokens > 0
@@ -174,7 +139,7 @@ def _is_known(item: Item, known: Mapping[tuple[str, str], Record], hashes: Mappi
 
 def _record(
     item: Item, engine: Engine, tokenizer: Tokenizer, config_hash: str, limit: int | None, truncate: str | None, chat: ChatMode, save_prompts: bool
-) -> Record:
+) -> tuple[Record, Reply | None]:
     sample: Sample = item.sample
     metrics: dict[str, float] = {}
     prompt: Prompt | None = None
@@ -187,7 +152,7 @@ def _record(
     except Exception as problem:  # one bad sample, or too little memory for the longest ones, must not cost the run
         error = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
     meta = {name: value for name, value in sample.meta.items() if name not in META}
-    return Record(
+    record = Record(
         bench=item.task.group or item.task.name,
         task=item.task.name,
         task_version=item.task.version,
@@ -213,75 +178,4 @@ def _record(
         meta=meta,
         prompt=prompt.text if prompt and save_prompts else None,
     )
-
-
-class Clock:
-    """The time left, from the tokens read so far."""
-
-    def __init__(self, total: int, done: int, tokens: int) -> None:
-        self.total, self.done, self.tokens, self.tokens_read = total, done, tokens, 0
-        self.started = time.perf_counter()
-
-    def read(self, item: Item) -> None:
-        self.done, self.tokens_read = self.done + 1, self.tokens_read + item.needs
-
-    def step(self, following: Item | None, errors: int) -> Step:
-        left = (time.perf_counter() - self.started) * (self.tokens - self.tokens_read) / self.tokens_read if self.tokens_read else None
-        what = "done"
-        if following is not None:
-            what = f"reading sample {self.done + 1} of {self.total} ({following.task.name}, {counted(following.tokens, 'token')})"
-        return Step(self.done, self.total, self.tokens_read, errors, left, what)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will cost at most: answers may be shorter than allowed, and shared documents are read once. Seconds are None where nothing was measured."""
-
-    samples: int
-    prompt_tokens: int
-    answer_tokens: int
-    longest: int
-    seconds: float | None
-
-
-PROBES = (256, 1024)  # tokens; two lengths give the linear and the quadratic part of reading
-PROBE_ANSWER = 8
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds: reading n tokens takes linear * n + quadratic * n^2, decoding one takes `decoding`."""
-
-    linear: float
-    quadratic: float
-    decoding: float
-
-    def reading(self, tokens: int) -> float:
-        return self.linear * tokens + self.quadratic * tokens**2
-
-
-def measure(items: Sequence[Item], engine: Engine, tokenizer: Tokenizer, chat: ChatMode = "auto") -> Speed:
-    """From the beginnings of the longest prompt."""
-    prompt = budget.encode(tokenizer, max(items, key=lambda item: item.tokens).sample, chat)
-    sample = replace(prompt.sample, max_new_tokens=PROBE_ANSWER, stop=())
-    lengths = sorted({min(length, len(prompt.ids)) for length in PROBES})
-    replies = [engine.answer(replace(prompt, sample=sample, ids=prompt.ids[:length], shared=0)) for length in lengths]
-    per_token = [reply.prefill_seconds / length for reply, length in zip(replies, lengths)]
-    quadratic = max(0.0, (per_token[-1] - per_token[0]) / (lengths[-1] - lengths[0])) if len(lengths) > 1 else 0.0
-    return Speed(per_token[-1] - quadratic * lengths[-1], quadratic, replies[-1].decode_seconds / max(1, replies[-1].tokens - 1))
-
-
-def estimate(items: Sequence[Item], speed: Speed | None = None) -> Estimate:
-    """Count the tokens, and say how long they take where the speed was measured."""
-    seconds = None if speed is None else sum(speed.reading(item.tokens) + speed.decoding * item.sample.max_new_tokens for item in items)
-    answers = sum(item.sample.max_new_tokens for item in items)
-    return Estimate(len(items), sum(item.tokens for item in items), answers, max(item.needs for item in items), seconds)
-
-
-def by_length(items: Sequence[Item]) -> Iterator[tuple[str, int | None, list[Item]]]:
-    """The samples of every task and length."""
-    groups: dict[tuple[str, int | None], list[Item]] = {}
-    for item in items:
-        groups.setdefault((item.task.name, item.sample.meta.get("length_target")), []).append(item)
-    for (task, length), found in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] or 0)):
-        yield task, length, found
+    return record, reply

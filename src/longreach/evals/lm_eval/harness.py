@@ -14,6 +14,7 @@ from typing import Any
 
 from longreach.evals.samples.base import Sample, Settings, Task
 from longreach.hf.interfaces import CausalLM, Tokenizer
+from longreach.quantities import CHUNK_SIZE
 
 NEEDED = (0, 4, 13)
 BEFORE = (0, 5)
@@ -27,7 +28,7 @@ def evaluate(
     extension: Any = None,
     max_length: int | None = None,
     overflow: str = "refuse",
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK_SIZE,
     num_fewshot: int | None = None,
     limit: int | float | None = None,
     apply_chat_template: bool = False,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from longreach import configs
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
+from longreach.quantities import CHUNK_SIZE
 from longreach.running.prefix import Prefix
 from longreach.running.prompts import keep_ids, shrink
 from longreach.running.reading import require_finite, stream
@@ -44,7 +45,7 @@ class LongContextLM(HFLM):
         extension: Extension | None = None,
         max_length: int | None = None,
         overflow: Overflow = "refuse",
-        chunk_size: int = 512,
+        chunk_size: int = CHUNK_SIZE,
     ) -> None:
         if overflow not in OVERFLOWS:
             raise ValueError(f"there is no overflow {overflow!r}; choose one of {', '.join(OVERFLOWS)}")

@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 
 from longreach.evals.samples import fitting, haystack
 from longreach.evals.samples.base import Parts, Sample, Settings, Task, generator
+from longreach.evals.samples.budget import token_count
 from longreach.evals.samples.fitting import FILLER
 from longreach.evals.tasks.passkey import INSTRUCTION, number_tokens
 from longreach.hf.interfaces import Tokenizer
+from longreach.quantities import counted
 
 NAMES = (
     "pass key,telephone number,locker code,bank account,house price,tower height,train ticket,lottery prize,ship weight,birth year,river depth,garden size,"
@@ -27,7 +29,8 @@ WORDING = haystack.Wording("The {name} is {key}. Remember it. {key} is the {name
 class PassKeys(Task):
     """One document for each length and index, with a number of `digits` digits under a name of its own at every depth; as many questions as depths.
 
-    The filler is that of the pass key, or a passage of the user's text, which is followed by the question without the instruction.
+    The filler is that of the pass key, or a passage of the user's text, which is followed by the question without the instruction. A sample is named by all
+    the depths, for with others the document is another: a run that gets more depths asks everything anew.
     """
 
     name: ClassVar[str] = "passkeys"
@@ -43,6 +46,8 @@ class PassKeys(Task):
             raise ValueError(f"digits must be a whole number of 1 to 100, not {digits}")
         if len(settings.depths) > len(NAMES):
             raise ValueError(f"{self.name} has names for {len(NAMES)} keys in a document, not for {len(settings.depths)}; pass fewer depths")
+        if len(settings.depths) > 9 * 10 ** (digits - 1):
+            raise ValueError(f"there are no {len(settings.depths)} different numbers of {counted(digits, 'digit')}; pass --option digits={digits + 1}")
         return self._samples(tokenizer, settings, digits)
 
     def score(self, sample: Sample, prediction: str) -> dict[str, float]:
@@ -55,9 +60,9 @@ class PassKeys(Task):
                 rng = generator(settings, self.name, length, index)
                 keys: dict[str, str] = {}
                 for name in rng.sample(NAMES, len(settings.depths)):
-                    keys[name] = fitting.fresh(lambda r: str(r.randrange(10 ** (digits - 1), 10**digits)), rng, set(keys.values()))
+                    keys[name] = fitting.fresh(lambda r: str(r.randrange(10 ** (digits - 1), 10**digits)), rng, set(keys.values()), settings.text or "")
                 facts = [(depth, WORDING.statement.format(name=name, key=key)) for depth, (name, key) in zip(settings.depths, keys.items())]
-                longest = max(keys, key=lambda name: len(tokenizer(f" {name}", add_special_tokens=False)["input_ids"]))
+                longest = max(keys, key=lambda name: token_count(tokenizer, Sample("", asked(Parts(""), name), ("",), 1, chat="prefix")))
                 document = self._document(tokenizer, settings, facts, length, answer_tokens, longest, rng.random())
                 one = f"{self.name}/{length}/{'-'.join(f'{depth:g}' for depth in settings.depths)}/{index}"  # other depths are another document
                 for (depth, fact), (name, key) in zip(facts, keys.items()):

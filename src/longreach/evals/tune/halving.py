@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from longreach.evals.harness.runner import Progress, Step
+from longreach.evals.harness.estimates import Step
+from longreach.evals.harness.runner import Progress
 from longreach.evals.scores import clusters
 from longreach.evals.scores.clusters import Share
 from longreach.evals.tune.candidates import DIAL, Candidate

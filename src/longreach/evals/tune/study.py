@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from longreach import configs
-from longreach.evals.harness import environment, perplexity, runner
+from longreach.evals.harness import environment, estimates, perplexity, runner
+from longreach.evals.harness.items import Item
 from longreach.evals.harness.model_engine import ModelEngine, attached
 from longreach.evals.harness.results import Folder
-from longreach.evals.harness.runner import Item
 from longreach.evals.samples import haystack
 from longreach.evals.samples.base import Settings, Task
 from longreach.evals.samples.budget import ChatMode
@@ -33,6 +33,7 @@ from longreach.hf.checks import find_base
 from longreach.hf.fingerprint import checkpoint_fingerprint
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
+from longreach.quantities import CHUNK_SIZE
 from longreach.running import prompts
 from longreach.running.loading import shipped_book
 
@@ -52,7 +53,7 @@ class Asked:
     seed: int = 0
     chat: ChatMode = "auto"
     trained_window: int | None = None
-    chunk_size: int = 512
+    chunk_size: int = CHUNK_SIZE
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,11 @@ class ModelBench:
         for candidate in self.proposal.candidates:
             try:
                 with self._attached(candidate.method, self.asked.context) as engine:
-                    speed = runner.measure(items, engine, self.tokenizer, self.asked.chat)
+                    work = engine.work
+                    speed = estimates.measure(items, engine, self.tokenizer, work, self.asked.chat)
             except Refused:
                 continue
-            return runner.estimate(items, speed).seconds
+            return estimates.estimate(items, work, speed).seconds
         return None
 
     # -- candidates --------------------------------------------------------------------------------------------------------------------

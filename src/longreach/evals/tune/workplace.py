@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from longreach.evals.harness import results
+from longreach.evals.harness.items import Item
 from longreach.evals.harness.results import RUN, Folder, Record, Row
-from longreach.evals.harness.runner import Item
 from longreach.evals.scores import statistics
 from longreach.evals.tune.halving import Answers, Loss
 from longreach.methods.base import Method

@@ -1,0 +1,156 @@
+"""Where the attention of an answer's first token goes: to the key that was asked for, to the other keys, to the first tokens, to the rest.
+
+    python benchmarks/attention_mass.py --model FILE.gguf --dtype bfloat16 --length 8k --method stock
+    python benchmarks/attention_mass.py --model FILE.gguf --dtype bfloat16 --length 12k --method selfextend --group-size 16 --window 256
+
+A document of `passkeys` is read once, and each of its questions is asked after it. For the last token of a prompt, whose attention writes the first
+digit of the answer, the softmax over all earlier tokens is computed in fp64 from the un-rotated queries and keys of every layer and the distances of
+the method's definition (`longreach.engine.reference`). A head's mass on a key is the sum over the tokens of its statement. The answer
+itself comes from the fast path. Results: results/attention-mass.json, one entry per setting, and a line per question on the screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from common import ROOT, device_of, facts, markdown, write_json
+
+import longreach
+from longreach.cli import parameters
+from longreach.engine import reference
+from longreach.engine.executor import Layer
+from longreach.evals.harness.model_engine import attached
+from longreach.evals.samples import budget
+from longreach.evals.samples.base import Settings
+from longreach.evals.tasks.passkeys import WORDING, PassKeys
+from longreach.hf import forward
+from longreach.quantities import token_count
+from longreach.running import prompts
+
+FIRST = 4  # tokens that count as the beginning of the text
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class Recorder:
+    """The un-rotated keys of every layer as they were read, and the last query of each."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, list[torch.Tensor]] = {}
+        self.last: dict[int, tuple[Layer, torch.Tensor, Any]] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        inner = forward.execute
+
+        def execute(layer: Layer, batch: Any, store: Any, backend: Any, q: Any, k: Any, v: Any, inputs: Any) -> torch.Tensor:
+            if batch.groups[0].start == 0:
+                self.keys[layer.index] = []
+            seen = sum(part.shape[2] for part in self.keys[layer.index])
+            parts = torch.cat(self.keys[layer.index], 2)[:, :, : batch.groups[0].start] if seen > batch.groups[0].start else None  # a question was taken back
+            self.keys[layer.index] = [*([parts] if parts is not None else self.keys[layer.index]), k.detach().clone()]
+            if q.shape[2] == 1 and layer.index not in self.last:
+                self.last[layer.index] = (layer, q[:, :, -1:].detach().clone(), inputs)
+            return inner(layer, batch, store, backend, q, k, v, inputs)
+
+        with mock.patch.object(forward, "execute", execute):
+            yield
+
+    def weights(self, index: int, tokens: int) -> torch.Tensor:
+        """[H, tokens]: the attention of the token `tokens - 1` on all tokens up to it."""
+        layer, q, inputs = self.last[index]
+        k = torch.cat(self.keys[index], 2)[:, :, :tokens]
+        i, j = torch.tensor([[tokens - 1]]), torch.arange(tokens)[None]
+        distance = layer.method.distances(i, j)
+        if (scale := layer.method.query_scale()) is not None:
+            q = q.double() * scale(i[0]).double()[:, None]
+        logits = reference.scores(q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1), distance.nan_to_num(0.0), layer.rotary, inputs.scale)
+        return logits.masked_fill(distance.isnan(), -torch.inf).softmax(-1)[0, :, 0]
+
+
+def block_of(tokenizer: Any, prompt: budget.Prompt, special: bool, statement: str) -> list[int]:
+    """The tokens of a statement. All of it: some heads read the number, others the blank or the name before it."""
+    _, spans = prompts.encode_with_spans(tokenizer, prompt.text, special)
+    begin = prompt.text.index(statement)
+    return [n for n, (a, b) in enumerate(spans) if a < begin + len(statement) and b > begin]
+
+
+def measure(args: argparse.Namespace, model: Any, tokenizer: Any, method: Any) -> list[dict[str, Any]]:
+    task, length = PassKeys(), token_count(args.length, "--length")
+    special = args.chat == "off" or not prompts.has_template(tokenizer)
+    rows: list[dict[str, Any]] = []
+    samples = list(task.samples(tokenizer, Settings(lengths=(length,), depths=DEPTHS, samples=args.documents, seed=args.seed)))
+    recorder = Recorder()
+    with recorder.listening(), attached(model, tokenizer, method, length, chunk_size=1024) as engine:
+        assert engine.extension is not None
+        for sample in samples:
+            prompt = budget.encode(tokenizer, sample, args.chat)
+            recorder.last.clear()
+            if not engine._warm:
+                engine.answer(prompt)  # reads the document; the question is asked again below
+                recorder.last.clear()
+            reply = engine.answer(prompt)
+            others = [s for s in samples if s.meta["index"] == sample.meta["index"]]
+            places = {
+                other.meta["depth"]: block_of(tokenizer, prompt, special, WORDING.statement.format(name=other.meta["name"], key=other.references[0]))
+                for other in others
+            }
+            tokens = len(prompt.ids)
+            here, elsewhere = places[sample.meta["depth"]], [n for depth, found in places.items() if depth != sample.meta["depth"] for n in found]
+            mass = []  # [layers, heads, 3]
+            for index in sorted(recorder.last):
+                weights = recorder.weights(index, tokens)
+                mass.append(torch.stack([weights[:, here].sum(-1), weights[:, elsewhere].sum(-1), weights[:, :FIRST].sum(-1)], -1).tolist())
+            right = task.score(sample, reply.text)["accuracy"]
+            row = {
+                "document": sample.meta["index"], "depth": sample.meta["depth"], "distance": tokens - 1 - max(here), "found": bool(right), "answer": reply.text,
+                "mass": [[[round(x, 5) for x in head] for head in layer] for layer in mass],
+            }  # fmt: skip
+            rows.append(row)
+            print(summary_line(row), flush=True)
+    return rows
+
+
+def summary_line(row: dict[str, Any]) -> str:
+    table = torch.tensor(row["mass"])
+    best = table[..., 0].flatten().topk(8).indices
+    heads = table.reshape(-1, 3)[best]
+    own, other, first = (float(x) for x in heads.mean(0))
+    return (
+        f"depth {row['depth']:.1f}  distance {row['distance']:6d}  {'found' if row['found'] else 'lost '}  "
+        f"all heads: key {float(table[..., 0].mean()):.4f} others {float(table[..., 1].mean()):.4f} first {float(table[..., 2].mean()):.3f}  "
+        f"best eight heads: key {own:.3f} others {other:.3f} first {first:.3f}  {row['answer'][:24]!r}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--length", default="1k")
+    parser.add_argument("--chat", choices=("auto", "off"), default="auto")
+    parser.add_argument("--documents", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", default=None)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/attention-mass.json")
+    args, rest = parser.parse_known_args()
+    method = None if args.method is None else parameters.build(args.method, rest, [])
+    model, tokenizer = longreach.load(args.model, dtype=args.dtype)
+    with torch.no_grad():
+        rows = measure(args, model, tokenizer, method)
+    import json
+
+    entries = json.loads(args.out.read_text())["settings"] if args.out.exists() else []
+    name = {"model": Path(args.model).name, "method": "the dial's" if method is None else method.brief(), "length": args.length, "chat": args.chat}
+    entries = [entry for entry in entries if {key: entry[key] for key in name} != name]
+    write_json(args.out, {"settings": [*entries, {**name, "facts": facts(device_of("cpu")), "questions": rows}]})
+    print(markdown(["depth", "found"], [[f"{row['depth']}", str(row["found"])] for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

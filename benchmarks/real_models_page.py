@@ -1,0 +1,207 @@
+"""The tables and the picture of docs/real-models.md and README.md, from the lines that `real_models.py` measured. Knows plain rows and files only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from common import ROOT, markdown, write_section
+
+from longreach.drawing import canvas
+from longreach.evals.scores import clusters
+
+Row = dict[str, Any]
+PAGE, README, PICTURES = ROOT / "docs/real-models.md", ROOT / "README.md", ROOT / "docs"
+CORE = ("stock", "old rule", "dial", "tuned", "rerope", "yarn", "lm-infinite")
+FORMS = {"chat": "filler, chat template", "raw": "filler, raw prompt", "novel": "hidden in a novel, raw prompt"}
+LABELS = {"old rule": "the dial's old rule", "dial": "**the dial**", "tuned": "tuned"}
+PICTURE_LABELS = {"old rule": "the dial's old rule", "dial": "the dial", "tuned": "longreach tune"}
+COLOURS = dict(zip(CORE, ("#8a8a8a", "#6fb3e0", canvas.BLUE, "#c0392b", "#2a9d6f", "#8a5ab5", canvas.ORANGE)))
+
+
+def write_page(models: dict[str, list[Row]]) -> None:
+    """Every section that the page has for a model. A model without readings has none."""
+    for name, rows in models.items():
+        answers = [row for row in rows if row["task"] == "passkeys"]
+        if not answers:
+            continue
+        write_section(PAGE, f"{name} recall", recall(answers))
+        write_section(PAGE, f"{name} loss", losses([row for row in rows if row["task"] == "loss"]))
+        write_section(PAGE, f"{name} methods", methods(answers))
+        write_section(PAGE, f"{name} tasks", others([row for row in rows if row["task"] not in ("passkeys", "loss")]))
+        write_section(PAGE, f"{name} settings", settings(rows))
+        write_section(PAGE, f"{name} made", made(rows))
+        draw(rows, PICTURES / f"real-{name}.png", name)
+        if f"<!-- begin {name} -->" in README.read_text(encoding="utf-8"):
+            write_section(README, name, first_table(rows))
+
+
+def ordered(rows: Sequence[Row]) -> list[str]:
+    found = {row["setting"] for row in rows}
+    return [*(name for name in CORE if name in found), *sorted(found - set(CORE))]
+
+
+def share(rows: Sequence[Row], setting: str, windows: float, form: str) -> clusters.Share | None:
+    groups = [[q["score"] for q in row["questions"]] for row in rows if (row["setting"], row["windows"], row["form"]) == (setting, windows, form)]
+    return clusters.share(groups) if groups else None
+
+
+def cell(found: clusters.Share | None) -> str:
+    if found is None:
+        return ""
+    few = "" if found.documents >= 4 else f", {found.documents} documents" if found.documents > 1 else ", one document"
+    return f"{found.found:.4g} of {found.n} ({100 * found.low:.0f} to {100 * found.high:.0f} %{few})"
+
+
+def recall(rows: Sequence[Row]) -> str:
+    parts = []
+    windows = sorted({row["windows"] for row in rows})
+    lengths = {row["windows"]: row["length"] for row in rows}
+    for form, title in FORMS.items():
+        body = [
+            [LABELS.get(name, name), *(cell(share(rows, name, w, form)) for w in windows)]
+            for name in ordered(rows)
+            if name in CORE and any(share(rows, name, w, form) for w in windows)
+        ]
+        if body:
+            parts.append(f"Keys found, {title}:\n\n" + markdown(["", *(f"{lengths[w]} tokens ({w:g}x)" for w in windows)], body))
+    return "\n\n".join(parts)
+
+
+def losses(rows: Sequence[Row]) -> str:
+    """The mean over the last two segments before a place; in the longest reading of a setting that has one parameter set, else in that of the length."""
+    if not rows:
+        return "Not measured yet."
+    longest = max(row["length"] for row in rows)
+    window = next(row["length"] / row["windows"] for row in rows)
+    places = [window * part for part in (0.5, 1.0, 1.5, 2.0) if window * part <= longest]
+    body = []
+    for name in ordered(rows):
+        cells = []
+        for place in places:
+            values = []
+            for row in rows:
+                if row["setting"] == name and row["length"] == best_length(rows, name, place):
+                    end = int(place // row["segment"])
+                    values.append(fmean(row["losses"][max(0, end - 2) : end]))
+            cells.append(f"{fmean(values):.2f}" if values else "")
+        body.append([LABELS.get(name, name), *cells])
+    books = len({row["document"] for row in rows})
+    head = ["", *(f"at {place:.0f} ({place / window:g}x)" for place in places)]
+    return f"Nats per token over the 2048 tokens before a place, mean of {books} {'passage' if books == 1 else 'passages'}:\n\n" + markdown(head, body)
+
+
+def best_length(rows: Sequence[Row], name: str, place: float) -> int | None:
+    """The shortest reading that reaches the place: its parameters are those for that length."""
+    return min((row["length"] for row in rows if row["setting"] == name and row["length"] >= place), default=None)
+
+
+def methods(rows: Sequence[Row]) -> str:
+    at = [row for row in rows if row["windows"] == 1.5 and row["form"] in ("raw", "chat")]
+    body = []
+    for name in ordered(at):
+        mine = [row for row in at if row["setting"] == name]
+        body.append([LABELS.get(name, name), f"`{mine[0]['parameters']}`", *(cell(share(at, name, 1.5, form)) for form in ("chat", "raw")), cost(mine)])
+    return markdown(["", "parameters", "chat template", "raw prompt", "reading, KV cache"], body)
+
+
+def cost(rows: Sequence[Row]) -> str:
+    seconds = median(row["prefill_seconds"] for row in rows)
+    held = max((row["bytes"] or 0 for row in rows), default=0)
+    return f"{seconds:.0f} s" + (f", {held / 2**20:.0f} MiB" if held else "")
+
+
+def others(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "Not measured yet."
+    keys = sorted({(row["task"], row["setting"], row["windows"]) for row in rows}, key=lambda key: (key[0], CORE.index(key[1]), key[2]))
+    body = []
+    for task, setting, windows in keys:
+        groups = [[q["score"] for q in row["questions"]] for row in rows if (row["task"], row["setting"], row["windows"]) == (task, setting, windows)]
+        found = clusters.share(groups)
+        body.append([task, LABELS.get(setting, setting), f"{windows:g}x", f"{100 * found.value:.0f} % of {found.n} ({100 * found.low:.0f} to {100 * found.high:.0f} %)"])
+    return markdown(["task", "", "length", "score"], body)
+
+
+def settings(rows: Sequence[Row]) -> str:
+    keys = sorted({(CORE.index(row["setting"]), row["setting"], row["length"], row["parameters"]) for row in rows if row["setting"] in CORE})
+    merged: dict[tuple[str, str], list[int]] = {}
+    for _, setting, length, parameters in keys:
+        merged.setdefault((setting, parameters), []).append(length)
+    return markdown(["", "parameters", "at"], [[LABELS.get(s, s), f"`{p}`", ", ".join(map(str, lengths))] for (s, p), lengths in merged.items()])
+
+
+def made(rows: Sequence[Row]) -> str:
+    machine = rows[-1]["facts"]
+    loads = sorted(row["facts"]["load_at_start"] or 0 for row in rows)
+    dates = sorted(row["facts"]["date"][:10] for row in rows)
+    span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    threads = " or ".join(str(n) for n in sorted({row["facts"]["threads"] for row in rows}))
+    return (
+        f"{len(rows)} readings, {span}; {machine['cpu']}, {threads} threads, {rows[-1]['dtype'].removeprefix('torch.')}, PyTorch {machine['torch']}, "
+        f"Transformers {machine['transformers']}; load at the start of a reading {loads[0]:.1f} to {loads[-1]:.1f}, median {median(loads):.1f}: where it is "
+        "above the number of threads, seconds say little."
+    )
+
+
+def first_table(rows: Sequence[Row]) -> str:
+    answers, loss = [row for row in rows if row["task"] == "passkeys"], [row for row in rows if row["task"] == "loss"]
+    body = []
+    for name in (name for name in ordered(answers) if name in CORE):
+        cells = [cell(share(answers, name, w, form)) for w in (1.5, 2.0) for form in ("chat", "raw")]
+        losses = [fmean(row["losses"][-2:]) for row in loss if row["setting"] == name and row["windows"] == 2.0]
+        if any(cells):
+            body.append([LABELS.get(name, name), *cells, f"{fmean(losses):.2f}" if losses else ""])
+    inside = [cell(share(answers, "stock", w, form)) for w, form in ((1.0, "chat"), (1.0, "raw"))]
+    length = {row["windows"]: row["length"] for row in rows}
+    head = ["", *(f"{length[w]} tokens, {form}" for w in (1.5, 2.0) for form in ("chat template", "raw prompt") if w in length), "loss at twice the window"]
+    return markdown(head, body) + f"\n\nInside the window ({length[1.0]} tokens) plain attention finds {inside[0]} with the chat template and {inside[1]} without."
+
+
+# -- the picture --------------------------------------------------------------------------------------------------------------------
+
+
+def draw(rows: Sequence[Row], path: Path, name: str) -> None:
+    answers, loss = [row for row in rows if row["task"] == "passkeys"], [row for row in rows if row["task"] == "loss"]
+    figure = canvas.figure(13.2, 3.9, dpi=150)
+    axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.25])
+    windows = sorted({row["windows"] for row in answers})
+    for axis, form in zip(axes, FORMS):
+        for shift, setting in enumerate(setting for setting in ordered(answers) if setting in CORE):
+            points = [(w, found) for w in windows if (found := share(answers, setting, w, form)) is not None]
+            if not points:
+                continue
+            x = [w * 1.012 ** (shift - 3) for w, _ in points]
+            y = [100 * found.value for _, found in points]
+            ends = [[value - 100 * found.low for value, (_, found) in zip(y, points)], [100 * found.high - value for value, (_, found) in zip(y, points)]]
+            axis.errorbar(
+                x, y, ends, color=COLOURS[setting], label=PICTURE_LABELS.get(setting, setting), marker="o", ms=4, lw=2.2 if setting == "dial" else 1.3, elinewidth=0.7
+            )  # fmt: skip
+        axis.axvline(1, color="black", ls=":", lw=1)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(windows, [f"{w:g}x" for w in windows], fontsize=8.5)
+        axis.minorticks_off()
+        axis.set_ylim(-4, 104)
+        axis.set_title(FORMS[form], fontsize=10)
+        axis.set_xlabel("length in trained windows", fontsize=9)
+        axis.tick_params(labelsize=8.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("keys found (%)", fontsize=9)
+    for setting in (setting for setting in ordered(loss) if setting in CORE):
+        mine = [row for row in loss if row["setting"] == setting and row["length"] == max(r["length"] for r in loss if r["setting"] == setting)]
+        curve = [fmean(values) for values in zip(*(row["losses"] for row in mine))]
+        smooth = [fmean(curve[max(0, n - 1) : n + 1]) for n in range(len(curve))]
+        axes[3].plot([(n + 1) * mine[0]["segment"] * mine[0]["windows"] / mine[0]["length"] for n in range(len(curve))], smooth, color=COLOURS[setting], lw=1.6)
+    axes[3].axvline(1, color="black", ls=":", lw=1)
+    axes[3].set_title("loss along a novel (nats per token)", fontsize=10)
+    axes[3].set_xlabel("position in trained windows", fontsize=9)
+    axes[3].tick_params(labelsize=8.5)
+    axes[3].spines[["top", "right"]].set_visible(False)
+    lowest = min((value for row in loss for value in row["losses"]), default=0.0)
+    axes[3].set_ylim(math.floor(4 * lowest) / 4, math.floor(4 * lowest) / 4 + 2)
+    canvas.legend(figure, axes[0])
+    figure.suptitle(f"{name}: keys found by length (95 % intervals, clustered by document), and the loss along a text", fontsize=11)
+    canvas.save(figure, path)
