@@ -220,6 +220,26 @@ def test_what_the_model_refuses_gives_its_place_to_the_next():
         run(bench, 150)
 
 
+def test_two_candidates_come_before_the_ceiling_and_one_alone_is_no_choice():
+    bench = likes("ReRoPE(512)")
+    found = run(bench, 60)
+    assert [what for what in bench.asked][:2] == [("SelfExtend(12, 252)", 0), ("ReRoPE(512)", 0)] and len(found.tried) == 2
+    slow = likes("ReRoPE(512)")  # the machine has something else to do after the first document
+    slow.seconds = lambda candidate: 10.0 if not slow.asked else 100.0
+    decision = decide(run(slow, 60).entries)
+    assert decision.chosen is not None and len(slow.asked) == 2 and slow.clock.now == 110  # one reading beyond the budget, and no more
+    alone = decide([entry("a", [8], 3.5), entry("b", [])])
+    assert alone.chosen is None and "only a was measured, it found 8 of 8 in 1 document: there is nothing to choose between" in alone.sentences[0]
+
+
+def test_the_loss_of_the_dials_rule_counts_even_where_its_recall_is_not_known():
+    rule = entry(DIAL, [], 3.3)
+    rule.reason = NO_TIME
+    dear, cheap = entry("dear", [8, 8, 8, 8], 3.6), entry("cheap", [2, 2, 2, 2], 3.5)
+    assert chosen(rule, dear, cheap) == "cheap" and chosen(rule, dear, cheap, price=0.4) == "dear"
+    assert "0.200 above the lowest, of the dial's rule" in decide([rule, dear, cheap]).sentences[0]
+
+
 def test_too_small_a_budget_costs_one_document():
     bench = likes("ReRoPE(512)")
     with pytest.raises(ValueError, match=r"two candidates.*need about 44 s"):
@@ -300,7 +320,7 @@ def test_what_a_number_alone_does_not_say():
 
 def test_without_losses_all_count_and_without_answers_nothing_does():
     assert chosen(entry("a", [8, 8]), entry("b", [2, 2])) == "a"
-    assert "its loss was not measured" in decide([entry("a", [8])]).sentences[0]
+    assert "its loss was not measured" in decide([entry("a", [8]), entry("b", [2])]).sentences[0]
     assert decide([entry("a", [])]).chosen is None
     refused = entry("a", [8, 8], 3.4)
     refused.reason = "too little memory"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from longreach.evals.scores import clusters
 from longreach.evals.scores.clusters import Paired, Share
 from longreach.evals.tune.candidates import DIAL, Candidate
-from longreach.evals.tune.halving import Entry
+from longreach.evals.tune.halving import NO_TIME, Entry
 from longreach.quantities import counted
 
 PRICE = 0.25  # nats per token: docs/tune.md argues it
@@ -41,11 +41,14 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     """
     tried = [entry for entry in entries if entry.answers and entry.reason is None]
     able = [entry for entry in tried if not entry.candidate.control]
-    measured = [entry for entry in able if entry.loss is not None]
-    lowest = min((loss(entry) for entry in measured), default=0.0)
-    eligible = [entry for entry in measured if loss(entry) <= lowest + price] or able
-    if not eligible:
+    if not able:
         return Decision(None, None, ("nothing was measured that could be chosen",))
+    if len(tried) == 1 and len(entries) > 1:
+        only = f"only {name(able[0].candidate)} was measured, it found {found(able[0])}: there is nothing to choose between"
+        return Decision(None, None, (f"{only}; pass a larger --budget, which goes on from what was measured",))
+    measured = [entry for entry in entries if entry.loss is not None and entry.reason in (None, NO_TIME)]  # of the dial's rule perhaps the loss alone
+    lowest = min((loss(entry) for entry in measured), default=0.0)
+    eligible = [entry for entry in able if entry.loss is not None and loss(entry) <= lowest + price] or able
     order = {id(entry): place for place, entry in enumerate(entries)}
     best = min(eligible, key=lambda e: (-e.share.low, -e.share.value, loss(e), order[id(e)]))
     alike = [e for e in eligible if e is best or (len(e.answers) >= len(best.answers) and e.share.value >= best.share.value - MARGIN and not told(e, best))]

@@ -149,6 +149,7 @@ def search(
     run.cost = Cost(timed.seconds, timed.reading, tuple(part.weight * timed.seconds for part in bench.parts))
     run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, MOST_DOCUMENTS if most is None else most)
     said(plan, run.cost)
+    run.try_first(2)  # before the ceiling: without two there is nothing to choose between
     run.measure_ceiling(plan.ceiling)
     run.halve()
     run.measure_losses()
@@ -179,7 +180,7 @@ class _Run:
 
     @property
     def failed(self) -> int:
-        return sum(entry.reason is not None for entry in self.entries)
+        return sum(entry.reason not in (None, NO_TIME) for entry in self.entries)
 
     def read(self, entry: Entry, document: int, sure: bool = False) -> bool:
         """Have a candidate answer the next document, if it has not and there is time -> whether it has now. `sure`: time is not asked for."""
@@ -242,10 +243,7 @@ class _Run:
     def halve(self) -> None:
         assert self.plan is not None
         first, *rest = self.plan.rungs
-        for entry in self.entries:
-            if sum(bool(e.answers) for e in self.entries) >= first.candidates and not entry.answers:
-                break
-            self.read(entry, 0)
+        self.try_first(first.candidates)
         self.finalists = self.ranked()
         for number, rung in enumerate(rest, 1):
             going_on = self.ranked(self.finalists)[: rung.candidates]
@@ -258,6 +256,13 @@ class _Run:
             for entry in going_on:
                 entry.rung = number
             self.finalists = self.ranked(going_on)
+
+    def try_first(self, count: int) -> None:
+        """Have so many candidates answer the first document."""
+        for entry in self.entries:
+            if sum(bool(e.answers) for e in self.entries) >= count:
+                return
+            self.read(entry, 0)
 
     def read_all(self, entries: Sequence[Entry], documents: range) -> bool:
         """One document after the other, so that the candidates can be compared whenever time ends -> whether it has not."""
