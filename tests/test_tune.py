@@ -29,7 +29,7 @@ def test_the_candidates_of_a_window_and_a_context():
     proposal = propose(WINDOW, CONTEXT)
     assert proposal == propose(WINDOW, CONTEXT)
     labels, methods = [c.label for c in proposal.candidates], [c.method for c in proposal.candidates]
-    assert labels[:5] == ["SelfExtend(12, 252)", "ReRoPE(512)", "SelfExtend(16, 512)", DIAL, "SelfExtend(8, 256)"]
+    assert labels[:5] == ["SelfExtend(12, 252)", "ReRoPE(512)", DIAL, "SelfExtend(16, 512)", "SelfExtend(8, 256)"]
     assert len(set(methods)) == len(methods) == len(set(labels)) > 25
     assert methods[labels.index(DIAL)] == dial.choose(WINDOW, CONTEXT).method
     assert [c.label for c in proposal.candidates if c.control] == [PLAIN]

@@ -107,9 +107,8 @@ def _drawn_up(window: Window, context: int) -> Iterator[Candidate | LeftOut]:
     rerope = [_rerope(length, share) for share in (16, 32, 8)]
     yield from _next(grid, 1)
     yield rerope[0]
-    yield from _next(grid, 1)
     yield _dial(window, context)
-    yield from _next(grid, 1)
+    yield from _next(grid, 2)
     yield from _next(others, 1)
     yield Candidate(PLAIN, Stock(), "what the model does by itself beyond its window, to compare with", control=True)
     yield _leaky(length, context)
