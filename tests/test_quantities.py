@@ -10,7 +10,7 @@ import pytest
 import longreach
 from families import build
 from longreach.cli import common, text
-from longreach.quantities import MOST_TOKENS, counted, token_count
+from longreach.quantities import MOST_TOKENS, counted, seconds_of, token_count
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,13 @@ def test_python_takes_what_the_command_line_takes():
     for wrong in ({"context": "many"}, {"context": 0}, {"context": 64, "trained_window": -1}):
         with pytest.raises(ValueError, match=f"{[*wrong][-1]} must be a positive number of tokens"):
             longreach.extend(model, **wrong)
+
+
+def test_times_as_people_write_them():
+    assert [seconds_of(given) for given in ("90", "90s", " 10M ", "1.5h", 30, 0.5)] == [90, 90, 600, 5400, 30, 0.5]
+    for wrong in ("", "s", "10 weeks", "-1m", "0", "inf", "nan", "1e9h", True, None):
+        with pytest.raises(ValueError, match="budget must be a time, such as 90s, 10m or"):
+            seconds_of(wrong)  # type: ignore[arg-type]
 
 
 def test_words_agree_with_their_number():

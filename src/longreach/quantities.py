@@ -1,9 +1,11 @@
-"""Numbers of tokens as people write them, and numbers of things as people read them. Knows no models and no terminals."""
+"""Numbers of tokens and times as people write them, and numbers of things as people read them. Knows no models and no terminals."""
 
 from __future__ import annotations
 
 from operator import index
 
+TIMES = {"s": 1, "m": 60, "h": 3600}
+MOST_SECONDS = 366 * 24 * 3600
 CHUNK_SIZE = 512  # tokens of one forward while a text is read, where nothing else is asked for; no result depends on it, only memory and speed
 MOST_TOKENS = 2**32  # more than anything reads; beyond it a number is a slip of the keyboard
 
@@ -25,6 +27,26 @@ def token_count(given: str | int, name: str = "context") -> int:
     if not 1 <= found <= MOST_TOKENS or found != int(found):
         raise ValueError(f"{name} must be a positive number of tokens, such as 4096 or '4k', not {given!r}")
     return int(found)
+
+
+def seconds_of(given: str | float, name: str = "budget") -> float:
+    """90, "90", "90s", "10m" or "1.5h" -> seconds.
+
+    Raises ValueError, naming what it is for, where that is no time above 0 of at most a year.
+    """
+    found = 0.0
+    try:
+        if isinstance(given, str):
+            text = given.strip().lower()
+            unit = next((unit for unit in TIMES if text.endswith(unit)), "")
+            found = float(text.removesuffix(unit)) * TIMES.get(unit, 1)
+        elif not isinstance(given, bool):
+            found = float(given)
+    except (ValueError, TypeError):
+        pass
+    if not 0 < found <= MOST_SECONDS:
+        raise ValueError(f"{name} must be a time, such as 90s, 10m or 1.5h, not {given!r}")
+    return found
 
 
 def counted(count: int, thing: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from longreach.cli import check_all, common, profiles
+from longreach.cli import check_all, check_recall, common, profiles
 from longreach.cli.common import Output
 from longreach.quantities import counted
 
@@ -41,6 +41,7 @@ def command(
     trained_window: common.TrainedWindow = None,
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
+    recall: Annotated[bool, typer.Option("--recall", help="Only this: hide keys at --context and inside the window, and see how many are found.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Every method on every family of tiny random models; minutes. --method NAME: one method.")] = False,
     family: Annotated[list[str] | None, typer.Option("--family", help="With --all: this family only; may be repeated.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="With --all: write the table as a Markdown page.")] = None,
@@ -49,7 +50,7 @@ def command(
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Measure on a model how exact Longreach is, and show what it would choose. Exits with 1 if a gate fails.
+    """Measure on a model how exact Longreach is, and show what it would choose; or, with --recall, what it finds. Exits with 1 if a gate fails.
 
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
@@ -57,6 +58,8 @@ def command(
         if every:
             if context.args:
                 raise ValueError(f"with --all every method runs at a small configuration of its own; leave out {context.args[0]}")
+            if recall:
+                raise ValueError("--recall looks at one model, and --all at tiny random ones; leave out one")
             if profile is not None:
                 raise ValueError("with --all tiny random models are measured, which no profile was tuned for; leave out --profile")
             with common.quiet_transformers(verbose):
@@ -73,6 +76,10 @@ def command(
             raise ValueError("--profile chooses the method for a context; pass --context N too")
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
+            if recall:
+                seen = {"model": model, **check_recall.run(out, loaded, tokenizer, chosen, declared, trained_window, by_profile)}
+                out.finish(seen, lambda console: check_recall.show(console, seen))
+                return
             result = {"model": model, **examine(out, loaded, tokenizer, chosen, declared, tokens, trained_window, by_profile)}
         out.finish(result, lambda console: show(console, result))
         if not result["passed"]:

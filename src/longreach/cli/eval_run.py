@@ -231,13 +231,13 @@ def begin(out: Output, job: Job, extension: Extension) -> dict[str, Any]:
 
 
 @contextmanager
-def progress_of(out: Output, folder: Path) -> Iterator[Progress]:
-    """A bar with the time left, on standard error; a line at once and now and then where there is no terminal."""
+def progress_of(out: Output, folder: Path, thing: str = "sample") -> Iterator[Progress]:
+    """A bar with the time left, on standard error; a line at once and now and then where there is no terminal. `thing`: what is counted."""
     if out.quiet or not out.errors.is_terminal:
         pace = Pace(at_once=True)
 
         def line(step: Step) -> None:
-            keep(out, step, folder)
+            keep(out, step, folder, thing)
             if pace.due():
                 left = "" if step.seconds_left is None else f", about {duration(step.seconds_left)} left"
                 out.note(f"{step.what}{left}" + (f", {step.errors} failed" if step.errors else ""))
@@ -251,16 +251,16 @@ def progress_of(out: Output, folder: Path) -> Iterator[Progress]:
         shown = bar.add_task("starting", total=None)
 
         def update(step: Step) -> None:
-            keep(out, step, folder)
+            keep(out, step, folder, thing)
             left = "" if step.seconds_left is None else f"{duration(step.seconds_left)} left, "
             bar.update(shown, completed=step.done, total=step.total, description=f"{left}{step.what}" + (f", {step.errors} failed" if step.errors else ""))
 
         yield update
 
 
-def keep(out: Output, step: Step, folder: Path) -> None:
+def keep(out: Output, step: Step, folder: Path, thing: str) -> None:
     """What an interrupt leaves."""
-    out.kept = f"{step.done} of {counted(step.total, 'sample')} kept in {folder}, and the same command goes on from there"
+    out.kept = f"{step.done} of {counted(step.total, thing)} kept in {folder}, and the same command goes on from there"
 
 
 def summary(out: Output, outcome: Outcome, file: Path) -> None:

@@ -31,6 +31,7 @@ COMMANDS = {
     "distances": "distances",
     "check": "check",
     "eval": "eval",
+    "tune": "tune",
     "plan": "plan",
 }
 BAD_INPUT, INTERRUPTED = 2, 130

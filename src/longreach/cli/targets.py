@@ -40,12 +40,12 @@ def refuse(path: Path, kind: Kind, force: bool | None) -> None:
         raise ValueError(f"{str(path)!r} exists and is no {kind.name} that Longreach wrote; {fix}")
 
 
-def check_picture(out: Output, png: Path | None, force: bool) -> None:
-    """The same for --png."""
+def check_picture(out: Output, png: Path | None, force: bool, option: str = "--png") -> None:
+    """The same for --png, or another option for a picture."""
     if png is None:
         return
     if png.suffix.lower() != ".png" and not png.is_dir():
-        raise ValueError(f"--png writes a PNG picture; name the file {png.with_suffix('.png')}")
+        raise ValueError(f"{option} writes a PNG picture; name the file {png.with_suffix('.png')}")
     check(out, png, PICTURE, force)
 
 
@@ -90,10 +90,21 @@ def _is_result(path: Path) -> bool:
     return isinstance(found, dict) and "longreach" in found
 
 
+def _is_profile(path: Path) -> bool:
+    from longreach.planning.profile import Profile
+
+    try:
+        Profile.read(path)
+    except ValueError:
+        return False
+    return True
+
+
 DOCUMENT = Kind("document", "book.safetensors", _is_document)
 PICTURE = Kind("picture", "picture.png", _is_picture)
 NUMBERS = Kind("csv of a picture", "picture.csv", lambda path: _is_picture(path.with_suffix(".png")))
 RESULT = Kind("file of results", "results.json", _is_result)
+PROFILE = Kind("profile", "profile.json", _is_profile)
 FAMILIES_PAGE = Kind("page", "families.md", _begins_with("longreach check --all"))
 REPORT_PAGE = Kind("page", "report.html", _begins_with("<meta name=generator content=longreach>"))
 REPORT_TABLES = Kind("page", "report.md", _begins_with("longreach eval report"))

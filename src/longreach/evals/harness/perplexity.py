@@ -178,7 +178,7 @@ def _slide(model: Extension | Any, ids: torch.Tensor, body: int, stride: int, bo
     for end in _ends(len(ids), body, stride):
         begin = max(0, end - body)
         read = ids[begin:end] if bos is None else torch.cat([torch.tensor([bos]), ids[begin:end]])
-        last = _last_losses(model, read, end - before, chunk_size)
+        last = last_losses(model, read, end - before, chunk_size)
         found[before:end] = last
         if not last.isnan().all():
             means.append(last.nanmean().item())
@@ -194,7 +194,7 @@ def _ends(length: int, body: int, stride: int) -> Iterator[int]:
         yield end
 
 
-def _last_losses(model: Extension | Any, ids: torch.Tensor, count: int, chunk_size: int) -> torch.Tensor:
+def last_losses(model: Extension | Any, ids: torch.Tensor, count: int, chunk_size: int) -> torch.Tensor:
     """Losses of the last `count` tokens; what comes before them is read without the language-model head."""
     early = len(ids) - count - 1  # the token before the first scored one predicts it
     if early < 1 or not (isinstance(model, Extension) and model.method.chunk_invariant):

@@ -38,8 +38,8 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(average, len(values), min(low, average), max(high, average))
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's interval of a share."""
+def wilson(successes: float, n: float) -> tuple[float, float]:
+    """Wilson's interval of a share; of effective numbers, which need not be whole, too."""
     share, z2 = successes / n, Z95**2
     centre, half = share + z2 / (2 * n), Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))

@@ -1,0 +1,155 @@
+"""The choice: the highest recall at a stated price in loss, and in words what can and cannot be told apart.
+
+Knows entries with answers and losses; not models, files or terminals. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from longreach.evals.scores import clusters
+from longreach.evals.scores.clusters import Paired, Share
+from longreach.evals.tune.candidates import DIAL, Candidate
+from longreach.evals.tune.halving import NO_TIME, Entry
+from longreach.quantities import counted
+
+PRICE = 0.25  # nats per token: docs/tune.md argues it
+SURE = 0.05  # p below which two are told apart
+MARGIN = 0.05  # recall below the best at which one that is not told apart may still be preferred: few documents tell nothing apart
+SAME_LOSS = 0.01  # nats
+LOW_CEILING = 0.5
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`chosen` None: nothing that was measured can be chosen. `beaten`: the dial's rule is told apart from the choice, and worse; None: not compared."""
+
+    chosen: Entry | None
+    beaten: bool | None
+    sentences: tuple[str, ...]
+
+
+def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None = None) -> Decision:
+    """The highest recall (by the lower end of its interval, so that more documents count) among those whose loss is at most `price` above the lowest.
+
+    Of those with as many documents that are not told apart from it and at most MARGIN below, the lowest loss; of those with about the same loss the fewest
+    parameters. Where no loss was measured, all count.
+
+    ceiling  recall of plain attention at the length of its window.
+    """
+    tried = [entry for entry in entries if entry.answers and entry.reason is None]
+    able = [entry for entry in tried if not entry.candidate.control]
+    if not able:
+        return Decision(None, None, ("nothing was measured that could be chosen",))
+    if len(tried) == 1 and len(entries) > 1:
+        only = f"only {name(able[0].candidate)} was measured, it found {found(able[0])}: there is nothing to choose between"
+        return Decision(None, None, (f"{only}; pass a larger --budget, which goes on from what was measured",))
+    measured = [entry for entry in entries if entry.loss is not None and entry.reason in (None, NO_TIME)]  # of the dial's rule perhaps the loss alone
+    lowest = min((loss(entry) for entry in measured), default=0.0)
+    eligible = [entry for entry in able if entry.loss is not None and loss(entry) <= lowest + price] or able
+    order = {id(entry): place for place, entry in enumerate(entries)}
+    best = min(eligible, key=lambda e: (-e.share.low, -e.share.value, loss(e), order[id(e)]))
+    alike = [e for e in eligible if e is best or (len(e.answers) >= len(best.answers) and e.share.value >= best.share.value - MARGIN and not told(e, best))]
+    cheapest = min(loss(e) for e in alike)
+    chosen = min((e for e in alike if loss(e) <= cheapest + SAME_LOSS), key=lambda e: (e.candidate.parameters, -e.share.value, order[id(e)]))
+    dial = next((entry for entry in tried if entry.candidate.label == DIAL), None)
+    beaten = None if dial is None else dial is not chosen and worse(dial, chosen)
+    said = [*_chosen(chosen, measured, lowest), *_others(chosen, eligible, measured, tried, lowest, price)]
+    return Decision(chosen, beaten, (*said, *_dial(chosen, dial), *_frankly(chosen, tried, ceiling)))
+
+
+def loss(entry: Entry) -> float:
+    return 0.0 if entry.loss is None else entry.loss.nats
+
+
+def paired(a: Entry, b: Entry) -> Paired:
+    """On the documents that both have read."""
+    common = min(len(a.answers), len(b.answers))
+    return clusters.compare(a.groups[:common], b.groups[:common])
+
+
+def told(a: Entry, b: Entry) -> bool:
+    return paired(a, b).p < SURE
+
+
+def worse(a: Entry, b: Entry) -> bool:
+    found = paired(a, b)
+    return found.p < SURE and found.difference > 0
+
+
+def found(entry: Entry) -> str:
+    """ "30 of 32 in 4 documents"."""
+    share = entry.share
+    return f"{share.found:.4g} of {share.n} in {counted(share.documents, 'document')}"
+
+
+def interval(share: Share) -> str:
+    return f"{100 * share.value:.0f} %, {100 * share.low:.0f} to {100 * share.high:.0f}"
+
+
+def _chosen(chosen: Entry, measured: Sequence[Entry], lowest: float) -> Iterator[str]:
+    if chosen.loss is None:
+        price = "its loss was not measured"
+    elif loss(chosen) == lowest:
+        price = f"loss {lowest:.3f}, the lowest" + (f" of {len(measured)}" if len(measured) > 1 else " and only one measured")
+    else:
+        cheap = next(entry for entry in measured if loss(entry) == lowest)
+        price = f"loss {loss(chosen):.3f}, {loss(chosen) - lowest:.3f} above the lowest, of {name(cheap.candidate)}"
+    yield f"{name(chosen.candidate)} is chosen: it found {found(chosen)} ({interval(chosen.share)}); {price}"
+
+
+def name(candidate: Candidate) -> str:
+    return f"{DIAL} ({candidate.method.brief()})" if candidate.label == DIAL else candidate.label
+
+
+def _others(
+    chosen: Entry, eligible: Sequence[Entry], measured: Sequence[Entry], tried: Sequence[Entry], lowest: float, price: float
+) -> Iterator[str]:  # fmt: skip
+    for entry in sorted((e for e in tried if e is not chosen and e.candidate.label != DIAL), key=lambda e: -e.share.value):
+        what = entry.candidate.label
+        if entry in measured and entry not in eligible and entry.share.value > chosen.share.value:
+            over = loss(entry) - lowest
+            fix = f"--price {math.ceil(100 * over + 1e-6) / 100:g} admits it"
+            yield f"{what} found {found(entry)}, but its loss is {over:.3f} above the lowest, more than the price of {price:g}; {fix}"
+            continue
+        yield f"{what} found {found(entry)}: {compared(entry, chosen)}" + ("" if entry.loss is None else f"; loss {loss(entry):.3f}")
+
+
+def compared(entry: Entry, chosen: Entry) -> str:
+    """How an entry stands to the choice, on the documents that both have read."""
+    pair = paired(entry, chosen)
+    if pair.p >= SURE:
+        return f"not to be told apart with {counted(pair.documents, 'document')} (p = {pair.p:.2g})"
+    return f"{'worse' if pair.difference > 0 else 'better'}, p = {pair.p:.2g}"
+
+
+def _dial(chosen: Entry, dial: Entry | None) -> Iterator[str]:
+    if dial is None:
+        yield f"{DIAL} was not measured, so it is not known whether it is beaten"
+    elif dial is chosen:
+        yield f"{DIAL} is the choice: a profile changes nothing at this length"
+    else:
+        beaten = "is beaten" if worse(dial, chosen) else "is not shown to be beaten"
+        price = "" if dial.loss is None else f"; loss {loss(dial):.3f}"
+        yield f"{name(dial.candidate)} {beaten}: it found {found(dial)}: {compared(dial, chosen)}{price}"
+
+
+def _frankly(chosen: Entry, tried: Sequence[Entry], ceiling: Share | None) -> Iterator[str]:
+    """What a number alone does not say."""
+    plain = next((entry for entry in tried if entry.candidate.control), None)
+    if plain is not None and worse(chosen, plain):
+        yield (
+            f"plain attention beyond its window finds more than the choice ({found(plain)}): the model was probably trained on more than is stated; "
+            "pass --trained-window"
+        )
+    elif plain is not None and not worse(plain, chosen):
+        yield f"nothing here is shown to beat plain attention beyond its window, which found {found(plain)}"
+    if ceiling is not None and ceiling.value < LOW_CEILING:
+        yield (
+            f"the ceiling is low: inside its window the model itself finds {ceiling.found:.4g} of {ceiling.n} ({interval(ceiling)}), "
+            "and no setting can be expected to find more beyond it"
+        )
+    if max(entry.share.found for entry in tried) == 0:
+        yield "no candidate found anything: this model cannot do the task at this length, and the choice rests on loss alone"

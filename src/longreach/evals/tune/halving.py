@@ -1,0 +1,319 @@
+"""Successive halving within a time budget: every candidate of a rung answers the same documents, the better half goes on to more of them.
+
+Knows candidates, answers and a clock; not models, files or terminals: a `Bench` asks. What was measured in an earlier call costs the seconds that it took then,
+so that the same budget comes to the same end again without work, and a larger one goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from longreach.evals.harness.estimates import Step
+from longreach.evals.harness.runner import Progress
+from longreach.evals.scores import clusters
+from longreach.evals.scores.clusters import Share
+from longreach.evals.tune.candidates import DIAL, Candidate
+from longreach.evals.tune.plan import FINALISTS, MOST_DOCUMENTS, Cost, Plan, divide
+from longreach.quantities import counted
+
+NO_TIME = "the budget ended before its turn"
+
+
+class Refused(ValueError):
+    """This model cannot have the candidate's method, or its answers failed; the sentence says why. Another candidate takes its place."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """To the questions about one document: a score in 0..1 for each. `seconds` of all of it, `reading` of the document alone."""
+
+    scores: tuple[float, ...]
+    seconds: float
+    reading: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Nats per token over the part of one passage that is scored, its 95 % interval over blocks of tokens, and the mean of every block."""
+
+    nats: float
+    low: float
+    high: float
+    blocks: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the ceiling: plain attention inside the window. `weight`: its length as a share of the context."""
+
+    name: str
+    weight: float
+
+
+class Bench(Protocol):
+    """Where measurements come from. `known...` are those of earlier calls. The others raise Refused where a candidate cannot be measured at all."""
+
+    @property
+    def parts(self) -> Sequence[Part]: ...
+    def known(self, candidate: Candidate, document: int) -> Answers | None: ...
+    def read(self, candidate: Candidate, document: int) -> Answers: ...
+    def known_loss(self, candidate: Candidate) -> Loss | None: ...
+    def loss(self, candidate: Candidate) -> Loss: ...
+    def known_part(self, part: Part) -> float | None: ...  # the seconds it took
+    def ceiling(self, part: Part) -> float: ...
+
+
+@dataclass
+class Entry:
+    """A candidate and what is known of it. `reason`: why it was not tried or cannot be."""
+
+    candidate: Candidate
+    answers: list[Answers] = field(default_factory=list)  # to the documents 0, 1, ...
+    loss: Loss | None = None
+    reason: str | None = None
+    rung: int = 0
+
+    @property
+    def groups(self) -> list[tuple[float, ...]]:
+        return [answers.scores for answers in self.answers]
+
+    @property
+    def share(self) -> Share:
+        return clusters.share(self.groups)
+
+    @property
+    def seconds(self) -> float | None:
+        return sum(a.seconds for a in self.answers) / len(self.answers) if self.answers else None
+
+
+@dataclass(frozen=True)
+class Search:
+    """What came out: every candidate in the order of trying, the parts of the ceiling that were measured, the plan, and the seconds spent on it in all."""
+
+    entries: tuple[Entry, ...]
+    parts: tuple[Part, ...]
+    plan: Plan
+    spent: float
+
+    @property
+    def tried(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.answers]
+
+
+@dataclass
+class Meter:
+    """The budget: seconds of earlier calls that are used again, and those that pass now."""
+
+    budget: float
+    clock: Callable[[], float]
+    carried: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    @property
+    def spent(self) -> float:
+        return self.carried + self.clock() - self.started
+
+    def allows(self, seconds: float) -> bool:
+        return self.spent + seconds <= self.budget
+
+
+def search(
+    candidates: Sequence[Candidate],
+    bench: Bench,
+    budget: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    said: Callable[[Plan, Cost], None] = lambda plan, cost: None,
+    progress: Progress = lambda step: None,
+    most: int | None = None,
+) -> Search:
+    """Time the first document, divide the budget, measure the ceiling, halve the candidates, and measure the loss of the last.
+
+    budget  seconds, those of earlier calls included.
+    said    gets the plan before it is carried out.
+    most    documents of a candidate; MOST_DOCUMENTS if not given.
+
+    Exceeds the budget by at most one reading. Raises ValueError, with the budget that is needed, where two candidates are more than it allows.
+    """
+    run = _Run([Entry(candidate) for candidate in candidates], bench, Meter(budget, clock), progress)
+    first = next((entry for entry in run.entries if run.read(entry, 0, sure=True)), None)
+    if first is None:
+        raise ValueError(f"no candidate can be measured on this model; the first one: {run.entries[0].reason}")
+    timed = first.answers[0]
+    run.cost = Cost(timed.seconds, timed.reading, tuple(part.weight * timed.seconds for part in bench.parts))
+    run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, MOST_DOCUMENTS if most is None else most)
+    said(plan, run.cost)
+    run.try_first(2)  # before the ceiling: without two there is nothing to choose between
+    run.measure_ceiling(plan.ceiling)
+    run.halve()
+    run.measure_losses()
+    run.spend_the_rest()
+    for entry in run.entries:
+        if not entry.answers and entry.reason is None:
+            entry.reason = NO_TIME
+    run.report("done", end=True)
+    return Search(tuple(run.entries), tuple(run.parts), plan, run.meter.spent)
+
+
+class _Run:
+    """One search: what is done so far, and whether there is time for more."""
+
+    def __init__(self, entries: list[Entry], bench: Bench, meter: Meter, progress: Progress) -> None:
+        self.entries, self.bench, self.meter, self.progress = entries, bench, meter, progress
+        self.cost, self.plan = Cost(0.0, 0.0, ()), None  # type: tuple[Cost, Plan | None]
+        self.parts: list[Part] = []
+        self.finalists: list[Entry] = []
+        self.done = 0
+
+    def report(self, what: str, end: bool = False) -> None:
+        if self.plan is None:
+            return self.progress(Step(self.done, max(1, self.done), 0, self.failed, None, what))
+        total = self.done if end else max(self.plan.readings, self.done + 1)
+        left = 0.0 if end else max(0.0, min(self.meter.budget - self.meter.spent, self.plan.seconds * (total - self.done) / total))
+        self.progress(Step(self.done, total, 0, self.failed, left, what))
+
+    @property
+    def failed(self) -> int:
+        return sum(entry.reason not in (None, NO_TIME) for entry in self.entries)
+
+    def read(self, entry: Entry, document: int, sure: bool = False) -> bool:
+        """Have a candidate answer the next document, if it has not and there is time -> whether it has now. `sure`: time is not asked for."""
+        if document < len(entry.answers):
+            return True
+        known = self.bench.known(entry.candidate, document)
+        if known is None:
+            if entry.reason is not None or not (sure or self.meter.allows((entry.seconds or self.cost.document) + self.reserve)):
+                return False
+            self.report(f"{entry.candidate.label} reads document {document + 1}")
+            try:
+                known = self.bench.read(entry.candidate, document)
+            except Refused as refused:
+                entry.reason = str(refused)
+                return False
+        else:
+            self.meter.carried += known.seconds
+        self.done += 1
+        entry.answers.append(known)
+        return True
+
+    @property
+    def reserve(self) -> float:
+        """Kept for the losses, without which nothing can be chosen."""
+        return 0.0 if self.plan is None else max(0, self.plan.losses - sum(entry.loss is not None for entry in self.entries)) * self.cost.loss
+
+    def measure_loss(self, entry: Entry) -> bool:
+        """-> whether it is known now."""
+        if entry.loss is not None:
+            return True
+        known = self.bench.known_loss(entry.candidate)
+        if known is None:
+            if entry.reason is not None or not self.meter.allows(self.cost.loss):
+                return False
+            self.report(f"{entry.candidate.label} reads a passage for its loss")
+            try:
+                known = self.bench.loss(entry.candidate)
+            except Refused as refused:
+                entry.reason = str(refused)
+                return False
+        else:
+            self.meter.carried += known.seconds
+        self.done += 1
+        entry.loss = known
+        return True
+
+    def measure_ceiling(self, parts: int) -> None:
+        for part, cost in zip(self.bench.parts[:parts], self.cost.ceiling):
+            known = self.bench.known_part(part)
+            if known is not None:
+                self.meter.carried += known
+            elif self.meter.allows(cost + self.reserve):
+                self.report(f"the ceiling: {part.name}")
+                self.bench.ceiling(part)
+            else:
+                return
+            self.done += 1
+            self.parts.append(part)
+
+    def halve(self) -> None:
+        assert self.plan is not None
+        first, *rest = self.plan.rungs
+        self.try_first(first.candidates)
+        self.finalists = self.ranked()
+        for number, rung in enumerate(rest, 1):
+            going_on = self.ranked(self.finalists)[: rung.candidates]
+            if not going_on:
+                return
+            done = len(going_on[0].answers)
+            if not self.read_all(going_on, range(done, rung.documents)):
+                self.finalists = self.ranked(going_on)  # time has ended in this rung: what it has read counts
+                return
+            for entry in going_on:
+                entry.rung = number
+            self.finalists = self.ranked(going_on)
+
+    def try_first(self, count: int) -> None:
+        """Have so many candidates answer the first document."""
+        for entry in self.entries:
+            if sum(bool(e.answers) for e in self.entries) >= count:
+                return
+            self.read(entry, 0)
+
+    def read_all(self, entries: Sequence[Entry], documents: range) -> bool:
+        """One document after the other, so that the candidates can be compared whenever time ends -> whether it has not."""
+        for document in documents:
+            for entry in entries:
+                if entry.reason is None and not self.read(entry, document) and entry.reason is None:
+                    return False
+        return True
+
+    def ranked(self, entries: Sequence[Entry] | None = None) -> list[Entry]:
+        """Those that can be chosen or compared, the best first: by recall over the documents that all of them have read, loss, order."""
+        able = [entry for entry in (self.entries if entries is None else entries) if entry.answers and entry.reason is None]
+        common = min((len(entry.answers) for entry in able), default=0)
+        place = {id(entry): n for n, entry in enumerate(self.entries)}
+
+        def key(entry: Entry) -> tuple[float, float, int]:
+            return -clusters.share(entry.groups[:common]).value, float("inf") if entry.loss is None else entry.loss.nats, place[id(entry)]
+
+        return sorted(able, key=key)
+
+    def dial(self) -> Entry | None:
+        return next((entry for entry in self.entries if entry.candidate.label == DIAL), None)
+
+    def measure_losses(self) -> None:
+        """Of the best, then of the dial's rule, which it is compared with, then of the other finalists. A control cannot be chosen and needs none."""
+        best = [entry for entry in self.ranked(self.finalists) if not entry.candidate.control][:FINALISTS]
+        dial = self.dial()
+        for entry in [*best[:1], *([dial] if dial is not None else []), *best[1:]]:
+            self.measure_loss(entry)
+
+    def spend_the_rest(self) -> None:
+        """The loss of the others that found most; and what the best has read, read by what it is compared with: the dial's rule, then plain attention."""
+        for entry in self.ranked():
+            if not entry.candidate.control and entry.loss is None and self.worth(entry) and not self.measure_loss(entry):
+                break
+        most = max((len(entry.answers) for entry in self.finalists), default=0)
+        for entry in self.entries:
+            if entry.answers and (entry.candidate.label == DIAL or entry.candidate.control):
+                self.read_all([entry], range(len(entry.answers), most))
+
+    def worth(self, entry: Entry) -> bool:
+        """Whether it found as much as the best whose loss is known: it may be the better choice at its price."""
+        known = [other.share.value for other in self.entries if other.loss is not None and other.answers]
+        return not known or entry.share.value >= max(known)
+
+
+def tried(entries: Sequence[Entry]) -> Iterator[str]:
+    """What was not tried and why, in words."""
+    waiting = [entry.candidate.label for entry in entries if entry.reason == NO_TIME]
+    if waiting:
+        yield f"{counted(len(waiting), 'candidate')} not tried for lack of time: {', '.join(waiting)}"
+    for entry in entries:
+        if entry.reason not in (None, NO_TIME):
+            yield f"{entry.candidate.label} cannot be used here: {entry.reason}"

@@ -1,0 +1,184 @@
+"""A tune from its proposal to its profile: search, decide, and everything that was found as plain data.
+
+Knows the bench, the schedule, the decision and profiles; not options, terminals or pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longreach.evals.harness import environment
+from longreach.evals.harness.runner import Progress
+from longreach.evals.scores import clusters
+from longreach.evals.tune import decision, halving
+from longreach.evals.tune.candidates import DIAL
+from longreach.evals.tune.decision import Decision
+from longreach.evals.tune.halving import Entry, Search
+from longreach.evals.tune.plan import Cost, Plan, divide
+from longreach.evals.tune.study import Inside, ModelBench, now
+from longreach.planning.profile import LONGEST, Profile, Tuned, default_path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a tune found. `bench` says what was asked of which model, and has the ceiling."""
+
+    bench: ModelBench
+    search: Search
+    decision: Decision
+    budget: float
+    price: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, small enough for a profile: summaries, not answers, which are in the work folder."""
+        bench, asked = self.bench, self.bench.asked
+        versions = environment.describe(bench.model.device)
+        return {
+            "model": bench.place.model,
+            "fingerprint": bench.fingerprint,
+            "trained_window": bench.window.tokens,
+            "context": asked.context,
+            "tasks": [task.name for task in asked.tasks],
+            "text": bench.place.settings["text"],
+            "seed": asked.seed,
+            "chat": asked.chat,
+            "dtype": bench.place.settings["dtype"],
+            "device": bench.place.settings["device"],
+            "versions": {name: versions[name] for name in ("longreach", "torch", "transformers", "commit")},
+            "date": now(),
+            "budget": self.budget,
+            "spent": round(self.search.spent, 1),
+            "price": self.price,
+            "plan": plan_row(self.search.plan),
+            "ceiling": [ceiling_row(name, inside) for name, inside in bench.inside.items()],
+            "candidates": [row(entry, entry is self.decision.chosen) for entry in self.search.entries],
+            "left_out": [dataclasses.asdict(each) for each in bench.proposal.left_out],
+            "chosen": None if self.decision.chosen is None else self.decision.chosen.candidate.label,
+            "dial_beaten": self.decision.beaten,
+            "sentences": [*self.decision.sentences, *halving.tried(self.search.entries)],
+            "notes": list(bench.notes),
+            "work": str(bench.place.path),
+        }
+
+    def entry(self) -> Tuned:
+        """Of a profile. Raises ValueError where nothing was chosen."""
+        if self.decision.chosen is None:
+            raise ValueError("nothing was measured that could be chosen; pass a larger --budget")
+        first, *rest = self.decision.sentences
+        reason = "; ".join([first, *(sentence for sentence in rest if sentence.startswith(DIAL))])
+        printable = "".join(c if c.isprintable() else " " for c in reason)
+        return Tuned(self.bench.asked.context, self.decision.chosen.candidate.method, printable[:LONGEST], self.to_json())
+
+
+def tune(
+    bench: ModelBench,
+    budget: float,
+    price: float = decision.PRICE,
+    *,
+    said: Callable[[Plan, Cost], None] = lambda plan, cost: None,
+    progress: Progress = lambda step: None,
+) -> Outcome:
+    """Measure and choose. `budget` in seconds, `price` in nats per token. Raises ValueError, with the budget that is needed, where it is too small."""
+    found = halving.search(bench.proposal.candidates, bench, budget, said=said, progress=progress)
+    return Outcome(bench, found, decision.decide(found.entries, price, ceiling_share(bench)), budget, price)
+
+
+def listing(bench: ModelBench, budget: float) -> dict[str, Any]:
+    """The candidates in the order of trying, and what a budget is expected to buy, without measuring more than a few hundred tokens."""
+    proposal, seconds = bench.proposal, bench.estimate()
+    found: dict[str, Any] = {
+        "context": bench.asked.context,
+        "trained_window": bench.window.tokens,
+        "candidates": [
+            {"label": c.label, "method": c.method.to_json(), "options": c.method.options(), "why": c.why, "control": c.control} for c in proposal.candidates
+        ],
+        "left_out": [dataclasses.asdict(each) for each in proposal.left_out],
+        "document_seconds": None if seconds is None else round(seconds, 2),
+        "budget": budget,
+        "plan": None,
+        "remark": None,
+    }
+    if seconds is not None:
+        try:
+            plan = divide(len(proposal.candidates), budget, Cost(seconds, seconds, tuple(part.weight * seconds for part in bench.parts)))
+            found["plan"] = plan_row(plan)
+        except ValueError as error:
+            found["remark"] = str(error)
+    return found
+
+
+def plan_row(plan: Plan) -> dict[str, Any]:
+    rungs = [[rung.candidates, rung.documents] for rung in plan.rungs]
+    return {"rungs": rungs, "losses": plan.losses, "ceiling": plan.ceiling, "seconds": round(plan.seconds, 1)}
+
+
+def ceiling_share(bench: ModelBench) -> clusters.Share | None:
+    """Recall of plain attention at the whole window, asked as the candidates are: the first part of the ceiling."""
+    first = bench.inside.get(bench.parts[0].name) if bench.parts else None
+    return None if first is None or first.answers is None else clusters.share([first.answers.scores])
+
+
+def ceiling_row(name: str, inside: Inside) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name, "length": inside.length, "chat": inside.chat}
+    if inside.answers is not None:
+        found |= share_row([inside.answers.scores])
+    if inside.loss is not None:
+        found |= {"loss": round(inside.loss.nats, 5), "loss_low": round(inside.loss.low, 5), "loss_high": round(inside.loss.high, 5)}
+    return found
+
+
+def row(entry: Entry, chosen: bool) -> dict[str, Any]:
+    candidate, loss = entry.candidate, entry.loss
+    found = {
+        "label": candidate.label, "method": candidate.method.to_json(), "why": candidate.why, "control": candidate.control, "chosen": chosen,
+        "reason": entry.reason, "seconds": None if entry.seconds is None else round(entry.seconds, 2),
+    }  # fmt: skip
+    found |= share_row(entry.groups) if entry.answers else dict.fromkeys(("found", "of", "documents", "recall", "low", "high"))
+    nats = (None, None, None) if loss is None else (loss.nats, loss.low, loss.high)
+    return found | {name: None if n is None else round(n, 5) for name, n in zip(("loss", "loss_low", "loss_high"), nats)}
+
+
+def share_row(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
+    share = clusters.share(groups)
+    return {
+        "found": round(share.found, 4), "of": share.n, "documents": share.documents,
+        "recall": round(share.value, 5), "low": round(share.low, 5), "high": round(share.high, 5),
+    }  # fmt: skip
+
+
+def profile_file(bench: ModelBench, out: Path | None) -> Path:
+    return default_path(bench.fingerprint) if out is None else out
+
+
+def before(bench: ModelBench, out: Path | None) -> tuple[Profile, str | None]:
+    """-> (the profile that the new entry goes into, what people should know of it). Raises ValueError where the file holds something else."""
+    path = profile_file(bench, out)
+    empty = Profile(bench.place.model, bench.fingerprint, bench.window.tokens)
+    if not path.exists():
+        return empty, None
+    there = Profile.read(path)
+    if there.fingerprint != bench.fingerprint:
+        raise ValueError(f"{str(path)!r} is the profile of other weights ({there.model}); name another file with --out")
+    if there.window != bench.window.tokens:
+        return empty, f"{path} holds entries for a trained window of {there.window}, which will be replaced by one for {bench.window.tokens}"
+    return there, None
+
+
+def keep(outcome: Outcome, out: Path | None) -> Path:
+    """Add the choice to the profile -> its file."""
+    profile = before(outcome.bench, out)[0].with_entry(outcome.entry())
+    if out is None:
+        return profile.keep()
+    profile.write(out)
+    return out
+
+
+def summary(outcome: Outcome) -> Iterator[str]:
+    """What is said at the end."""
+    yield from outcome.decision.sentences
+    yield from halving.tried(outcome.search.entries)
+    yield from outcome.bench.notes

@@ -1,0 +1,74 @@
+"""A quick look at recall: how many of the keys of one document a model finds, under a method, at one length. The work of `longreach check --recall`.
+
+Knows the task of the pass keys and the engine of the evaluations; no files, no options.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from longreach.evals import tasks as registry
+from longreach.evals.harness import runner
+from longreach.evals.harness.model_engine import attached
+from longreach.evals.samples import budget
+from longreach.evals.samples.base import Settings
+from longreach.evals.scores import clusters
+from longreach.evals.tune.study import DEPTHS
+from longreach.methods.base import Method
+from longreach.planning.profile import Profile
+
+TASK = "passkeys"
+
+
+@dataclass(frozen=True)
+class Look:
+    """`found` of `keys` in one document of `length` tokens, with the 95 % interval of the share; `reason`: how the method was chosen."""
+
+    length: int
+    method: Method
+    reason: str
+    found: int
+    keys: int
+    low: float
+    high: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        numbers = {"found": self.found, "keys": self.keys, "low": round(self.low, 5), "high": round(self.high, 5), "seconds": round(self.seconds, 2)}
+        return {"length": self.length, "method": self.method.to_json(), "reason": self.reason, **numbers}
+
+
+def look(
+    model: Any,
+    tokenizer: Any,
+    method: Method | None,
+    length: int,
+    *,
+    trained_window: int | None = None,
+    profile: Profile | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Look:
+    """Read one document of `length` tokens (question and answer included) with a key at eight depths, and ask for each.
+
+    method    None: the profile's choice, or the dial's.
+    progress  gets the questions answered and their number.
+
+    Raises ValueError where the keys do not fit into the length, or the method does not reach it.
+    """
+    task = registry.task(TASK)
+    items = runner.plan({task: Settings(lengths=(length,), depths=DEPTHS, samples=1, seed=seed)}, tokenizer)
+    started = time.perf_counter()
+    scores: list[float] = []
+    with attached(model, tokenizer, method, length, trained_window=trained_window, profile=profile) as engine:
+        extension = engine.extension
+        assert extension is not None
+        used, reason = extension.method, extension.report()["reason"]
+        for item in items:
+            progress(len(scores), len(items))
+            scores.append(task.score(item.sample, engine.answer(budget.encode(tokenizer, item.sample)).text)[task.metric])
+    share = clusters.share([scores])
+    return Look(length, used, reason, round(share.found), share.n, share.low, share.high, time.perf_counter() - started)

@@ -1,0 +1,327 @@
+"""Tuning without a model: candidates, the division of a budget, halving, statistics of clustered answers, and the choice."""
+
+from __future__ import annotations
+
+import pytest
+
+from fake_bench import KEYS, Clock, FakeBench
+from longreach.configs import Window
+from longreach.evals.scores import clusters, statistics
+from longreach.evals.tune import halving
+from longreach.evals.tune.candidates import DIAL, PLAIN, Candidate, grouped, propose
+from longreach.evals.tune.decision import decide
+from longreach.evals.tune.halving import NO_TIME, Answers, Entry, Loss, search
+from longreach.evals.tune.plan import Cost, Plan, Rung, divide
+from longreach.methods import registry
+from longreach.methods.rerope import ReRoPE
+from longreach.methods.selfextend import SelfExtend
+from longreach.methods.stock import Stock
+from longreach.methods.yarn import YaRN
+from longreach.planning import dial
+
+WINDOW, CONTEXT = Window(8192, "stated"), 12288
+
+
+# -- candidates ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_candidates_of_a_window_and_a_context():
+    proposal = propose(WINDOW, CONTEXT)
+    assert proposal == propose(WINDOW, CONTEXT)
+    labels, methods = [c.label for c in proposal.candidates], [c.method for c in proposal.candidates]
+    assert labels[:5] == ["SelfExtend(12, 252)", "ReRoPE(512)", DIAL, "SelfExtend(16, 512)", "SelfExtend(8, 256)"]
+    assert len(set(methods)) == len(methods) == len(set(labels)) > 25
+    assert methods[labels.index(DIAL)] == dial.choose(WINDOW, CONTEXT).method
+    assert [c.label for c in proposal.candidates if c.control] == [PLAIN]
+    assert {"ReRoPE(256)", "ReRoPE(1024)", "YaRN(factor=1.5)", "LMInfinite(n_local=8192)", "ReRoPE(512, log scale)"} <= set(labels)
+    for candidate in proposal.candidates:
+        reach = candidate.method.capacity(WINDOW.tokens)
+        assert candidate.control or candidate.method.needs_context or reach is None or reach >= CONTEXT, candidate
+        if isinstance(candidate.method, SelfExtend) and candidate.label != DIAL:
+            assert candidate.method.largest_distance(CONTEXT) <= 0.7 * WINDOW.tokens
+    reasons = {out.label: out.reason for out in proposal.left_out}
+    assert "no recommended setting" in reasons["combined"] and any("reaches 10794 tokens" in reason for reason in reasons.values())
+
+
+def test_a_group_is_the_smallest_usual_one_that_keeps_the_distance():
+    assert grouped(8192, 16384, 32, (1, 6)) == SelfExtend(16, 256)
+    assert grouped(8192, 12288, 16, (1, 4)) == SelfExtend(8, 512)
+    assert grouped(8192, 12288, 16, (1, 4), 8192) == SelfExtend(8, 512, log_scale=8192)
+    assert grouped(8192, 12288, 8, (1, 8)) is None  # no room beside the neighbour window
+    assert grouped(512, 131072, 32, (1, 6)) is None  # no usual group reaches it
+
+
+def test_what_a_model_cannot_have_is_left_out_with_the_reason():
+    proposal = propose(WINDOW, CONTEXT, lambda method: "scaled already" if method.rescales else None)
+    assert not any(c.method.rescales for c in proposal.candidates)
+    assert {out.label: out.reason for out in proposal.left_out}["YaRN(factor=1.5)"] == "scaled already"
+
+
+def test_the_dials_rule_keeps_its_name_where_the_grid_has_it_too(monkeypatch):
+    monkeypatch.setattr(dial, "choose", lambda window, context: dial.Choice(SelfExtend(12, 252), context, window, "a rule"))
+    labels = [c.label for c in propose(WINDOW, CONTEXT).candidates]
+    assert labels[0] == DIAL and labels.count(DIAL) == 1 and "SelfExtend(12, 252)" not in labels
+
+
+def test_a_new_method_is_a_candidate_by_its_recommendation(monkeypatch):
+    class Mine(YaRN):
+        name = "mine"
+
+        @classmethod
+        def recommended(cls, window, context):
+            return cls(7.0)
+
+    from longreach.evals.tune import candidates
+
+    monkeypatch.setattr(candidates, "registry", lambda: {**registry(), "mine": Mine})
+    assert "Mine(factor=7.0)" in [c.label for c in propose(WINDOW, CONTEXT).candidates]
+
+
+def test_inside_the_window_there_is_nothing_to_choose():
+    with pytest.raises(ValueError, match=r"4096 tokens fit the trained window of 8192.*--trained-window"):
+        propose(WINDOW, 4096)
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_answers_that_agree_inside_documents_tell_less():
+    apart, alike = [[1.0, 0.0] * 4] * 4, [[1.0] * 8, [0.0] * 8] * 2
+    wide, narrow = clusters.share(alike), clusters.share(apart)
+    assert (wide.value, wide.found, wide.n, wide.documents) == (0.5, 16, 32, 4) and narrow.value == 0.5
+    # rho 1 and 0 (clipped) of four documents, averaged with the prior of 0.2 that weighs as much as four: (0.8 + 3) / 7 and 0.8 / 7
+    assert clusters.correlation(alike) == pytest.approx(3.8 / 7) and clusters.correlation(apart) == pytest.approx(0.8 / 7)
+    assert (wide.low, wide.high) == pytest.approx(statistics.wilson(0.5 * 32 / (1 + 7 * 3.8 / 7), 32 / (1 + 7 * 3.8 / 7)))
+    assert wide.low < narrow.low < 0.5 < narrow.high < wide.high
+    one = clusters.share([[1.0] * 8])
+    assert one.high == 1 and one.low == pytest.approx(statistics.wilson(8 / 2.4, 8 / 2.4)[0]) and one.low < statistics.wilson(8, 8)[0]
+    with pytest.raises(ValueError, match="no answers"):
+        clusters.share([])
+
+
+def test_one_document_alone_tells_nothing_apart_and_four_do():
+    none, every = [0.0] * 8, [1.0] * 8
+    assert clusters.compare([none], [every]).p == statistics.mcnemar(0, 3) == 0.25  # 8 / 2.4
+    four = clusters.compare([none] * 4, [every] * 4)
+    assert (four.difference, four.only_a, four.only_b, four.documents) == (1, 0, 32, 4) and four.p < 1e-3
+    same = clusters.compare([every, none], [every, none])
+    assert (same.difference, same.p) == (0, 1)
+    with pytest.raises(ValueError, match="same questions"):
+        clusters.compare([none], [none, none])
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_how_a_budget_is_divided():
+    cost = Cost(10.0, 8.0, (5.0, 5.0))
+    assert divide(30, 150, cost) == Plan((Rung(6, 1), Rung(3, 2)), 4, 2, 132.0)
+    assert divide(30, 50, cost) == Plan((Rung(2, 1),), 3, 0, 44.0)  # no time for the ceiling
+    for budget in (60, 100, 200, 400, 900, 5000):
+        plan = divide(30, budget, cost)
+        assert plan.seconds <= budget and plan.rungs[-1].candidates >= 2 and sum(cost.ceiling[: plan.ceiling]) <= 0.2 * budget
+        for before, after in zip(plan.rungs, plan.rungs[1:]):
+            assert after.documents == 2 * before.documents and after.candidates == max(2, -(-before.candidates // 2))
+    assert divide(30, 1e6, cost).rungs == (Rung(30, 1), Rung(15, 2), Rung(8, 4), Rung(4, 8), Rung(2, 16))
+    assert divide(30, 1e6, cost, most=2).rungs == (Rung(30, 1), Rung(15, 2))
+
+
+def test_a_budget_too_small_for_two_is_refused_with_the_one_that_is_needed():
+    with pytest.raises(ValueError, match=r"about 44 s, more than the budget of 43 s; pass --budget 49s or more"):
+        divide(30, 43.9, Cost(10.0, 8.0, (5.0,)))
+    with pytest.raises(ValueError, match="--budget 9m"):
+        divide(30, 60, Cost(100.0, 90.0, ()))
+
+
+# -- halving ---------------------------------------------------------------------------------------------------------------------------
+
+
+def likes(best: str, second: str = "ReRoPE(512)") -> FakeBench:
+    """A model that finds most under `best`, as SmolLM2 does, and pays for it in loss."""
+    found = {best: 0.95, second: 0.8}
+    return FakeBench(Clock(), lambda c: found.get(c.label, 0.15), lambda c: 3.63 if c.label in found else 3.45)
+
+
+def run(bench: FakeBench, budget: float, **more):
+    return search(propose(WINDOW, CONTEXT).candidates, bench, budget, clock=bench.clock, **more)
+
+
+@pytest.mark.parametrize("budget", [100, 200, 300, 600, 1200])
+def test_the_best_is_found_and_the_budget_is_kept(budget):
+    bench = likes("SelfExtend(12, 252)")
+    plans = []
+    found = run(bench, budget, said=lambda plan, cost: plans.append((plan, cost)))
+    assert bench.clock.now <= budget + 10 and found.spent == bench.clock.now
+    assert plans[0][1] == Cost(10.0, 8.0, (5.0, 5.0)) and plans[0][0].seconds <= budget
+    decision = decide(found.entries)
+    assert decision.chosen is not None and decision.chosen.candidate.label == "SelfExtend(12, 252)"
+    assert decision.chosen.loss is not None and any(e.candidate.label == DIAL and e.loss is not None for e in found.tried)
+    waiting = [e.candidate.label for e in found.entries if e.reason == NO_TIME]
+    assert waiting == [e.candidate.label for e in found.entries if not e.answers] and len(waiting) + len(found.tried) == len(found.entries)
+    said = list(halving.tried(found.entries))
+    assert all(label in said[0] for label in waiting) if waiting else not said
+    assert all(d == n for e in found.tried for n, d in enumerate(sorted(d for label, d in bench.asked if label == e.candidate.label and d != "loss")))
+
+
+def test_a_setting_far_down_the_list_is_found_with_time():
+    decision = decide(run(likes("SelfExtend(3, 129)"), 2000).entries)
+    assert decision.chosen is not None and decision.chosen.candidate.label == "SelfExtend(3, 129)" and decision.beaten
+
+
+def test_the_same_budget_again_measures_nothing_and_a_larger_one_goes_on():
+    first = likes("SelfExtend(12, 252)")
+    before = run(first, 200)
+    again = first.again()
+    after = run(again, 200)
+    assert again.asked == [] and after.spent == pytest.approx(before.spent)
+    assert [(e.candidate.label, e.groups) for e in after.tried] == [(e.candidate.label, e.groups) for e in before.tried]
+    larger = first.again()
+    more = run(larger, 400)
+    assert larger.asked and not set(larger.asked) & set(first.asked) and len(more.tried) > len(before.tried)
+    assert more.spent <= 410 and larger.clock.now <= 210
+
+
+def test_an_interrupted_tune_goes_on_without_repeating():
+    class Stop(Exception):
+        pass
+
+    whole, broken = likes("SelfExtend(12, 252)"), likes("SelfExtend(12, 252)")
+    run(whole, 200)
+
+    def stop(step):
+        if len(broken.asked) == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(broken, 200, progress=stop)
+    rest = broken.again()
+    run(rest, 200)
+    assert broken.asked + rest.asked == whole.asked
+
+
+def test_slow_candidates_end_a_search_early_and_within_a_reading_of_the_budget():
+    bench = likes("ReRoPE(512)")
+    bench.seconds = lambda candidate: 10.0 if candidate.label == "SelfExtend(12, 252)" else 30.0
+    found = run(bench, 200)
+    assert bench.clock.now <= 200 + 30 and sum(bool(e.answers) for e in found.entries) < found.plan.rungs[0].candidates
+    assert decide(found.entries).chosen.candidate.label == "ReRoPE(512)"
+
+
+def test_what_the_model_refuses_gives_its_place_to_the_next():
+    bench = likes("ReRoPE(512)")
+    bench.refuses = ("SelfExtend(12, 252)", "SelfExtend(16, 512)")
+    found = run(bench, 150)
+    assert len(found.tried) == found.plan.rungs[0].candidates
+    assert found.entries[0].reason == "it cannot be attached to this model" and not found.entries[0].answers
+    assert "SelfExtend(12, 252) cannot be used here: it cannot be attached to this model" in halving.tried(found.entries)
+    bench.refuses = tuple(c.label for c in propose(WINDOW, CONTEXT).candidates)
+    bench.done.clear()
+    with pytest.raises(ValueError, match="no candidate can be measured"):
+        run(bench, 150)
+
+
+def test_two_candidates_come_before_the_ceiling_and_one_alone_is_no_choice():
+    bench = likes("ReRoPE(512)")
+    found = run(bench, 60)
+    assert [what for what in bench.asked][:2] == [("SelfExtend(12, 252)", 0), ("ReRoPE(512)", 0)] and len(found.tried) == 2
+    slow = likes("ReRoPE(512)")  # the machine has something else to do after the first document
+    slow.seconds = lambda candidate: 10.0 if not slow.asked else 100.0
+    decision = decide(run(slow, 60).entries)
+    assert decision.chosen is not None and len(slow.asked) == 2 and slow.clock.now == 110  # one reading beyond the budget, and no more
+    alone = decide([entry("a", [8], 3.5), entry("b", [])])
+    assert alone.chosen is None and "only a was measured, it found 8 of 8 in 1 document: there is nothing to choose between" in alone.sentences[0]
+
+
+def test_the_loss_of_the_dials_rule_counts_even_where_its_recall_is_not_known():
+    rule = entry(DIAL, [], 3.3)
+    rule.reason = NO_TIME
+    dear, cheap = entry("dear", [8, 8, 8, 8], 3.6), entry("cheap", [2, 2, 2, 2], 3.5)
+    assert chosen(rule, dear, cheap) == "cheap" and chosen(rule, dear, cheap, price=0.4) == "dear"
+    assert "0.200 above the lowest, of the dial's rule" in decide([rule, dear, cheap]).sentences[0]
+
+
+def test_too_small_a_budget_costs_one_document():
+    bench = likes("ReRoPE(512)")
+    with pytest.raises(ValueError, match=r"two candidates.*need about 44 s"):
+        run(bench, 20)
+    assert bench.asked == [("SelfExtend(12, 252)", 0)]
+
+
+def test_progress_counts_readings_and_the_time_left():
+    steps = []
+    bench = likes("SelfExtend(12, 252)")
+    found = run(bench, 200, progress=steps.append)
+    assert steps[0].what == "SelfExtend(12, 252) reads document 1" and steps[0].seconds_left is None
+    assert [s.done for s in steps] == sorted(s.done for s in steps) and all(s.done <= s.total for s in steps)
+    assert steps[1].seconds_left == pytest.approx(found.plan.seconds * (1 - 1 / found.plan.readings))
+    assert (steps[-1].what, steps[-1].seconds_left, steps[-1].done) == ("done", 0.0, len(bench.asked))
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------------------------
+
+
+def entry(label: str, found: list[int], nats: float | None = None, method=None, control=False) -> Entry:
+    """`found`: keys of eight, for every document; the first ones, so that who finds more finds the same and more."""
+    answers = [Answers(tuple(float(n < count) for n in range(KEYS)), 1.0, 1.0) for count in found]
+    loss = None if nats is None else Loss(nats, nats, nats, (nats,), 1.0)
+    return Entry(Candidate(label, method or SelfExtend(4, 64), "", control), answers, loss)
+
+
+def chosen(*entries: Entry, price: float = 0.25, **more) -> str:
+    found = decide(entries, price, **more).chosen
+    assert found is not None
+    return found.candidate.label
+
+
+def test_recall_at_a_price():
+    rule, good, dear = entry(DIAL, [1, 1, 2, 2], 3.45), entry("good", [8, 8, 7, 8], 3.63), entry("dear", [8, 8, 8, 8], 3.75)
+    assert chosen(rule, good, dear) == "good"
+    assert chosen(rule, good, dear, price=0.1) == DIAL
+    assert chosen(rule, good, dear, price=0.3) == "good"  # dear is not told apart from it and costs more
+    words = " | ".join(decide([rule, good, dear]).sentences)
+    assert "good is chosen: it found 31 of 32 in 4 documents" in words and "0.180 above the lowest, of the dial's rule" in words
+    assert "dear found 32 of 32 in 4 documents, but its loss is 0.300 above the lowest, more than the price of 0.25; --price 0.31 admits it" in words
+    assert "is beaten: it found 6 of 32 in 4 documents: worse, p = " in words
+
+
+def test_what_cannot_be_told_apart_is_chosen_by_loss_and_then_by_simplicity():
+    a, b = entry("a", [8, 7, 8, 7], 3.60), entry("b", [7, 8, 7, 7], 3.50)
+    assert chosen(a, b) == "b"
+    assert "a found 30 of 32 in 4 documents: not to be told apart with 4 documents (p = 1); loss 3.600" in decide([a, b]).sentences
+    far = entry("far", [6, 6, 6, 6], 3.40)  # 19 points below the best: not told apart is not the same as alike
+    assert chosen(a, b, far) == "b"
+    simple = entry("simple", [8, 7, 8, 7], 3.605, ReRoPE(300))
+    assert chosen(a, simple) == "simple"
+    assert chosen(entry("few", [8], 3.3), entry("many", [8, 7, 8, 8], 3.5)) == "many"  # more documents are better evidence
+
+
+def test_whether_the_dials_rule_is_beaten():
+    good = entry("good", [8, 8, 8, 8], 3.5)
+    assert decide([good, entry(DIAL, [1, 1, 1, 1], 3.5)]).beaten is True
+    assert decide([good, entry(DIAL, [1], 3.6)]).beaten is False  # one document shows nothing
+    assert decide([good, entry(DIAL, [8, 8, 8, 8], 3.4)]).beaten is False
+    assert decide([good]).beaten is None and "not known whether it is beaten" in decide([good]).sentences[1]
+
+
+def test_what_a_number_alone_does_not_say():
+    plain = entry(PLAIN, [1, 1, 1, 1], method=Stock(), control=True)
+    good = entry("good", [8, 8, 8, 8], 3.5)
+    assert not any("plain attention beyond its window" in s for s in decide([good, plain]).sentences[2:])
+    better = entry(PLAIN, [8, 8, 8, 8], method=Stock(), control=True)
+    poor = entry("poor", [1, 1, 1, 1], 3.5)
+    assert chosen(poor, better) == "poor"  # a control cannot be chosen
+    assert any("finds more than the choice" in s and "--trained-window" in s for s in decide([poor, better]).sentences)
+    assert any("nothing here is shown to beat plain attention" in s for s in decide([poor, plain]).sentences)
+    low = clusters.share([[1.0, 1.0, 0, 0, 0, 0, 0, 0]])
+    assert any("the ceiling is low: inside its window the model itself finds 2 of 8" in s for s in decide([good], ceiling=low).sentences)
+    assert not any("ceiling" in s for s in decide([good], ceiling=clusters.share([[1.0] * 8])).sentences)
+    assert any("no candidate found anything" in s for s in decide([entry("blind", [0, 0], 3.4)]).sentences)
+
+
+def test_without_losses_all_count_and_without_answers_nothing_does():
+    assert chosen(entry("a", [8, 8]), entry("b", [2, 2])) == "a"
+    assert "its loss was not measured" in decide([entry("a", [8]), entry("b", [2])]).sentences[0]
+    assert decide([entry("a", [])]).chosen is None
+    refused = entry("a", [8, 8], 3.4)
+    refused.reason = "too little memory"
+    assert decide([refused]).chosen is None
