@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,11 @@ LONGEST_REASON = 300  # characters of what a library says of its own error
 
 @dataclass(frozen=True)
 class Window:
-    """How many tokens a model was trained to read, after any scaling, and how that was read from its configuration.
-
-    base  of the rotary frequencies, where the window is the configuration's own; None where it does not say, or the window was given.
-    """
+    """How many tokens a model was trained to read, after any scaling, and how that was read from its configuration."""
 
     tokens: int
     reason: str
-    base: float | None = None
+    base: float | None = None  # of the rotary frequencies; None: not stated, or the window was given
 
 
 @dataclass(frozen=True)
@@ -66,18 +63,16 @@ def trained_window(config: Any, given: int | None = None) -> Window:
     if given is not None:
         return Window(given, "given")
     name, largest = stated_window(config)
-    rope = scaling(config)
-    window = Window(largest, f"{name} {largest}", rope.base)
+    window, rope = Window(largest, f"{name} {largest}"), scaling(config)
     if rope.factor and rope.original and rope.kind in ("yarn", "linear") and int(rope.original * rope.factor) > largest:
-        window = Window(int(rope.original * rope.factor), f"{rope.kind} scaling: {rope.original} x {rope.factor:g}", rope.base)
+        window = Window(int(rope.original * rope.factor), f"{rope.kind} scaling: {rope.original} x {rope.factor:g}")
     elif rope.factor and not rope.original and rope.kind == "linear":
         # some checkpoints give the window before scaling here, some after it: the smaller reading is safe
-        reason = f"max_position_embeddings {largest}; with its linear scaling by {rope.factor:g} it may be more: then pass trained_window=N"
-        window = Window(largest, reason, rope.base)
+        window = Window(largest, f"max_position_embeddings {largest}; with its linear scaling by {rope.factor:g} it may be more: then pass trained_window=N")
     sliding = {layer.sliding_window for layer in trained_layers(config)}
     if len(sliding) == 1 and (width := sliding.pop()) is not None and width < window.tokens:
-        window = Window(width, f"sliding window of every layer, {width}: no layer was trained on a larger distance", rope.base)
-    return window
+        window = Window(width, f"sliding window of every layer, {width}: no layer was trained on a larger distance")
+    return replace(window, base=rope.base)
 
 
 def stated_window(config: Any, otherwise: int | None = None) -> tuple[str, int]:
