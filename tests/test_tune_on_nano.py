@@ -70,7 +70,7 @@ def test_what_a_tune_finds(tuned):
     ceiling = {row["name"]: row for row in found["ceiling"]}
     assert ceiling["recall at 1x of the window, plain attention"]["recall"] == 1.0
     assert 3 < ceiling["loss inside the window, 1x"]["loss"] < ceiling["loss inside the window, 0.5x"]["loss"] < 5
-    assert any("0.5x" not in note and "256 tokens" in note and "at least 334" in note for note in found["notes"])  # eight keys do not fit there
+    assert any("0.5x" not in note and "256 tokens" in note and "at least 334" in note for note in found["notes"])  # five keys do not fit there
     assert found["sentences"][0].startswith(found["chosen"]) and found["left_out"]
     assert 0 < found["spent"] < 3600 and found["use"].startswith("longreach run --model nano --context 1024 --profile ")
     with Image.open(folder / "p.png") as picture:
@@ -232,7 +232,7 @@ def test_several_tasks_are_answered_together(nano, tmp_path):
     tasks = tuple(registry.task(name) for name in ("passkey", "ruler-niah-single-1", "passkeys"))
     bench = ModelBench(*nano, "nano", Asked(CONTEXT, tasks), tmp_path / "w")
     names = [item.task.name for item in bench.document(1)]
-    assert [names.count(task.name) for task in tasks] == [8, 1, 8]  # a pass key at every depth, one needle, one document with eight keys
+    assert [names.count(task.name) for task in tasks] == [5, 1, 5]  # a pass key at every depth, one needle, one document with five keys
     assert {item.sample.meta["index"] for item in bench.document(1)} == {1}
 
 
@@ -242,4 +242,4 @@ def test_a_quick_look_at_recall(run: Run):
     assert (here["length"], here["keys"], here["method"]["method"]) == (1024, 8, "selfextend") and here["found"] >= 6
     assert (inside["length"], inside["found"], inside["method"]["method"]) == (512, 8, "stock") and inside["low"] == pytest.approx(0.46459)
     shown = run("check", "--recall", "--context", CONTEXT, "--method", "lm-infinite", "--n-local", 256)
-    assert "at 1024 tokens this model finds" in shown.out and "8 of 8 inside its window" in shown.out and "lm-infinite" in shown.out
+    assert "at 1024 tokens this model finds" in shown.out and "5 of 5 inside its window" in shown.out and "lm-infinite" in shown.out

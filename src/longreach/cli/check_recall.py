@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def run(
     out: Output, model: Any, tokenizer: Any, method: Method | None, context: int | None, trained_window: int | None, by_profile: profiles.Asked
 ) -> dict[str, Any]:
-    """Two documents with eight keys each, as plain data."""
+    """Two documents with five keys each, as plain data."""
     from longreach.evals.tune.recall import look
     from longreach.methods.stock import Stock
 

@@ -52,7 +52,7 @@ def look(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Look:
-    """Read one document of `length` tokens (question and answer included) with a key at eight depths, and ask for each.
+    """Read one document of `length` tokens (question and answer included) with a key at five depths, and ask for each.
 
     method    None: the profile's choice, or the dial's.
     progress  gets the questions answered and their number.

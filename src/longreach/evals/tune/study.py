@@ -37,7 +37,7 @@ from longreach.quantities import CHUNK_SIZE
 from longreach.running import prompts
 from longreach.running.loading import shipped_book
 
-KEYS = 8  # in a document, where a task has depths
+KEYS = 5  # in a document, where a task has depths: with more, a small model mistakes one for another
 DEPTHS = tuple((2 * n + 1) / (2 * KEYS) for n in range(KEYS))
 BEYOND = "beyond"  # the name of the loss beyond the window
 INSIDE = {"0.5x": (0.25, 0.5), "1x": (0.5, 1.0)}  # the part of the window whose loss is taken, and up to where it is read
