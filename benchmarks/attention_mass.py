@@ -13,6 +13,7 @@ per question on the screen.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import ROOT, device_of, facts, markdown, write_json
+from common import ROOT, device_of, facts, markdown, write_json, write_section
 
 import longreach
 from longreach.cli import parameters
@@ -125,11 +126,15 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any, method: Any) -
     return rows
 
 
+def best_heads(row: dict[str, Any]) -> list[float]:
+    """The mean mass of the eight heads that have the most on the key's statement: on it, on the other keys', on the first tokens, on its number."""
+    table = torch.tensor(row["mass"]).reshape(-1, 4)
+    return [float(x) for x in table[table[:, 0].topk(8).indices].mean(0)]
+
+
 def summary_line(row: dict[str, Any]) -> str:
     table = torch.tensor(row["mass"])
-    best = table[..., 0].flatten().topk(8).indices
-    heads = table.reshape(-1, 4)[best]
-    own, other, first, digits = (float(x) for x in heads.mean(0))
+    own, other, first, digits = best_heads(row)
     number = float(table[..., 3].flatten().topk(8).values.mean())
     return (
         f"depth {row['depth']:.1f}  distance {row['distance']:6d}  {'found' if row['found'] else 'lost '}  "
@@ -151,19 +156,33 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default=None)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/attention-mass.json")
+    parser.add_argument("--page", action="store_true", help="write the table of docs/real-models.md from the results only")
     args, rest = parser.parse_known_args()
+    if args.page:
+        return write_page(args.out)
     method = None if args.method is None else parameters.build(args.method, rest, [])
     model, tokenizer = longreach.load(args.model, dtype=args.dtype)
     with torch.no_grad():
         rows = measure(args, model, tokenizer, method)
-    import json
-
     entries = json.loads(args.out.read_text())["settings"] if args.out.exists() else []
     setting = "the dial's" if method is None else method.brief()
     name = {"model": Path(args.model).name, "method": setting, "length": args.length, "chat": args.chat, "task": args.task}
     entries = [entry for entry in entries if {key: entry.get(key) for key in name} != name]
     write_json(args.out, {"settings": [*entries, {**name, "facts": facts(device_of("cpu")), "questions": rows}]})
-    print(markdown(["depth", "found"], [[f"{row['depth']}", str(row["found"])] for row in rows]))
+    if args.out == parser.get_default("out"):
+        write_page(args.out)
+
+
+def write_page(results: Path) -> None:
+    """The table of docs/real-models.md: of each question, what its eight heads with the most mass on the key's statement look at."""
+    head = ["setting", "tokens", "depth", "distance of the key", "mass on the statement", "of it on the number", "the answer begins", ""]
+    body = []
+    for entry in sorted(json.loads(results.read_text())["settings"], key=lambda entry: (entry["task"], entry["length"], entry["method"])):
+        for row in entry["questions"]:
+            own, _, _, digits = best_heads(row)
+            cells = [f"`{entry['method']}`", entry["length"], f"{row['depth']:g}", str(row["distance"]), f"{own:.2f}", f"{digits:.2f}"]
+            body.append([*cells, f"`{' '.join(row['answer'].split())[:24]}`", "found" if row["found"] else "lost"])
+    write_section(ROOT / "docs/real-models.md", "attention", markdown(head, body))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +54,7 @@ BOOKS = 2
 SEGMENT = 1024  # tokens that a loss is averaged over
 CHUNK = 1024
 Form = Literal["raw", "chat", "novel"]
+KEYS = "passkeys"
 CORE = ("stock", "old rule", "dial", "tuned", "rerope", "yarn", "lm-infinite")
 
 
@@ -73,29 +74,30 @@ class Reading:
 
 
 def everything() -> Iterator[Reading]:
-    """What is measured, the most telling first: the ceiling, the core document by document, losses, the other methods, four windows, other tasks."""
+    """What is measured, the most telling first: the ceiling and the core document by document, losses, the other methods, other tasks, four windows."""
 
-    def recall(settings: tuple[str, ...], windows: tuple[float, ...], forms: tuple[Form, ...], task: str = "passkeys") -> Iterator[Reading]:
-        for document in range(DOCUMENTS):
+    def recall(documents: Iterable[int], settings: tuple[str, ...], windows: tuple[float, ...], forms: tuple[Form, ...], task: str = KEYS) -> Iterator[Reading]:
+        for document in documents:
             for w in windows:
                 for form in forms:
                     yield from (Reading(name, w, task, form, document) for name in settings)
 
-    yield from recall(("stock",), (0.5, 1.0), ("chat", "raw", "novel"))
-    yield from recall(("dial", "old rule", "tuned", "rerope", "stock"), (1.5,), ("chat", "raw"))
-    yield from recall(("yarn", "lm-infinite"), (1.5,), ("chat", "raw"))
+    every, others = range(DOCUMENTS), tuple(name for name in sorted(registry()) if name not in (*CORE, "selfextend"))
+    for document in every:
+        yield from recall([document], ("stock",), (1.0, 0.5), ("chat", "raw"))
+        yield from recall([document], ("dial", "old rule", "tuned", "rerope", "stock"), (1.5,), ("chat", "raw"))
+    yield from recall(every, ("yarn", "lm-infinite"), (1.5,), ("chat", "raw"))
     yield from (Reading(name, w, "loss", "novel", book) for w in (2.0, 1.5) for book in range(BOOKS) for name in CORE)
-    yield from recall(CORE, (2.0,), ("chat", "raw"))
-    yield from recall(CORE, (1.5,), ("novel",))
-    others = tuple(name for name in sorted(registry()) if name not in (*CORE, "selfextend"))
-    yield from recall(others, (1.5,), ("chat", "raw"))
-    yield from recall(("dial", "tuned", "stock"), (1.5,), ("raw",), "ruler-vt")
-    yield from recall(("stock",), (0.5, 1.0), ("raw",), "ruler-vt")
-    yield from recall(("dial", "tuned", "stock"), (1.5,), ("raw",), "infinitebench-kv-retrieval")
-    yield from recall(("stock",), (0.5, 1.0), ("raw",), "infinitebench-kv-retrieval")
-    yield from recall(CORE, (2.0,), ("novel",))
-    yield from recall(("dial", "rerope", "lm-infinite"), (4.0,), ("chat", "raw"))
-    yield from recall(("rerope", "yarn", "lm-infinite"), (0.5, 1.0), ("chat", "raw", "novel"))
+    yield from recall(every, CORE, (2.0,), ("chat", "raw"))
+    yield from recall(every, ("stock",), (0.5, 1.0), ("novel",))
+    yield from recall(every, CORE, (1.5,), ("novel",))
+    yield from recall(every, others, (1.5,), ("chat", "raw"))
+    for task in ("ruler-vt", "infinitebench-kv-retrieval"):
+        yield from recall(every, ("stock",), (0.5, 1.0), ("raw",), task)
+        yield from recall(every, ("dial", "tuned", "stock"), (1.5,), ("raw",), task)
+    yield from recall(every, CORE, (2.0,), ("novel",))
+    yield from recall(every, ("dial", "rerope", "lm-infinite"), (4.0,), ("chat", "raw"))
+    yield from recall(every, ("rerope", "yarn", "lm-infinite"), (0.5, 1.0), ("chat", "raw", "novel"))
 
 
 def old_rule(window: int, context: int) -> Method:
@@ -146,7 +148,7 @@ class Bench:
             return None
 
     def questions(self, reading: Reading) -> list[Sample]:
-        task, alone = tasks.task(reading.task), reading.task != "passkeys"  # a task without several questions on a document: five documents of one each
+        task, alone = tasks.task(reading.task), reading.task != KEYS  # a task without several questions on a document: five documents of one each
         count = len(DEPTHS) * DOCUMENTS if alone else DOCUMENTS
         text = self.novel if reading.form == "novel" else None
         found = list(task.samples(self.tokenizer, Settings(lengths=(self.length(reading),), depths=DEPTHS, samples=count, text=text)))
@@ -207,6 +209,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """Append a line, after the end of one that was torn."""
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if torn else "") + json.dumps(row) + "\n")
+
+
 def key(row: dict[str, Any]) -> str:
     return json.dumps([row["setting"], row["method"], row["length"], row["task"], row["form"], row["document"]], sort_keys=True)
 
@@ -226,8 +235,7 @@ def work(bench: Bench, path: Path, minutes: float | None, shard: tuple[int, int]
         if ends is not None and time.monotonic() > ends:
             return
         row = bench.measure(reading, method)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        keep(path, row)
         shown = "".join("x" if q["score"] == 1 else "." for q in row["questions"]) if "questions" in row else f"{row['losses'][-1]:.3f}"
         print(f"{number + 1}/{len(plan)} {reading.what}: {row['parameters']}: {shown}, {row['seconds']:.0f} s", flush=True)
 

@@ -11,7 +11,7 @@ import longreach
 from families import build
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.configs import Window, trained_window
-from longreach.planning.dial import LARGEST_GROUP, choose, declare, furthest, limit
+from longreach.planning.dial import LARGEST_GROUP, STRETCHED, WHOLE, choose, declare, limit
 
 
 @pytest.mark.parametrize("length", [512, 2048, 4096, 8192, 32768])
@@ -31,33 +31,35 @@ def test_the_smallest_group_that_keeps_to_two_thirds(length, times):
 
 
 @pytest.mark.parametrize(("length", "times"), [(8192, 1.5), (8192, 2), (8192, 8), (32768, 2), (4096, 4)])
-def test_a_raised_base_trusts_a_quarter_of_the_window(length, times):
+def test_a_raised_base_keeps_keys_near(length, times):
     context = int(times * length)
     choice = choose(Window(length, "test", 100_000.0), context)
     method = choice.method
-    assert method == replace(choose(Window(length // 4, "test"), context).method, log_scale=None) and choice.warning is None
-    assert method.window + (context - method.window) / method.group_size <= length / 6
+    assert choice.warning is None and method.log_scale is None and abs(method.window - length / 32) <= method.group_size / 2
+    assert method.window % method.group_size == 0 and method.window + (context - method.window) / method.group_size <= length / 8
+    fewer = method.group_size - 1
+    near = max(1, round(length / 32 / fewer)) * fewer
+    assert near + (context - near) / fewer > length / 8
     assert "100000" in choice.reason and "longreach tune" in choice.reason
     assert choose(Window(length, "test", 10_000.0), context).method == choose(Window(length, "test"), context).method != method
 
 
-def test_what_the_quarter_does_not_reach_is_warned_of_and_then_refused():
+def test_what_an_eighth_does_not_reach_is_warned_of_and_then_refused():
     late, whole = Window(8192, "test", 500_000.0), Window(8192, "test")
-    edge = furthest(2048)
+    edge = STRETCHED.furthest(8192)
     assert choose(late, edge).warning is None
     beyond = choose(late, edge + 100)
     assert beyond.method == replace(choose(whole, edge + 100).method, log_scale=None) and f"at most {edge}" in beyond.warning
-    loose = furthest(8192) + 100
-    assert choose(late, loose).method == replace(choose(whole, loose).method, log_scale=None) and choose(late, loose).warning == choose(whole, loose).warning
+    loose = WHOLE.furthest(8192) + 100
+    assert choose(late, loose).method == replace(choose(whole, loose).method, log_scale=None) and f"at most {edge}" in choose(late, loose).warning
     assert choose(late, 8192).method == Stock()
 
 
 def test_a_window_that_is_given_is_believed():
     config = build("llama").config
-    config.rope_parameters = {**config.rope_parameters, "rope_theta": 1e6}
+    config.rope_parameters, config.max_position_embeddings = {**config.rope_parameters, "rope_theta": 1e6}, 1024
     assert trained_window(config).base == 1e6 and trained_window(config, 1024).base is None
-    config.max_position_embeddings = 1024
-    assert choose(trained_window(config), 2000).method == replace(choose(Window(256, ""), 2000).method, log_scale=None)
+    assert choose(trained_window(config), 2000).method == SelfExtend(22, 22)
     assert choose(trained_window(config, 1024), 2000).method == choose(Window(1024, ""), 2000).method
 
 
@@ -68,7 +70,7 @@ def test_stock_when_the_context_fits():
 
 def test_the_loose_rule_warns_and_beyond_it_is_refused():
     window = Window(512, "test")
-    edge = furthest(512)
+    edge = WHOLE.furthest(512)
     assert choose(window, edge).warning is None
     loose = choose(window, edge + 100)
     assert loose.warning and str(edge) in loose.warning
@@ -103,7 +105,7 @@ def test_the_choice_is_reported():
     with longreach.extend(model, context=60) as extension:
         assert extension.method == Stock() and "fit the trained window" in extension.describe()
     with pytest.warns(UserWarning, match="poorly trained"):
-        longreach.extend(model, context=furthest(64) + 50).remove()
+        longreach.extend(model, context=WHOLE.furthest(64) + 50).remove()
 
 
 def test_the_trained_window_can_be_given():

@@ -63,14 +63,14 @@ def test_what_a_tune_finds(tuned):
     assert (found["model"], found["context"], found["trained_window"], found["tasks"], found["price"]) == ("nano", 1024, 512, ["passkeys"], 0.25)
     rows = {row["label"]: row for row in found["candidates"]}
     assert set(rows) == set(FEW) and found["plan"]["rungs"] == [[3, 1], [2, 2]]
-    assert all(row["of"] == 8 * row["documents"] and row["low"] <= row["recall"] <= row["high"] for row in rows.values())
+    assert all(row["of"] == 5 * row["documents"] and row["low"] <= row["recall"] <= row["high"] for row in rows.values())
     assert rows[DIAL]["documents"] == 2 and rows[DIAL]["recall"] >= 0.8 and 3 < rows[DIAL]["loss"] < 5 and rows[PLAIN]["loss"] is None
     assert rows[PLAIN]["recall"] < rows[DIAL]["recall"]
     assert [row["chosen"] for row in rows.values()].count(True) == 1 and rows[found["chosen"]]["chosen"]
     ceiling = {row["name"]: row for row in found["ceiling"]}
     assert ceiling["recall at 1x of the window, plain attention"]["recall"] == 1.0
     assert 3 < ceiling["loss inside the window, 1x"]["loss"] < ceiling["loss inside the window, 0.5x"]["loss"] < 5
-    assert any("0.5x" not in note and "256 tokens" in note and "at least 334" in note for note in found["notes"])  # five keys do not fit there
+    assert ceiling["recall at 0.5x of the window, plain attention"]["length"] == 256 and not found["notes"]
     assert found["sentences"][0].startswith(found["chosen"]) and found["left_out"]
     assert 0 < found["spent"] < 3600 and found["use"].startswith("longreach run --model nano --context 1024 --profile ")
     with Image.open(folder / "p.png") as picture:
@@ -91,7 +91,7 @@ def test_the_profile_is_read_back_and_used(tuned, nano):
 
 def test_every_candidate_is_a_run_that_can_be_reported(tuned, run: Run, tmp_path):
     folders = sorted((tuned[0] / "work/candidates").iterdir())
-    assert len(folders) == 3 and all(len(Folder(path).records()) in (8, 16) for path in folders)
+    assert len(folders) == 3 and all(len(Folder(path).records()) in (5, 10) for path in folders)
     assert Folder(folders[0]).run["config"]["fingerprint"] == tuned[1]["fingerprint"]
     assert run("eval", "compare", *folders[:2], "--json").json["rows"][0]["n"] >= 8
     losses = sorted((tuned[0] / "work/losses").iterdir())
@@ -239,7 +239,7 @@ def test_several_tasks_are_answered_together(nano, tmp_path):
 def test_a_quick_look_at_recall(run: Run):
     found = run("check", "--recall", "--context", CONTEXT, "--no-profile", "--json").json
     here, inside = found["recall"]["here"], found["recall"]["inside"]
-    assert (here["length"], here["keys"], here["method"]["method"]) == (1024, 8, "selfextend") and here["found"] >= 6
-    assert (inside["length"], inside["found"], inside["method"]["method"]) == (512, 8, "stock") and inside["low"] == pytest.approx(0.46459)
+    assert (here["length"], here["keys"], here["method"]["method"]) == (1024, 5, "selfextend") and here["found"] >= 4
+    assert (inside["length"], inside["found"], inside["method"]["method"]) == (512, 5, "stock") and inside["low"] == pytest.approx(0.41965, abs=1e-5)
     shown = run("check", "--recall", "--context", CONTEXT, "--method", "lm-infinite", "--n-local", 256)
     assert "at 1024 tokens this model finds" in shown.out and "5 of 5 inside its window" in shown.out and "lm-infinite" in shown.out

@@ -6,6 +6,7 @@ Knows the published rules, what a profile says and how much memory is free; touc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -21,13 +22,36 @@ from longreach.planning.memory import Budget, largest
 from longreach.planning.profile import Profile
 from longreach.quantities import counted
 
-WINDOW_SHARE = 8  # neighbour window = well-trained window / 8; see docs/nano.md for the evidence
-WELL_TRAINED = (2, 3)  # only the lower two thirds of the well-trained positions are trusted (the authors' empirical rule)
 ORIGINAL_BASE = 10_000  # of rotary frequencies; the authors' models and nano have it
-STRETCHED_SHARE = 4  # where the base was raised, the window was mostly stretched late in training: a quarter of it is taken as well trained
 LARGEST_GROUP = 64  # the authors' range for group sizes ends here
 SHARPENED = "the log scale keeps attention sharp among more keys than in training"
 MEASURE = "a rule, not a measurement: `longreach tune` measures what this model finds"
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of the trained window L: the neighbour window is L / near, and the largest distance at most the share `far` of L. Groups have at most `group` tokens."""
+
+    near: int
+    far: Fraction
+    group: int
+
+    def largest(self, length: int) -> int:
+        return int(self.far * length)
+
+    def neighbours(self, length: int, group: int) -> int:
+        """Rounded to a multiple of the group size, so that the far zone begins at distance w for every query."""
+        return max(1, round(length / self.near / group)) * group
+
+    def furthest(self, length: int) -> int:
+        """The largest context whose distances stay within the share."""
+        most = self.largest(length)
+        windows = ((group, self.neighbours(length, group)) for group in range(2, self.group + 1))
+        return max([length, *((most - near) * group + near for group, near in windows if near < most)])
+
+
+WHOLE = Shares(8, Fraction(2, 3), LARGEST_GROUP)  # the authors' empirical rule: only the lower two thirds are well trained; for L/8 see docs/nano.md
+STRETCHED = Shares(32, Fraction(1, 8), 4 * LARGEST_GROUP)  # where the window was stretched late in training: docs/real-models.md
 
 
 @dataclass(frozen=True)
@@ -58,10 +82,6 @@ def declare(method: Method | None, window: int, context: int | None) -> tuple[in
     if context is None or not isinstance(method, Stock) or context <= window:
         return context, None
     return None, f"plain attention on {context} tokens, beyond the trained window of {window}: distances that were never trained, for comparison only"
-
-
-def largest_distance_allowed(window: int) -> int:
-    return window * WELL_TRAINED[0] // WELL_TRAINED[1]
 
 
 def choose(window: Window, context: int, budget: Budget | None = None, profile: Profile | None = None) -> Choice:
@@ -126,8 +146,8 @@ def by_length(window: Window, context: int) -> Choice:
     """SelfExtend with the smallest group size that the rules allow; stock when the context fits anyway.
 
     The rule of the authors: w + (N - w) / g <= 2/3 L, for only well-trained positions should be used, with w = L/8 rounded to a multiple of g, and the log
-    scale of the official code with base L. Where the base of the frequencies was raised, L in this rule is a quarter of the window first, and the log scale
-    is left out (see `well_trained`, `usual`); what needs more than that quarter is warned of. The loose rule: every distance is below L.
+    scale of the official code with base L. Where the window was stretched (see `stretched`), w = L/32 and at most L/8 come first, without the log scale;
+    what needs more is warned of. The loose rule: every distance is below L.
     """
     if not isinstance(context, int) or isinstance(context, bool) or context < 1:
         raise ValueError(f"context must be a positive number of tokens, not {context!r}; count the prompt and the new tokens")
@@ -136,21 +156,21 @@ def by_length(window: Window, context: int) -> Choice:
         fit = "1 token fits" if context == 1 else f"{context} tokens fit"
         return Choice(Stock(), context, window, f"{fit} the trained window of {length} ({window.reason}): plain attention")
     exceeds = f"{context} tokens exceed the trained window of {length} ({window.reason})"
-    trained = well_trained(window)
-    for span in dict.fromkeys((trained, length)):
-        if (method := smallest(window, span, context)) is not None:
-            within = "it" if span == length else f"the {span} that are taken as well trained, a quarter, for its frequency base was raised to {window.base:g}"
+    rules = shares_of(window)
+    for shares in rules:
+        if (method := smallest(window, shares, context)) is not None:
+            because = f", whose frequency base was raised to {window.base:g}" if shares == STRETCHED else ""
             reason = (
                 f"{exceeds}: smallest group size whose largest distance, {method.window + (context - method.window) // method.group_size}, "
-                f"stays within 2/3 of {within} ({largest_distance_allowed(span)}); {why(window)}"
+                f"stays within {shares.far} of it ({shares.largest(length)}){because}; {why(window)}"
             )
-            return Choice(method, context, window, reason, None if span == trained else poorly(context, trained))
+            return Choice(method, context, window, reason, None if shares == rules[0] else poorly(window, context))
     for group in (LARGEST_GROUP, *range(2, LARGEST_GROUP)):
-        method = usual(window, length, group)
+        method = usual(window, WHOLE, group)
         if method.window < length and (method.capacity(length) or 0) >= context:
             which = "largest" if group == LARGEST_GROUP else "smallest"
             reason = f"{exceeds}: {which} usual group size; all distances are trained ones; {why(window)}"
-            return Choice(method, context, window, reason, poorly(context, length))
+            return Choice(method, context, window, reason, poorly(window, context))
     most, group = reach(length)
     raise ValueError(
         f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
@@ -169,62 +189,49 @@ def recommended(method: type[Method], window: Window, context: int) -> Method:
 
 def reach(length: int) -> tuple[int, int]:
     """The largest context that the usual parameters reach on a trained window, and the group size that does."""
-    return max((SelfExtend(g, neighbour_window(length, g)).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
+    return max((SelfExtend(g, WHOLE.neighbours(length, g)).capacity(length) or 0, g) for g in range(1, LARGEST_GROUP + 1))
 
 
 def stretched(window: Window) -> bool:
-    """Whether the base of its frequencies was raised: the sign of a window that was stretched late in training, most of which was on shorter texts."""
+    """Whether the base of its frequencies was raised: the sign of a window that was stretched late in training, most of which was on shorter texts.
+
+    The models of SelfExtend's authors and nano have the original base. A window that was given is believed.
+    """
     return window.base is not None and window.base > ORIGINAL_BASE
 
 
-def well_trained(window: Window) -> int:
-    """Tokens whose distances are taken as well trained: all of the window; a quarter where it was stretched.
-
-    SmolLM2-135M (base 100000, window 8192) finds the more the nearer keys are brought, see docs/real-models.md. The models of SelfExtend's authors, whose
-    two thirds are the rule here, and nano have the original base. A window that was given is believed.
-    """
-    return max(1, window.tokens // STRETCHED_SHARE) if stretched(window) else window.tokens
+def shares_of(window: Window) -> tuple[Shares, ...]:
+    """The rules for a window, the preferred one first. SmolLM2-135M (base 100000) finds the more the nearer keys are brought: docs/real-models.md."""
+    return (STRETCHED, WHOLE) if stretched(window) else (WHOLE,)
 
 
-def smallest(window: Window, span: int, context: int) -> SelfExtend | None:
-    """The smallest group size whose largest distance stays within two thirds of the span."""
-    for group in range(2, LARGEST_GROUP + 1):
-        method = usual(window, span, group)
-        if method.window < span and method.window + (context - method.window) / group <= largest_distance_allowed(span):
+def smallest(window: Window, shares: Shares, context: int) -> SelfExtend | None:
+    """The smallest group size whose largest distance stays within the share."""
+    for group in range(2, shares.group + 1):
+        method = usual(window, shares, group)
+        if method.window + (context - method.window) / group <= shares.largest(window.tokens):
             return method
     return None
 
 
-def poorly(context: int, span: int) -> str:
+def poorly(window: Window, context: int) -> str:
     """What to warn of."""
+    shares, length = shares_of(window)[0], window.tokens
     return (
-        f"context {context} needs distances beyond 2/3 of {span}, where positions are poorly trained; a context of at most {furthest(span)} keeps within them"
+        f"context {context} needs distances beyond {shares.far} of the trained window of {length}, where positions are poorly trained; "
+        f"a context of at most {shares.furthest(length)} keeps within them"
     )
 
 
-def usual(window: Window, span: int, group: int) -> SelfExtend:
-    """The method that the dial considers for a group size on a well-trained span.
+def usual(window: Window, shares: Shares, group: int) -> SelfExtend:
+    """The method that the dial considers for a group size.
 
     The log scale keeps attention as sharp among many keys as among the trained number of them: nano's softmax is diluted without it (docs/nano.md). Texts
     inside the window are as without it. Where the window was stretched it is left out: on SmolLM2 it loses keys (docs/real-models.md).
     """
-    return SelfExtend(group, neighbour_window(span, group), log_scale=None if stretched(window) or window.tokens < 2 else window.tokens)
+    sharp = not stretched(window) and window.tokens > 1
+    return SelfExtend(group, shares.neighbours(window.tokens, group), log_scale=window.tokens if sharp else None)
 
 
 def why(window: Window) -> str:
     return MEASURE if stretched(window) else f"{SHARPENED}; {MEASURE}"
-
-
-def neighbour_window(length: int, group: int) -> int:
-    """L/8 rounded to a multiple of the group size, so that the far zone begins at distance w for every query."""
-    return max(1, round(length / WINDOW_SHARE / group)) * group
-
-
-def furthest(length: int) -> int:
-    """The largest context that the strict rule allows on so many well-trained tokens."""
-    best = length
-    for group in range(2, LARGEST_GROUP + 1):
-        window = neighbour_window(length, group)
-        if window < largest_distance_allowed(length):
-            best = max(best, (largest_distance_allowed(length) - window) * group + window)
-    return best
