@@ -111,19 +111,27 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any, method: Any) -
             tokens = len(prompt.ids)
             digits = block_of(tokenizer, prompt, special, statement_of(sample), sample.references[0])
             here, elsewhere = places[sample.meta["depth"]], [n for depth, found in places.items() if depth != sample.meta["depth"] for n in found]
-            mass = []  # [layers, heads, 4]
+            mass, kept = [], []  # [layers, heads, 4]; [layers, heads, tokens of the statement]
             for index in sorted(recorder.last):
                 weights = recorder.weights(index, tokens)
                 parts = [weights[:, here], weights[:, elsewhere], weights[:, :FIRST], weights[:, digits]]
                 mass.append(torch.stack([part.sum(-1) for part in parts], -1).tolist())
+                kept.append(weights[:, here])
             right = task.score(sample, reply.text)["accuracy"]
             row = {
                 "document": sample.meta["index"], "depth": sample.meta["depth"], "distance": tokens - 1 - max(here), "found": bool(right), "answer": reply.text,
+                "words": words(tokenizer, prompt, here, torch.cat(kept)),
                 "mass": [[[round(x, 5) for x in head] for head in layer] for layer in mass],
             }  # fmt: skip
             rows.append(row)
             print(summary_line(row), flush=True)
     return rows
+
+
+def words(tokenizer: Any, prompt: budget.Prompt, tokens: list[int], weights: torch.Tensor) -> list[tuple[str, float]]:
+    """The tokens of the statement that the eight heads with the most mass on it look at most, and their mean mass. `weights` [heads, tokens]."""
+    mean = weights[weights.sum(-1).topk(8).indices].mean(0)
+    return [(tokenizer.decode([prompt.ids[tokens[n]]]), round(float(mean[n]), 3)) for n in mean.topk(4).indices.tolist()]
 
 
 def best_heads(row: dict[str, Any]) -> list[float]:
@@ -175,13 +183,14 @@ def main() -> None:
 
 def write_page(results: Path) -> None:
     """The table of docs/real-models.md: of each question, what its eight heads with the most mass on the key's statement look at."""
-    head = ["setting", "tokens", "depth", "distance of the key", "mass on the statement", "of it on the number", "the answer begins", ""]
+    head = ["setting", "tokens", "depth", "distance of the key", "mass on the statement", "on its number", "most on the words", "the answer begins", ""]
     body = []
     for entry in sorted(json.loads(results.read_text())["settings"], key=lambda entry: (entry["task"], entry["length"], entry["method"])):
         for row in entry["questions"]:
             own, _, _, digits = best_heads(row)
             cells = [f"`{entry['method']}`", entry["length"], f"{row['depth']:g}", str(row["distance"]), f"{own:.2f}", f"{digits:.2f}"]
-            body.append([*cells, f"`{' '.join(row['answer'].split())[:24]}`", "found" if row["found"] else "lost"])
+            most = ", ".join(f"`{word.strip() or word}` {mass:.2f}" for word, mass in row["words"][:3])
+            body.append([*cells, most, f"`{' '.join(row['answer'].split())[:24]}`", "found" if row["found"] else "lost"])
     write_section(ROOT / "docs/real-models.md", "attention", markdown(head, body))
 
 
