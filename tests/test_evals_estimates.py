@@ -191,12 +191,26 @@ def test_two_speeds_from_times(cost):
     assert min(found.products, found.attention) >= 0
 
 
+@pytest.mark.parametrize("sizes", [(512, 600), (512, 1024, 1254), (512, 1024, 2048)])
+@pytest.mark.parametrize("slow", [0, -1])
+def test_a_slow_probe_is_not_taken_for_a_steep_slope(sizes, slow):
+    """The counts of a model of 135 million parameters, one probe of a busy machine: 8192 tokens are foretold within a factor of two."""
+    work = Work(2.1e8, lambda start, stop: 4 * 576 * 30 * causal(start, stop))
+    true = Speed(Rate(1e-12, 1.5e-12), Rate(1e-12, 1.5e-12))
+    seconds = [true.seconds(work.load(size, 0, 1)) for size in sizes]
+    seconds[slow] *= 1.8
+    found = costs.fit(work, [Sight(size, 0, 1, time, 0.0) for size, time in zip(sizes, seconds)])
+    assert found is not None
+    assert 0.5 < found.seconds(work.load(8192, 8100, 12)) / true.seconds(work.load(8192, 8100, 12)) < 2
+
+
 def test_what_the_times_leave_open_is_left_to_the_counts():
     found = costs.rate([(6.0, 2.0, 1.0)] * 3)  # one length only
     assert found is not None and found.products == pytest.approx(2.0) == found.attention
     assert costs.rate([]) is None and costs.rate([(0.0, 1.0, 1.0)]) is None
     assert costs.fit(PLAIN, [Sight(100, 90, 4, 1.0, 1.0)]) is None  # no document was read
-    assert costs.rate([(1.0, 1.0, 0.1), (1.5, 2.0, 0.4)]) == Rate(pytest.approx(0.84), 0.0)  # less than in proportion: no time is negative
+    shrinking = costs.rate([(1.0, 1.0, 0.1), (1.2, 2.0, 0.4), (1.3, 4.0, 1.6)])  # less than in proportion: no speed is negative
+    assert shrinking is not None and shrinking.attention == 0.0 and 0.3 < shrinking.products < 1.0
 
 
 def test_a_bounded_cache_goes_back_so_far_and_no_farther(tokenizer):
@@ -227,7 +241,7 @@ def test_the_clock_counts_a_document_once(tokenizer, tmp_path):
         clock.read(item, engine.answer(prompt), len(prompt.ids))
     assert left[0] is None
     for n in range(1, len(items)):
-        assert left[n] == pytest.approx(engine.seconds - at[n], rel=0.35 if n < 5 else 0.05), n
+        assert left[n] == pytest.approx(engine.seconds - at[n], rel=0.35 if n < 5 else 0.45 if n < 9 else 0.05), n  # two sizes leave the shape open
     by_tokens = at[1] * sum(item.needs for item in ordered(items)[1:]) / ordered(items)[0].needs
     assert by_tokens > 2 * (engine.seconds - at[1])  # what was told before
     end = clock.step(None, 0)

@@ -147,6 +147,8 @@ HOSTILE = [
     (change(["entries", 0, "method"], {"method": "pi"}), "parameters of pi cannot be used"),
     (change(["entries", 0, "method"], {"method": "rerope"}), r"ReRoPE\(\) does not reach the 128 tokens"),
     (change(["entries", 0, "method"], {"method": "longrope", "factor": 2, "long_factor": "/etc/hostname"}), "must be numbers in a profile"),
+    (change(["entries", 0, "method"], {"method": "longrope", "factor": 2, "long_factor": "README"}), "must be numbers in a profile"),
+    (change(["entries", 0, "method"], {"method": ["longrope"], "factor": 2, "long_factor": "README"}), "an object with its name"),
     (
         change(["entries", 0, "method"], {"method": "combined", "encoding": {"method": "longrope", "factor": 2, "long_factor": "./x"}, "positions": {}}),
         "must be numbers in a profile",

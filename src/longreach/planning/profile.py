@@ -12,10 +12,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from longreach import files
 from longreach.methods import from_json as method_from_json
+from longreach.methods import registry
 from longreach.methods.base import Method
 from longreach.planning.machine import cache_folder
 from longreach.quantities import MOST_TOKENS, counted
@@ -237,8 +238,10 @@ def read_method(data: object) -> Method:
     if not isinstance(plain, dict) or not isinstance(plain.get("method"), str):
         raise ValueError(f"the method of an entry must be an object with its name as 'method'; {AGAIN}")
     for values in (plain, *(value for value in plain.values() if isinstance(value, dict))):
+        kind = registry().get(str(values.get("method")))
+        hints = get_type_hints(kind) if kind is not None else {}
         for name, value in values.items():
-            if name != "method" and isinstance(value, str) and not value.isidentifier():
+            if name != "method" and isinstance(value, str) and value not in get_args(hints.get(name)):  # a choice of words is a Literal
                 raise ValueError(f"{name} must be numbers in a profile, not a name such as {value[:80]!r}; write the numbers into it")
     try:
         return method_from_json(plain)

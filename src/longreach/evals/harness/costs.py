@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 
-TRUST = 1e-4  # how much the counted FLOP say about the ratio of two speeds that the measurements cannot tell apart
+TRUST = 1e-4  # how much the counted FLOP say about the ratio of two speeds, where the times agree on it: nearly nothing
+NOISY = 0.03  # the same where they do not: the two are nearly collinear, and a slow probe would be taken for a steep slope
+EXACT = 0.02  # relative error up to which times agree
 
 
 def causal(start: int, stop: int) -> float:
@@ -132,13 +134,22 @@ def fit(work: Work, sights: Sequence[Sight]) -> Speed | None:
 
 
 def rate(rows: Iterable[tuple[float, float, float]]) -> Rate | None:
-    """Rows of (seconds, products, attention) -> the two speeds of least relative error. What the rows leave open is settled by the counted FLOP."""
+    """Rows of (seconds, products, attention) -> the two speeds of least relative error. What the rows leave open is settled by the counted FLOP.
+
+    The ratio of the speeds is believed where at least three different amounts of work agree on it; else it is drawn towards that of the counted FLOP.
+    """
     known = [row for row in rows if row[0] > 0 and row[1] + row[2] > 0]
     if not known:
         return None
+    found = _solved(known, TRUST)
+    agree = all(abs(found.seconds(products, attention) / seconds - 1) <= EXACT for seconds, products, attention in known)
+    return found if agree and len({row[1:] for row in known}) > 2 else _solved(known, NOISY)
+
+
+def _solved(known: Sequence[tuple[float, float, float]], trust: float) -> Rate:
     scale = median(seconds / (products + attention) for seconds, products, attention in known)
     us, vs = [scale * row[1] / row[0] for row in known], [scale * row[2] / row[0] for row in known]
-    uu, vv, uv = sum(u * u for u in us) + TRUST, sum(v * v for v in vs) + TRUST, sum(u * v for u, v in zip(us, vs)) - TRUST
+    uu, vv, uv = sum(u * u for u in us) + trust, sum(v * v for v in vs) + trust, sum(u * v for u, v in zip(us, vs)) - trust
     whole = uu * vv - uv * uv
     a, b = (sum(us) * vv - sum(vs) * uv) / whole, (sum(vs) * uu - sum(us) * uv) / whole
     if a < 0:
