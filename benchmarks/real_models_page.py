@@ -12,6 +12,7 @@ from common import ROOT, markdown, write_section
 
 from longreach.drawing import canvas
 from longreach.evals.scores import clusters
+from longreach.quantities import counted
 
 Row = dict[str, Any]
 PAGE, README, PICTURES = ROOT / "docs/real-models.md", ROOT / "README.md", ROOT / "docs"
@@ -140,9 +141,9 @@ def made(rows: Sequence[Row]) -> str:
     loads = sorted(row["facts"]["load_at_start"] or 0 for row in rows)
     dates = sorted(row["facts"]["date"][:10] for row in rows)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    threads = " or ".join(str(n) for n in sorted({row["facts"]["threads"] for row in rows}))
+    threads = " or ".join(counted(n, "thread") for n in sorted({row["facts"]["threads"] for row in rows}))
     return (
-        f"{len(rows)} readings, {span}; {machine['cpu']}, {threads} threads, {rows[-1]['dtype'].removeprefix('torch.')}, PyTorch {machine['torch']}, "
+        f"{len(rows)} readings, {span}; {machine['cpu']}, {threads}, {rows[-1]['dtype'].removeprefix('torch.')}, PyTorch {machine['torch']}, "
         f"Transformers {machine['transformers']}; load at the start of a reading {loads[0]:.1f} to {loads[-1]:.1f}, median {median(loads):.1f}: where it is "
         "above the number of threads, seconds say little."
     )
