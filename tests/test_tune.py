@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from fake_bench import KEYS, Clock, FakeBench
 from longreach.configs import Window
 from longreach.evals.scores import clusters, statistics
-from longreach.evals.tune import halving
+from longreach.evals.tune import halving, outcome
 from longreach.evals.tune.candidates import DIAL, PLAIN, Candidate, grouped, propose
 from longreach.evals.tune.decision import decide
 from longreach.evals.tune.halving import NO_TIME, Answers, Entry, Loss, search
@@ -18,6 +20,7 @@ from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
 from longreach.methods.yarn import YaRN
 from longreach.planning import dial
+from longreach.planning.profile import Profile, Tuned, default_path
 
 WINDOW, CONTEXT = Window(8192, "stated"), 12288
 
@@ -325,3 +328,24 @@ def test_without_losses_all_count_and_without_answers_nothing_does():
     refused = entry("a", [8, 8], 3.4)
     refused.reason = "too little memory"
     assert decide([refused]).chosen is None
+
+
+# -- the profile -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_the_cache_does_not_block_a_tune(tmp_path):
+    bench = SimpleNamespace(place=SimpleNamespace(model="mine"), fingerprint="a" * 64, window=WINDOW)
+    path = default_path(bench.fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    empty = Profile("mine", bench.fingerprint, WINDOW.tokens)
+    other = Profile("other", "b" * 64, WINDOW.tokens, (Tuned(CONTEXT, ReRoPE(512), "found"),))
+    try:
+        assert outcome.before(bench, None) == (empty, None)
+        for write, says in ((lambda: path.write_text("{junk"), "it is no JSON"), (lambda: other.write(path), "is the profile of other weights (other)")):
+            write()
+            profile, remark = outcome.before(bench, None)
+            assert profile == empty and says in remark and remark.endswith("; it will be replaced") and "--out" not in remark
+            with pytest.raises(ValueError):  # a file that somebody named is theirs
+                outcome.before(bench, path)
+    finally:
+        path.unlink(missing_ok=True)
