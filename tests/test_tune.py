@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from fake_bench import KEYS, Clock, FakeBench
+from longreach.cli import check_recall
+from longreach.cli.tune import use
 from longreach.configs import Window
 from longreach.evals.scores import clusters, statistics
 from longreach.evals.tune import halving, outcome
@@ -349,3 +354,15 @@ def test_what_lies_in_the_cache_does_not_block_a_tune(tmp_path):
                 outcome.before(bench, path)
     finally:
         path.unlink(missing_ok=True)
+
+
+def test_commands_to_copy_state_the_window_and_quote_the_model():
+    assert use("my models/a", 900, None, None) == """longreach run --model 'my models/a' --context 900 --file FILE --prompt "...\""""
+    assert use("nano", 900, Path("p.json"), 400).startswith("longreach run --model nano --context 900 --trained-window 400 --profile p.json --file")
+    row = {"length": 900, "method": Stock().to_json(), "found": 1, "keys": 5, "low": 0, "high": 1, "seconds": 1}
+    said = StringIO()
+    seen = {"model": "my models/[a]", "recall": {"here": row, "inside": row}}
+    check_recall.show(Console(file=said, width=200), seen, 400)
+    assert "longreach tune --model 'my models/[a]' --context 900 --trained-window 400 measures" in said.getvalue()
+    check_recall.show(Console(file=said, width=200), {**seen, "model": "nano"}, None)
+    assert "longreach tune --model nano --context 900 measures" in said.getvalue()

@@ -92,14 +92,16 @@ def command(
             frontier.draw(result, picture)
         if found.decision.chosen is not None:
             written = outcome.keep(found, profile)
-            result |= {"profile": str(written), "use": use(model, context, profile)}
+            result |= {"profile": str(written), "use": use(model, context, profile, trained_window)}
         out.finish(result, lambda console: show(console, found, result))
 
 
-def use(model: str, context: int, profile: Path | None) -> str:
-    """The command that uses the profile; one in the cache is found by itself."""
-    options = ["--model", model, "--context", str(context), *([] if profile is None else ["--profile", str(profile)])]
-    return f'longreach run {shlex.join(options)} --file FILE --prompt "..."'
+def use(model: str, context: int, profile: Path | None, trained_window: int | None) -> str:
+    """The command that uses the profile; one in the cache is found by itself, one of a stated trained window needs that again."""
+    from longreach.planning.profile import options
+
+    more = [] if profile is None else ["--profile", str(profile)]
+    return f'longreach run {shlex.join([*options(model, context, trained_window), *more])} --file FILE --prompt "..."'
 
 
 def say_plan(out: Output, bench: ModelBench, plan: Plan, cost: Cost, budget: float) -> None:
@@ -156,6 +158,6 @@ def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:
         console.print(f"- {sentence}", soft_wrap=True)
     console.print()
     if "profile" in result:
-        console.print(f"profile: {result['profile']}\nuse it: {result['use']}", soft_wrap=True)
+        console.print(f"profile: {result['profile']}\nuse it: {result['use']}", soft_wrap=True, markup=False)
     else:
         console.print("no profile was written: nothing was measured that could be chosen", soft_wrap=True)
