@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,12 @@ from rich.console import Console
 
 from fake_bench import KEYS, Clock, FakeBench
 from longreach.cli import check_recall
-from longreach.cli.tune import use
+from longreach.cli.tune import show, use
 from longreach.configs import Window
 from longreach.evals.scores import clusters, statistics
 from longreach.evals.tune import halving, outcome
 from longreach.evals.tune.candidates import DIAL, PLAIN, Candidate, grouped, propose
-from longreach.evals.tune.decision import decide
+from longreach.evals.tune.decision import SURE, decide, paired
 from longreach.evals.tune.halving import NO_TIME, Answers, Entry, Loss, search
 from longreach.evals.tune.plan import Cost, Plan, Rung, divide
 from longreach.methods import registry
@@ -309,6 +310,44 @@ def test_whether_the_dials_rule_is_beaten():
     assert decide([good, entry(DIAL, [1], 3.6)]).beaten is False  # one document shows nothing
     assert decide([good, entry(DIAL, [8, 8, 8, 8], 3.4)]).beaten is False
     assert decide([good]).beaten is None and "not known whether it is beaten" in decide([good]).sentences[1]
+
+
+def test_the_best_of_many_must_beat_the_dials_rule_by_more():
+    good, rule = entry("good", [8, 8, 8, 8], 3.5), entry(DIAL, [4, 5, 4, 5], 3.5)
+    p = paired(rule, good).p
+    enough = math.ceil(SURE / p)
+    assert 2 * p < SURE and enough > 2
+    others = [entry(f"other {n}", [0], 3.5) for n in range(enough - 2)]
+    few, many = decide([good, rule, *others[:-1]]), decide([good, rule, *others])
+    assert few.beaten is True and many.beaten is False
+    assert any(f"is not shown to be beaten: it found 18 of 32 in 4 documents: not to be told apart with 4 documents (p = {enough * p:.2g}, against the best of "
+               f"{enough})" in s for s in many.sentences)  # fmt: skip
+    plain = entry(PLAIN, [0], method=Stock(), control=True)
+    assert decide([good, rule, *others[:-1], plain]).beaten is True  # a control is not one of those that it was the best of
+    assert any(s.startswith("other 0 found 0 of 8 in 1 document: not to be told apart with 1 document (p = 0.25)") for s in many.sentences)
+
+
+def test_without_a_loss_beside_others_that_have_one_nothing_is_chosen():
+    good, unknown, less = entry("good", [6, 6], 3.5), entry("unknown", [8, 8]), entry("less", [1, 1])
+    words = decide([good, unknown, less]).sentences
+    assert chosen(good, unknown, less) == "good"
+    assert any(s.startswith("unknown found 16") and s.endswith("; its loss was not measured, so it cannot be chosen: a larger --budget measures it") for s in words)
+    assert any(s.startswith("less found 2") and s.endswith("; its loss was not measured, so it cannot be chosen") for s in words)  # more time goes elsewhere
+    cheap = entry(DIAL, [], 3.0)
+    cheap.reason = NO_TIME
+    assert chosen(cheap, good, unknown) == "good"  # too dear, but its price is known
+    assert chosen(cheap, unknown, less) == "unknown" and "cannot be chosen" not in " ".join(decide([cheap, unknown, less]).sentences)
+
+
+def test_plain_attention_is_nothing_to_choose_between():
+    plain = entry(PLAIN, [1], method=Stock(), control=True)
+    alone = decide([entry("a", [8], 3.5), plain, entry("b", [])])
+    assert alone.chosen is None and alone.sentences[0].startswith("only a was measured, it found 8 of 8 in 1 document")
+    assert chosen(entry("a", [8], 3.5), plain) == "a"  # nothing else was proposed
+    said = StringIO()
+    found = SimpleNamespace(decision=alone, search=SimpleNamespace(entries=[]), bench=SimpleNamespace(notes=[]))
+    show(Console(file=said, width=300), found, {"candidates": [], "ceiling": []})  # type: ignore[arg-type]
+    assert said.getvalue().splitlines()[-1].startswith("no profile was written: only a was measured, it found 8 of 8 in 1 document: there is nothing to choose")
 
 
 def test_what_a_number_alone_does_not_say():

@@ -160,4 +160,4 @@ def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:
     if "profile" in result:
         console.print(f"profile: {result['profile']}\nuse it: {result['use']}", soft_wrap=True, markup=False)
     else:
-        console.print("no profile was written: nothing was measured that could be chosen", soft_wrap=True)
+        console.print(f"no profile was written: {found.decision.sentences[0]}", soft_wrap=True, markup=False)
