@@ -119,6 +119,16 @@ def test_one_document_alone_tells_nothing_apart_and_four_do():
         clusters.compare([none], [none, none])
 
 
+def test_rounding_to_whole_answers_makes_nobody_surer():
+    a, b = [[1.0, 0, 0, 0, 0], [0.0] * 5, [0.0] * 5], [[0.0, 1, 1, 1, 0], [1.0, 1, 1, 1, 0], [1.0, 1, 1, 1, 0]]
+    found = clusters.compare(a, b)
+    differences = [[y - x for x, y in zip(one, other)] for one, other in zip(a, b)]
+    effect = clusters.design_effect(differences)
+    assert (found.only_a, found.only_b) == (1, 11) and effect > 1
+    assert found.p == statistics.mcnemar(1, math.floor(11 / effect)) > statistics.mcnemar(0, math.floor(11 / effect))
+    assert clusters.compare(b, a).p == found.p
+
+
 # -- the plan --------------------------------------------------------------------------------------------------------------------------
 
 
