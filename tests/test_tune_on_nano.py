@@ -219,6 +219,32 @@ def test_a_model_that_cannot_have_a_method_says_so(nano, tmp_path):
         bench.read(Candidate("short", SelfExtend(1, 64), ""), 0)
 
 
+@pytest.mark.parametrize("error", [ValueError("logits are not finite"), RuntimeError("out of memory"), MemoryError()])
+def test_a_ceiling_whose_loss_fails_is_a_note_and_no_end(nano, tmp_path, monkeypatch, error):
+    bench = ModelBench(*nano, "nano", Asked(CONTEXT, (registry.task("passkeys"),)), tmp_path / "w")
+
+    def fails(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(study.perplexity, "losses", fails)
+    part = next(part for part in bench.parts if part.name == "loss inside the window")
+    assert bench.ceiling(part) == 0.0 and not bench.inside
+    assert bench.notes == [f"the ceiling was not measured (loss inside the window): {error or 'MemoryError'}"]
+
+
+@pytest.mark.parametrize("error", [ValueError("logits are not finite"), RuntimeError("out of memory"), MemoryError()])
+def test_a_ceiling_whose_loss_fails_is_a_note_and_no_end(nano, tmp_path, monkeypatch, error):
+    bench = ModelBench(*nano, "nano", Asked(CONTEXT, (registry.task("passkeys"),)), tmp_path / "w")
+
+    def fails(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(study.perplexity, "losses", fails)
+    part = next(part for part in bench.parts if part.name == "loss inside the window")
+    assert bench.ceiling(part) == 0.0 and not bench.inside
+    assert bench.notes == [f"the ceiling was not measured (loss inside the window): {str(error) or 'MemoryError'}"]
+
+
 def test_a_short_text_hides_facts_and_the_book_is_predicted(nano, tmp_path):
     asked = Asked(CONTEXT, (registry.task("passkeys"),), "The sea was calm that night. Nobody spoke of the ship. " * 3)
     bench = ModelBench(*nano, "nano", asked, tmp_path / "w")
