@@ -88,11 +88,11 @@ def command(
             with progress_of(out, bench.place.path, "reading") as progress:
                 found = outcome.tune(bench, budget, price, said=lambda plan, cost: say_plan(out, bench, plan, cost, budget), progress=progress)
         result = {**found.to_json(), "model": model}
-        if picture is not None:
-            frontier.draw(result, picture)
-        if found.decision.chosen is not None:
+        if found.decision.chosen is not None:  # before the picture: what was measured for long is kept even where that fails
             written = outcome.keep(found, profile)
             result |= {"profile": str(written), "use": use(model, context, profile, trained_window)}
+        if picture is not None:
+            frontier.draw(result, picture)
         out.finish(result, lambda console: show(console, found, result))
 
 
