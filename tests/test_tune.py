@@ -341,8 +341,9 @@ def test_without_a_loss_beside_others_that_have_one_nothing_is_chosen():
     good, unknown, less = entry("good", [6, 6], 3.5), entry("unknown", [8, 8]), entry("less", [1, 1])
     words = decide([good, unknown, less]).sentences
     assert chosen(good, unknown, less) == "good"
-    assert any(s.startswith("unknown found 16") and s.endswith("; its loss was not measured, so it cannot be chosen: a larger --budget measures it") for s in words)
-    assert any(s.startswith("less found 2") and s.endswith("; its loss was not measured, so it cannot be chosen") for s in words)  # more time goes elsewhere
+    unmeasured = "; its loss was not measured, so it cannot be chosen"
+    assert any(s.startswith("unknown found 16") and s.endswith(f"{unmeasured}: a larger --budget measures it") for s in words)
+    assert any(s.startswith("less found 2") and s.endswith(unmeasured) for s in words)  # more time goes elsewhere
     cheap = entry(DIAL, [], 3.0)
     cheap.reason = NO_TIME
     assert chosen(cheap, good, unknown) == "good"  # too dear, but its price is known

@@ -122,7 +122,7 @@ def show_list(console: Console, listed: dict[str, Any]) -> None:
         console.print(f"left out: {row['label']}: {row['reason']}", soft_wrap=True)
     seconds = listed["document_seconds"]
     if seconds is not None:
-        console.print(f"one document with its questions: about {duration(seconds)} (an estimate from two short prompts)")
+        console.print(f"one document with its questions: about {duration(seconds)} (an estimate from short beginnings of the document)")
     if listed["plan"] is not None:
         console.print(f"a budget of {duration(listed['budget'])} buys: {ladder(listed['plan'])}", soft_wrap=True)
     if listed["remark"]:

@@ -88,7 +88,7 @@ def tune(
 
 
 def listing(bench: ModelBench, budget: float) -> dict[str, Any]:
-    """The candidates in the order of trying, and what a budget is expected to buy, without measuring more than a few hundred tokens."""
+    """The candidates in the order of trying, and what a budget is expected to buy, measuring no more than short beginnings of the document."""
     proposal, seconds = bench.proposal, bench.estimate()
     found: dict[str, Any] = {
         "context": bench.asked.context,

@@ -139,7 +139,7 @@ class ModelBench:
         return f"the rotary of this model is scaled already ({kind}), and {method.name} would scale it again" if method.rescales and kind != "default" else None
 
     def estimate(self) -> float | None:
-        """Seconds of one document under the first candidate that can be attached, from two short beginnings of it; None if there is none."""
+        """Seconds of one document under the first candidate that can be attached, from short beginnings of the document; None if there is none."""
         items = self.document(0)
         for candidate in self.proposal.candidates:
             try:
