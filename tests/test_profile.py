@@ -42,8 +42,12 @@ def test_an_entry_serves_contexts_up_to_its_own():
     assert [profile.reaches(n) for n in (1, 64, 512, 513)] == [True, True, True, False]
     with pytest.raises(ValueError, match="was tuned for no context, not for 65 tokens"):
         Profile("tiny", PRINTS, WINDOW).choose(65)
-    with pytest.raises(ValueError, match=r"--model 'a; b' --context 65"):
+    with pytest.raises(ValueError, match=r"--model 'a; b' --context 65,"):
         Profile("a; b", PRINTS, WINDOW).choose(65)
+    with pytest.raises(ValueError, match=r"--model 'my model' --context 65 --trained-window 64,"):
+        Profile("theirs", PRINTS, WINDOW, user=("my model", WINDOW)).choose(65)
+    assert Profile("theirs", PRINTS, WINDOW).command(65, "mine", 64) == "longreach tune --model mine --context 65 --trained-window 64"
+    assert "user" not in Profile("theirs", PRINTS, WINDOW, user=("mine", None)).to_json()
 
 
 def test_an_entry_is_added_or_replaced_in_order():
@@ -328,10 +332,14 @@ def test_a_profile_that_does_not_fit_is_said_and_the_rule_chooses(run, folders, 
     beyond = ask(run, folders, "--context", 600, "--json")
     assert beyond.json["method"]["method"] == "selfextend"
     assert beyond.json["extension"]["profile"] is None
-    assert f"the profile {path} was tuned for 128, 512, not for 600 tokens; the dial's rule chooses; longreach tune --model tiny --context 600" in beyond.err
+    assert f"the profile {path} was tuned for 128, 512, not for 600 tokens; the dial's rule chooses; longreach tune --model " in beyond.err
+    assert f"longreach tune --model {folders['llama']} --context 600 tunes for that" in beyond.err  # as the user names it, not the file
+    stated = ask(run, folders, "--context", 600, "--trained-window", WINDOW, "--json")
+    assert f"--model {folders['llama']} --context 600 --trained-window {WINDOW} tunes for that" in stated.err
     window = ask(run, folders, "--trained-window", 32, "--json")
     assert window.json["extension"]["profile"] is None
     assert "was tuned with a trained window of 64 tokens, and 32 is in force; the dial's rule chooses" in window.err
+    assert f"longreach tune --model {folders['llama']} --context" in window.err and " --trained-window 32 tunes for that" in window.err
     path.write_text("{")
     broken = ask(run, folders, "--json", "--quiet")
     assert broken.json["extension"]["profile"] is None
@@ -353,7 +361,7 @@ def test_a_profile_that_is_named_is_used_or_refused(run, folders, tuned, tmp_pat
     assert found.json["extension"]["profile"]["source"] == str(file)
     assert f"profile: YaRN(factor=2.0) from {file}, tuned at 128 tokens\n" in found.err
     base = ("run", "-m", folders["llama"], "-p", "a" * 80, "--max-new-tokens", 2, "--profile")
-    refused(run, *base, file, "--context", 600, says="tuned for 128, not for 600 tokens; run longreach tune --model mine --context 600")
+    refused(run, *base, file, "--context", 600, says=f"tuned for 128, not for 600 tokens; run longreach tune --model {folders['llama']} --context 600")
     refused(run, *base, file, "--method", "stock", says="leave out --profile, or --method and its parameters")
     refused(run, *base, file, "--no-profile", says="contradict each other")
     refused(run, *base, file, "--trained-window", 32, says="32 is in force")

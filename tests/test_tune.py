@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from rich.console import Console
 
 from fake_bench import KEYS, Clock, FakeBench
+from longreach.cli import check_recall
+from longreach.cli.tune import show, use
 from longreach.configs import Window
 from longreach.evals.scores import clusters, statistics
-from longreach.evals.tune import halving
+from longreach.evals.tune import halving, outcome
 from longreach.evals.tune.candidates import DIAL, PLAIN, Candidate, grouped, propose
-from longreach.evals.tune.decision import decide
+from longreach.evals.tune.decision import SURE, decide, paired
 from longreach.evals.tune.halving import NO_TIME, Answers, Entry, Loss, search
 from longreach.evals.tune.plan import Cost, Plan, Rung, divide
 from longreach.methods import registry
@@ -18,6 +26,7 @@ from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
 from longreach.methods.yarn import YaRN
 from longreach.planning import dial
+from longreach.planning.profile import Profile, Tuned, default_path
 
 WINDOW, CONTEXT = Window(8192, "stated"), 12288
 
@@ -108,6 +117,16 @@ def test_one_document_alone_tells_nothing_apart_and_four_do():
     assert (same.difference, same.p) == (0, 1)
     with pytest.raises(ValueError, match="same questions"):
         clusters.compare([none], [none, none])
+
+
+def test_rounding_to_whole_answers_makes_nobody_surer():
+    a, b = [[1.0, 0, 0, 0, 0], [0.0] * 5, [0.0] * 5], [[0.0, 1, 1, 1, 0], [1.0, 1, 1, 1, 0], [1.0, 1, 1, 1, 0]]
+    found = clusters.compare(a, b)
+    differences = [[y - x for x, y in zip(one, other)] for one, other in zip(a, b)]
+    effect = clusters.design_effect(differences)
+    assert (found.only_a, found.only_b) == (1, 11) and effect > 1
+    assert found.p == statistics.mcnemar(1, math.floor(11 / effect)) > statistics.mcnemar(0, math.floor(11 / effect))
+    assert clusters.compare(b, a).p == found.p
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------------------------
@@ -303,6 +322,45 @@ def test_whether_the_dials_rule_is_beaten():
     assert decide([good]).beaten is None and "not known whether it is beaten" in decide([good]).sentences[1]
 
 
+def test_the_best_of_many_must_beat_the_dials_rule_by_more():
+    good, rule = entry("good", [8, 8, 8, 8], 3.5), entry(DIAL, [4, 5, 4, 5], 3.5)
+    p = paired(rule, good).p
+    enough = math.ceil(SURE / p)
+    assert 2 * p < SURE and enough > 2
+    others = [entry(f"other {n}", [0], 3.5) for n in range(enough - 2)]
+    few, many = decide([good, rule, *others[:-1]]), decide([good, rule, *others])
+    assert few.beaten is True and many.beaten is False
+    assert any(f"is not shown to be beaten: it found 18 of 32 in 4 documents: not to be told apart with 4 documents (p = {enough * p:.2g}, against the best of "
+               f"{enough})" in s for s in many.sentences)  # fmt: skip
+    plain = entry(PLAIN, [0], method=Stock(), control=True)
+    assert decide([good, rule, *others[:-1], plain]).beaten is True  # a control is not one of those that it was the best of
+    assert any(s.startswith("other 0 found 0 of 8 in 1 document: not to be told apart with 1 document (p = 0.25)") for s in many.sentences)
+
+
+def test_without_a_loss_beside_others_that_have_one_nothing_is_chosen():
+    good, unknown, less = entry("good", [6, 6], 3.5), entry("unknown", [8, 8]), entry("less", [1, 1])
+    words = decide([good, unknown, less]).sentences
+    assert chosen(good, unknown, less) == "good"
+    unmeasured = "; its loss was not measured, so it cannot be chosen"
+    assert any(s.startswith("unknown found 16") and s.endswith(f"{unmeasured}: a larger --budget measures it") for s in words)
+    assert any(s.startswith("less found 2") and s.endswith(unmeasured) for s in words)  # more time goes elsewhere
+    cheap = entry(DIAL, [], 3.0)
+    cheap.reason = NO_TIME
+    assert chosen(cheap, good, unknown) == "good"  # too dear, but its price is known
+    assert chosen(cheap, unknown, less) == "unknown" and "cannot be chosen" not in " ".join(decide([cheap, unknown, less]).sentences)
+
+
+def test_plain_attention_is_nothing_to_choose_between():
+    plain = entry(PLAIN, [1], method=Stock(), control=True)
+    alone = decide([entry("a", [8], 3.5), plain, entry("b", [])])
+    assert alone.chosen is None and alone.sentences[0].startswith("only a was measured, it found 8 of 8 in 1 document")
+    assert chosen(entry("a", [8], 3.5), plain) == "a"  # nothing else was proposed
+    said = StringIO()
+    found = SimpleNamespace(decision=alone, search=SimpleNamespace(entries=[]), bench=SimpleNamespace(notes=[]))
+    show(Console(file=said, width=300), found, {"candidates": [], "ceiling": []})  # type: ignore[arg-type]
+    assert said.getvalue().splitlines()[-1].startswith("no profile was written: only a was measured, it found 8 of 8 in 1 document: there is nothing to choose")
+
+
 def test_what_a_number_alone_does_not_say():
     plain = entry(PLAIN, [1, 1, 1, 1], method=Stock(), control=True)
     good = entry("good", [8, 8, 8, 8], 3.5)
@@ -325,3 +383,36 @@ def test_without_losses_all_count_and_without_answers_nothing_does():
     refused = entry("a", [8, 8], 3.4)
     refused.reason = "too little memory"
     assert decide([refused]).chosen is None
+
+
+# -- the profile -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_the_cache_does_not_block_a_tune(tmp_path):
+    bench = SimpleNamespace(place=SimpleNamespace(model="mine"), fingerprint="a" * 64, window=WINDOW)
+    path = default_path(bench.fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    empty = Profile("mine", bench.fingerprint, WINDOW.tokens)
+    other = Profile("other", "b" * 64, WINDOW.tokens, (Tuned(CONTEXT, ReRoPE(512), "found"),))
+    try:
+        assert outcome.before(bench, None) == (empty, None)
+        for write, says in ((lambda: path.write_text("{junk"), "it is no JSON"), (lambda: other.write(path), "is the profile of other weights (other)")):
+            write()
+            profile, remark = outcome.before(bench, None)
+            assert profile == empty and says in remark and remark.endswith("; it will be replaced") and "--out" not in remark
+            with pytest.raises(ValueError):  # a file that somebody named is theirs
+                outcome.before(bench, path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_commands_to_copy_state_the_window_and_quote_the_model():
+    assert use("my models/a", 900, None, None) == """longreach run --model 'my models/a' --context 900 --file FILE --prompt "...\""""
+    assert use("nano", 900, Path("p.json"), 400).startswith("longreach run --model nano --context 900 --trained-window 400 --profile p.json --file")
+    row = {"length": 900, "method": Stock().to_json(), "found": 1, "keys": 5, "low": 0, "high": 1, "seconds": 1}
+    said = StringIO()
+    seen = {"model": "my models/[a]", "recall": {"here": row, "inside": row}}
+    check_recall.show(Console(file=said, width=200), seen, 400)
+    assert "longreach tune --model 'my models/[a]' --context 900 --trained-window 400 measures" in said.getvalue()
+    check_recall.show(Console(file=said, width=200), {**seen, "model": "nano"}, None)
+    assert "longreach tune --model nano --context 900 measures" in said.getvalue()

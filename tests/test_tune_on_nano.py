@@ -184,11 +184,25 @@ def test_a_profile_of_other_weights_is_not_added_to(run: Run, tuned, tmp_path):
     assert Profile.read(tmp_path / "window.json").window == 512
 
 
+def test_the_profile_is_kept_where_the_picture_fails(run: Run, tuned, tmp_path, monkeypatch):
+    from longreach.drawing import frontier
+
+    def fails(*arguments: Any) -> None:
+        raise ValueError("no room for a picture; make some")
+
+    monkeypatch.setattr(frontier, "draw", fails)
+    where = ("--work", tuned[0] / "work", "--out", tmp_path / "p.json", "--picture", tmp_path / "p.png")
+    refused(run, "tune", *AT[:-1], *where, says="no room for a picture")
+    assert Profile.read(tmp_path / "p.json").choose(CONTEXT) is not None
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
         (lambda run: {**run, "losses": {"beyond": {"nats": 3.0, "blocks": ["x"], "seconds": 1}}}, "does not hold the losses of a tune"),
         (lambda run: {**run, "losses": {"beyond": {"nats": 3.0, "blocks": [1.0] * 300, "seconds": 1}}}, "does not hold the losses of a tune"),
+        (lambda run: {**run, "losses": {"beyond": {"nats": 10**400, "blocks": [1.0], "seconds": 1}}}, "does not hold the losses of a tune"),
+        (lambda run: {**run, "losses": {"beyond": {"nats": 3.0, "blocks": [10**400], "seconds": 1}}}, "does not hold the losses of a tune"),
         (lambda run: {**run, "losses": [1]}, "does not hold the losses of a tune"),
         (lambda run: {**run, "config": {**run["config"], "seed": 7}}, "holds a run of other settings (seed: 7 there, 0 now)"),
     ],
@@ -217,6 +231,19 @@ def test_a_model_that_cannot_have_a_method_says_so(nano, tmp_path):
     bench = ModelBench(*nano, "nano", Asked(CONTEXT, (registry.task("passkeys"),)), tmp_path / "w")
     with pytest.raises(Refused, match=r"reaches 512 tokens on a trained window of 512, less than the declared context of 1024"):
         bench.read(Candidate("short", SelfExtend(1, 64), ""), 0)
+
+
+@pytest.mark.parametrize("error", [ValueError("logits are not finite"), RuntimeError("out of memory"), MemoryError()])
+def test_a_ceiling_whose_loss_fails_is_a_note_and_no_end(nano, tmp_path, monkeypatch, error):
+    bench = ModelBench(*nano, "nano", Asked(CONTEXT, (registry.task("passkeys"),)), tmp_path / "w")
+
+    def fails(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(study.perplexity, "losses", fails)
+    part = next(part for part in bench.parts if part.name == "loss inside the window")
+    assert bench.ceiling(part) == 0.0 and not bench.inside
+    assert bench.notes == [f"the ceiling was not measured (loss inside the window): {str(error) or 'MemoryError'}"]
 
 
 def test_a_short_text_hides_facts_and_the_book_is_predicted(nano, tmp_path):

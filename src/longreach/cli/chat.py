@@ -80,7 +80,7 @@ def command(
         for option, value in (("--system", system), *(("--hide", sentence) for sentence in hide or [])):
             text.check_argument(option, value)
         chosen = common.method_of(context, method)
-        by_profile = profiles.asked(profile, no_profile, chosen)
+        by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)

@@ -71,14 +71,14 @@ def command(
         if family or markdown:
             raise ValueError("--family and --markdown belong to --all; add it")
         chosen = common.method_of(context, method)
-        by_profile = profiles.asked(profile, no_profile, chosen)
+        by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         if profile is not None and declared is None:
             raise ValueError("--profile chooses the method for a context; pass --context N too")
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             if recall:
                 seen = {"model": model, **check_recall.run(out, loaded, tokenizer, chosen, declared, trained_window, by_profile)}
-                out.finish(seen, lambda console: check_recall.show(console, seen))
+                out.finish(seen, lambda console: check_recall.show(console, seen, trained_window))
                 return
             result = {"model": model, **examine(out, loaded, tokenizer, chosen, declared, tokens, trained_window, by_profile)}
         out.finish(result, lambda console: show(console, result))

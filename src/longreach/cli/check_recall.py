@@ -5,6 +5,7 @@ Knows options, a table and what is said; the looking is done in evals/tune/recal
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from longreach.cli import common, eval_options, profiles
@@ -43,10 +44,11 @@ def run(
     return {"context": context, "trained_window": window, "recall": {"here": here.to_json(), "inside": inside.to_json()}}
 
 
-def show(console: Console, result: dict[str, Any]) -> None:
+def show(console: Console, result: dict[str, Any], trained_window: int | None) -> None:
     from rich.text import Text
 
     from longreach.cli import parameters
+    from longreach.planning.profile import options
 
     table = common.plain_table("", "tokens", "method", "found", "95 % interval", "s")
     for name, where in (("here", "at the context"), ("inside", "inside the window")):
@@ -61,4 +63,5 @@ def show(console: Console, result: dict[str, Any]) -> None:
         f"{inside['found']} of {inside['keys']} inside its window",
         soft_wrap=True,
     )
-    console.print(f"one document each: a look, not a measurement. longreach tune --model {result['model']} --context {here['length']} measures", soft_wrap=True)
+    measure = shlex.join(options(result["model"], here["length"], trained_window))
+    console.print(f"one document each: a look, not a measurement. longreach tune {measure} measures", soft_wrap=True, markup=False)

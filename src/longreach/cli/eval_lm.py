@@ -71,7 +71,7 @@ def command(
         from longreach.planning import dial
 
         chosen = common.method_of(context, method)
-        by_profile = profiles.asked(profile, no_profile, chosen)
+        by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         names = parse_names(tasks)
         documents = parse_limit(limit)
         answers = dict(read_pair("--gen-kwargs", pair) for pair in generation or [])

@@ -76,7 +76,7 @@ def command(
         folder = Folder(out_folder)
         folder.check()
         chosen = common.method_of(context, method)
-        by_profile = profiles.asked(profile, no_profile, chosen)
+        by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         wanted = None if lengths is None else parse_lengths(lengths)
         sources = {name: texts.read(name, texts.LARGEST_FILE, out.note, encoding) for name in files or [texts.BOOK]}
         with common.quiet_transformers(verbose):

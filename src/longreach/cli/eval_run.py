@@ -75,7 +75,7 @@ def command(
 
         names = eval_options.take_method_options(context, names)
         chosen = common.method_of(context, method)
-        by_profile = profiles.asked(profile, no_profile, chosen)
+        by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         part = eval_options.parse_shard(shard)
         folder = Folder(out_folder, part)
         folder.check()
@@ -144,7 +144,7 @@ def estimate(
     with common.output(as_json, verbose, quiet) as out:
         names = eval_options.take_method_options(context, names)
         chosen = common.method_of(context, method)
-        by_profile = profiles.asked(profile, no_profile, chosen)
+        by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         asked = eval_options.wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)

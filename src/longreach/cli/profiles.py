@@ -21,10 +21,11 @@ RULE = "the dial's rule chooses"
 
 @dataclass(frozen=True)
 class Asked:
-    """What the options say: `given` is of --profile, `ignored` of --no-profile; by default the cache is looked at."""
+    """What the options say: `given` is of --profile, `ignored` of --no-profile, `model` of --model; by default the cache is looked at."""
 
     given: Profile | None = None
     ignored: bool = False
+    model: str | None = None
 
 
 BY_DEFAULT = Asked()
@@ -45,10 +46,10 @@ class Found:
         return self.profile
 
 
-def asked(file: Path | None, ignored: bool, method: Method | None, document: Path | None = None) -> Asked:
+def asked(file: Path | None, ignored: bool, method: Method | None, document: Path | None = None, model: str | None = None) -> Asked:
     """The options, checked before a model is loaded. Raises ValueError for a file that is no profile, and beside what chooses the method otherwise."""
     if file is None:
-        return Asked(None, ignored)
+        return Asked(None, ignored, model)
     if ignored:
         raise ValueError("--profile and --no-profile contradict each other; leave out one")
     if method is not None:
@@ -57,7 +58,7 @@ def asked(file: Path | None, ignored: bool, method: Method | None, document: Pat
         raise ValueError("--document says what it was read with, so a profile cannot choose; leave out --profile, or read the text anew")
     from longreach.planning.profile import Profile
 
-    return Asked(Profile.read(file))
+    return Asked(Profile.read(file), model=model)
 
 
 def find(out: Output, asked: Asked, model: Any, method: Method | None, context: int | None, trained_window: int | None) -> Profile | None:
@@ -78,8 +79,9 @@ def look(asked: Asked, base: Any, context: int, trained_window: int | None) -> F
 
     window = configs.trained_window(base.config, trained_window).tokens
     if asked.given is not None:
-        fits = context > window == asked.given.window and asked.given.reaches(context)
-        return Found(asked.given, used(asked.given, str(asked.given.source), context) if fits else None)
+        given = asked.given if asked.model is None else replace(asked.given, user=(asked.model, trained_window))
+        fits = context > window == given.window and given.reaches(context)
+        return Found(given, used(given, str(given.source), context) if fits else None)
     if asked.ignored or context <= window:
         return Found()
     fingerprint = checkpoint_fingerprint(base)
@@ -94,9 +96,10 @@ def look(asked: Asked, base: Any, context: int, trained_window: int | None) -> F
         return Found(None, f"the profile {str(path)!r} is of another model (fingerprint {profile.fingerprint[:16]}); {RULE}, delete the file", serious=True)
     if profile.window != window:
         why = f"was tuned with a trained window of {profile.window} tokens, and {window} is in force"
-        return Found(None, f"the profile {path} is not used: it {why}; {RULE}; {profile.command(context)} --trained-window {window} tunes for that")
+        return Found(None, f"the profile {path} is not used: it {why}; {RULE}; {profile.command(context, asked.model, window)} tunes for that")
     if not profile.reaches(context):
-        return Found(None, f"the profile {path} was tuned for {profile.contexts}, not for {context} tokens; {RULE}; {profile.command(context)} tunes for that")
+        again = profile.command(context, asked.model, trained_window)
+        return Found(None, f"the profile {path} was tuned for {profile.contexts}, not for {context} tokens; {RULE}; {again} tunes for that")
     return Found(profile, used(profile, str(path), context) + "; --no-profile ignores it")
 
 

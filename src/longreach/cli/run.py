@@ -72,7 +72,7 @@ def command(
         if top_p is not None and not top_p > 0:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {top_p}; leave it out to sample among all tokens")
         chosen = common.method_of(context, method)
-        by_profile = profiles.asked(profile, no_profile, chosen, document)
+        by_profile = profiles.asked(profile, no_profile, chosen, document, model)
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
         request = text.Request("" if document else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)

@@ -88,18 +88,20 @@ def command(
             with progress_of(out, bench.place.path, "reading") as progress:
                 found = outcome.tune(bench, budget, price, said=lambda plan, cost: say_plan(out, bench, plan, cost, budget), progress=progress)
         result = {**found.to_json(), "model": model}
+        if found.decision.chosen is not None:  # before the picture: what was measured for long is kept even where that fails
+            written = outcome.keep(found, profile)
+            result |= {"profile": str(written), "use": use(model, context, profile, trained_window)}
         if picture is not None:
             frontier.draw(result, picture)
-        if found.decision.chosen is not None:
-            written = outcome.keep(found, profile)
-            result |= {"profile": str(written), "use": use(model, context, profile)}
         out.finish(result, lambda console: show(console, found, result))
 
 
-def use(model: str, context: int, profile: Path | None) -> str:
-    """The command that uses the profile; one in the cache is found by itself."""
-    options = ["--model", model, "--context", str(context), *([] if profile is None else ["--profile", str(profile)])]
-    return f'longreach run {shlex.join(options)} --file FILE --prompt "..."'
+def use(model: str, context: int, profile: Path | None, trained_window: int | None) -> str:
+    """The command that uses the profile; one in the cache is found by itself, one of a stated trained window needs that again."""
+    from longreach.planning.profile import options
+
+    more = [] if profile is None else ["--profile", str(profile)]
+    return f'longreach run {shlex.join([*options(model, context, trained_window), *more])} --file FILE --prompt "..."'
 
 
 def say_plan(out: Output, bench: ModelBench, plan: Plan, cost: Cost, budget: float) -> None:
@@ -120,7 +122,7 @@ def show_list(console: Console, listed: dict[str, Any]) -> None:
         console.print(f"left out: {row['label']}: {row['reason']}", soft_wrap=True)
     seconds = listed["document_seconds"]
     if seconds is not None:
-        console.print(f"one document with its questions: about {duration(seconds)} (an estimate from two short prompts)")
+        console.print(f"one document with its questions: about {duration(seconds)} (an estimate from short beginnings of the document)")
     if listed["plan"] is not None:
         console.print(f"a budget of {duration(listed['budget'])} buys: {ladder(listed['plan'])}", soft_wrap=True)
     if listed["remark"]:
@@ -156,6 +158,6 @@ def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:
         console.print(f"- {sentence}", soft_wrap=True)
     console.print()
     if "profile" in result:
-        console.print(f"profile: {result['profile']}\nuse it: {result['use']}", soft_wrap=True)
+        console.print(f"profile: {result['profile']}\nuse it: {result['use']}", soft_wrap=True, markup=False)
     else:
-        console.print("no profile was written: nothing was measured that could be chosen", soft_wrap=True)
+        console.print(f"no profile was written: {found.decision.sentences[0]}", soft_wrap=True, markup=False)

@@ -85,6 +85,7 @@ class Profile:
     window       the trained window in force when it was tuned, in tokens.
     entries      ascending contexts beyond the window, each once.
     source       where it was read from, for people; no part of what it says.
+    user         how its user names the model and the trained window (None: not stated), for commands to copy: `model` is whatever the file's author wrote.
 
     Raises ValueError for anything else.
     """
@@ -94,6 +95,7 @@ class Profile:
     window: int
     entries: tuple[Tuned, ...] = ()
     source: str | None = field(default=None, compare=False)
+    user: tuple[str, int | None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         require_line("the model of a profile", self.model)
@@ -131,7 +133,7 @@ class Profile:
             if entry.context >= context:
                 return entry
         raise ValueError(
-            f"the profile of {self.model} was tuned for {self.contexts}, not for {context} tokens; run {self.command(context)}, "
+            f"the profile of {self.model} was tuned for {self.contexts}, not for {context} tokens; run {self.command(context, *self.user or ())}, "
             "or leave the profile out (--no-profile, profile=None) to have the dial's rule choose"
         )
 
@@ -139,9 +141,9 @@ class Profile:
         """Whether `choose` has an answer."""
         return context <= max([self.window, *(entry.context for entry in self.entries)])
 
-    def command(self, context: int) -> str:
-        """What to type to have it tuned for a context."""
-        return f"longreach tune --model {shlex.quote(self.model)} --context {context}"
+    def command(self, context: int, model: str | None = None, trained_window: int | None = None) -> str:
+        """What to type to have it tuned for a context; `model` as the user gave it, `trained_window` where one is to be stated."""
+        return f"longreach tune {shlex.join(options(model or self.model, context, trained_window))}"
 
     def with_entry(self, entry: Tuned) -> Profile:
         """This profile with one more entry, or another one for its context."""
@@ -201,6 +203,11 @@ class Profile:
             path.parent.mkdir(parents=True, exist_ok=True)
         self.write(path)
         return path
+
+
+def options(model: str, context: int, trained_window: int | None) -> list[str]:
+    """What commands about a model at a context are to be given."""
+    return ["--model", model, "--context", str(context), *([] if trained_window is None else ["--trained-window", str(trained_window)])]
 
 
 def default_path(fingerprint: str) -> Path:

@@ -34,7 +34,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Paired:
-    """B - A on the same questions: `only_a` and `only_b` are what one of them has more than the other, `p` is McNemar's exact test of both / deff."""
+    """B - A on the same questions: `only_a` and `only_b` are what one of them has more than the other, `p` is McNemar's exact test of both / deff.
+
+    The test wants whole numbers: the smaller one is rounded up and the larger one down, so that rounding makes nobody surer.
+    """
 
     difference: float
     only_a: float
@@ -62,7 +65,8 @@ def compare(a: Groups, b: Groups) -> Paired:
     every = [d for group in differences for d in group]
     effect = design_effect(differences)
     less, more = -math.fsum(d for d in every if d < 0), math.fsum(d for d in every if d > 0)
-    p = statistics.mcnemar(math.floor(less / effect + 1e-9), math.floor(more / effect + 1e-9))
+    small, large = sorted((less / effect, more / effect))
+    p = statistics.mcnemar(math.ceil(small - 1e-9), math.floor(large + 1e-9))
     return Paired(math.fsum(every) / len(every), less, more, len(every), len(differences), p)
 
 

@@ -155,7 +155,7 @@ def grouped(length: int, context: int, divisor: int, share: tuple[int, int], log
 
 
 def _sharpened(length: int, context: int) -> Iterator[Candidate]:
-    """The first of each kind again with the log scale."""
+    """The first SelfExtend and the first ReRoPE again with the log scale."""
     if length > 1 and (method := grouped(length, context, NEIGHBOURS[0], SHARES[0], length)) is not None:
         yield Candidate(label(method), method, "the first of them with the log scale")
     if length > 1:

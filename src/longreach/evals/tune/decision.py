@@ -35,7 +35,9 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     """The highest recall (by the lower end of its interval, so that more documents count) among those whose loss is at most `price` above the lowest.
 
     Of those with as many documents that are not told apart from it and at most MARGIN below, the lowest loss; of those with about the same loss the fewest
-    parameters. Where no loss was measured, all count.
+    parameters. One whose loss was not measured cannot be chosen, unless none that can be chosen has a loss: then all count.
+
+    The choice is the best of many, so that the dial's rule is beaten only where p times the number of tried ones that can be chosen is below SURE (Bonferroni).
 
     ceiling  recall of plain attention at the length of its window.
     """
@@ -43,21 +45,22 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     able = [entry for entry in tried if not entry.candidate.control]
     if not able:
         return Decision(None, None, ("nothing was measured that could be chosen",))
-    if len(tried) == 1 and len(entries) > 1:
+    if len(able) == 1 and sum(not entry.candidate.control for entry in entries) > 1:
         only = f"only {name(able[0].candidate)} was measured, it found {found(able[0])}: there is nothing to choose between"
         return Decision(None, None, (f"{only}; pass a larger --budget, which goes on from what was measured",))
     measured = [entry for entry in entries if entry.loss is not None and entry.reason in (None, NO_TIME)]  # of the dial's rule perhaps the loss alone
     lowest = min((loss(entry) for entry in measured), default=0.0)
-    eligible = [entry for entry in able if entry.loss is not None and loss(entry) <= lowest + price] or able
+    priced = [entry for entry in able if entry.loss is not None] or able
+    eligible = [entry for entry in priced if loss(entry) <= lowest + price] or priced
     order = {id(entry): place for place, entry in enumerate(entries)}
     best = min(eligible, key=lambda e: (-e.share.low, -e.share.value, loss(e), order[id(e)]))
     alike = [e for e in eligible if e is best or (len(e.answers) >= len(best.answers) and e.share.value >= best.share.value - MARGIN and not told(e, best))]
     cheapest = min(loss(e) for e in alike)
     chosen = min((e for e in alike if loss(e) <= cheapest + SAME_LOSS), key=lambda e: (e.candidate.parameters, -e.share.value, order[id(e)]))
     dial = next((entry for entry in tried if entry.candidate.label == DIAL), None)
-    beaten = None if dial is None else dial is not chosen and worse(dial, chosen)
+    beaten = None if dial is None else dial is not chosen and worse(dial, chosen, len(able))
     said = [*_chosen(chosen, measured, lowest), *_others(chosen, eligible, measured, tried, lowest, price)]
-    return Decision(chosen, beaten, (*said, *_dial(chosen, dial), *_frankly(chosen, tried, ceiling)))
+    return Decision(chosen, beaten, (*said, *_dial(chosen, dial, len(able)), *_frankly(chosen, tried, ceiling)))
 
 
 def loss(entry: Entry) -> float:
@@ -74,9 +77,10 @@ def told(a: Entry, b: Entry) -> bool:
     return paired(a, b).p < SURE
 
 
-def worse(a: Entry, b: Entry) -> bool:
+def worse(a: Entry, b: Entry, best_of: int = 1) -> bool:
+    """`best_of`: b is the best of so many."""
     found = paired(a, b)
-    return found.p < SURE and found.difference > 0
+    return found.p * best_of < SURE and found.difference > 0
 
 
 def found(entry: Entry) -> str:
@@ -114,26 +118,36 @@ def _others(
             fix = f"--price {math.ceil(100 * over + 1e-6) / 100:g} admits it"
             yield f"{what} found {found(entry)}, but its loss is {over:.3f} above the lowest, more than the price of {price:g}; {fix}"
             continue
-        yield f"{what} found {found(entry)}: {compared(entry, chosen)}" + ("" if entry.loss is None else f"; loss {loss(entry):.3f}")
+        yield f"{what} found {found(entry)}: {compared(entry, chosen)}{_price(entry, chosen)}"
 
 
-def compared(entry: Entry, chosen: Entry) -> str:
-    """How an entry stands to the choice, on the documents that both have read."""
+def compared(entry: Entry, chosen: Entry, best_of: int = 1) -> str:
+    """How an entry stands to the choice, which is the best of so many, on the documents that both have read."""
     pair = paired(entry, chosen)
-    if pair.p >= SURE:
-        return f"not to be told apart with {counted(pair.documents, 'document')} (p = {pair.p:.2g})"
-    return f"{'worse' if pair.difference > 0 else 'better'}, p = {pair.p:.2g}"
+    p = f"p = {min(1.0, pair.p * best_of):.2g}" + (f", against the best of {best_of}" if best_of > 1 else "")
+    if pair.p * best_of >= SURE:
+        return f"not to be told apart with {counted(pair.documents, 'document')} ({p})"
+    return f"{'worse' if pair.difference > 0 else 'better'}, {p}"
 
 
-def _dial(chosen: Entry, dial: Entry | None) -> Iterator[str]:
+def _price(entry: Entry, chosen: Entry) -> str:
+    """Without a loss an entry can be chosen only if the choice has none either. More time measures it only where it found as much (halving.py)."""
+    if entry.loss is not None:
+        return f"; loss {loss(entry):.3f}"
+    if entry.candidate.control or chosen.loss is None:
+        return ""
+    fix = ": a larger --budget measures it" if entry.share.value >= chosen.share.value else ""
+    return f"; its loss was not measured, so it cannot be chosen{fix}"
+
+
+def _dial(chosen: Entry, dial: Entry | None, best_of: int) -> Iterator[str]:
     if dial is None:
         yield f"{DIAL} was not measured, so it is not known whether it is beaten"
     elif dial is chosen:
         yield f"{DIAL} is the choice: a profile changes nothing at this length"
     else:
-        beaten = "is beaten" if worse(dial, chosen) else "is not shown to be beaten"
-        price = "" if dial.loss is None else f"; loss {loss(dial):.3f}"
-        yield f"{name(dial.candidate)} {beaten}: it found {found(dial)}: {compared(dial, chosen)}{price}"
+        beaten = "is beaten" if worse(dial, chosen, best_of) else "is not shown to be beaten"
+        yield f"{name(dial.candidate)} {beaten}: it found {found(dial)}: {compared(dial, chosen, best_of)}{_price(dial, chosen)}"
 
 
 def _frankly(chosen: Entry, tried: Sequence[Entry], ceiling: Share | None) -> Iterator[str]:

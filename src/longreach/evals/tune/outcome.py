@@ -88,7 +88,7 @@ def tune(
 
 
 def listing(bench: ModelBench, budget: float) -> dict[str, Any]:
-    """The candidates in the order of trying, and what a budget is expected to buy, without measuring more than a few hundred tokens."""
+    """The candidates in the order of trying, and what a budget is expected to buy, measuring no more than short beginnings of the document."""
     proposal, seconds = bench.proposal, bench.estimate()
     found: dict[str, Any] = {
         "context": bench.asked.context,
@@ -155,14 +155,23 @@ def profile_file(bench: ModelBench, out: Path | None) -> Path:
 
 
 def before(bench: ModelBench, out: Path | None) -> tuple[Profile, str | None]:
-    """-> (the profile that the new entry goes into, what people should know of it). Raises ValueError where the file holds something else."""
+    """-> (the profile that the new entry goes into, what people should know of it). Raises ValueError where the file of --out holds something else.
+
+    In the user's cache such a file is of no use to anybody, so that it is replaced, which is said.
+    """
     path = profile_file(bench, out)
     empty = Profile(bench.place.model, bench.fingerprint, bench.window.tokens)
     if not path.exists():
         return empty, None
-    there = Profile.read(path)
-    if there.fingerprint != bench.fingerprint:
-        raise ValueError(f"{str(path)!r} is the profile of other weights ({there.model}); name another file with --out")
+    try:
+        there = Profile.read(path)
+        if there.fingerprint != bench.fingerprint:
+            fix = "" if out is None else "; name another file with --out"
+            raise ValueError(f"{str(path)!r} is the profile of other weights ({there.model}){fix}")
+    except ValueError as error:
+        if out is not None:
+            raise
+        return empty, f"{error}; it will be replaced"
     if there.window != bench.window.tokens:
         return empty, f"{path} holds entries for a trained window of {there.window}, which will be replaced by one for {bench.window.tokens}"
     return there, None

@@ -139,7 +139,7 @@ class ModelBench:
         return f"the rotary of this model is scaled already ({kind}), and {method.name} would scale it again" if method.rescales and kind != "default" else None
 
     def estimate(self) -> float | None:
-        """Seconds of one document under the first candidate that can be attached, from two short beginnings of it; None if there is none."""
+        """Seconds of one document under the first candidate that can be attached, from short beginnings of the document; None if there is none."""
         items = self.document(0)
         for candidate in self.proposal.candidates:
             try:
@@ -220,21 +220,24 @@ class ModelBench:
 
     def ceiling(self, part: Part) -> float:
         _, length, chat, items = self._parts[part.name]
-        if items:
-            config = self.place.config(Stock(), chat=mode(chat))
-            try:
+        try:
+            if items:
+                config = self.place.config(Stock(), chat=mode(chat))
                 self._answer(self._inside(chat), config, Stock(), self.window.tokens, items, str(length), mode(chat))
-            except Refused as refused:
-                self.notes.append(f"the ceiling was not measured ({part.name}): {refused}")
-        else:
-            self._measure_loss_inside()
+            else:
+                self._measure_loss_inside()
+        except Refused as refused:
+            self.notes.append(f"the ceiling was not measured ({part.name}): {refused}")
         return self.known_part(part) or 0.0
 
     def _measure_loss_inside(self) -> None:
         window, folder, started = self.window.tokens, self._loss_inside(), time.perf_counter()
         with self._attached(Stock(), window) as engine:
             self._start(folder, self.place.config(Stock()), {}, engine)
-            found = perplexity.losses(engine.extension, self.passage[:window], self.asked.chunk_size).double()
+            try:
+                found = perplexity.losses(engine.extension, self.passage[:window], self.asked.chunk_size).double()
+            except (ValueError, RuntimeError, MemoryError) as error:  # as in `loss`
+                raise Refused(one_line(error)) from error
         seconds = time.perf_counter() - started
         ends = {name: (round(first * window), round(last * window)) for name, (first, last) in INSIDE.items()}
         parts = {name: (last, workplace.losses_of([x for x in found[first:last].tolist() if x == x], seconds)) for name, (first, last) in ends.items()}

@@ -113,7 +113,7 @@ def loss(folder: Folder, config: Mapping[str, Any]) -> dict[str, Loss]:
         return {}
     try:
         return {str(name): _loss(each) for name, each in noted.items()}
-    except (TypeError, KeyError, AttributeError, ValueError):
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
         raise ValueError(f"{str(folder.path / RUN)!r} does not hold the losses of a tune; remove that folder, and run again") from None
 
 
