@@ -169,10 +169,12 @@ def first_table(rows: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row], path: Path, name: str) -> None:
     answers, loss = [row for row in rows if row["task"] == "passkeys"], [row for row in rows if row["task"] == "loss"]
-    figure = canvas.figure(13.2, 3.9, dpi=150)
-    axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.25])
+    forms = [form for form in FORMS if any(row["form"] == form for row in answers)]  # what was not measured has no panel
+    ratios = [*([1.0] * len(forms)), *([1.25] if loss else [])]
+    figure = canvas.figure(1.2 + 2.9 * sum(ratios), 3.9, dpi=150)
+    axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
     windows = sorted({row["windows"] for row in answers})
-    for axis, form in zip(axes, FORMS):
+    for axis, form in zip(axes, forms):
         for shift, setting in enumerate(setting for setting in ordered(answers) if setting in CORE):
             points = [(w, found) for w in windows if (found := share(answers, setting, w, form)) is not None]
             if not points:
@@ -192,18 +194,23 @@ def draw(rows: Sequence[Row], path: Path, name: str) -> None:
         axis.tick_params(labelsize=8.5)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("keys found (%)", fontsize=9)
+    if loss:
+        _losses_along(axes[-1], loss)
+    canvas.legend(figure, axes[0])
+    figure.suptitle(f"{name}: keys found by length (95 % intervals, clustered by document)" + (", and the loss along a text" if loss else ""), fontsize=10)
+    canvas.save(figure, path)
+
+
+def _losses_along(axis: Any, loss: Sequence[Row]) -> None:
     for setting in (setting for setting in ordered(loss) if setting in CORE):
         mine = [row for row in loss if row["setting"] == setting and row["length"] == max(r["length"] for r in loss if r["setting"] == setting)]
         curve = [fmean(values) for values in zip(*(row["losses"] for row in mine))]
         smooth = [fmean(curve[max(0, n - 1) : n + 1]) for n in range(len(curve))]
-        axes[3].plot([(n + 1) * mine[0]["segment"] * mine[0]["windows"] / mine[0]["length"] for n in range(len(curve))], smooth, color=COLOURS[setting], lw=1.6)
-    axes[3].axvline(1, color="black", ls=":", lw=1)
-    axes[3].set_title("loss along a novel (nats per token)", fontsize=10)
-    axes[3].set_xlabel("position in trained windows", fontsize=9)
-    axes[3].tick_params(labelsize=8.5)
-    axes[3].spines[["top", "right"]].set_visible(False)
-    lowest = min((value for row in loss for value in row["losses"]), default=0.0)
-    axes[3].set_ylim(math.floor(4 * lowest) / 4, math.floor(4 * lowest) / 4 + 2)
-    canvas.legend(figure, axes[0])
-    figure.suptitle(f"{name}: keys found by length (95 % intervals, clustered by document), and the loss along a text", fontsize=11)
-    canvas.save(figure, path)
+        axis.plot([(n + 1) * mine[0]["segment"] * mine[0]["windows"] / mine[0]["length"] for n in range(len(curve))], smooth, color=COLOURS[setting], lw=1.6)
+    axis.axvline(1, color="black", ls=":", lw=1)
+    axis.set_title("loss along a novel (nats per token)", fontsize=10)
+    axis.set_xlabel("position in trained windows", fontsize=9)
+    axis.tick_params(labelsize=8.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    lowest = math.floor(4 * min(value for row in loss for value in row["losses"])) / 4
+    axis.set_ylim(lowest, lowest + 2)

@@ -101,4 +101,4 @@ def test_the_picture_is_drawn(tmp_path):
     from PIL import Image
 
     with Image.open(tmp_path / "p.png") as picture:
-        assert picture.width > 1500 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+        assert picture.width > 700 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
