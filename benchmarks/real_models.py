@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 from common import ROOT, device_of, facts
-from real_models_page import write_page
+from real_models_page import CORE, write_page
 
 import longreach
 from longreach import configs
@@ -55,7 +55,6 @@ SEGMENT = 1024  # tokens that a loss is averaged over
 CHUNK = 1024
 Form = Literal["raw", "chat", "novel"]
 KEYS = "passkeys"
-CORE = ("stock", "old rule", "dial", "tuned", "rerope", "yarn", "lm-infinite")
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ def label(method: Method) -> str:
     """Short, for tables: SelfExtend(16, 256), ReRoPE(512, log scale)."""
     if not isinstance(method, SelfExtend | ReRoPE | LeakyReRoPE):
         return method.brief()
-    numbers = [method.group_size, method.window] if isinstance(method, SelfExtend) else [method.window]
+    numbers: list[float] = [method.group_size, method.window] if isinstance(method, SelfExtend) else [method.window]
     if isinstance(method, LeakyReRoPE):
-        numbers.append(method.factor)  # type: ignore[arg-type]
+        numbers.append(method.factor)
     return f"{type(method).__name__}({', '.join([*(f'{n:g}' for n in numbers), *(['log scale'] if method.log_scale else [])])})"
 
 

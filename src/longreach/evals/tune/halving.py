@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from longreach.evals.harness.estimates import Step
 from longreach.evals.harness.runner import Progress
@@ -44,6 +44,9 @@ class Loss:
     high: float
     blocks: tuple[float, ...]
     seconds: float
+
+
+Found = TypeVar("Found", Answers, Loss)
 
 
 @dataclass(frozen=True)
@@ -186,21 +189,30 @@ class _Run:
         """Have a candidate answer the next document, if it has not and there is time -> whether it has now. `sure`: time is not asked for."""
         if document < len(entry.answers):
             return True
-        known = self.bench.known(entry.candidate, document)
-        if known is None:
-            if entry.reason is not None or not (sure or self.meter.allows((entry.seconds or self.cost.document) + self.reserve)):
-                return False
-            self.report(f"{entry.candidate.label} reads document {document + 1}")
+        found = self._obtain(
+            entry, self.bench.known(entry.candidate, document), lambda: self.bench.read(entry.candidate, document),
+            f"{entry.candidate.label} reads document {document + 1}", None if sure else (entry.seconds or self.cost.document) + self.reserve,
+        )  # fmt: skip
+        if found is None:
+            return False
+        entry.answers.append(found)
+        return True
+
+    def _obtain(self, entry: Entry, known: Found | None, measure: Callable[[], Found], what: str, seconds: float | None) -> Found | None:
+        """What is known, or measured now where there is time for so many seconds (None: it is not asked for); None where it is neither."""
+        if known is not None:
+            self.meter.carried += known.seconds
+        else:
+            if entry.reason is not None or not (seconds is None or self.meter.allows(seconds)):
+                return None
+            self.report(what)
             try:
-                known = self.bench.read(entry.candidate, document)
+                known = measure()
             except Refused as refused:
                 entry.reason = str(refused)
-                return False
-        else:
-            self.meter.carried += known.seconds
+                return None
         self.done += 1
-        entry.answers.append(known)
-        return True
+        return known
 
     @property
     def reserve(self) -> float:
@@ -209,23 +221,10 @@ class _Run:
 
     def measure_loss(self, entry: Entry) -> bool:
         """-> whether it is known now."""
-        if entry.loss is not None:
-            return True
-        known = self.bench.known_loss(entry.candidate)
-        if known is None:
-            if entry.reason is not None or not self.meter.allows(self.cost.loss):
-                return False
-            self.report(f"{entry.candidate.label} reads a passage for its loss")
-            try:
-                known = self.bench.loss(entry.candidate)
-            except Refused as refused:
-                entry.reason = str(refused)
-                return False
-        else:
-            self.meter.carried += known.seconds
-        self.done += 1
-        entry.loss = known
-        return True
+        if entry.loss is None:
+            what = f"{entry.candidate.label} reads a passage for its loss"
+            entry.loss = self._obtain(entry, self.bench.known_loss(entry.candidate), lambda: self.bench.loss(entry.candidate), what, self.cost.loss)
+        return entry.loss is not None
 
     def measure_ceiling(self, parts: int) -> None:
         for part, cost in zip(self.bench.parts[:parts], self.cost.ceiling):
