@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longreach.cli import common, profiles, targets
-from longreach.cli.eval_options import ChunkSize, announce, made_with, now, read_pair, window_of
+from longreach.cli.eval_options import ChunkSize, announce, made_with, read_pair, window_of
+from longreach.evals.harness.environment import now
 from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -100,10 +99,6 @@ def made_with(device: Any, facts: Mapping[str, Any], started: str, ended: str | 
     return {
         "environment": environment.describe(device), "extension": facts, "command": ["longreach", *sys.argv[1:]], "started": started, "ended": ended,
     }  # fmt: skip
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def take_method_options(context: typer.Context, words: list[str]) -> list[str]:

@@ -18,7 +18,8 @@ from longreach import files
 from longreach.cli import common, profiles
 from longreach.cli import text as texts
 from longreach.cli.common import Output
-from longreach.cli.eval_options import ChunkSize, announce, made_with, now, parse_lengths, window_of
+from longreach.cli.eval_options import ChunkSize, announce, made_with, parse_lengths, window_of
+from longreach.evals.harness.environment import now
 from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import typer
 from longreach.cli import common, eval_options, profiles
 from longreach.cli.common import Output
 from longreach.cli.console import Pace, duration
+from longreach.evals.harness.environment import now
 from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def command(
 
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
-    started = eval_options.now()
+    started = now()
     with common.output(as_json, verbose, quiet) as out:
         from longreach.evals.harness.results import Folder
 
@@ -103,7 +104,7 @@ def command(
                         job.items, engine, job.tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()},
                         limit=job.span.limit, truncate=truncate, chat=chat, shard=part, save_prompts=save_prompts, work=engine.work, progress=progress,
                     )  # fmt: skip
-        rows = folder.finish(eval_options.now())
+        rows = folder.finish(now())
         summary(out, outcome, folder.file)
         result = {
             "out": str(out_folder), "method": config["method"], "context": config["context"], **dataclasses.asdict(outcome),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longreach.evals.harness import environment
+from longreach.evals.harness.environment import now
 from longreach.evals.harness.runner import Progress
 from longreach.evals.scores import clusters
 from longreach.evals.tune import decision, halving
@@ -19,7 +20,7 @@ from longreach.evals.tune.candidates import DIAL
 from longreach.evals.tune.decision import Decision
 from longreach.evals.tune.halving import Entry, Search
 from longreach.evals.tune.plan import Cost, Plan, divide
-from longreach.evals.tune.study import Inside, ModelBench, now
+from longreach.evals.tune.study import Inside, ModelBench
 from longreach.planning.profile import LONGEST, Profile, Tuned, default_path
 
 

@@ -19,6 +19,7 @@ import torch
 
 from longreach import configs
 from longreach.evals.harness import environment, estimates, perplexity, runner
+from longreach.evals.harness.environment import now
 from longreach.evals.harness.items import Item
 from longreach.evals.harness.model_engine import ModelEngine, attached
 from longreach.evals.harness.results import Folder
@@ -305,6 +306,3 @@ def _documents(items: Sequence[Item]) -> list[list[Item]]:
     columns = [list(found.values()) for found in of_task.values()]
     return [[item for column in columns for item in column[n]] for n in range(min(map(len, columns)))]
 
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
