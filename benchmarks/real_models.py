@@ -221,15 +221,17 @@ def key(row: dict[str, Any]) -> str:
 
 def work(bench: Bench, path: Path, minutes: float | None, shard: tuple[int, int], only: set[str] | None) -> None:
     ends = None if minutes is None else time.monotonic() + 60 * minutes
-    if strange := {row["mark"] for row in read_lines(path)} - {bench.mark}:
+    before = read_lines(path)
+    if strange := {row["mark"] for row in before} - {bench.mark}:
         raise SystemExit(f"{path.name} holds results of other weights ({sorted(strange)[0][:12]}); choose another name for this model")
+    done = {key(row) for row in before}
     plan = [reading for reading in everything() if only is None or reading.setting in only]
     for number, reading in enumerate(plan):
         if number % shard[1] != shard[0]:
             continue
         if (method := bench.method(reading)) is None:
             continue
-        if key(bench.identity(reading, method)) in {key(row) for row in read_lines(path)}:
+        if key(bench.identity(reading, method)) in done:
             continue
         if ends is not None and time.monotonic() > ends:
             return

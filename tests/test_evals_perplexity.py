@@ -103,6 +103,18 @@ def test_the_stock_model_needs_no_extension(model):
     assert found[0].isnan()
 
 
+def test_a_text_in_one_forward_needs_room_for_its_logits(model, monkeypatch):
+    ids = tokens(1, 150, 5)[0]
+    size = 150 * model.config.vocab_size * 4
+    monkeypatch.setattr(perplexity, "free_memory", lambda device: size - 1)
+    with pytest.raises(ValueError, match="the logits of 150 tokens take .* pass a shorter text, or a method"):
+        perplexity.losses(model, ids)
+    with longreach.extend(model, Stock()) as extension:  # in chunks no room is needed
+        assert len(perplexity.losses(extension, ids, 64)) == 150
+    monkeypatch.setattr(perplexity, "free_memory", lambda device: size)
+    assert len(perplexity.losses(model, ids)) == 150
+
+
 def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     tokenizer = longreach.load("nano")[1]
     text = "Call me Ishmael: naïve café, 日本 \N{GRINNING FACE}!"

@@ -12,7 +12,7 @@ import torch
 
 import longreach
 from commands import Run, refused
-from longreach import LMInfinite, Profile, ReRoPE, SelfExtend, Stock, YaRN, extend
+from longreach import DynamicNTK, LMInfinite, Profile, ReRoPE, SelfExtend, Stock, YaRN, extend
 from longreach.configs import Window, decoder
 from longreach.hf.checks import find_base
 from longreach.hf.fingerprint import checkpoint_fingerprint, fingerprint
@@ -242,6 +242,19 @@ def test_extend_takes_the_method_of_the_profile(tmp_path):
         assert extension.method == ReRoPE(16)
 
 
+def test_frequencies_are_those_that_were_measured():
+    """DynamicNTK fixes its frequencies from the declared context: a shorter one would make others."""
+    model = llama()
+    with extend(model, context=100, profile=profile_of(model, Tuned(128, DynamicNTK(), "found"))) as extension:
+        assert (extension.context, extension.capacity) == (128, 128)
+        assert extension.report()["profile"]["context"] == 128
+        found = model(torch.arange(1, 101)[None]).logits
+    with extend(model, DynamicNTK(), context=128):
+        assert torch.equal(found, model(torch.arange(1, 101)[None]).logits)
+    with extend(model, DynamicNTK(), context=100):
+        assert not torch.equal(found, model(torch.arange(1, 101)[None]).logits)
+
+
 def test_extend_never_looks_into_the_cache():
     model = llama()
     profile_of(model).keep()
@@ -371,6 +384,7 @@ def test_a_profile_that_is_named_is_used_or_refused(run, folders, tuned, tmp_pat
     refused(run, *base, file, "--document", tmp_path / "x", says="--document says what it was read with")
     Profile("mine", PRINTS, WINDOW, profile.entries).write(tmp_path / "other.json")
     refused(run, *base, tmp_path / "other.json", says="tuned for other weights")
+    assert "profile:" not in run(*base, tmp_path / "other.json").err  # not announced before it is refused
     refused(run, "check", "-m", folders["llama"], "--profile", file, says="pass --context N too")
     refused(run, "check", "--all", "--profile", file, says="leave out --profile")
 

@@ -80,7 +80,7 @@ def look(asked: Asked, base: Any, context: int, trained_window: int | None) -> F
     window = configs.trained_window(base.config, trained_window).tokens
     if asked.given is not None:
         given = asked.given if asked.model is None else replace(asked.given, user=(asked.model, trained_window))
-        fits = context > window == given.window and given.reaches(context)
+        fits = context > window == given.window and given.reaches(context) and given.fingerprint == checkpoint_fingerprint(base)
         return Found(given, used(given, str(given.source), context) if fits else None)
     if asked.ignored or context <= window:
         return Found()

@@ -118,7 +118,7 @@ def _chosen(model: Any, config: Any, method: Method | None, context: int | None,
         assert context is not None
         weight = next(model.parameters())
         choice = dial.choose(window, context, dial.budget(config, weight.dtype, weight.device), profile)
-        method = choice.method
+        method, context = choice.method, choice.context
     if method.needs_context and context is None:
         raise ValueError(
             f"{method.name} fixes its frequencies once for a whole sequence, from the declared context; pass context=N (--context N), "

@@ -28,6 +28,11 @@ SHARPENED = "the log scale keeps attention sharp among more keys than in trainin
 MEASURE = "a rule, not a measurement: `longreach tune` measures what this model finds"
 
 
+def neighbours(length: int, divisor: int, group: int) -> int:
+    """About length / divisor, as a multiple of the group size, so that the far zone begins at distance w for every query."""
+    return max(1, round(length / divisor / group)) * group
+
+
 @dataclass(frozen=True)
 class Shares:
     """Of the trained window L: the neighbour window is L / near, and the largest distance at most the share `far` of L. Groups have at most `group` tokens."""
@@ -40,8 +45,7 @@ class Shares:
         return int(self.far * length)
 
     def neighbours(self, length: int, group: int) -> int:
-        """Rounded to a multiple of the group size, so that the far zone begins at distance w for every query."""
-        return max(1, round(length / self.near / group)) * group
+        return neighbours(length, self.near, group)
 
     def furthest(self, length: int) -> int:
         """The largest context whose distances stay within the share."""
@@ -56,7 +60,10 @@ STRETCHED = Shares(32, Fraction(1, 8), 4 * LARGEST_GROUP)  # where the window wa
 
 @dataclass(frozen=True)
 class Choice:
-    """What the dial chose. `warning` is set when only the loose rule holds, `profile` when the method is from there."""
+    """What the dial chose. `warning` is set when only the loose rule holds, `profile` when the method is from there.
+
+    context  to be declared: the one asked for, or the tuned one where the frequencies of a method are fixed from it.
+    """
 
     method: Method
     context: int
@@ -110,7 +117,9 @@ def preferred(window: Window, context: int, profile: Profile | None) -> Choice:
         return by_length(window, context)
     exceeds = f"{context} tokens exceed the trained window of {window.tokens} ({window.reason})"
     tuned = f"tuned at {entry.context} tokens" + (f" on {entry.date}" if entry.date else "")
-    return Choice(entry.method, context, window, f"{exceeds}: from the profile of {profile.model}, {tuned}: {entry.reason}", profile=profile)
+    reason = f"{exceeds}: from the profile of {profile.model}, {tuned}: {entry.reason}"
+    declared = entry.context if entry.method.needs_context else context  # other frequencies would not be those that were measured
+    return Choice(entry.method, declared, window, reason, profile=profile)
 
 
 def budget(config: Any, dtype: torch.dtype, device: torch.device) -> Budget | None:

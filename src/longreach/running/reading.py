@@ -67,17 +67,23 @@ def stream(
     for chunk in tokens:
         chunk = chunk.to(device)
         with torch.no_grad():
-            logits = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=0 if losses else 1).logits[0].float()
+            logits = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=0 if losses else 1).logits[0]
         found = None
         if losses:
             found = torch.full((chunk.numel(),), float("nan"))
             if last is not None:
-                found[:1] = F.cross_entropy(last[None], chunk[:1]).cpu()
-            found[1:] = F.cross_entropy(logits[:-1], chunk[1:], reduction="none").cpu()
+                found[:1] = _losses(last[None], chunk[:1])
+            found[1:] = _losses(logits[:-1], chunk[1:])
             require_finite(found if last is not None else found[1:], start + (last is None))
         last = logits[-1].clone()
         yield Chunk(start, found, cache, cache_bytes(cache))
         start += chunk.numel()
+
+
+def _losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[T] nats on the CPU. In float32 a part at a time, for the logits of a whole text may be gigabytes."""
+    parts = zip(logits.split(CHUNK_SIZE), tokens.split(CHUNK_SIZE))
+    return torch.cat([F.cross_entropy(part.float(), following, reduction="none").cpu() for part, following in parts])
 
 
 def require_finite(losses: torch.Tensor, start: int = 0) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from longreach.evals.scores import statistics
 from longreach.hf.extension import Extension
+from longreach.planning.machine import free_memory
 from longreach.quantities import CHUNK_SIZE
 from longreach.running import prompts
 from longreach.running.reading import stream
@@ -76,10 +77,21 @@ class Curve:
 
 def losses(model: Extension | Any, ids: torch.Tensor, chunk_size: int = CHUNK_SIZE) -> torch.Tensor:
     """[T] nats, NaN for the first token. `model` is an extension, or a model as it is, which reads in one forward, as a method does whose result
-    depends on how a text is cut; all logits exist then at one time."""
+    depends on how a text is cut; all logits exist then at one time. Raises ValueError where they exceed the memory that is free."""
     whole = not (isinstance(model, Extension) and model.method.chunk_invariant)
+    if whole:
+        _require_room(model.model if isinstance(model, Extension) else model, ids.numel())
     read = stream(model, ids, chunk_size=max(1, ids.numel()) if whole else chunk_size)
     return torch.cat([chunk.losses for chunk in read if chunk.losses is not None] or [torch.empty(0)])
+
+
+def _require_room(model: Any, tokens: int) -> None:
+    size, free = tokens * model.config.get_text_config().vocab_size * model.dtype.itemsize, free_memory(model.device)
+    if free is not None and size > free:
+        raise ValueError(
+            f"the method reads a text in one forward, and the logits of {tokens} tokens take {size / 2**30:.2f} GiB, where {free / 2**30:.2f} GiB are free; "
+            "pass a shorter text, or a method whose result does not depend on how a text is cut"
+        )
 
 
 def positions(

@@ -151,7 +151,7 @@ def grouped(length: int, context: int, divisor: int, share: tuple[int, int], log
         return None
     wanted = (context - near) / (far - near)
     group = next((g for g in GROUPS if g >= wanted), None)
-    return None if group is None else SelfExtend(group, max(1, round(near / group)) * group, log_scale=log_scale)
+    return None if group is None else SelfExtend(group, dial.neighbours(length, divisor, group), log_scale=log_scale)
 
 
 def _sharpened(length: int, context: int) -> Iterator[Candidate]:
