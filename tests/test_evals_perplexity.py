@@ -107,7 +107,7 @@ def test_a_text_in_one_forward_needs_room_for_its_logits(model, monkeypatch):
     ids = tokens(1, 150, 5)[0]
     size = 150 * model.config.vocab_size * 4
     monkeypatch.setattr(perplexity, "free_memory", lambda device: size - 1)
-    with pytest.raises(ValueError, match="the logits of 150 tokens take .* pass a shorter text, or a method"):
+    with pytest.raises(ValueError, match=r"the logits of 150 tokens take .* pass a shorter text, or a method"):
         perplexity.losses(model, ids)
     with longreach.extend(model, Stock()) as extension:  # in chunks no room is needed
         assert len(perplexity.losses(extension, ids, 64)) == 150

@@ -200,6 +200,18 @@ def test_the_same_budget_again_measures_nothing_and_a_larger_one_goes_on():
     assert more.spent <= 410 and larger.clock.now <= 210
 
 
+@pytest.mark.parametrize("budget", [200, 300, 400])
+def test_time_that_is_left_goes_to_those_between_which_the_choice_lies(budget):
+    """The first document was slow, so that the plan was cautious: the two best and the dial's rule read on, all of them or none."""
+    bench = likes("SelfExtend(12, 252)", "ReRoPE(512)")
+    bench.seconds = lambda candidate: 10.0 if bench.asked else 20.0
+    found = run(bench, budget)
+    documents = {e.candidate.label: len(e.answers) for e in found.tried}
+    planned = found.plan.rungs[-1].documents
+    assert documents["SelfExtend(12, 252)"] == documents["ReRoPE(512)"] == documents[DIAL] > planned
+    assert max(documents.values()) == documents[DIAL] and budget - 30 < found.spent <= budget
+
+
 def test_an_interrupted_tune_goes_on_without_repeating():
     class Stop(Exception):
         pass

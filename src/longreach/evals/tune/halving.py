@@ -144,13 +144,13 @@ def search(
 
     Exceeds the budget by at most one reading. Raises ValueError, with the budget that is needed, where two candidates are more than it allows.
     """
-    run = _Run([Entry(candidate) for candidate in candidates], bench, Meter(budget, clock), progress)
+    run = _Run([Entry(candidate) for candidate in candidates], bench, Meter(budget, clock), progress, MOST_DOCUMENTS if most is None else most)
     first = next((entry for entry in run.entries if run.read(entry, 0, sure=True)), None)
     if first is None:
         raise ValueError(f"no candidate can be measured on this model; the first one: {run.entries[0].reason}")
     timed = first.answers[0]
     run.cost = Cost(timed.seconds, timed.reading, tuple(part.weight * timed.seconds for part in bench.parts))
-    run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, MOST_DOCUMENTS if most is None else most)
+    run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, run.most)
     said(plan, run.cost)
     run.try_first(2)  # before the ceiling: without two there is nothing to choose between
     run.measure_ceiling(plan.ceiling)
@@ -167,8 +167,8 @@ def search(
 class _Run:
     """One search: what is done so far, and whether there is time for more."""
 
-    def __init__(self, entries: list[Entry], bench: Bench, meter: Meter, progress: Progress) -> None:
-        self.entries, self.bench, self.meter, self.progress = entries, bench, meter, progress
+    def __init__(self, entries: list[Entry], bench: Bench, meter: Meter, progress: Progress, most: int) -> None:
+        self.entries, self.bench, self.meter, self.progress, self.most = entries, bench, meter, progress, most
         self.cost, self.plan = Cost(0.0, 0.0, ()), None  # type: tuple[Cost, Plan | None]
         self.parts: list[Part] = []
         self.finalists: list[Entry] = []
@@ -293,7 +293,8 @@ class _Run:
             self.measure_loss(entry)
 
     def spend_the_rest(self) -> None:
-        """The loss of the others that found most; and what the best has read, read by what it is compared with: the dial's rule, then plain attention."""
+        """The loss of the others that found most; what the best has read, read by what it is compared with: the dial's rule, then plain attention; and more
+        documents for those between which the choice lies."""
         for entry in self.ranked():
             if not entry.candidate.control and entry.loss is None and self.worth(entry) and not self.measure_loss(entry):
                 break
@@ -301,6 +302,21 @@ class _Run:
         for entry in self.entries:
             if entry.answers and (entry.candidate.label == DIAL or entry.candidate.control):
                 self.read_all([entry], range(len(entry.answers), most))
+        self.read_on(most)
+
+    def read_on(self, documents: int) -> None:
+        """The two best and the dial's rule read one more document and another, while there is time for all of them to read it."""
+        rivals = self.ranked([entry for entry in self.finalists if not entry.candidate.control and entry.loss is not None])[:2]
+        if (dial := self.dial()) is not None and dial.loss is not None and dial not in rivals:
+            rivals.append(dial)
+        going_on = [entry for entry in rivals if entry.reason is None and len(entry.answers) == documents]
+        while len(going_on) > 1 and documents < self.most:
+            new = [entry for entry in going_on if self.bench.known(entry.candidate, documents) is None]
+            if new and not self.meter.allows(sum(entry.seconds or 0.0 for entry in new)):
+                return
+            if not self.read_all(going_on, range(documents, documents + 1)):
+                return
+            documents += 1
 
     def worth(self, entry: Entry) -> bool:
         """Whether it found as much as the best whose loss is known: it may be the better choice at its price."""
