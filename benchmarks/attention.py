@@ -33,9 +33,11 @@ from common import DTYPES, ROOT, Ratio, Timing, alternate, device_of, facts, one
 from longreach.core.encodings import Rotary
 from longreach.engine import reference
 from longreach.engine.batch import Batch
-from longreach.engine.executor import Inputs, Layer, execute
-from longreach.kernels import Backend, backend_for
-from longreach.memory.buffer import ROLLBACK, SLACK
+from longreach.engine.executor import execute
+from longreach.engine.layer import Inputs, Layer
+from longreach.kernels import kernel_for
+from longreach.kernels.protocol import Kernel
+from longreach.memory.placement import ROLLBACK, SLACK
 from longreach.memory.store import Store
 from longreach.methods.base import Method
 from longreach.methods.lm_infinite import LMInfinite
@@ -137,7 +139,7 @@ class Ours:
 
     method: Method
     shape: Shape
-    backend: Backend
+    kernel: Kernel
     layer: Layer = field(init=False)
     store: Store = field(init=False)
 
@@ -152,7 +154,7 @@ class Ours:
         """Attention of the next tokens -> [1, T, H, D]."""
         columns = q.shape[2]
         now = Batch.of(1, columns, None, q.device, self.store)
-        out = execute(self.layer, now, self.store.layers[0], self.backend, q, k, v, Inputs(self.shape.scale))
+        out = execute(self.layer, now, self.store.layers[0], self.kernel, q, k, v, Inputs(self.shape.scale))
         self.store.advance(None, columns)
         return out
 
@@ -160,11 +162,10 @@ class Ours:
         """Store tokens without attending: what a prefill of them leaves behind."""
         start, count = self.store.seen, k.shape[2]
         now = Batch.of(1, count, None, k.device, self.store)
-        layer = self.store.layers[0]
-        for positions, buffer in layer.keys.items():
-            rotation = now.table(self.layer.rotary, positions, start, count, k.device) if self.layer.rotary is not None else None
-            buffer.extend(slice(0, 1), start, k if rotation is None else rotation.rotate(k))
-        layer.values.extend(slice(0, 1), start, v)
+        rotations = {p: None if self.layer.rotary is None else now.table(self.layer.rotary, p, start, count, k.device) for p in self.layer.forms}
+        memory = self.store.layers[0]
+        memory.append(slice(0, 1), start, {p: k if rotation is None else rotation.rotate(k) for p, rotation in rotations.items()}, v)
+        memory.release()
         self.store.advance(None, count)
 
 
@@ -245,7 +246,7 @@ def small_results(case: Case, dtype: torch.dtype, device: torch.device) -> tuple
     rotary, index = rotary_of(shape), torch.arange(n, device=device)
     i, j = index[first:, None], index[None, :]
     q, k, v = random_qkv(shape, n, dtype, device, seed=1)
-    ours = Ours(case.small, shape, backend_for(device, dtype))
+    ours = Ours(case.small, shape, kernel_for(device, dtype))
     cuts = [0, *range(n - single, n + 1)] if single else [0, n]
     got = torch.cat([ours.forward(*(x[:, :, a:b] for x in (q, k, v))) for a, b in pairwise(cuts)], dim=1).transpose(1, 2)[:, :, first:]
     with one_thread():
@@ -296,7 +297,7 @@ def measure(case: Case, name: str, rounds: int, device: torch.device, bandwidth:
         "dtype": name,
         "tokens": case.tokens,
         "method": case.method.to_json(),
-        "backend": backend_for(device, dtype).name,
+        "backend": kernel_for(device, dtype).name,
         "heads": case.shape.heads,
         "kv_heads": case.shape.kv_heads,
         "head_size": case.shape.width,
@@ -351,7 +352,7 @@ def prefill(case: Case, dtype: torch.dtype, rounds: int, device: torch.device, g
     cos, sin = stock_tables(shape, index, dtype)
     ready_q, ready_k = (x.contiguous() for x in stock_rotary(q, k, cos, sin))
     ready_v = v.contiguous()
-    ours = Ours(case.method, shape, backend_for(device, dtype))
+    ours = Ours(case.method, shape, kernel_for(device, dtype))
 
     def longreach() -> torch.Tensor:
         ours.clear()
@@ -426,7 +427,7 @@ def decode(case: Case, dtype: torch.dtype, rounds: int, device: torch.device, ga
     ready_q, ready_k = (x.contiguous() for x in stock_rotary(q, k, cos, sin))
     ready_v = v.contiguous()
 
-    ours = Ours(case.method, shape, backend_for(device, dtype))
+    ours = Ours(case.method, shape, kernel_for(device, dtype))
     ours.fill(k[:, :, :n], v[:, :, :n])
     entry["kv_bytes_after_fill"] = ours.store.nbytes
     flat = Preallocated(ready_k.new_zeros(ready_k.shape), ready_v.new_zeros(ready_v.shape), n, groups)
@@ -471,7 +472,7 @@ def kv_bytes(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
     _, k, v = random_qkv(shape, n, dtype, device)
     failures = []
     for method in (LMInfinite(4096 // cut, 10), SelfExtend(8, 1024 // cut)):
-        ours = Ours(method, shape, backend_for(device, dtype))
+        ours = Ours(method, shape, kernel_for(device, dtype))
         ours.fill(k, v)
         if isinstance(method, LMInfinite):
             tail = method.n_local + ROLLBACK + SLACK
@@ -500,7 +501,7 @@ def kv_bytes(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
 
 def grown(method: Method, shape: Shape, k: torch.Tensor, v: torch.Tensor, chunk: int = 512) -> int:
     """Bytes of a store that was filled chunk by chunk: growth by half leaves room behind."""
-    ours = Ours(method, shape, backend_for(k.device, k.dtype))
+    ours = Ours(method, shape, kernel_for(k.device, k.dtype))
     for start in range(0, k.shape[2], chunk):
         ours.fill(k[:, :, start : start + chunk], v[:, :, start : start + chunk])
     return ours.store.nbytes

@@ -26,7 +26,7 @@ from common import ROOT, device_of, facts, markdown, write_json, write_section
 import longreach
 from longreach.cli import parameters
 from longreach.engine import reference
-from longreach.engine.executor import Layer
+from longreach.engine.layer import Layer
 from longreach.evals import tasks
 from longreach.evals.harness.model_engine import attached
 from longreach.evals.samples import budget, haystack

@@ -89,7 +89,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
 def tests(run: Run, files: Sequence[str] = TESTS, select: str | None = None) -> dict[str, Any]:
     """The half-precision tests until all have a result or the time is over."""
     record, until, rerun, processes = run.out / "tests.jsonl", time.monotonic() + run.limit("tests"), None, 0
-    select = select or (f"test_backend and ({HALF}) or test_bf16 and llama" if run.small else HALF)
+    select = select or (f"test_kernel and ({HALF}) or test_bf16 and llama" if run.small else HALF)
     # without the options of pyproject.toml, for one process is enough and xdist may not be there; with its folder, so that ids are always the same
     pytest = ["-m", "pytest", "-c", "pyproject.toml", "-o", "addopts=", "--import-mode=importlib", "-p", "card_tests", "-p", "no:cacheprovider", "-v"]
     while True:

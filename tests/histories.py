@@ -32,7 +32,7 @@ import longreach
 from families import WINDOW, build
 from longreach.engine import batch
 from longreach.hf.cache import store_of
-from longreach.memory import buffer, store
+from longreach.memory import contiguous, placement, store
 from longreach.methods.base import Method
 from methods_matrix import METHODS, context, refusal
 
@@ -139,14 +139,15 @@ def pair(family: str, method: Method) -> Pair:
 @contextmanager
 def constants(rollback: int, slack: int) -> Iterator[None]:
     """Small ones make short histories meet what long ones meet."""
-    before = buffer.ROLLBACK, buffer.SLACK
-    buffer.ROLLBACK = store.ROLLBACK = rollback
-    buffer.SLACK = slack
+    before = placement.ROLLBACK, placement.SLACK, placement.SMALLEST
+    placement.ROLLBACK = store.ROLLBACK = rollback
+    placement.SLACK = slack
+    placement.SMALLEST = 4 * slack
     try:
         yield
     finally:
-        buffer.ROLLBACK, buffer.SLACK = before
-        store.ROLLBACK = buffer.ROLLBACK
+        placement.ROLLBACK, placement.SLACK, placement.SMALLEST = before
+        store.ROLLBACK = placement.ROLLBACK
 
 
 @contextmanager
@@ -178,7 +179,7 @@ class History:
         self.family, self.method = drawn(seed // SHARING)
         self.rng = rng = random.Random(seed)
         self.small = rng.random() < 0.96
-        self.rollback, self.slack = (rng.choice([3, 8, 20]), rng.choice([1, 4, 9])) if self.small else (buffer.ROLLBACK, buffer.SLACK)
+        self.rollback, self.slack = (rng.choice([3, 8, 20]), rng.choice([1, 4, 9])) if self.small else (placement.ROLLBACK, placement.SLACK)
         self.longest_chunk = rng.choice([4, 12, 40]) if self.small else rng.choice([80, 260])
         self.most = 100 if self.small else 400
         self.pair = pair(self.family, self.method)
@@ -456,27 +457,27 @@ class History:
 
     def interrupt(self) -> None:
         """The user stops the program while what was read is being counted: it counts."""
-        before, calls, at = store.Buffer._count, 0, self.rng.randint(1, 5)
+        before, calls, at = contiguous.Buffer.settle, 0, self.rng.randint(1, 5)
         error = self.rng.choice([KeyboardInterrupt, RuntimeError])  # the second as where memory is short: the forward has succeeded all the same
 
-        def count(buffer: Any, added: Any) -> None:
+        def settle(buffer: Any) -> None:
             nonlocal calls
             calls += 1
             if calls == at:
                 raise error
-            before(buffer, added)
+            before(buffer)
 
         rows = len(self.talk.model.rows)
         ids, new = self.columns(self.longest_chunk)
         if any(row and row[-1].slot in gone for row, gone in zip(self.talk.model.rows, self.talk.model.hidden, strict=True)):
             return
-        store.Buffer._count = count  # type: ignore[method-assign]
+        contiguous.Buffer.settle = settle  # type: ignore[method-assign]
         try:
             self.forward(ids, new)
         except KeyboardInterrupt:
             pass
         finally:
-            store.Buffer._count = before  # type: ignore[method-assign]
+            contiguous.Buffer.settle = before  # type: ignore[method-assign]
         self.talk.model.append(ids, new, self.number)
         self.log.append(f"interrupt at buffer {at} of {rows} rows")
 

@@ -12,10 +12,12 @@ from longreach.core.encodings import Alibi
 from longreach.core.segments import Retention
 from longreach.engine import reference
 from longreach.engine.batch import Batch
-from longreach.engine.executor import RAW, Inputs, Layer, execute
+from longreach.engine.executor import execute
+from longreach.engine.layer import RAW, Inputs, Layer
 from longreach.kernels import biased, tiles
 from longreach.kernels.biased import Bias
-from longreach.kernels.cpu import CpuBackend, kernel
+from longreach.kernels.cpu import CpuKernel, operator
+from longreach.kernels.protocol import KV
 from longreach.kernels.tiles import Band
 
 CPU = torch.device("cpu")
@@ -49,7 +51,7 @@ def test_biased_bands_equal_dense(rows, columns, share, groups):
     bands, offsets = [(0, None), (0, 1), (0, 7), (3, None), (16, 48), (200, None)], (0, columns - rows, columns + 9, -3)
     for (low, high), offset, block in itertools.product(bands, offsets, (256, 16)):
         bias = Bias(SLOPES, offset + torch.arange(rows).double(), (torch.arange(columns) // 3).double())
-        out, lse = biased.attend(kernel, q, k, v, Band(offset, low, high), 0.25, bias, share, block)
+        out, lse = biased.attend(operator, q, k, v, Band(offset, low, high), 0.25, bias, share, block)
         want, want_lse = dense(q, k, v, Band(offset, low, high), bias)
         torch.testing.assert_close(lse.double(), want_lse, atol=2e-5, rtol=1e-6)
         torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
@@ -60,7 +62,7 @@ def test_the_bias_of_half_precision_is_not_rounded(dtype):
     """In bf16 a bias of -200 is off by half a unit, which would be half a nat of attention."""
     q, k, v = qkv(250, 250, dtype=dtype)
     bias = Bias(SLOPES, torch.arange(250).double(), torch.arange(250).double())
-    out, lse = CpuBackend().attend(q, k, v, Band(0), 0.25, bias=bias)
+    out, lse = CpuKernel().attend(q, KV(k, v), Band(0), 0.25, bias=bias)
     want, want_lse = dense(q, k, v, Band(0), bias)
     torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=0)
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-3, rtol=0)
@@ -71,7 +73,7 @@ def test_a_billion_tokens_ahead_the_bias_is_the_same():
     results = []
     for base in (0, 10**9):
         bias = Bias(SLOPES, base + 230 + torch.arange(70).double(), base + torch.arange(300).double())
-        results.append(CpuBackend().attend(q, k, v, Band(230), 0.25, bias=bias))
+        results.append(CpuKernel().attend(q, KV(k, v), Band(230), 0.25, bias=bias))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -83,7 +85,7 @@ def test_bounded_masks_where_rows_share_none(monkeypatch):
     def watched(q, k, v, scale, causal=False, mask=None):
         nonlocal largest
         largest = max(largest, mask.numel())
-        return kernel(q, k, v, scale, causal, mask)
+        return operator(q, k, v, scale, causal, mask)
 
     q, k, v = qkv(40, 90)
     bias = Bias(SLOPES, 50 + torch.arange(40).double(), torch.arange(90).double())
@@ -106,7 +108,7 @@ def test_golden_values_of_lm_infinite_under_alibi():
     assert out[0, 0, 9].tolist() == pytest.approx([6.59343698, 0.67656690], abs=1e-8)
     plan = Batch.of(1, 10, None, CPU, None)
     padded = torch.nn.functional.pad(v, (0, 2)).float()
-    fast = execute(Layer(0, method, None, alibi=alibi), plan, None, CpuBackend(), q.float(), k.float(), padded, Inputs(0.5))
+    fast = execute(Layer(0, method, None, alibi=alibi), plan, None, CpuKernel(), q.float(), k.float(), padded, Inputs(0.5))
     torch.testing.assert_close(fast.transpose(1, 2)[..., :2].double(), out, atol=2e-6, rtol=0)
 
 
@@ -129,11 +131,11 @@ def test_keys_exist_once_whatever_their_positions(method, kept):
 def test_no_soft_cap_with_a_bias():
     q, k, v = qkv(3, 3)
     with pytest.raises(AssertionError, match="soft-cap"):
-        CpuBackend().attend(q, k, v, Band(0), 0.25, 30.0, Bias(SLOPES, torch.arange(3).double(), torch.arange(3).double()))
+        CpuKernel().attend(q, KV(k, v), Band(0), 0.25, 30.0, Bias(SLOPES, torch.arange(3).double(), torch.arange(3).double()))
 
 
 def test_plain_bands_do_not_take_the_biased_path(monkeypatch):
     monkeypatch.setattr(biased, "attend", None)
     q, k, v = qkv(40, 40)
-    out, _ = CpuBackend().attend(q, k, v, Band(0), 0.25)
-    torch.testing.assert_close(out, tiles.attend(kernel, q, k, v, Band(0), 0.25)[0])
+    out, _ = CpuKernel().attend(q, KV(k, v), Band(0), 0.25)
+    torch.testing.assert_close(out, tiles.attend(operator, q, k, v, Band(0), 0.25)[0])

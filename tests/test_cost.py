@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from families import BASE, FAMILIES, build, rope, tokens
 from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM, extend, stream
 from longreach.core.segments import Retention, matrices
-from longreach.memory.buffer import Buffer
+from longreach.memory.contiguous import Buffer
+from longreach.memory.placement import ROLLBACK, Placement
 from longreach.planning import devices, hardware, theory, timing, work
 from longreach.planning.architecture import read
 from longreach.planning.hardware import CARDS, Curve
-from longreach.planning.memory import Budget, Schedule, bounded, entries, kv_bytes, largest, temporary_bytes
+from longreach.planning.memory import Budget, Schedule, entries, kv_bytes, largest, temporary_bytes
 from longreach.planning.theory import GIB, SpeContext
 from methods_matrix import METHODS
 
@@ -152,11 +153,14 @@ def test_entries_are_those_of_a_real_buffer():
         schedule = Schedule(rng.randint(1, 2500), rng.randint(1, 500), rng.choice([1, 7, 64, 100, 512, 4096]), rng.random() < 0.2)
         if kept == Retention():
             continue
-        buffer = Buffer(kept, 1)
+        placement = Placement(tail, 1)
+        buffer = Buffer(placement, kept.head)
         for start, count in schedule.forwards():
-            buffer.extend(slice(0, 1), start, torch.empty(1, 1, count, 1, device="meta"))
-            buffer.commit()
-        allocated = sum(x.shape[2] for x in (buffer.head, buffer.body) if x is not None)
+            placement.reserve([(0, start, start + count)], ROLLBACK)
+            buffer.write(slice(0, 1), start, torch.empty(1, 1, count, 1, device="meta"))
+            placement.commit()
+            buffer.settle()
+        allocated = sum(x.shape[2] for x in (buffer.head, *buffer.bodies.values()) if x is not None)
         assert entries(kept, schedule) == allocated, (kept, schedule)
 
 
@@ -253,7 +257,7 @@ def test_a_schedule_is_what_run_does():
 def test_bounded_memory_does_not_grow_and_more_is_never_less():
     architecture = read(t.LlamaConfig(**BASE, num_key_value_heads=2), torch.float32)
     sizes = {kv_bytes(architecture, LMInfinite(512, 4), Schedule(n, 8)) for n in (5000, 50_000, 5_000_000)}
-    assert len(sizes) == 1 and bounded(512, Schedule(5_000_000, 8)) == 512 + 128 + 64
+    assert len(sizes) == 1 and entries(Retention(tail=512), Schedule(5_000_000, 8)) == 512 + 128 + 64
     grown = [kv_bytes(architecture, SelfExtend(8, 64), Schedule(n, 8)) for n in range(1, 3000, 7)]
     assert grown == sorted(grown)
     assert temporary_bytes(architecture, Stock(), Schedule(5000, 8)) < temporary_bytes(architecture, Stock(), Schedule(5000, 8, whole=True))

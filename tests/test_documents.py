@@ -94,6 +94,13 @@ def test_another_process_of_the_same_model_goes_on(tmp_path):
         assert torch.equal(go_on(extension.model, extension.load(tmp_path / "d").cache, ids, mask), expected)
 
 
+def place(cache: Any) -> int:
+    """Where the keys that grow with the text lie."""
+    (buffer,) = (b for positions, b in store_of(cache).layers[0].keys.items() if b.placement.tail is None)
+    (body,) = buffer.bodies.values()
+    return body.data_ptr()
+
+
 @torch.no_grad()
 def test_forks_share_until_they_write_and_never_see_each_other():
     model, ids = build("llama"), tokens(1, LENGTH)
@@ -101,26 +108,25 @@ def test_forks_share_until_they_write_and_never_see_each_other():
     with longreach.extend(model, SelfExtend(3, 8)) as extension:
         cache = read(model, ids, mask)
         forks = [extension.fork(cache) for _ in range(3)]
-        values = [store_of(c).layers[0].values for c in (cache, *forks)]
-        assert len({v.body.data_ptr() for v in values}) == 1
+        assert len({place(c) for c in (cache, *forks)}) == 1
         texts = [tokens(1, LENGTH, seed=20 + n) for n in range(3)]
         expected = go_on(model, read(model, ids, mask), ids, mask)
         steps = [[] for _ in forks]
         for start in range(READ, READ + 6):  # in turns
             for fork, text, found in zip(forks, texts, steps):
                 found.append(model(text[:, start : start + 1], past_key_values=fork).logits)
-        assert len({v.body.data_ptr() for v in values}) == 4
+        assert len({place(c) for c in (cache, *forks)}) == 4
         for text, found in zip(texts, steps):
             fresh = read(model, ids, mask)
             want = [model(text[:, s : s + 1], past_key_values=fresh).logits for s in range(READ, READ + 6)]
             assert torch.equal(torch.cat(found, 1), torch.cat(want, 1))
         assert torch.equal(go_on(model, cache, ids, mask), expected)
         last = extension.fork(cache)
-        pointer = store_of(last).layers[0].values.body.data_ptr()
-        del cache, values  # the last holder writes in place
+        pointer = place(last)
+        del cache  # the last holder writes in place
         last.crop(-(LENGTH - READ))
         model(ids[:, READ : READ + 1], past_key_values=last)
-        assert store_of(last).layers[0].values.body.data_ptr() == pointer
+        assert place(last) == pointer
 
 
 @torch.no_grad()
@@ -243,7 +249,7 @@ def first_body(tensors: dict[str, torch.Tensor]) -> str:
 
 
 FORGERIES: dict[str, tuple[Any, str]] = {
-    "newer": (lambda f, t: f.update(format=2), "has format 2"),
+    "newer": (lambda f, t: f.update(format=3), "has format 3"),
     "method": (lambda f, t: f.update(method={"method": "telepathy"}), "does not say what it was read with"),
     "parameters": (lambda f, t: f["method"].update(n_recent="nine"), "does not say what it was read with"),
     "model": (lambda f, t: f.update(model=None), "does not say what it was read with"),
@@ -252,8 +258,8 @@ FORGERIES: dict[str, tuple[Any, str]] = {
     "seen": (lambda f, t: f.update(seen=-1), "contradicts itself"),
     "endless": (lambda f, t: (f.update(seen=2**60), t.pop("mask"), t.pop("ids")), "contradicts itself"),
     "seen too": (lambda f, t: f.update(seen="all"), "contradicts itself"),
-    "places": (lambda f, t: f["buffers"]["layers.0.values"].update(starts=[10**9, 0]), "contradicts itself"),
-    "no places": (lambda f, t: f["buffers"].pop("layers.0.values"), "contradicts itself"),
+    "places": (lambda f, t: f["places"][0].update(firsts=[10**9, 0]), "contradicts itself"),
+    "no places": (lambda f, t: f["places"].pop(), "contradicts itself"),
     "missing": (lambda f, t: t.pop(first_body(t)), "contradicts itself"),
     "extra": (lambda f, t: t.update(more=torch.zeros(3)), "contradicts itself"),
     "shape": (lambda f, t: t.update({first_body(t): t[first_body(t)][:, :, :-1]}), "contradicts itself"),
@@ -375,3 +381,24 @@ def test_run_reads_once_and_asks_many_times(run: Run, folders, tmp_path):
     refused(run, *model, "--document", tmp_path / "none", "--prompt", "x", says="there is no document")
     refused(run, *model, "--file", tmp_path / "book.txt", "--save-document", file, says="pass --context N")
     refused(run, *model, "--prompt", "x", "--save-document", file, "--context", 600, says="pass --file FILE")
+
+
+@torch.no_grad()
+def test_what_is_saved_after_a_forward_that_broke_off_is_whole(tmp_path):
+    """Its new tokens had no place, so the last ones of a bounded form had moved already, in some layers."""
+    model, ids = build("llama"), tokens(1, LENGTH)
+    with longreach.extend(model, LMInfinite(9, 3)) as extension:
+        cache = model(ids[:, :201], use_cache=True).past_key_values
+        want = go_on(model, extension.fork(cache), ids, torch.ones_like(ids), 201)
+
+        def broken(*anything: Any) -> None:
+            raise KeyboardInterrupt
+
+        for layer in model.model.layers:
+            hook = layer.self_attn.register_forward_hook(broken)
+            with pytest.raises(KeyboardInterrupt):
+                model(tokens(1, 40, seed=8), past_key_values=cache)
+            hook.remove()
+            extension.save(cache, tmp_path / "document.safetensors", ids[:, :201])
+            found = extension.load(tmp_path / "document.safetensors")
+            assert torch.equal(go_on(model, found.cache, ids, torch.ones_like(ids), 201), want)

@@ -17,7 +17,7 @@ import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, Stock, StreamingLLM
 from longreach.hf.cache import store_of
-from longreach.memory import buffer as buffers
+from longreach.memory.contiguous import Buffer
 from longreach.memory.slots import Slots, runs
 
 METHODS = [SelfExtend(4, 16), LMInfinite(9, 3), StreamingLLM(9, 3), Stock()]
@@ -58,7 +58,7 @@ def test_a_forward_that_breaks_off_leaves_the_state_before_it(model, method, chu
     with longreach.extend(model, method, trained_window=4096) as extension:
         want = model(ids).logits[:, 400:]
         cache = model(ids[:, :400], use_cache=True).past_key_values
-        before = [(buffer.starts[0], buffer.ends[0]) for buffer in store_of(cache).buffers]
+        before = [(kept, each.places.firsts, each.ends) for kept, each in store_of(cache).placements.items()]
 
         def broken(*anything):
             raise error
@@ -70,31 +70,31 @@ def test_a_forward_that_breaks_off_leaves_the_state_before_it(model, method, chu
             hook.remove()
             assert cache.get_seq_length() == 400
             assert off(model(ids[:, 400:], past_key_values=extension.fork(cache)).logits, want) <= 1e-5
-        assert [(buffer.starts[0], buffer.ends[0]) for buffer in store_of(cache).buffers] == before
+        assert [(kept, each.places.firsts, each.ends) for kept, each in store_of(cache).placements.items()] == before
         assert off(model(ids[:, 400:], past_key_values=cache).logits, want) <= 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @torch.no_grad()
 def test_an_interrupt_while_tokens_are_counted_is_made_good(model, method, monkeypatch):
-    ids, real = tokens(1, 700), buffers.Buffer._count
+    ids, real = tokens(1, 700), Buffer.settle
     with longreach.extend(model, method, trained_window=4096):
         want = model(ids).logits[:, 690:]
         for at in range(6):
             for half in (False, True):
                 cache, calls = model(ids[:, :300], use_cache=True).past_key_values, []
 
-                def count(buffer, added, calls=calls, at=at, half=half):
+                def settle(buffer, calls=calls, at=at, half=half):
                     calls.append(1)
                     if half or len(calls) != at + 1:
-                        real(buffer, added)
+                        real(buffer)
                     if len(calls) == at + 1:
                         raise KeyboardInterrupt
 
-                monkeypatch.setattr(buffers.Buffer, "_count", count)
+                monkeypatch.setattr(Buffer, "settle", settle)
                 with pytest.raises(KeyboardInterrupt):
                     model(ids[:, 300:690], past_key_values=cache)
-                monkeypatch.setattr(buffers.Buffer, "_count", real)
+                monkeypatch.setattr(Buffer, "settle", real)
                 assert cache.get_seq_length() == 690  # what generate goes by
                 assert off(model(ids[:, 690:], past_key_values=cache).logits, want) <= 1e-5
 

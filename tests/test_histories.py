@@ -10,7 +10,7 @@ import torch
 
 import histories
 from longreach.engine import batch
-from longreach.memory import buffer, store
+from longreach.memory import contiguous, store
 
 
 @pytest.mark.parametrize("block", range(20))
@@ -30,7 +30,7 @@ def test_more_histories(block):
 
 def rows_that_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of equal length share a call, wherever their buffers begin."""
-    monkeypatch.setattr(store.Store, "places", lambda self: [None] * self.rows)
+    monkeypatch.setattr(store, "alike", lambda placements, rows: [None] * len(rows))
 
 
 def mask_from_the_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,15 +52,15 @@ def hidden_tokens_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def failed_forward_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward changes a buffer as soon as its layer has run."""
-    real = buffer.Buffer.extend
+    real = contiguous.Buffer.release
 
-    def extend(self: buffer.Buffer, *arguments: Any) -> buffer.Run:
-        run = real(self, *arguments)
-        run = buffer.Run(run.data.clone(), run.start)
-        self.commit()
-        return run
+    def release(self: contiguous.Buffer) -> None:
+        real(self)
+        if self._waiting:
+            self.placement.commit()
+            self.settle()
 
-    monkeypatch.setattr(buffer.Buffer, "extend", extend)
+    monkeypatch.setattr(contiguous.Buffer, "release", release)
 
 
 def crop_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +72,10 @@ def crop_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
             real(self, slots)
         except ValueError:
             left = self.slots.without(min(slots, self.seen))
-            for buffer in self.buffers:
+            for placement in self.placements.values():
                 for row in range(self.rows):
-                    if buffer.reaches(row) <= left.tokens(row):
-                        buffer.rewind(row, left.tokens(row))
+                    if placement.reaches(row) <= left.tokens(row):
+                        placement.rewind(row, left.tokens(row))
             raise
 
     monkeypatch.setattr(store.Store, "crop", crop)

@@ -15,9 +15,11 @@ from longreach.core.encodings import Rotary
 from longreach.core.merge import Merge, merge
 from longreach.engine import reference
 from longreach.engine.batch import Batch
-from longreach.engine.executor import Inputs, Layer, execute
-from longreach.kernels import backend_for, tiles
-from longreach.kernels.cpu import CpuBackend, kernel
+from longreach.engine.executor import execute
+from longreach.engine.layer import Inputs, Layer
+from longreach.kernels import kernel_for, selftest, tiles
+from longreach.kernels.cpu import CpuKernel, operator
+from longreach.kernels.protocol import KV
 from longreach.kernels.tiles import Band
 
 CPU = torch.device("cpu")
@@ -56,7 +58,7 @@ def test_tiles_equal_dense(rows, columns, core, groups, monkeypatch):
     q, k, v = (torch.cat([x, x.flip(2)]) for x in (q, k, v))  # a batch of two
     for (low, high), offset, tile in itertools.product(BANDS, (0, columns - rows, columns + 9, -3, 11), (64, 7, 4, 1)):
         band = Band(offset, low, high)
-        out, lse = tiles.attend(kernel, q, k, v, band, 0.25, rows_per_tile=tile)
+        out, lse = tiles.attend(operator, q, k, v, band, 0.25, rows_per_tile=tile)
         want, want_lse = dense(q, k, v, band, 0.25)
         torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=0)
         torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
@@ -64,12 +66,12 @@ def test_tiles_equal_dense(rows, columns, core, groups, monkeypatch):
 
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_backend_grouped_heads_and_dtypes(groups, dtype):
+def test_kernel_grouped_heads_and_dtypes(groups, dtype):
     """Of the device that is tested, see families.py."""
     q, k, v = qkv(70, 110, heads=8, groups=groups, dtype=dtype)
-    backend = backend_for(torch.device(DEVICE), dtype)
+    kernel = kernel_for(torch.device(DEVICE), dtype)
     for band in (Band(40), Band(40, 0, 20), Band(40, 50)):
-        out, lse = (x.double().cpu() for x in backend.attend(*(x.to(DEVICE) for x in (q, k, v)), band, 0.25))
+        out, lse = (x.double().cpu() for x in kernel.attend(q.to(DEVICE), KV(k.to(DEVICE), v.to(DEVICE)), band, 0.25))
         want, want_lse = dense(q, k, v, band, 0.25)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(out, want, atol=tolerance, rtol=0)
@@ -78,27 +80,27 @@ def test_backend_grouped_heads_and_dtypes(groups, dtype):
 
 def test_cpu_backend_values_may_be_narrower_than_keys():
     q, k, v = qkv(20, 20)
-    out, _ = CpuBackend().attend(q, k, v[..., :9], Band(0), 0.25)
+    out, _ = CpuKernel().attend(q, KV(k, v[..., :9]), Band(0), 0.25)
     torch.testing.assert_close(out.double(), dense(q, k, v[..., :9], Band(0), 0.25)[0], atol=1e-5, rtol=0)
 
 
 def test_empty_keys_never_reach_the_operator():
     """A zero-length key dimension would end the process."""
     q, k, v = qkv(3, 0)
-    out, lse = CpuBackend().attend(q, k, v, Band(5), 1.0)
+    out, lse = CpuKernel().attend(q, KV(k, v), Band(5), 1.0)
     assert out.eq(0).all() and lse.eq(-INF).all()
 
 
 def test_kernel_refuses_causal_on_anything_but_squares():
     """`is_causal` is aligned to the top left."""
     with pytest.raises(AssertionError, match="squares"):
-        kernel(*qkv(3, 5), 1.0, causal=True)
+        operator(*qkv(3, 5), 1.0, causal=True)
 
 
 def test_softcap_equals_dense():
     q, k, v = qkv(150, 170, groups=2)
     for band in (Band(20), Band(20, 0, 30), Band(20, 35), Band(-40)):
-        out, lse = CpuBackend().attend(q, k, v, band, 0.9, softcap=2.0)
+        out, lse = CpuKernel().attend(q, KV(k, v), band, 0.9, softcap=2.0)
         kk, vv = (x.double().repeat_interleave(2, 1) for x in (k, v))
         behind = band.offset + torch.arange(150)[:, None] - torch.arange(170)[None, :]
         visible = (behind >= band.low) & (behind < (band.high or 10**9))
@@ -107,9 +109,9 @@ def test_softcap_equals_dense():
         torch.testing.assert_close(out.double(), logits.softmax(-1).nan_to_num(0.0) @ vv, atol=1e-5, rtol=0)
 
 
-def test_backend_for_refuses_unknown_devices():
+def test_kernel_for_refuses_unknown_devices():
     with pytest.raises(ValueError, match="move the model"):
-        backend_for(torch.device("meta"), torch.float32)
+        kernel_for(torch.device("meta"), torch.float32)
 
 
 # -- merge ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +258,7 @@ def run(layer: Layer, q, k, v, sink=None) -> torch.Tensor:
     """[B, H, T, E], stateless."""
     q, k, v = q.float(), k.float(), v.float()
     padded = torch.nn.functional.pad(v, (0, k.shape[-1] - v.shape[-1]))
-    out = execute(layer, Batch.of(1, q.shape[2], None, CPU, None), None, CpuBackend(), q, k, padded, Inputs(0.5, sink=sink))
+    out = execute(layer, Batch.of(1, q.shape[2], None, CPU, None), None, CpuKernel(), q, k, padded, Inputs(0.5, sink=sink))
     return out.transpose(1, 2)[..., : v.shape[-1]]
 
 
@@ -278,13 +280,13 @@ def test_one_windowed_call_covers_a_band(rows, columns, monkeypatch):
         return out.float(), lse.float()
 
     monkeypatch.setattr(cuda, "windowed", windowed)
-    monkeypatch.setattr(cuda, "kernel", kernel)
+    monkeypatch.setattr(cuda, "operator", operator)
     if (rows, columns) == SHAPES[0]:
-        assert all(cuda._self_test(backend, CPU, torch.float32) < 1e-4 for backend in (cuda.CudaWindow(), cuda.CudaTiles()))
+        assert all(selftest.difference(kernel, CPU, torch.float32) < 1e-4 for kernel in (cuda.CudaWindow(), cuda.CudaTiles()))
     q, k, v = qkv(rows, columns, groups=2)
     for (low, high), offset in itertools.product(BANDS, (0, columns - rows, columns + 9, -3, 11)):
         band = Band(offset, low, high)
-        out, lse = cuda.CudaWindow().attend(q, k, v, band, 0.25)
+        out, lse = cuda.CudaWindow().attend(q, KV(k, v), band, 0.25)
         want, want_lse = dense(q, k, v, band, 0.25)
         torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=0)
         torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
@@ -296,16 +298,16 @@ def test_self_tests_of_the_card_do_not_pass_nan(part, monkeypatch):
     from longreach.kernels import cuda
 
     def broken(*arguments, **more):
-        out, lse = kernel(*arguments, **more)
+        out, lse = operator(*arguments, **more)
         (out if part == "out" else lse)[0, 0, -1] = math.nan
         return out, lse
 
-    monkeypatch.setattr(cuda, "kernel", kernel)
+    monkeypatch.setattr(cuda, "operator", operator)
     cuda.require_bias.__wrapped__(CPU, torch.float32)
-    assert cuda._self_test(cuda.CudaTiles(), CPU, torch.float32) < 1e-4
-    monkeypatch.setattr(cuda, "kernel", broken)
-    assert cuda._self_test(cuda.CudaTiles(), CPU, torch.float32) == INF
+    assert selftest.difference(cuda.CudaTiles(), CPU, torch.float32) < 1e-4
+    monkeypatch.setattr(cuda, "operator", broken)
+    assert selftest.difference(cuda.CudaTiles(), CPU, torch.float32) == INF
     with pytest.raises(ValueError, match="no CUDA attention of this PyTorch passes the self-test"):
-        cuda.cuda_backend.__wrapped__(CPU, torch.float32)
+        cuda.cuda_kernel.__wrapped__(CPU, torch.float32)
     with pytest.raises(ValueError, match="off by inf"):
         cuda.require_bias.__wrapped__(CPU, torch.float32)

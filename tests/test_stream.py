@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, Stock, StreamingLLM
-from longreach.memory.buffer import ROLLBACK, SLACK
+from longreach.memory.placement import ROLLBACK, SLACK
 
 
 @pytest.fixture(scope="module")

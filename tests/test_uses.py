@@ -23,9 +23,10 @@ from longreach.core import encodings
 from longreach.core.encodings import Rotary
 from longreach.core.segments import Identity
 from longreach.engine.batch import Batch
-from longreach.engine.executor import Inputs, Layer, execute
+from longreach.engine.executor import execute
+from longreach.engine.layer import Inputs, Layer
 from longreach.hf.cache import store_of
-from longreach.kernels.plain import PlainBackend
+from longreach.kernels.plain import PlainKernel
 from test_matrix import chunked, difference
 from tiny import SMALL
 from tiny import tokenizer as byte_tokenizer
@@ -100,9 +101,9 @@ def test_layers_on_several_devices_and_devices_without_fp64(method, padded, monk
     plan = Batch.of(2, 40, mask, cpu, None)
     layer = Layer(0, method, Rotary(torch.rand(4, dtype=torch.float64)))
     q, k, v = torch.randn(2, 4, 40, 8), torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 8)
-    out = execute(layer, plan, None, PlainBackend(), q, k, v, Inputs(0.5))
+    out = execute(layer, plan, None, PlainKernel(), q, k, v, Inputs(0.5))
     with NoFp64("meta"):
-        away = execute(layer, plan, None, PlainBackend(), q.to(meta), k.to(meta), v.to(meta), Inputs(0.5))
+        away = execute(layer, plan, None, PlainKernel(), q.to(meta), k.to(meta), v.to(meta), Inputs(0.5))
     assert away.device == meta and away.shape == out.shape
     here, there = (plan.table(layer.rotary, Identity(), 0, 5, device) for device in (cpu, meta))
     assert (here.cos.device, there.cos.device) == (cpu, meta) and here is plan.table(layer.rotary, Identity(), 0, 5, cpu)
@@ -112,7 +113,7 @@ def test_the_plain_backend_serves_a_model(monkeypatch):
     """What runs on MPS: tables made on the CPU, attention of matrix products."""
     model = build("gpt-oss")
     expected = logits_of(model)
-    monkeypatch.setattr("longreach.hf.forward.backend_for", lambda device, dtype: PlainBackend())
+    monkeypatch.setattr("longreach.hf.forward.kernel_for", lambda device, dtype: PlainKernel())
     assert difference(logits_of(model), expected) <= 1e-5
 
 

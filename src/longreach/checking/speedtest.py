@@ -19,7 +19,8 @@ import torch
 
 from longreach.hf.extension import extend
 from longreach.hf.placement import device_of
-from longreach.kernels import backend_for
+from longreach.kernels import kernel_for
+from longreach.kernels.protocol import KV
 from longreach.kernels.tiles import Band
 from longreach.methods.base import Method
 from longreach.methods.rerope import ReRoPE
@@ -129,18 +130,18 @@ def causal_square(device: torch.device, dtype: torch.dtype, width: int = 64, hea
 
 
 def attend_seconds(width: int, keys: int, offset: int, device: torch.device, dtype: torch.dtype, heads: int) -> float:
-    backend = backend_for(device, dtype)
+    kernel = kernel_for(device, dtype)
     q, k, v = (torch.randn(1, heads, n, width, device=device, dtype=dtype) for n in (ROWS, keys, keys))
-    return seconds(lambda: backend.attend(q, k, v, Band(offset), width**-0.5), device)
+    return seconds(lambda: kernel.attend(q, KV(k, v), Band(offset), width**-0.5), device)
 
 
 def keys_read(device: torch.device, dtype: torch.dtype, heads: int = 8, groups: int = 4, width: int = 64) -> float:
     """Bytes/s of keys and values for one query, with grouped heads."""
-    backend = backend_for(device, dtype)
+    kernel = kernel_for(device, dtype)
     count = POOL // (2 * heads * width * dtype.itemsize)
     k, v = (torch.randn(1, heads, count, width, device=device, dtype=dtype) for _ in range(2))
     q = torch.randn(1, heads * groups, 1, width, device=device, dtype=dtype)
-    return POOL / seconds(lambda: backend.attend(q, k, v, Band(count - 1), width**-0.5), device)
+    return POOL / seconds(lambda: kernel.attend(q, KV(k, v), Band(count - 1), width**-0.5), device)
 
 
 def elementwise(device: torch.device, dtype: torch.dtype, width: int = 2048) -> float:

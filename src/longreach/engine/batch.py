@@ -5,6 +5,7 @@ Knows lengths and indices; not queries, keys or models.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 
 from longreach.core.encodings import Rotary, Table, exact_device
 from longreach.core.segments import Constant, PositionMap
+from longreach.memory.placement import Step
 from longreach.memory.slots import Stretch
 from longreach.memory.store import Past, Store
 
@@ -68,6 +70,20 @@ class Rows:
             yield from_key, to_key
 
 
+@dataclass(frozen=True, eq=False)
+class Singles:
+    """Rows that have one new token each, at indices of their own: they are computed together where the layer allows it."""
+
+    step: Step
+    rows: torch.Tensor  # [n] of the batch
+    columns: torch.Tensor  # [n] where the token lies among the columns of this forward
+    made: dict[Any, Any] = field(default_factory=dict)  # what all layers share
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, H, T, D] -> [n, H, D]."""
+        return x[self.rows.to(x.device), :, self.columns.to(x.device)]
+
+
 @dataclass(eq=False)
 class Batch:
     """What is decided once per forward and every layer reads. It travels as the model's `attention_mask`."""
@@ -75,6 +91,7 @@ class Batch:
     groups: list[Rows]
     real: torch.Tensor | None  # [B, T] on the CPU, None if every column is a real token
     columns: int
+    singles: Singles | None = None  # rows among those of the groups that may be computed together instead
     store: Store | None = None
     past: list[Past] | None = None  # per row, what it may see of the store
     changes: int = 0  # of the store, when this was formed
@@ -103,14 +120,19 @@ class Batch:
             where, new = [tuple(row.tolist()) for row in found], [_as_slice(row, device) for row in found]
         counts = [columns] * rows if real is None else [len(row) for row in where]
         # what a call reads must agree for all of its rows, the places of their buffers too
-        keys = list(zip(where, past, [None] * rows if store is None else store.places(), strict=True))
+        keys = list(zip(where, past, [None] * rows if store is None else store.reserve(past, counts), strict=True))
         groups = []
         for _, same in itertools.groupby(range(rows), key=keys.__getitem__):
             members = list(same)
             row = members[0]
             if counts[row]:
                 groups.append(Rows(slice(row, members[-1] + 1), new[row], past[row].start, counts[row], past[row].hidden))
-        return cls(groups, real, columns, store, past, 0 if store is None else store.changes)
+        return cls(groups, real, columns, _singles(groups, store, device), store, past, 0 if store is None else store.changes)
+
+    @functools.cached_property
+    def others(self) -> list[Rows]:
+        """The groups without the single tokens."""
+        return self.groups if self.singles is None else [rows for rows in self.groups if rows.rows.start not in self.singles.step.rows]
 
     @property
     def rollback(self) -> int:
@@ -125,22 +147,21 @@ class Batch:
                 "own: extension.fork(cache)"
             )
 
-    def table(self, rotary: Rotary, positions: PositionMap, start: int, count: int, device: torch.device) -> Table | None:
-        """The rotation of `count` tokens from index `start`, shared by all layers on a device; None where it is the identity."""
+    def table(self, rotary: Rotary, positions: PositionMap, start: int | tuple[int, ...], count: int, device: torch.device) -> Table | None:
+        """The rotation of `count` tokens from index `start`, or of those at the indices `start`, shared by all layers on a device; None where it is the
+        identity."""
         if positions == Constant(0) and rotary.scaling == 1.0:
             return None
         key = (id(rotary), positions, start, count, device)
         if key not in self._tables:
-            index = torch.arange(start, start + count, device=exact_device(device))
-            self._tables[key] = rotary.table(positions(index)).to(device)
+            self._tables[key] = rotary.table(positions(_indices(start, count, device))).to(device)
         return self._tables[key]
 
-    def scale(self, of: Callable[[torch.Tensor], torch.Tensor], start: int, count: int, device: torch.device) -> torch.Tensor:
+    def scale(self, of: Callable[[torch.Tensor], torch.Tensor], start: int | tuple[int, ...], count: int, device: torch.device) -> torch.Tensor:
         """[T] fp32: the factor on the queries of `count` tokens from index `start`, shared by all layers on a device."""
         key = (of, start, count, device)
         if key not in self._scales:
-            index = torch.arange(start, start + count, device=exact_device(device))
-            self._scales[key] = of(index).float().to(device)
+            self._scales[key] = of(_indices(start, count, device)).float().to(device)
         return self._scales[key]
 
     def positions(self, rows: int, device: torch.device) -> torch.Tensor:
@@ -160,6 +181,19 @@ class Batch:
         return self
 
 
+def _singles(groups: list[Rows], store: Store | None, device: torch.device) -> Singles | None:
+    """The rows that read one token after all that they hold, if that are several groups."""
+    if store is None or len(groups) < 2:
+        return None
+    found = [g for g in groups if g.count == 1 and not g.hidden and all(store.lengths[row] == g.start for row in range(g.rows.start, g.rows.stop))]
+    if len(found) < 2:
+        return None
+    each = [(row, g) for g in found for row in range(g.rows.start, g.rows.stop)]
+    columns = [g.columns.start if isinstance(g.columns, slice) else int(g.columns[0]) for _, g in each]
+    step = Step(tuple(row for row, _ in each), tuple(g.start for _, g in each))
+    return Singles(step, torch.tensor(step.rows, device=device), torch.tensor(columns, device=device))
+
+
 def _checked(mask: torch.Tensor, rows: int, seen: int, columns: int) -> torch.Tensor:
     if mask.shape[0] != rows or mask.shape[1] < seen + columns:
         raise ValueError(
@@ -170,6 +204,12 @@ def _checked(mask: torch.Tensor, rows: int, seen: int, columns: int) -> torch.Te
     if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError("attention_mask must be 1 where a token is seen and 0 where it is not; other values (packed or additive masks) cannot be honoured")
     return mask.bool()
+
+
+def _indices(start: int | tuple[int, ...], count: int, device: torch.device) -> torch.Tensor:
+    if isinstance(start, tuple):
+        return torch.tensor(start, device=exact_device(device))
+    return torch.arange(start, start + count, device=exact_device(device))
 
 
 def _as_slice(where: torch.Tensor, device: torch.device) -> slice | torch.Tensor:

@@ -1,112 +1,87 @@
-"""The executor: one layer of one forward. Store the new keys, rotate, call the backend per segment, merge exactly.
+"""The executor: one layer of one forward. Store the new keys, rotate, call the kernel per segment, merge exactly.
 
 Knows a batch, a layout and tensors; not where they come from.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from longreach.core.encodings import Alibi, Rotary, exact_device
+from longreach.core.encodings import exact_device
 from longreach.core.merge import NEGATIVE_INFINITY, Merge
-from longreach.core.segments import Constant, Layout, Piece, PositionMap, Retention, Segment, TopK, forms
-from longreach.engine import reference
+from longreach.core.segments import Constant, Piece, PositionMap, Segment, TopK
+from longreach.engine import reference, step
 from longreach.engine.batch import Batch, Rows
-from longreach.kernels import Backend
+from longreach.engine.layer import RAW, Inputs, Layer
 from longreach.kernels.biased import Bias
+from longreach.kernels.protocol import Kernel
 from longreach.kernels.tiles import Band
-from longreach.memory.buffer import Run
-from longreach.memory.store import LayerStore
-from longreach.methods.base import Method
+from longreach.memory.contiguous import Passing
+from longreach.memory.layer import LayerMemory, Shown
 
-RAW = Constant(0)
 QUERIES_AT_ONCE = 4096  # bounds the memory for rotated queries and partial results, and keeps them in the cache
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """Everything that is fixed about one attention layer at `extend()`."""
-
-    index: int
-    method: Method
-    rotary: Rotary | None  # None: the layer does not rotate
-    dense: bool = False  # compute the dense truth instead of segments
-    alibi: Alibi | None = None
-    layout: Layout = field(init=False)
-    forms: dict[PositionMap, Retention] = field(init=False)  # the key forms its store holds
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layout", self.method.layout(self.index))
-        kept = {RAW: Retention(tail=None)} if self.dense else forms(self.layout)
-        if self.rotary is None:  # all forms are the keys as they are, so one is enough
-            kept = {RAW: functools.reduce(operator.or_, kept.values())}
-        object.__setattr__(self, "forms", kept)
-
-    def form_of(self, positions: PositionMap) -> PositionMap:
-        """The form that holds the keys of a segment."""
-        return RAW if self.rotary is None else positions
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """What the model hands to one attention layer, besides q, k, v."""
-
-    scale: float
-    softcap: float | None = None
-    sink: torch.Tensor | None = None
-
-
 def execute(
-    layer: Layer, batch: Batch, store: LayerStore | None, backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
+    layer: Layer, batch: Batch, memory: LayerMemory | None, kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
 ) -> torch.Tensor:
-    """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads."""
+    """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads.
+
+    memory  of the layer; None: nothing is stored, and nothing was.
+    """
     shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
     out: torch.Tensor | None = None
-    for rows in batch.groups:
-        new_k, new_v = rows.take(k), rows.take(v)
-        keys = {positions: _extend(layer, batch, store, rows, positions, new_k) for positions in layer.forms}
-        values = Run(new_v, 0) if store is None else store.values.extend(rows.rows, rows.start, new_v, batch.rollback)
+    shown: Shown = Passing() if memory is None else memory
+    together = batch.singles if layer.joins else None
+    if together is not None:
+        assert memory is not None
+        out = q.new_zeros(shape)
+        out[together.rows.to(out.device), together.columns.to(out.device)] = step.run(layer, batch, together, kernel, q, k, v, memory, inputs)
+    for rows in batch.groups if together is None else batch.others:
+        new_k = rows.take(k)
+        shown.append(rows.rows, rows.start, {positions: _encoded(layer, batch, rows, positions, new_k) for positions in layer.forms}, rows.take(v))
         at_once = rows.count if layer.dense or layer.layout.late is not None else QUERIES_AT_ONCE
         for block in rows.blocks(at_once):
             if layer.dense:
-                merged = _dense(layer, block, block.take(q), keys[RAW], values, inputs)
+                merged = _dense(layer, block, block.take(q), shown, inputs)
             else:
-                merged = _Call(layer, batch, block, backend, inputs, store, keys, values).run(block.take(q))
+                merged = _Call(layer, batch, block, kernel, inputs, shown, v.shape[3]).run(block.take(q))
             merged = merged.transpose(1, 2).to(q.dtype)
             if block.whole(q.shape[0], q.shape[2]):
+                shown.release()
                 return merged.contiguous()
             if out is None:
                 out = q.new_empty(shape) if batch.real is None else q.new_zeros(shape)
             out[block.rows, block.columns_on(out.device)] = merged
+    shown.release()
     return q.new_zeros(shape) if out is None else out
 
 
-def _extend(layer: Layer, batch: Batch, store: LayerStore | None, rows: Rows, positions: PositionMap, new: torch.Tensor) -> Run:
-    """Encode the new keys at `positions` and append them to their form. The dense truth keeps them as they are."""
+def _encoded(layer: Layer, batch: Batch, rows: Rows, positions: PositionMap, new: torch.Tensor) -> torch.Tensor:
+    """The new keys at `positions`. The dense truth keeps them as they are."""
     kept, count = layer.forms[positions], rows.count
     if kept.tail == 0:  # only first tokens are ever seen in this form
         count = min(count, max(0, kept.head - rows.start))
         new = new[:, :, :count]
-    if not layer.dense and layer.rotary is not None and count:
-        table = batch.table(layer.rotary, positions, rows.start, count, new.device)
-        new = new if table is None else table.rotate(new)
-    return Run(new, 0) if store is None else store.keys[positions].extend(rows.rows, rows.start, new, batch.rollback)
+    if layer.dense or layer.rotary is None or not count:
+        return new
+    table = batch.table(layer.rotary, positions, rows.start, count, new.device)
+    return new if table is None else table.rotate(new)
 
 
-def _dense(layer: Layer, rows: Rows, q: torch.Tensor, keys: Run, values: Run, inputs: Inputs) -> torch.Tensor:
+def _dense(layer: Layer, rows: Rows, q: torch.Tensor, memory: Shown, inputs: Inputs) -> torch.Tensor:
     total = rows.start + rows.count
+    kv = memory.view(RAW, rows.rows, 0, total, False)
     i = torch.arange(rows.start, total, device=q.device)
     scale = layer.method.query_scale()
     out, _ = reference.attention(
         q,
-        keys.slice(0, total),
-        values.slice(0, total),
+        kv.k,
+        kv.v,
         layer.method.distances(i[:, None], torch.arange(total, device=q.device)[None, :]),
         layer.rotary,
         inputs.scale,
@@ -127,11 +102,10 @@ class _Call:
     layer: Layer
     batch: Batch
     rows: Rows
-    backend: Backend
+    kernel: Kernel
     inputs: Inputs
-    store: LayerStore | None
-    keys: dict[PositionMap, Run]
-    values: Run
+    memory: Shown
+    width: int  # of a value
 
     def run(self, q: torch.Tensor) -> torch.Tensor:
         """q [b, H, t, D] -> [b, H, t, E], fp32 if it is merged from parts."""
@@ -142,7 +116,7 @@ class _Call:
         if self.layer.layout.late is not None:
             self.late(self.layer.layout.late, q, merge)
         if merge.out is None:
-            merge.add(q.new_zeros((*q.shape[:3], self.values.data.shape[3])), q.new_full(q.shape[:3], NEGATIVE_INFINITY))
+            merge.add(q.new_zeros((*q.shape[:3], self.width)), q.new_full(q.shape[:3], NEGATIVE_INFINITY))
         if self.inputs.sink is not None:
             merge.sink(self.inputs.sink)
         return merge.result()[0]
@@ -163,10 +137,9 @@ class _Call:
         for piece in self.pieces(segment):
             if key not in rotated:
                 rotated[key] = self.query(segment, q)
-            out, lse = self.backend.attend(
+            out, lse = self.kernel.attend(
                 rotated[key][:, :, piece.first - start : piece.last - start],
-                self.run_of(segment.key_positions, pinned, piece.to_key).slice(piece.from_key, piece.to_key),
-                self.values_run(pinned, piece.to_key).slice(piece.from_key, piece.to_key),
+                self.memory.view(self.layer.form_of(segment.key_positions), self.rows.rows, piece.from_key, piece.to_key, pinned),
                 Band(piece.first - piece.from_key, piece.low, piece.high),
                 self.inputs.scale,
                 self.inputs.softcap,
@@ -191,17 +164,6 @@ class _Call:
         columns = segment.key_positions(torch.arange(piece.from_key, piece.to_key, device=exact))
         return Bias(self.layer.alibi.on(exact), rows, columns, device)
 
-    def run_of(self, positions: PositionMap, pinned: bool, stop: int) -> Run:
-        positions = self.layer.form_of(positions)
-        if pinned and self.store is not None:
-            return self.store.keys[positions].pinned(self.rows.rows, stop)
-        return self.keys[positions]
-
-    def values_run(self, pinned: bool, stop: int) -> Run:
-        if pinned and self.store is not None:
-            return self.store.values.pinned(self.rows.rows, stop)
-        return self.values
-
     def late(self, late: TopK, q: torch.Tensor, merge: Merge, rows_at_once: int = 64) -> None:
         """The k best keys of the middle, chosen per query head, attended to with the scores that chose them."""
         start, stop = self.rows.start, self.rows.start + self.rows.count
@@ -209,12 +171,11 @@ class _Call:
         rotary = self.layer.rotary
         if rotary is not None and (table := self.batch.table(rotary, Constant(late.distance), start, self.rows.count, q.device)) is not None:
             queries = table.rotate(q)
-        groups = q.shape[1] // self.values.data.shape[1]
         first = stop - 1 if late.rows == "last" else start
         for a in range(max(first, late.first_key + late.low + late.k - 1), stop, rows_at_once):
             b = min(stop, a + rows_at_once)
-            keys = self.keys[RAW].slice(late.first_key, b - late.low).float()
-            values = self.values.slice(late.first_key, b - late.low)
+            kv = self.memory.view(RAW, self.rows.rows, late.first_key, b - late.low, False)
+            keys, values, groups = kv.k.float(), kv.v, q.shape[1] // kv.k.shape[1]
             i = torch.arange(a, b, device=q.device)[:, None]
             j = torch.arange(late.first_key, b - late.low, device=q.device)[None, :]
             block = queries[:, :, a - start : b - start].float().unflatten(1, (-1, groups))

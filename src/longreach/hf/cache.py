@@ -172,5 +172,5 @@ def place(cache: Cache | None, fresh: Store, calls: Calls) -> tuple[Cache, Store
     if any(getattr(layer, "is_initialized", False) and layer.get_seq_length() for layer in cache.layers):
         raise ValueError("this cache was filled without Longreach, so its keys are already rotated; pass a new DynamicCache() and the whole text")
     cache.layer_class_to_replicate = None
-    cache.layers = [StoreLayer(fresh, index, calls) for index in range(len(fresh.retentions))]
+    cache.layers = [StoreLayer(fresh, index, calls) for index in range(len(fresh.forms))]
     return cache, fresh

@@ -26,11 +26,12 @@ from longreach.hf.facts import Entry, Facts
 from longreach.hf.fingerprint import fingerprint
 from longreach.hf.forward import Forward
 from longreach.hf.placement import device_of
-from longreach.memory.buffer import Buffer
+from longreach.memory.contiguous import Buffer
+from longreach.memory.placement import Placement
 from longreach.memory.store import Store
 from longreach.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 LARGEST_FILE = 256 * 2**30
 KEY = "longreach"  # our facts in the metadata of the file; notes of the caller stand beside it under "note."
 NOTE = "note."
@@ -72,15 +73,14 @@ def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str,
         tensors["ids"] = _checked_ids(ids, store)
     if store.real is not None:
         tensors["mask"] = store.real.contiguous()
-    places = {}
+    places = [{"firsts": placement.places.firsts, "ends": placement.ends} for placement in store.placements.values()]
     dtypes = {entry.dtype for entry in forward.facts.reading.entries}
     for _, name, buffer in _buffers(store):
-        places[name] = {"starts": buffer.starts, "ends": buffer.ends}
         for part, tensor in buffer.entries().items():
             if tensor.dtype not in dtypes:
                 raise ValueError(f"the model was cast to {tensor.dtype} after extend(), which measured it as it was before; remove() and extend() again")
             tensors[f"{name}.{part}"] = tensor
-    facts = {**_identity(forward.facts), "rows": store.rows, "seen": store.seen, "buffers": places}
+    facts = {**_identity(forward.facts), "rows": store.rows, "seen": store.seen, "places": places}
     metadata = {KEY: json.dumps(facts, allow_nan=False), **{f"{NOTE}{name}": text for name, text in notes.items()}}
     try:
         files.write_by(file, lambda part: save_file(tensors, part, metadata), "document")
@@ -135,7 +135,8 @@ def _checked_ids(ids: Any, store: Store) -> torch.Tensor:
 def _buffers(store: Store) -> Iterator[tuple[int, str, Buffer]]:
     """-> layer, name, buffer."""
     for index, layer in enumerate(store.layers):
-        yield index, f"layers.{index}.values", layer.values
+        for number, buffer in enumerate((layer.whole, *layer.tails.values())):
+            yield index, f"layers.{index}.values.{number}", buffer
         for number, buffer in enumerate(layer.keys.values()):
             yield index, f"layers.{index}.keys.{number}", buffer
 
@@ -242,40 +243,43 @@ def _read(forward: Forward, opened: Any, found: dict[str, Any]) -> tuple[Store, 
     _require(ids is None or (ids.dtype == torch.int64 and list(ids.shape) == [rows, seen]), "the ids have another shape")
     vocabulary = forward.facts.model.get_input_embeddings().weight.shape[0]
     _require(ids is None or (int(ids.min()) >= 0 and int(ids.max()) < vocabulary), "an id is not in the vocabulary")
-    buffers = {f"layers.{index}.values" for index in range(len(forward.facts.layers))}
-    buffers |= {f"layers.{index}.keys.{number}" for index, layer in enumerate(forward.facts.layers) for number in range(len(layer.forms))}
-    _require(isinstance(found["buffers"], dict) and set(found["buffers"]) == buffers, "its buffers are not those of the method")
     _require(rows <= max(opened.get_slice(name).get_shape()[0] for name in names), "no tensor has that many rows")
     store = forward.new_store()
     store.restore([seen] * rows if mask is None else mask.sum(1).tolist(), seen, mask)
+    places = found["places"]
+    _require(isinstance(places, list) and len(places) == len(store.placements), "its places are not those of the method")
+    for where, placement in zip(places, store.placements.values(), strict=True):
+        _place(placement, where, store.lengths)
     used = {"mask", "ids"} & names
     for index, name, buffer in _buffers(store):
         entry = forward.facts.reading.entries[index]._replace(device=forward.facts.device_of_layer(index))
-        width = entry.value_width if name.endswith("values") else entry.key_width
-        used |= _fill(opened, name, buffer, found["buffers"][name], store.lengths, (entry.heads, width), entry)
+        width = entry.value_width if ".values." in name else entry.key_width
+        used |= _fill(opened, name, buffer, (entry.heads, width), entry)
     _require(used == names, "it holds tensors that belong nowhere")
     return store, ids
 
 
-def _fill(opened: Any, name: str, buffer: Buffer, where: dict[str, Any], lengths: list[int], heads_width: tuple[int, int], entry: Entry) -> set[str]:
-    """Restore one buffer -> the names of its tensors. What it keeps has to be what its retention needs at these lengths."""
-    starts, ends = where["starts"], where["ends"]
-    rows, (kept, tail) = len(lengths), (buffer.retention.head, buffer.retention.tail)
-    _require(all(isinstance(x, list) and len(x) == rows and all(map(_count, x)) for x in (starts, ends)), f"{name} has no places for its rows")
-    for start, end, length in zip(starts, ends, lengths, strict=True):
-        if tail == 0:
-            _require(start == end and min(length, kept) <= end <= length, f"{name} keeps other first tokens")
-        else:
-            _require(end == length and start <= (0 if tail is None else max(0, length - tail + 1)), f"{name} keeps other last tokens")
-    longest = max(end - start for start, end in zip(starts, ends, strict=True))
+def _place(placement: Placement, where: dict[str, Any], lengths: list[int]) -> None:
+    """Restore one placement. What it keeps has to be what its tail needs at these lengths."""
+    firsts, ends, tail = where["firsts"], where["ends"], placement.tail
+    _require(all(isinstance(x, list) and len(x) == len(lengths) and all(map(_count, x)) for x in (firsts, ends)), "there are no places for its rows")
+    for first, end, length in zip(firsts, ends, lengths, strict=True):
+        _require(end == length and (tail == 0 or first <= (0 if tail is None else max(0, length - tail + 1))), "it keeps other last tokens")
+    placement.restore(firsts, ends)
+
+
+def _fill(opened: Any, name: str, buffer: Buffer, heads_width: tuple[int, int], entry: Entry) -> set[str]:
+    """Restore one buffer -> the names of its tensors."""
+    placement = buffer.placement
+    longest = 0 if placement.tail == 0 else max(end - first for first, end in zip(placement.places.firsts, placement.ends, strict=True))
     found = {}
-    for part, length in (("head", kept), ("body", longest)):
+    for part, length in (("head", buffer.first), ("body", longest)):
         if length:
-            shape = [rows, heads_width[0], length, heads_width[1]]
+            shape = [len(placement.ends), heads_width[0], length, heads_width[1]]
             _require(list(opened.get_slice(f"{name}.{part}").get_shape()) == shape, f"{name}.{part} has another shape than {shape}")
             found[part] = opened.get_tensor(f"{name}.{part}").to(entry.device, copy=True)
             _require(found[part].dtype == entry.dtype, f"{name}.{part} has another dtype")
-    buffer.restore(found.get("head"), found.get("body"), starts, ends)
+    buffer.restore(found.get("head"), found.get("body"))
     return {f"{name}.{part}" for part in found}
 
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from longreach import configs
 from longreach.core.encodings import exact_device
-from longreach.engine.executor import Layer
+from longreach.engine.layer import Layer
 from longreach.hf import documents, frequencies, legacy, registration
 from longreach.hf.attach import Attachment
 from longreach.hf.checks import configs_of, find_base
@@ -28,7 +28,7 @@ from longreach.hf.interfaces import CausalLM
 from longreach.hf.placement import device_of
 from longreach.hf.standard import StandardSeam
 from longreach.hf.verify import verify
-from longreach.kernels import backend_for
+from longreach.kernels import kernel_for
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planning import dial
@@ -233,7 +233,7 @@ class Extension:
             "layers_in_chunks": [layer.index for layer in others if isinstance(layer.method, Stock) and layer.method.attention_chunk],
             "layers_without_positions": [i for i, r in enumerate(reading.rotaries) if r is None and reading.alibi is None],
             "sliding_window_overridden": reading.trained[0].sliding_window is not None and 0 in ours and not isinstance(self.method, Stock),
-            "backend": "dense reference" if layers[0].dense else backend_for(device_of(self.model), dtype).name,
+            "backend": "dense reference" if layers[0].dense else kernel_for(device_of(self.model), dtype).name,
             "dtype": str(dtype).removeprefix("torch."),
             "exactness": {name: getattr(self.exactness, name) for name in ("rotary", "logits", "layers", "stock_logits", "stock_layers")},
         }

@@ -14,7 +14,7 @@ import torch
 
 from longreach.configs import Window
 from longreach.core.encodings import Alibi, Rotary
-from longreach.engine.executor import Layer
+from longreach.engine.layer import Layer
 from longreach.hf.interfaces import CausalLM
 from longreach.hf.registration import Configs
 from longreach.hf.rotary import Key

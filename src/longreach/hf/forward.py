@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from longreach.engine.batch import Batch
-from longreach.engine.executor import Inputs, execute
+from longreach.engine.executor import execute
+from longreach.engine.layer import Inputs
 from longreach.hf import layer_kinds
 from longreach.hf.cache import place
 from longreach.hf.calls import Calls
 from longreach.hf.checks import check_positions
 from longreach.hf.facts import Facts
-from longreach.kernels import backend_for
-from longreach.memory.buffer import ROLLBACK
+from longreach.kernels import kernel_for
+from longreach.memory.placement import ROLLBACK
 from longreach.memory.store import Store
 
 Args = tuple[Any, ...]
@@ -163,20 +164,20 @@ class Forward:
         batch.require_unchanged()
         if dropout:
             raise ValueError("attention dropout is not supported; call model.eval()")
-        layer, store = self.facts.layers[index], None if batch.store is None else batch.store.layers[index]
+        layer, memory = self.facts.layers[index], None if batch.store is None else batch.store.layers[index]
         kind, given = query.device.type, query.dtype
         autocast = torch.is_autocast_enabled(kind)
         own = self.facts.reading.entries[index].dtype if autocast else given
-        backend = backend_for(query.device, own)
+        kernel = kernel_for(query.device, own)
         inputs = Inputs(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, None if s_aux is None else s_aux.detach())
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if not autocast:
-                return execute(layer, batch, store, backend, q, k, v, inputs)
+                return execute(layer, batch, memory, kernel, q, k, v, inputs)
             # A cache is of one dtype, whether its tokens were read under autocast or not, and exact: that of the weights, as stock's keys have it.
             # Attention computes in it too, for what is stored would have to be cast anew for every token; the result is what stock's kernel gives.
             with torch.autocast(kind, enabled=False):
-                out = execute(layer, batch, store, backend, q.to(own), k.to(own), v.to(own), inputs)
+                out = execute(layer, batch, memory, kernel, q.to(own), k.to(own), v.to(own), inputs)
             return out.to(torch.get_autocast_dtype(kind))
 
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):

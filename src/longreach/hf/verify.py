@@ -14,7 +14,7 @@ import torch
 from longreach import configs
 from longreach.core.differences import relative
 from longreach.core.encodings import Rotary
-from longreach.engine.executor import Layer
+from longreach.engine.layer import Layer
 from longreach.hf import frequencies, layer_kinds, selfcheck
 from longreach.hf.attach import Attachment
 from longreach.hf.checks import Inexact

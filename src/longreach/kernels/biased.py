@@ -16,7 +16,7 @@ import torch
 
 from longreach.core.merge import NEGATIVE_INFINITY, Merge
 from longreach.kernels import tiles
-from longreach.kernels.tiles import Band, Kernel, empty
+from longreach.kernels.tiles import Band, Operator, empty
 
 ROWS_PER_BLOCK = 256  # in fp32 a shared bias of the steepest usual slope is then exact to 1e-5
 LARGEST_MASK = 1 << 27  # entries of a mask that rows do not share
@@ -48,22 +48,22 @@ class Bias:
 
 
 def dispatch(
-    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None, bias: Bias | None
+    operator: Operator, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None, bias: Bias | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A band with a bias, with a soft-cap, or with neither, on one kernel."""
     if bias is not None:
         assert softcap is None, "no model has both a bias and a soft-cap"
-        return attend(kernel, q, k, v, band, scale, bias)
+        return attend(operator, q, k, v, band, scale, bias)
     if softcap is not None:
         return tiles.capped(q, k, v, band, scale, softcap)
-    return tiles.attend(kernel, q, k, v, band, scale)
+    return tiles.attend(operator, q, k, v, band, scale)
 
 
 def attend(
-    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, bias: Bias, share: bool = True, rows: int = ROWS_PER_BLOCK
+    operator: Operator, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, bias: Bias, share: bool = True, rows: int = ROWS_PER_BLOCK
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [B, H, T, E], lse [B, H, T] fp32. `share` only where the kernel takes an fp32 mask whatever the dtype of q."""
-    blocks = _Blocks(kernel, q, k, v, band, scale, bias, Merge(q.shape[2]))
+    blocks = _Blocks(operator, q, k, v, band, scale, bias, Merge(q.shape[2]))
     if not share:
         rows = max(1, min(rows, LARGEST_MASK // max(1, q.shape[1] * k.shape[2])))
     for a in range(0, q.shape[2], rows):
@@ -73,7 +73,7 @@ def attend(
 
 @dataclass
 class _Blocks:
-    kernel: Kernel
+    operator: Operator
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -115,4 +115,4 @@ class _Blocks:
 
     def call(self, a: int, b: int, start: int, stop: int, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         columns = slice(start, stop)
-        return self.kernel(self.q[:, :, a:b], self.k[:, :, columns], self.v[:, :, columns], self.scale, False, mask)
+        return self.operator(self.q[:, :, a:b], self.k[:, :, columns], self.v[:, :, columns], self.scale, False, mask)

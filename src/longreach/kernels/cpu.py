@@ -1,4 +1,4 @@
-"""CPU backend: PyTorch's fused CPU attention, which returns the log-sum-exp for free.
+"""CPU kernel: PyTorch's fused CPU attention, which returns the log-sum-exp for free.
 
 The operator has traps that this file keeps away from everyone else: a fully masked row comes back with lse = 0, an empty key
 dimension kills the process, `is_causal` is aligned to the top left, q, k and v must have one width, and the gradient through
@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import torch
 
-from longreach.kernels import biased, tiles
+from longreach.kernels import biased, spans, tiles
 from longreach.kernels.biased import Bias
+from longreach.kernels.protocol import KV, Spans
 from longreach.kernels.tiles import Band
 
 FOLDED_ROWS = 32  # up to this many rows, the query heads of a group become rows of one call and share each key that is read
 
 
-class CpuBackend:
+class CpuKernel:
     name = "cpu: fused attention, tiled"
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
+        self, q: torch.Tensor, kv: KV, work: Band | Spans, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return biased.dispatch(kernel, q, k, v, band, scale, softcap, bias)
+        if isinstance(work, Spans):
+            return spans.attend(operator, q, kv, work, scale, softcap)
+        return biased.dispatch(operator, q, kv.k, kv.v, work, scale, softcap, bias)
 
 
-def kernel(
+def operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert q.shape[2] and k.shape[2], "an empty dimension would end the process inside the operator"
@@ -33,11 +36,12 @@ def kernel(
     heads, rows, width = q.shape[1], q.shape[2], v.shape[3]
     groups = heads // k.shape[1]
     q, k, v = tiles.widened(q, k, v)
-    if mask is not None and mask.dim() == 4:
-        mask = mask.expand(*q.shape[:3], -1)  # the operator reads what rows share through a stride of 0
-    fold = groups > 1 and rows <= FOLDED_ROWS and not causal and mask is None
+    own = mask is not None and mask.dim() == 4 and mask.shape[1] == 1  # each row of the batch has a mask, whatever the head
+    fold = groups > 1 and rows <= FOLDED_ROWS and not causal and (mask is None or own)
     if fold:
         q = q.unflatten(1, (-1, groups)).flatten(2, 3)
+    if mask is not None and mask.dim() == 4:
+        mask = mask.expand(*q.shape[:3], -1)  # the operator reads what rows share through a stride of 0
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if fold:
         out = out.unflatten(2, (groups, rows)).flatten(1, 2)

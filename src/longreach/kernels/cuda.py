@@ -1,7 +1,7 @@
-"""CUDA backend on core PyTorch: one windowed flash call per segment where that passes a self-test, mask-free tiles otherwise.
+"""CUDA kernels on core PyTorch: one windowed flash call per segment where that passes a self-test, mask-free tiles otherwise.
 
 Signatures, the layout of the log-sum-exp and the meaning of windows differ between releases, so nothing is believed: the
-windowed call is compared with a dense computation once per (device, dtype), and what was chosen is in the backend's name.
+windowed call is compared with a dense computation once per (device, dtype), and what was chosen is in the kernel's name.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from longreach.core.differences import largest
-from longreach.kernels import biased, tiles
+from longreach.kernels import biased, selftest, spans, tiles
 from longreach.kernels.biased import Bias
+from longreach.kernels.protocol import KV, Spans
 from longreach.kernels.tiles import Band
 
 
@@ -23,15 +24,17 @@ class CudaTiles:
     name = "cuda: fused attention, tiled"
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
+        self, q: torch.Tensor, kv: KV, work: Band | Spans, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(work, Spans):
+            return spans.attend(operator, q, kv, work, scale, softcap)
         if bias is not None:
             assert softcap is None, "no model has both a bias and a soft-cap"
             require_bias(q.device, q.dtype)
-            return biased.attend(kernel, q, k, v, band, scale, bias, share=False)  # masks in q's dtype are exact only as true distances
+            return biased.attend(operator, q, kv.k, kv.v, work, scale, bias, share=False)  # masks in q's dtype are exact only as true distances
         if softcap is not None:
-            return tiles.capped(q, k, v, band, scale, softcap)
-        return tiles.attend(kernel, q, k, v, band, scale, rows_per_tile=128)
+            return tiles.capped(q, kv.k, kv.v, work, scale, softcap)
+        return tiles.attend(operator, q, kv.k, kv.v, work, scale, rows_per_tile=128)
 
 
 class CudaWindow(CudaTiles):
@@ -40,24 +43,26 @@ class CudaWindow(CudaTiles):
     name = "cuda: flash attention with window"
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
+        self, q: torch.Tensor, kv: KV, work: Band | Spans, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, columns = q.shape[2], k.shape[2]
-        diagonal = band.offset - band.low
+        if isinstance(work, Spans):
+            return super().attend(q, kv, work, scale, softcap, bias)
+        rows, columns = q.shape[2], kv.k.shape[2]
+        diagonal = work.offset - work.low
         first, last = max(0, -diagonal), columns - diagonal  # rows [first, last) have their diagonal on a key
         if softcap is not None or bias is not None or last < rows or first >= rows or columns == 0:
-            return super().attend(q, k, v, band, scale, softcap, bias)
+            return super().attend(q, kv, work, scale, softcap, bias)
         keys = slice(0, diagonal + rows)
-        window = -1 if band.high is None else band.high - band.low - 1
-        part, part_lse = windowed(q[:, :, first:], k[:, :, keys], v[:, :, keys], scale, window)
+        window = -1 if work.high is None else work.high - work.low - 1
+        part, part_lse = windowed(q[:, :, first:], kv.k[:, :, keys], kv.v[:, :, keys], scale, window)
         if not first:
             return part, part_lse
-        out, lse = tiles.empty(q, v)
+        out, lse = tiles.empty(q, kv.v)
         out[:, :, first:], lse[:, :, first:] = part, part_lse
         return out, lse
 
 
-def kernel(
+def operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups, width, rows = q.shape[1] // k.shape[1], v.shape[3], q.shape[2]
@@ -90,18 +95,13 @@ def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, wi
 
 
 @functools.cache
-def cuda_backend(device: torch.device, dtype: torch.dtype) -> CudaTiles:
-    """The fastest backend that reproduces a dense computation on this device. Raises if none does."""
+def cuda_kernel(device: torch.device, dtype: torch.dtype) -> CudaTiles:
+    """The fastest kernel that reproduces a dense computation on this device. Raises if none does."""
     failures = []
-    for backend in (CudaWindow(), CudaTiles()) if dtype != torch.float32 else (CudaTiles(),):
-        try:
-            difference = _self_test(backend, device, dtype)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            failures.append(f"{backend.name}: {error}")
-            continue
-        if difference < (1e-4 if dtype == torch.float32 else 2e-2):
-            return backend
-        failures.append(f"{backend.name}: differs by {difference:.1e}")
+    for kernel in (CudaWindow(), CudaTiles()) if dtype != torch.float32 else (CudaTiles(),):
+        if (failure := selftest.failure(kernel, device, dtype)) is None:
+            return kernel
+        failures.append(f"{kernel.name}: {failure}")
     raise ValueError(f"no CUDA attention of this PyTorch passes the self-test ({'; '.join(failures)}); move the model to 'cpu' or update PyTorch")
 
 
@@ -115,7 +115,7 @@ def require_bias(device: torch.device, dtype: torch.dtype) -> None:
     bias, worst = Bias(slope, row, column), 0.0
     for band in (Band(80), Band(80, 0, 33), Band(80, 100)):
         try:
-            out, lse = biased.attend(kernel, q, k, v, band, 0.125, bias, share=False)
+            out, lse = biased.attend(operator, q, k, v, band, 0.125, bias, share=False)
         except RuntimeError as error:
             raise ValueError(f"no CUDA attention of this PyTorch takes the bias of ALiBi ({error}); move the model to 'cpu' or update PyTorch") from error
         # the bias as two more columns of q and k, in fp32
@@ -126,20 +126,3 @@ def require_bias(device: torch.device, dtype: torch.dtype) -> None:
         worst = max(worst, largest(out.float() - want), largest((lse - want_lse)[seen]))
     if not worst < (1e-3 if dtype == torch.float32 else 5e-2):
         raise ValueError(f"the bias of ALiBi is off by {worst:.1e} on this device; move the model to 'cpu' or update PyTorch")
-
-
-def _self_test(backend: CudaTiles, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest difference of outputs and log-sum-exps to a dense computation, over bands with an offset, a gap and a window: a prompt, a short chunk and
-    a decoded token, wide and narrow heads, a batch of two."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    worst = 0.0
-    for rows, width in ((70, 64), (3, 64), (1, 64), (70, 16), (1, 16), (1, 128)):
-        q, k, v = (torch.randn(2, h, t, width, generator=generator).to(device, dtype) for h, t in ((4, rows), (2, 150), (2, 150)))
-        for band in (Band(80), Band(80, 0, 33), Band(80, 100), Band(80, 20, 60), Band(149), Band(149, 0, 33)):
-            out, lse = backend.attend(q, k, v, band, width**-0.5)
-            want, want_lse = tiles.capped(q.float(), k.float(), v.float(), band, width**-0.5, softcap=1e6)
-            seen = ~want_lse.isneginf()
-            if not torch.equal(seen, ~lse.isneginf()):
-                return float("inf")
-            worst = max(worst, largest(out.float() - want), largest((lse - want_lse)[seen]))
-    return worst

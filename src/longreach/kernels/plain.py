@@ -1,4 +1,4 @@
-"""Backend of matrix products and a softmax in fp32: any device, no fused kernel, no fp64. For devices without one of their own (MPS).
+"""Kernel of matrix products and a softmax in fp32: any device, no fused kernel, no fp64. For devices without one of their own (MPS).
 
 Right before it is fast: the logits of a tile are formed in memory. Queries come in blocks, so that memory does not grow with the square
 of the length.
@@ -9,29 +9,34 @@ from __future__ import annotations
 import torch
 
 from longreach.core.merge import NEGATIVE_INFINITY
-from longreach.kernels import biased
+from longreach.kernels import biased, spans
 from longreach.kernels.biased import Bias
+from longreach.kernels.protocol import KV, Spans
 from longreach.kernels.tiles import Band
 
 LOGITS_AT_ONCE = 2**26  # fp32 entries: 256 MiB
 
 
-class PlainBackend:
+class PlainKernel:
     name = "plain: matrix products in fp32, tiled"
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, softcap: float | None = None, bias: Bias | None = None
+        self, q: torch.Tensor, kv: KV, work: Band | Spans, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return biased.dispatch(kernel, q, k, v, band, scale, softcap, bias)
+        if isinstance(work, Spans):
+            return spans.attend(operator, q, kv, work, scale, softcap)
+        return biased.dispatch(operator, q, kv.k, kv.v, work, scale, softcap, bias)
 
 
-def kernel(
+def operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B, H, T, D], k [B, G, C, D], v [B, G, C, E] -> out [B, H, T, E] in q's dtype, lse [B, H, T] fp32. A mask is [T, C] or [1, H, T or 1, C]."""
+    """q [B, H, T, D], k [B, G, C, D], v [B, G, C, E] -> out [B, H, T, E] in q's dtype, lse [B, H, T] fp32.
+
+    A mask is [T, C], [1, H, T or 1, C] or [B, 1, 1, C]."""
     groups, rows = q.shape[1] // k.shape[1], q.shape[2]
     if mask is not None:
-        mask = mask.expand(1, q.shape[1], rows, -1).unflatten(1, (-1, groups))
+        mask = mask.expand(mask.shape[0] if mask.dim() == 4 else 1, q.shape[1], rows, -1).unflatten(1, (-1, groups))
     keys, values = k.float()[:, :, None], v.float()[:, :, None]
     folded = q.float().unflatten(1, (-1, groups))  # [B, G, g, T, D]
     step = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))

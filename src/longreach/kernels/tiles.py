@@ -35,17 +35,17 @@ class Band:
     high: int | None = None
 
 
-class Kernel(Protocol):
+class Operator(Protocol):
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of non-empty q to non-empty k. `causal` comes with squares only. `mask` is additive, [T, C] in q's dtype, or with a
-        bias fp32 and [1, H, T or 1, C]."""
+        bias fp32 and [1, H, T or 1, C]; [B, 1, 1, C] comes with one query per row."""
         ...
 
 
 def attend(
-    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, rows_per_tile: int = ROWS_PER_TILE
+    operator: Operator, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float, rows_per_tile: int = ROWS_PER_TILE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [B, H, T, E] in q's dtype or fp32, lse [B, H, T] fp32."""
     rows, columns = q.shape[2], k.shape[2]
@@ -56,8 +56,8 @@ def attend(
     if rows == 1:  # one row sees one stretch of columns
         start = 0 if band.high is None else max(0, band.offset - band.high + 1)
         stop = min(columns, diagonal + 1)
-        return kernel(q, between(k, start, stop), between(v, start, stop), scale) if start < stop else empty(q, v)
-    tiles = _Tiles(kernel, q, k, v, diagonal, scale, Merge(rows))
+        return operator(q, between(k, start, stop), between(v, start, stop), scale) if start < stop else empty(q, v)
+    tiles = _Tiles(operator, q, k, v, diagonal, scale, Merge(rows))
     if band.high is None:
         tiles.growing(first, rows)
     else:
@@ -90,7 +90,7 @@ def empty(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class _Tiles:
-    kernel: Kernel
+    operator: Operator
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -102,7 +102,7 @@ class _Tiles:
         """Rows [a, b) see all columns [start, stop), or the causal square on them."""
         if a < b and start < stop:
             columns = slice(start, stop)
-            self.merge.add(*self.kernel(self.q[:, :, a:b], self.k[:, :, columns], self.v[:, :, columns], self.scale, causal), a)
+            self.merge.add(*self.operator(self.q[:, :, a:b], self.k[:, :, columns], self.v[:, :, columns], self.scale, causal), a)
 
     def growing(self, a: int, b: int) -> None:
         """Rows [a, b) see columns [0, diagonal + r]."""
@@ -145,7 +145,7 @@ class _Tiles:
             return x[:, :, first : first + last + length].flatten(0, 1).unfold(1, length, large).transpose(2, 3)
 
         q = self.q[:, :, a:b]
-        out, lse = self.kernel(*(self.folded(q, count, large), views(self.k, start + large, core), views(self.v, start + large, core)), self.scale)
+        out, lse = self.operator(*(self.folded(q, count, large), views(self.k, start + large, core), views(self.v, start + large, core)), self.scale)
         self.merge.add(*self.unfolded(out, lse, q.shape, count, large), a)
         k, v = (torch.cat([views(x, start, large), views(x, start + width, large - 1)], dim=2).flatten(0, 1) for x in (self.k, self.v))
         self.merge.add(*self.windows(q, k, v, large, large, step), a)
@@ -159,7 +159,7 @@ class _Tiles:
         row, column = torch.arange(step, device=q.device)[:, None], torch.arange(span, device=q.device)[None, :]
         hidden = (column < row) | (column >= row + width)
         mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, NEGATIVE_INFINITY)
-        out, lse = self.kernel(folded, k, v, self.scale, False, mask.repeat(folded.shape[2] // step, 1))
+        out, lse = self.operator(folded, k, v, self.scale, False, mask.repeat(folded.shape[2] // step, 1))
         return self.unfolded(out, lse, q.shape, q.shape[2] // step, step)
 
     def folded(self, q: torch.Tensor, count: int, step: int) -> torch.Tensor:
@@ -181,7 +181,7 @@ class _Tiles:
         behind = self.diagonal + torch.arange(a, b, device=self.q.device)[:, None] - torch.arange(start, stop, device=self.q.device)[None, :]
         visible = (behind >= 0) & (behind < width)
         mask = torch.zeros(visible.shape, dtype=self.q.dtype, device=self.q.device).masked_fill_(~visible, NEGATIVE_INFINITY)
-        out, lse = self.kernel(self.q[:, :, a:b], self.k[:, :, start:stop], self.v[:, :, start:stop], self.scale, False, mask)
+        out, lse = self.operator(self.q[:, :, a:b], self.k[:, :, start:stop], self.v[:, :, start:stop], self.scale, False, mask)
         nothing = ~visible.any(1)
         self.merge.add(out.masked_fill(nothing[:, None], 0.0), lse.masked_fill(nothing, NEGATIVE_INFINITY), a)
 

@@ -1,6 +1,6 @@
-"""The store: the keys and values of every layer of one cache, the length of every row, and the slots that Transformers counts.
+"""The store: the memory of every layer of one cache, the length of every row, and the slots that Transformers counts.
 
-Knows buffers, lengths, slots and rollback; not positions, models or caches of Transformers.
+Knows placements, lengths, slots and rollback; not positions, models or caches of Transformers.
 """
 
 from __future__ import annotations
@@ -8,41 +8,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from longreach.core.segments import PositionMap, Retention
-from longreach.memory.buffer import ROLLBACK, Buffer
+from longreach.memory.contiguous import Buffer, Contiguous
+from longreach.memory.placement import ROLLBACK, Placement, alike
 from longreach.memory.slots import Slots, Stretch, runs
-
-
-@dataclass
-class LayerStore:
-    """The values and every key form of one layer."""
-
-    retentions: dict[PositionMap, Retention]
-    rows: int
-    keys: dict[PositionMap, Buffer] = field(init=False)
-    values: Buffer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.keys = {positions: Buffer(kept, self.rows) for positions, kept in self.retentions.items()}
-        everything = Retention()
-        for kept in self.retentions.values():
-            everything = everything | kept
-        self.values = Buffer(everything, self.rows)
-
-    @property
-    def buffers(self) -> list[Buffer]:
-        return [self.values, *self.keys.values()]
-
-    def fork(self) -> LayerStore:
-        other = LayerStore(self.retentions, self.rows)
-        other.values = self.values.fork()
-        other.keys = {positions: buffer.fork() for positions, buffer in self.keys.items()}
-        return other
 
 
 @dataclass(frozen=True)
@@ -56,9 +30,10 @@ class Past:
 class Store:
     """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts."""
 
-    def __init__(self, retentions: list[dict[PositionMap, Retention]]) -> None:
-        self.retentions = retentions
-        self.layers: list[LayerStore] = []
+    def __init__(self, forms: list[dict[PositionMap, Retention]]) -> None:
+        self.forms = forms  # of every layer
+        self.placements: dict[int | None, Placement] = {}  # by the tail that is kept
+        self.layers: list[Contiguous] = []
         self.lengths: list[int] = []
         self.slots = Slots.empty(0)
         self.announced = 0  # tokens that a crop may undo after this forward, where somebody has said so
@@ -105,7 +80,8 @@ class Store:
         if self.rows != rows:
             self.lengths, self.offsets = [0] * rows, [0] * rows
             self.slots = Slots.empty(rows)
-            self.layers = [LayerStore(retention, rows) for retention in self.retentions]
+            self.placements = {kept.tail: Placement(kept.tail, rows) for forms in self.forms for kept in forms.values()}
+            self.layers = [Contiguous(self.placements, forms, rows) for forms in self.forms]
         self.announced = max(announced, self.since_crop + columns if self.record_past else 0)
 
     def past(self, mask: torch.Tensor | None) -> list[Past]:
@@ -130,18 +106,25 @@ class Store:
         """visible [tokens of the row]."""
         hidden = runs(~visible)
         start = hidden.pop()[0] if hidden and hidden[-1][1] == len(visible) else len(visible)
-        if start < (least := max(buffer.reaches(row) for buffer in self.buffers)):
+        if start < (least := self._reaches(row)):
             raise ValueError(
                 f"attention_mask hides the last {len(visible) - start} tokens of row {row}, and of the tokens before them too little is kept to go on from "
                 f"there (this method can go back to token {least}); pass the mask with the call that reads them, or read the text again"
             )
         return Past(start, tuple(hidden))
 
-    def places(self) -> list[Any]:
-        """Per row, where its buffers begin: rows may be read in one call only where these are equal."""
-        if self.rows < 2 or all(buffer.even for buffer in self.buffers):
-            return [None] * self.rows
-        return [tuple(buffer.starts[row] for buffer in self.buffers if not buffer.even) for row in range(self.rows)]
+    def _reaches(self, row: int) -> int:
+        """The smallest length to which a row can be cut."""
+        return max(placement.reaches(row) for placement in self.placements.values())
+
+    def reserve(self, past: list[Past], counts: list[int]) -> list[object]:
+        """Before the layers run: there is room for so many new tokens of every row -> a key for each row, equal where rows that follow each other lie alike.
+        Only such rows may be read in one call."""
+        new = [(row, p.start, p.start + count) for row, (p, count) in enumerate(zip(past, counts, strict=True)) if count]
+        for placement in self.placements.values():
+            placement.reserve(new, self.rollback)
+        forgets = [p.start < length for p, length in zip(past, self.lengths, strict=True)]  # such a row is written to a copy, which others need not be
+        return list(zip(alike(self.placements.values(), range(self.rows)), forgets, strict=True))
 
     def advance(self, real: torch.Tensor | None, columns: int, past: list[Past] | None = None) -> None:
         """The forward is finished: its tokens count; `real` [B, T] on the CPU, None if all are. An interrupt is made good at the next use.
@@ -167,16 +150,21 @@ class Store:
 
     def settle(self) -> None:
         """What a finished forward added counts, what one that failed has added is gone."""
+        counts = self._finishing is not None
         if self._finishing is None:
             for buffer in self.buffers:
                 buffer.discard()
-            return
-        lengths, slots, shorter = self._finishing
-        for buffer in self.buffers:
-            buffer.commit()
-            for row in shorter:  # one that read nothing but pads has added nothing that would say so
-                buffer.rewind(row, lengths[row])
-        self.lengths, self.slots, self._finishing = lengths, slots, None
+        else:
+            lengths, slots, shorter = self._finishing
+            for placement in self.placements.values():
+                placement.commit()
+                for row in shorter:  # one that read nothing but pads has added nothing that would say so
+                    placement.rewind(row, lengths[row])
+            for buffer in self.buffers:
+                buffer.settle()
+            self.lengths, self.slots, self._finishing = lengths, slots, None
+        for placement in self.placements.values():
+            placement.finish(counts)
 
     # -- between forwards -----------------------------------------------------------------------------------------------------
 
@@ -189,16 +177,16 @@ class Store:
             return
         left = self.slots.without(slots)
         lengths = [left.tokens(row) for row in range(self.rows)]
-        least = [max(buffer.reaches(row) for buffer in self.buffers) for row in range(self.rows)]
+        least = [self._reaches(row) for row in range(self.rows)]
         for row, (length, floor) in enumerate(zip(lengths, least, strict=True)):
             if length < floor:
                 raise ValueError(
                     f"cannot go back to token {length} of row {row}: of its {self.lengths[row]} tokens the last {self.lengths[row] - floor} can be forgotten "
                     f"(at least {ROLLBACK} behind the farthest one that was read); crop less or start a new cache"
                 )
-        for buffer in self.buffers:
+        for placement in self.placements.values():
             for row, length in enumerate(lengths):
-                buffer.rewind(row, length)
+                placement.rewind(row, length)
         self.lengths, self.slots = lengths, left
         again = min(length - floor for length, floor in zip(lengths, least, strict=True))
         if warn and any(least) and again < slots and not self.announced:
@@ -211,8 +199,9 @@ class Store:
         """
         if self._finishing is not None:
             self.settle()
-        other = Store(self.retentions)
-        other.layers = [layer.fork() for layer in self.layers]
+        other = Store(self.forms)
+        other.placements = {tail: placement.fork() for tail, placement in self.placements.items()}
+        other.layers = [layer.fork(other.placements) for layer in self.layers]
         other.lengths, other.offsets, other.slots, other.record_past = [*self.lengths], [*self.offsets], self.slots.copy(), self.record_past
         return other
 
@@ -223,7 +212,7 @@ class Store:
         raise ValueError("a Longreach cache cannot be pickled or passed to torch.save; write it with extension.save(cache, file, ids), read it with load(file)")
 
     def restore(self, lengths: list[int], seen: int, real: torch.Tensor | None) -> None:
-        """Become an empty store that has counted this much; the caller fills the buffers of `layers`."""
+        """Become an empty store that has counted this much; the caller restores the placements and fills the buffers of `layers`."""
         self.reset()
         self.open(len(lengths))
         self.lengths, self.slots = lengths, Slots.empty(len(lengths)) if real is None else Slots.of(real)
@@ -238,11 +227,13 @@ class Store:
         if any(not -self.rows <= row < self.rows for row in rows):
             raise ValueError(f"rows {rows} are not all among the {self.rows} of this cache; pass indices from 0 to {self.rows - 1}")
         index = index % self.rows
-        for buffer in self.buffers:
-            buffer.select(index)
+        for placement in self.placements.values():
+            placement.select(index.tolist())
+        for layer in self.layers:
+            layer.select(index)
         self.lengths, self.offsets = ([each[row] for row in index.tolist()] for each in (self.lengths, self.offsets))
         self.slots.select(index.tolist())
 
     def reset(self) -> None:
         self.changes += 1
-        self.layers, self.lengths, self.slots, self._finishing, self.since_crop = [], [], Slots.empty(0), None, 0
+        self.placements, self.layers, self.lengths, self.slots, self._finishing, self.since_crop = {}, [], [], Slots.empty(0), None, 0

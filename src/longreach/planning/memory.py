@@ -1,18 +1,21 @@
 """A layout -> bytes: what the store allocates, to the byte, and what a forward needs beside it.
 
-Follows the rules of memory/buffer.py (head, tail, growth) without allocating; the tests compare with real buffers. Knows no models' weights
+Asks memory/placement.py how many entries a buffer will have, and counts buffers and numbers; the tests compare with real ones. Knows no models' weights
 beyond their sizes, no seconds.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from longreach.configs import Attention, Decoder
 from longreach.core.segments import Layout, Retention, forms
 from longreach.engine.executor import QUERIES_AT_ONCE
-from longreach.memory.buffer import ROLLBACK, SLACK, room
+from longreach.memory import placement
+from longreach.memory.placement import ROLLBACK, SLACK
 from longreach.methods.base import Method
 from longreach.planning.work import layouts
 from longreach.quantities import CHUNK_SIZE
@@ -69,46 +72,24 @@ class Schedule:
 
 def entries(kept: Retention, schedule: Schedule) -> int:
     """Entries that a buffer of the store has allocated per row at the end of the schedule."""
-    if kept.tail == 0:
-        return kept.head
-    return kept.head + (unbounded(schedule) if kept.tail is None else bounded(kept.tail, schedule))
+    return placement.entries(kept, schedule.forwards(), schedule.chunked, schedule.step, schedule.stored)
 
 
-def unbounded(schedule: Schedule) -> int:
-    """Only the forwards at which the body grows are looked at."""
-    size = 0
-    while size < schedule.chunked:
-        size = room(size, min(-(-(size + 1) // schedule.step) * schedule.step, schedule.chunked), None)
-    while size < schedule.stored:
-        size = room(size, size + 1, None)
-    return size
-
-
-def bounded(tail: int, schedule: Schedule) -> int:
-    keep = tail + ROLLBACK
-    most, size, first = keep + SLACK, 0, 0
-    for start, new in schedule.forwards():
-        if size == most:
-            break
-        stop = start + new
-        if stop - first > most:
-            first = max(first, stop - keep)
-        size = room(size, stop - first, most)
-    return size
-
-
-def buffers(layer: Attention, layout: Layout, schedule: Schedule) -> Iterator[tuple[Retention, int]]:
-    """What is kept, and how many numbers are allocated, for every key form and the values of one layer and row."""
-    everything = Retention()
-    for kept in forms(layout).values():
-        everything = everything | kept
+def buffers(layer: Attention, layout: Layout, schedule: Schedule, rows: int = 1) -> Iterator[tuple[Retention, int]]:
+    """What is kept, and how many numbers are allocated, for every key form and the values of one layer and row. `rows`: of the batch; where there are several,
+    values are kept once more for every shorter tail."""
+    kept_forms = forms(layout)
+    for kept in kept_forms.values():
         yield kept, entries(kept, schedule) * layer.kv_heads * layer.key_width
-    yield everything, entries(everything, schedule) * layer.kv_heads * layer.value_width
+    longest = functools.reduce(operator.or_, kept_forms.values())
+    shorter = dict.fromkeys(kept.tail for kept in kept_forms.values() if kept.tail not in (0, longest.tail))
+    for kept in (longest, *(Retention(tail=tail) for tail in (shorter if rows > 1 else ()))):
+        yield kept, entries(kept, schedule) * layer.kv_heads * layer.value_width
 
 
 def kv_bytes(architecture: Decoder, method: Method, schedule: Schedule, rows: int = 1) -> int:
     """Bytes that the store has allocated when the schedule ends; equal to `Store.nbytes`."""
-    numbers = sum(n * size for (layer, layout), n in layouts(architecture, method).items() for _, size in buffers(layer, layout, schedule))
+    numbers = sum(n * size for (layer, layout), n in layouts(architecture, method).items() for _, size in buffers(layer, layout, schedule, rows))
     return numbers * architecture.itemsize * rows
 
 

@@ -22,7 +22,7 @@ from longreach.evals.samples.budget import Prompt
 from longreach.hf.checks import find_base
 from longreach.hf.extension import Extension, extend
 from longreach.hf.interfaces import CausalLM, Tokenizer
-from longreach.memory.buffer import ROLLBACK
+from longreach.memory.placement import ROLLBACK
 from longreach.methods.base import Method
 from longreach.planning import dial, machine
 from longreach.planning.profile import Profile

@@ -1,0 +1,53 @@
+"""What is fixed about one attention layer at `extend()`, and what the model hands to it in a forward. Knows a method and its layout; no tensors of tokens."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass, field
+
+import torch
+
+from longreach.core.encodings import Alibi, Rotary
+from longreach.core.segments import Constant, Layout, PositionMap, Retention, forms
+from longreach.methods.base import Method
+
+RAW = Constant(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Everything that is fixed about one attention layer at `extend()`."""
+
+    index: int
+    method: Method
+    rotary: Rotary | None  # None: the layer does not rotate
+    dense: bool = False  # compute the dense truth instead of segments
+    alibi: Alibi | None = None
+    layout: Layout = field(init=False)
+    forms: dict[PositionMap, Retention] = field(init=False)  # the key forms its store holds
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", self.method.layout(self.index))
+        kept = {RAW: Retention(tail=None)} if self.dense else forms(self.layout)
+        if self.rotary is None:  # all forms are the keys as they are, so one is enough
+            kept = {RAW: functools.reduce(operator.or_, kept.values())}
+        object.__setattr__(self, "forms", kept)
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows of any lengths can be computed together where they read one token each."""
+        return not self.dense and self.alibi is None and self.layout.late is None
+
+    def form_of(self, positions: PositionMap) -> PositionMap:
+        """The form that holds the keys of a segment."""
+        return RAW if self.rotary is None else positions
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What the model hands to one attention layer, besides q, k, v."""
+
+    scale: float
+    softcap: float | None = None
+    sink: torch.Tensor | None = None

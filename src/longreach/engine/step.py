@@ -1,0 +1,111 @@
+"""One new token for each of several rows of any lengths, in one layer: few calls for all of them, where each would take its own.
+
+Rows of about the same length lie in one bucket, and a bucket is one call per segment. Knows a batch, a layout and tensors; not where they come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from longreach.core.merge import NEGATIVE_INFINITY, Merge
+from longreach.core.segments import PositionMap, Segment, Visible
+from longreach.engine.batch import Batch, Singles
+from longreach.engine.layer import Inputs, Layer
+from longreach.kernels.protocol import KV, Kernel, Spans
+from longreach.memory.layer import LayerMemory
+
+
+def run(
+    layer: Layer, batch: Batch, singles: Singles, kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, memory: LayerMemory, inputs: Inputs
+) -> torch.Tensor:
+    """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the forward -> [n, H, E] of the rows with one token, in q's dtype."""
+    call = _Call(layer, batch, singles, kernel, memory, inputs)
+    new = singles.take(k)
+    memory.append_step(singles.step, {positions: call.encoded(positions, new) for positions in layer.forms}, singles.take(v))
+    return call.attend(singles.take(q), v.shape[3]).to(q.dtype)
+
+
+@dataclass
+class _Call:
+    layer: Layer
+    batch: Batch
+    singles: Singles
+    kernel: Kernel
+    memory: LayerMemory
+    inputs: Inputs
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return self.singles.step.starts
+
+    def turned(self, x: torch.Tensor, positions: PositionMap, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """x [n, H, D] at the positions of the tokens, times `scale` [n]."""
+        rotary = self.layer.rotary
+        table = None if rotary is None else self.batch.table(rotary, positions, self.starts, len(self.starts), x.device)
+        if table is not None:
+            return table.rotate(x.transpose(0, 1), scale).transpose(0, 1)
+        return x if scale is None else (x.float() * scale[:, None, None]).to(x.dtype)
+
+    def encoded(self, positions: PositionMap, new: torch.Tensor) -> torch.Tensor:
+        kept = self.layer.forms[positions]
+        if self.layer.rotary is None or (kept.tail == 0 and min(self.starts) >= kept.head):  # only first tokens are ever seen in this form
+            return new
+        return self.turned(new, positions)
+
+    def attend(self, q: torch.Tensor, width: int) -> torch.Tensor:
+        """q [n, H, D] -> [n, H, E]."""
+        merge = Merge(1)
+        rotated: dict[object, torch.Tensor] = {}
+        for segment in self.layer.layout.segments:
+            key = segment.query_positions, segment.query_scale
+            if key not in rotated:
+                scale = None if segment.query_scale is None else self.batch.scale(segment.query_scale, self.starts, len(self.starts), q.device)
+                rotated[key] = self.turned(q, segment.query_positions, scale)[:, :, None]
+            if (part := self.segment(segment, rotated[key])) is not None:
+                out, lse = part
+                merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse)
+        if merge.out is None:
+            merge.add(q.new_zeros((*q.shape[:2], 1, width)), torch.full((*q.shape[:2], 1), NEGATIVE_INFINITY, device=q.device))
+        if self.inputs.sink is not None:
+            merge.sink(self.inputs.sink)
+        return merge.result()[0][:, :, 0]
+
+    def segment(self, segment: Segment, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """q [n, H, 1, D] -> what the rows see of a segment; None: nothing."""
+        positions, visible = self.layer.form_of(segment.key_positions), segment.visible
+        every = tuple(range(len(self.starts)))
+        calls: list[tuple[tuple[int, ...], torch.Tensor | None, KV, Spans]]
+        if visible.last_key is not None:
+            calls = [(every, None, self.memory.first_tokens(positions, self.singles.step), self.spans(visible, every, (0,) * len(every)))]
+        else:
+            calls = [
+                (shelf.members, shelf.index(q.device)[0], kv, self.spans(visible, shelf.members, shelf.firsts))
+                for shelf, kv in self.memory.shelves(positions, self.singles.step)
+            ]
+        calls = [call for call in calls if call[3].reach != (0, 0)]
+        if not calls:
+            return None
+        if len(calls) == 1 and calls[0][0] == every:
+            return self.call(q, calls[0][2], calls[0][3])
+        whole: tuple[torch.Tensor, torch.Tensor] | None = None
+        for _, index, kv, spans in calls:
+            out, lse = self.call(q[index], kv, spans)
+            if whole is None:
+                shape = len(every), *out.shape[1:]
+                whole = out.new_zeros(shape), torch.full(shape[:3], NEGATIVE_INFINITY, device=out.device)
+            whole[0][index], whole[1][index] = out, lse
+        return whole
+
+    def call(self, q: torch.Tensor, kv: KV, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.kernel.attend(q, kv, spans, self.inputs.scale, self.inputs.softcap)
+
+    def spans(self, visible: Visible, members: tuple[int, ...], firsts: tuple[int, ...]) -> Spans:
+        """The columns that rows see, of buffers that begin with the entries `firsts`."""
+        made, key = self.singles.made, (visible, members, firsts)
+        if key not in made:
+            seen = [next(visible.pieces(start, start + 1), None) for start in (self.starts[n] for n in members)]
+            pairs = [(0, 0) if piece is None else (piece.from_key - first, piece.to_key - first) for piece, first in zip(seen, firsts)]
+            made[key] = Spans(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
+        return made[key]

@@ -1,0 +1,78 @@
+"""What a kernel is: attention of queries to keys, returned with its log-sum-exp.
+
+A kernel knows tensors of one device; it does not know positions, methods, memories or models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from longreach.core.merge import NEGATIVE_INFINITY
+from longreach.kernels.biased import Bias
+from longreach.kernels.tiles import Band
+
+
+@dataclass(frozen=True, eq=False)
+class KV:
+    """What a kernel reads: keys [R, G, C, D] and values [R, G, C, E] of rows, of any strides; a key and its value have the same column."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Rows of any lengths with one query each: row r sees the columns starts[r] .. stops[r], which may be none."""
+
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    _made: dict[object, torch.Tensor] = field(default_factory=dict)  # by device and dtype, for all layers of a forward
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The columns that any row sees."""
+        seen = [(a, b) for a, b in zip(self.starts, self.stops) if a < b]
+        return (min(a for a, _ in seen), max(b for _, b in seen)) if seen else (0, 0)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows see the same columns."""
+        return self.starts.count(self.starts[0]) == self.stops.count(self.stops[0]) == len(self.starts)
+
+    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[R, 1, 1, C] over `reach`: 0 where a row sees a column, else -inf; a row that sees none is not masked at all, see `empty`."""
+        key = dtype, device
+        if key not in self._made:
+            first, last = self.reach
+            column = torch.arange(first, last, device=device)[None, :]
+            start, stop = (torch.tensor(x, device=device)[:, None] for x in (self.starts, self.stops))
+            hidden = ((column < start) | (column >= stop)) & (start < stop)
+            self._made[key] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, NEGATIVE_INFINITY)[:, None, None]
+        return self._made[key]
+
+    def empty(self, device: torch.device) -> torch.Tensor | None:
+        """[R] which rows see nothing; None: none of them."""
+        if all(a < b for a, b in zip(self.starts, self.stops)):
+            return None
+        if device not in self._made:
+            self._made[device] = torch.tensor([a >= b for a, b in zip(self.starts, self.stops)], device=device)
+        return self._made[device]
+
+
+class Kernel(Protocol):
+    name: str
+
+    def attend(
+        self, q: torch.Tensor, kv: KV, work: Band | Spans, scale: float, softcap: float | None = None, bias: Bias | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [R, H, T, D] -> out [R, H, T, E], lse [R, H, T] fp32, natural logarithm.
+
+        work  a band, the same for all rows, or the columns that the one query of each row sees.
+
+        G divides H; groups are not expanded by the caller. A row that sees no key has out = 0 and lse = -inf.
+        A bias comes without a soft-cap, and with a band only.
+        """
+        ...

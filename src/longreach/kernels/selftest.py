@@ -1,0 +1,64 @@
+"""The self-test of every kernel on every device: outputs and log-sum-exps beside a dense computation, at the first use.
+
+Signatures, the layout of the log-sum-exp and the meaning of windows differ between releases and devices, so nothing is believed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from longreach.core.differences import largest
+from longreach.kernels import tiles
+from longreach.kernels.protocol import KV, Kernel, Spans
+from longreach.kernels.tiles import Band
+
+SHAPES = ((70, 64), (3, 64), (1, 64), (70, 16), (1, 16), (1, 128))  # queries and width: a prompt, a short chunk and a decoded token, wide and narrow heads
+BANDS = (Band(80), Band(80, 0, 33), Band(80, 100), Band(80, 20, 60), Band(149), Band(149, 0, 33))  # with an offset, a gap, a window
+
+
+def failure(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel cannot be used on a device; None: it can."""
+    try:
+        found = difference(kernel, device, dtype)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        return str(error)
+    return None if found < (1e-4 if dtype == torch.float32 else 2e-2) else f"differs by {found:.1e}"
+
+
+def require(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError where the only kernel of a device fails."""
+    if (found := failure(kernel, device, dtype)) is not None:
+        raise ValueError(f"attention of this PyTorch fails its self-test ({kernel.name}: {found}); update PyTorch, or move the model to another device")
+
+
+def difference(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest difference, for a batch of two; infinite where a row is taken for empty that is not, or the other way round."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    worst = 0.0
+    for rows, width in SHAPES:
+        q, k, v = (torch.randn(2, h, t, width, generator=generator).to(device, dtype) for h, t in ((4, rows), (2, 150), (2, 150)))
+        for band in BANDS:
+            out, lse = kernel.attend(q, KV(k, v), band, width**-0.5)
+            want, want_lse = tiles.capped(q.float(), k.float(), v.float(), band, width**-0.5, softcap=1e6)
+            seen = ~want_lse.isneginf()
+            if not torch.equal(seen, ~lse.isneginf()):
+                return float("inf")
+            worst = max(worst, largest(out.float() - want), largest((lse - want_lse)[seen]))
+        if rows == 1:
+            worst = max(worst, _of_spans(kernel, q, KV(k, v)))
+    return worst
+
+
+def _of_spans(kernel: Kernel, q: torch.Tensor, kv: KV) -> float:
+    """Rows of other lengths, one of which may see nothing."""
+    worst = 0.0
+    for starts, stops in (((0, 0), (150, 150)), ((3, 0), (150, 70)), ((20, 9), (20, 150))):
+        out, lse = kernel.attend(q, kv, Spans(starts, stops), q.shape[3] ** -0.5)
+        for row, (start, stop) in enumerate(zip(starts, stops)):
+            own = [x[row : row + 1, :, start:stop].float() for x in (kv.k, kv.v)]
+            want, want_lse = tiles.capped(q[row : row + 1].float(), own[0], own[1], Band(stop - start - 1), q.shape[3] ** -0.5, softcap=1e6)
+            seen = ~want_lse.isneginf()
+            if not torch.equal(seen, ~lse[row : row + 1].isneginf()):
+                return float("inf")
+            worst = max(worst, largest(out[row : row + 1].float() - want), largest((lse[row : row + 1] - want_lse)[seen]))
+    return worst

@@ -1,0 +1,41 @@
+"""Rows of any lengths with one query each, in one call of an operator that knows "all keys" and "mask".
+
+Columns that some row sees and another does not are masked for that one, so rows that share a call should be of about the same length. Knows shapes; the
+operator is handed in.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from longreach.core.merge import NEGATIVE_INFINITY
+from longreach.kernels.protocol import KV, Spans
+from longreach.kernels.tiles import Operator, between, empty
+
+
+def attend(operator: Operator, q: torch.Tensor, kv: KV, spans: Spans, scale: float, softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [R, H, 1, D] -> out [R, H, 1, E], lse [R, H, 1] fp32."""
+    first, last = spans.reach
+    if first >= last:
+        return empty(q, kv.v)
+    k, v = between(kv.k, first, last), between(kv.v, first, last)
+    mask = None if spans.even else spans.mask(torch.float32 if softcap is not None else q.dtype, q.device)
+    out, lse = operator(q, k, v, scale, False, mask) if softcap is None else capped(q, k, v, scale, softcap, mask)
+    if (nothing := spans.empty(q.device)) is not None:
+        out = out.masked_fill(nothing[:, None, None, None], 0.0)
+        lse = lse.masked_fill(nothing[:, None, None], NEGATIVE_INFINITY)
+    return out, lse
+
+
+def capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With soft-capped logits, in fp32."""
+    groups = q.shape[1] // k.shape[1]
+    folded = q.float().unflatten(1, (-1, groups)).squeeze(3)  # [R, G, g, D]
+    logits = softcap * torch.tanh(folded @ k.float().transpose(-1, -2) * (scale / softcap))
+    if mask is not None:
+        logits = logits + mask
+    lse = torch.logsumexp(logits, -1)
+    out = torch.exp(logits - lse[..., None]) @ v.float()
+    return out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[:, :, None]

@@ -1,0 +1,47 @@
+"""What one layer keeps of the rows of a forward, and hands to kernels. Knows no positions beyond the names of key forms, no layers and no models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+
+from longreach.core.segments import PositionMap
+from longreach.kernels.protocol import KV
+from longreach.memory.placement import Shelf, Step
+
+
+class Shown(Protocol):
+    """Writing is not reading: `append` returns nothing, and `view` shows what was appended in the forward under way too.
+
+    Rows are consecutive ones that lie alike (`Store.reserve` says which), indices are true indices of their tokens.
+    """
+
+    def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
+        """New tokens from index `start` on: keys [n, G, T, D] in every form, values [n, G, T, E]. Of a form that keeps first tokens only, fewer may come."""
+        ...
+
+    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> KV:
+        """Tokens start .. stop in a form; `pinned`: they are among the first tokens that the form keeps."""
+        ...
+
+    def release(self) -> None:
+        """The layer has been computed: nothing will be viewed until more is appended."""
+        ...
+
+
+class LayerMemory(Shown, Protocol):
+    """One that stores, so that rows go on from what they have read."""
+
+    def append_step(self, step: Step, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
+        """One new token for each of some rows, which may be of any lengths: keys [n, G, D] in every form, values [n, G, E]."""
+        ...
+
+    def shelves(self, positions: PositionMap, step: Step) -> Iterator[tuple[Shelf, KV]]:
+        """What is kept of the rows of a step in a form, those of about the same length together; columns count from the first entry of each row."""
+        ...
+
+    def first_tokens(self, positions: PositionMap, step: Step) -> KV:
+        """The first tokens that a form keeps of every row of a step, columns from index 0 on."""
+        ...

@@ -1,0 +1,298 @@
+"""Placement: in which bucket, slot and column the entries of every row lie. Index arithmetic, done once for all layers that keep the same tokens.
+
+Rows of about the same length share a bucket, so that one call reads all of them. A row is its own sequence: its tokens lie in the order of their true
+indices, pads are never stored. Knows lengths and what is to be kept; no tensors, positions or models.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from longreach.core.segments import Retention
+
+ROLLBACK = 128  # tokens a crop may always undo (assisted decoding)
+SLACK = 64  # tokens a bounded buffer takes before it moves its tail to the front
+SMALLEST, STEP = 256, 1.5  # entries of a row of the first bucket at most, and how much longer those of the next may be
+
+
+def room(old: int, needed: int, most: int | None) -> int:
+    """Columns of a bucket that had `old` and needs `needed` <= `most`: it grows by an eighth, and never beyond `most`."""
+    if needed <= old:
+        return old
+    size = max(needed + SLACK, old + old // 8)
+    return size if most is None else min(size, most)
+
+
+def bucket_of(entries: int, before: int | None = None) -> int:
+    """The bucket of a row that holds so many. One that was in bucket `before` moves down only where it is two steps too long for it, so that a row that is
+    cropped and goes on, as assisted decoding has it, is not moved back and forth."""
+    found = 0 if entries <= SMALLEST else math.ceil(math.log(entries / SMALLEST, STEP) - 1e-9)
+    return before if before is not None and before - 1 <= found <= before else found
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Row r lies at slot `slots[r]` of bucket `buckets[r]`, its entry of index j at column j - firsts[r].
+
+    members  of a bucket: its rows, ascending; their slots are 0, 1, ...
+    rooms    of a bucket: its columns.
+    age      how often something was left behind the end of a row: where this is another one, every row is copied, so that nothing lies there.
+    """
+
+    buckets: tuple[int, ...]
+    firsts: tuple[int, ...]
+    rooms: Mapping[int, int]
+    slots: tuple[int, ...]
+    members: Mapping[int, tuple[int, ...]]
+    age: int = 0
+
+    @classmethod
+    def of(cls, buckets: Sequence[int], firsts: Sequence[int], rooms: Mapping[int, int], age: int = 0) -> Places:
+        members: dict[int, list[int]] = {}
+        slots = []
+        for row, bucket in enumerate(buckets):
+            slots.append(len(members.setdefault(bucket, [])))
+            members[bucket].append(row)
+        return cls(tuple(buckets), tuple(firsts), {b: rooms[b] for b in members}, tuple(slots), {b: tuple(rows) for b, rows in members.items()}, age)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows lie alike."""
+        return len(self.members) == 1 and self.firsts.count(self.firsts[0]) == len(self.firsts)
+
+    def side_by_side(self, rows: slice) -> slice:
+        """The slots of consecutive rows that lie alike."""
+        slot = self.slots[rows.start]
+        return slice(slot, slot + rows.stop - rows.start)
+
+
+@dataclass(frozen=True, eq=False)
+class Shelf:
+    """Some of the rows of a `Step`, in the order of their slots, which follow each other in one bucket.
+
+    members  numbers of the rows among those of the step.
+    columns  where their new tokens lie.
+    firsts   index of the entry at column 0 of each.
+    """
+
+    bucket: int
+    slots: slice
+    members: tuple[int, ...]
+    columns: tuple[int, ...]
+    firsts: tuple[int, ...]
+    _index: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> (members, slots counted from the first, columns), to index tensors of any layer with."""
+        if device not in self._index:
+            self._index[device] = tuple(torch.tensor(x, device=device) for x in (self.members, range(len(self.members)), self.columns))  # type: ignore[assignment]
+        return self._index[device]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One new token for each of some rows, which may be of any lengths: `starts` are the indices of the tokens. Made once for all layers of a forward."""
+
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    _shelves: dict[int, list[Shelf]] = field(default_factory=dict)
+
+    def shelves(self, placement: Placement) -> list[Shelf]:
+        """Where the rows lie."""
+        if id(placement) not in self._shelves:
+            self._shelves[id(placement)] = list(self._found(placement.places))
+        return self._shelves[id(placement)]
+
+    def _found(self, places: Places) -> Iterator[Shelf]:
+        order = sorted(range(len(self.rows)), key=lambda n: (places.buckets[self.rows[n]], places.slots[self.rows[n]]))
+        for _, stretch in itertools.groupby(enumerate(order), key=lambda each: (places.buckets[row := self.rows[each[1]]], places.slots[row] - each[0])):
+            members = tuple(n for _, n in stretch)
+            rows = [self.rows[n] for n in members]
+            firsts = tuple(places.firsts[row] for row in rows)
+            slot = places.slots[rows[0]]
+            columns = tuple(self.starts[n] - first for n, first in zip(members, firsts))
+            yield Shelf(places.buckets[rows[0]], slice(slot, slot + len(rows)), members, columns, firsts)
+
+
+@dataclass(frozen=True)
+class Write:
+    """How the new tokens of a row are taken in, decided before a forward. `at_once`: there is a place for them where nothing is stored; else they wait in a
+    copy until the forward is finished, and the row begins with entry `first` then."""
+
+    start: int
+    stop: int
+    at_once: bool
+    first: int
+
+
+class Placement:
+    """Where all rows lie in the buffers that keep their last `tail` tokens (None: all; 0: none, only first tokens, which have a place of their own).
+
+    A bounded bucket has `tail + ROLLBACK + SLACK` columns: a row that has filled them moves its tail to the front, once in SLACK tokens. Others grow by an
+    eighth of their size: a token then costs eight copied entries, little beside the whole length that attention reads for it.
+    """
+
+    def __init__(self, tail: int | None, rows: int) -> None:
+        self.tail = tail
+        self.ends = [0] * rows  # number of tokens of a row
+        self.places = Places.of([0] * rows, [0] * rows, {0: 0})
+        self.writes: dict[int, Write] = {}  # of the forward under way, by row
+
+    # -- a forward ----------------------------------------------------------------------------------------------------------------
+
+    def reserve(self, new: Iterable[tuple[int, int, int]], rollback: int) -> None:
+        """Before a forward: rows get (row, start, stop) new tokens. `start` may lie before the end of a row: what it holds from there on is forgotten when
+        the forward is finished. `rollback`: tokens that a crop may undo afterwards."""
+        tail = self.tail
+        if tail == 0:
+            self.writes = {row: Write(start, stop, True, 0) for row, start, stop in new}
+            return
+        self.writes = {}
+        needed = {}
+        firsts = [*self.places.firsts]
+        for row, start, stop in new:
+            first, most = firsts[row], None if tail is None else tail + rollback + SLACK
+            if most is not None and tail is not None and start == self.ends[row] and stop - first > most >= stop - max(first, start - tail - rollback):
+                first = firsts[row] = max(first, start - tail - rollback)  # a few tokens more: what nobody can go back to makes room for them
+            at_once = start == self.ends[row] and (most is None or stop - first <= most)
+            kept = first if tail is None or at_once else max(first, stop - tail - rollback)
+            self.writes[row] = Write(start, stop, at_once, kept)
+            if at_once:
+                needed[row] = stop - first
+        if firsts != list(self.places.firsts):
+            self.places = Places.of(self.places.buckets, firsts, self.places.rooms, self.places.age)
+        self._make_room(needed, None if tail is None else tail + rollback + SLACK)
+
+    def commit(self) -> None:
+        """The new tokens count from now on. May be called again where it was interrupted."""
+        tail, firsts, longest = self.tail, [*self.places.firsts], {}
+        for row, write in self.writes.items():
+            self.ends[row] = write.stop
+            if not write.at_once:
+                firsts[row] = write.first
+                longest[row] = write.stop - write.first
+        if tail == 0:
+            return
+        if firsts != list(self.places.firsts):
+            self.places = Places.of(self.places.buckets, firsts, self.places.rooms, self.places.age)
+        self._make_room(longest, None if tail is None else tail + ROLLBACK + SLACK)
+        if tail is not None:
+            self._shrink(tail + ROLLBACK + SLACK)
+
+    def finish(self, counts: bool = True) -> None:
+        """The forward is over, and what it has written counts or does not."""
+        if self.writes and not counts:
+            self._spoilt()
+        self.writes = {}
+
+    def _spoilt(self) -> None:
+        """Something lies behind the end of a row that does not count. It may be NaN, which would come through the mask of rows that are read in one call."""
+        if len(self.ends) > 1 and self.tail != 0:
+            self.places = replace(self.places, age=self.places.age + 1)
+
+    def _make_room(self, needed: Mapping[int, int], most: int | None) -> None:
+        """Rows need so many columns: they go to the bucket of that length, which grows where it is too small."""
+        old = self.places
+        buckets = list(old.buckets)
+        for row, entries in needed.items():
+            buckets[row] = bucket_of(entries, old.buckets[row])
+        members: dict[int, list[int]] = {}
+        for row, bucket in enumerate(buckets):
+            members.setdefault(bucket, []).append(row)
+        rooms: dict[int, int] = {}
+        for bucket, rows in members.items():
+            came = bucket if bucket in old.rooms else old.buckets[rows[0]]
+            before = old.rooms[came] if came == bucket or old.members[came] == tuple(rows) else 0  # whoever moves as a whole takes its room along
+            longest = max(needed[row] if row in needed else self.ends[row] - old.firsts[row] for row in rows)
+            rooms[bucket] = room(before, longest, None if most is None else max(most, longest))
+        if buckets != list(old.buckets) or any(rooms[b] != old.rooms[b] for b in rooms):
+            self.places = Places.of(buckets, old.firsts, rooms, old.age)
+
+    def _shrink(self, most: int) -> None:
+        """A bucket that a long rollback has made larger than `most` becomes small again, where no row needs its room."""
+        old = self.places
+        if max(old.rooms.values(), default=0) <= most:
+            return
+        longest = {bucket: max(self.ends[row] - old.firsts[row] for row in rows) for bucket, rows in old.members.items()}
+        rooms = {bucket: most if size > most >= longest[bucket] else size for bucket, size in old.rooms.items()}
+        if rooms != old.rooms:
+            self.places = Places.of(old.buckets, old.firsts, rooms, old.age)
+
+    # -- between forwards ---------------------------------------------------------------------------------------------------------
+
+    def reaches(self, row: int) -> int:
+        """The smallest length to which a row can be cut."""
+        tail, first = self.tail, self.places.firsts[row]
+        return first + tail - 1 if tail and first else 0
+
+    def rewind(self, row: int, stop: int) -> None:
+        """Forget what a row holds at index `stop` and later; not before `reaches`."""
+        if stop < self.ends[row]:
+            self.ends[row] = stop
+            self._spoilt()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Rows become the rows `rows` of before."""
+        self.ends = [self.ends[row] for row in rows]
+        self.places = Places.of([self.places.buckets[row] for row in rows], [self.places.firsts[row] for row in rows], self.places.rooms, self.places.age)
+
+    def fork(self) -> Placement:
+        """Of a store with the same content, without the forward under way."""
+        other = Placement(self.tail, 0)
+        other.ends, other.places = [*self.ends], self.places
+        if self.writes:
+            other._spoilt()
+        return other
+
+    def restore(self, firsts: Sequence[int], ends: Sequence[int]) -> None:
+        """As after having read this much, with room for what comes."""
+        self.ends = [*ends]
+        if self.tail != 0:
+            self.places = Places.of([0] * len(self.ends), firsts, {0: 0})
+            tail = self.tail
+            self._make_room(dict(enumerate(end - first for first, end in zip(firsts, ends, strict=True))), None if tail is None else tail + ROLLBACK + SLACK)
+
+
+def alike(placements: Iterable[Placement], rows: Sequence[int]) -> list[object]:
+    """A key for each row: rows that follow each other may be read in one call where these are equal, for then they lie side by side in every buffer."""
+    uneven = [placement.places for placement in placements if placement.tail != 0 and not placement.places.even]
+    return [tuple((places.buckets[row], places.firsts[row]) for places in uneven) for row in rows]
+
+
+# -- what it will take ------------------------------------------------------------------------------------------------------------------
+
+
+def entries(kept: Retention, forwards: Iterator[tuple[int, int]], chunked: int, step: int, stored: int) -> int:
+    """Entries that are allocated for a row after it has read `chunked` tokens in forwards of `step` and one at a time up to `stored`; `forwards` are these
+    as (start, tokens)."""
+    if kept.tail == 0:
+        return kept.head
+    return kept.head + (_growing(chunked, step, stored) if kept.tail is None else _bounded(kept.tail, forwards))
+
+
+def _growing(chunked: int, step: int, stored: int) -> int:
+    """Only the forwards at which a bucket grows are looked at."""
+    size = 0
+    while size < chunked:
+        size = room(size, min(-(-(size + 1) // step) * step, chunked), None)
+    while size < stored:
+        size = room(size, size + 1, None)
+    return size
+
+
+def _bounded(tail: int, forwards: Iterator[tuple[int, int]]) -> int:
+    keep = tail + ROLLBACK
+    most, size, first = keep + SLACK, 0, 0
+    for start, new in forwards:
+        if size == most:
+            break
+        stop = start + new
+        if stop - first > most:
+            first = max(first, stop - keep)
+        size = room(size, stop - first, most)
+    return size
