@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from longreach.running.loading import load as load
     from longreach.running.loading import shipped_book as shipped_book
     from longreach.running.reading import stream as stream
+    from longreach.running.together import generate as generate
     from longreach.version import __version__ as __version__
 
 _HOMES = {
@@ -54,6 +55,7 @@ _HOMES = {
     "Plan": "planning.sizing",
     "Profile": "planning.profile",
     "stream": "running.reading",
+    "generate": "running.together",
     "Method": "methods.base",
     "from_json": "methods",
     "__version__": "version",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -29,16 +29,22 @@ class Rows:
     start: int
     count: int
     hidden: tuple[Stretch, ...] = ()  # indices before `start` that no new token may see
+    flat: bool = False  # whether the columns of all rows follow each other in one row of the tensors
+
+    @property
+    def at(self) -> slice:
+        """Of the tensors."""
+        return slice(0, 1) if self.flat else self.rows
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, T, D] -> the real tokens of these rows."""
         if self.whole(x.shape[0], x.shape[2]):
             return x
-        return x[self.rows, :, self.columns_on(x.device)]
+        return x[self.at, :, self.columns_on(x.device)]
 
     def whole(self, rows: int, columns: int) -> bool:
         """Whether these are all tokens of a forward of this size."""
-        return self.rows == slice(0, rows) and isinstance(self.columns, slice) and self.columns == slice(0, columns)
+        return self.at == slice(0, rows) and isinstance(self.columns, slice) and self.columns == slice(0, columns)
 
     def columns_on(self, device: torch.device) -> slice | torch.Tensor:
         """The columns, to index a tensor of a layer that may lie on another device than the tokens."""
@@ -49,7 +55,7 @@ class Rows:
         for a in range(0, self.count, size):
             b = min(self.count, a + size)
             columns = self.columns[a:b] if isinstance(self.columns, torch.Tensor) else slice(self.columns.start + a, self.columns.start + b)
-            yield Rows(self.rows, columns, self.start + a, b - a, self.hidden)
+            yield Rows(self.rows, columns, self.start + a, b - a, self.hidden, self.flat)
 
     def barred(self, from_key: int, to_key: int, device: torch.device) -> torch.Tensor | None:
         """[to_key - from_key] which keys are hidden; None: none."""
@@ -95,6 +101,7 @@ class Batch:
     store: Store | None = None
     past: list[Past] | None = None  # per row, what it may see of the store
     changes: int = 0  # of the store, when this was formed
+    counts: list[int] | None = None  # of a flat batch: new tokens of every row of the store
     _tables: dict[tuple[Any, ...], Table] = field(default_factory=dict)  # by id of the rotary, which its tables keep alive
     _scales: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
@@ -128,6 +135,20 @@ class Batch:
             if counts[row]:
                 groups.append(Rows(slice(row, members[-1] + 1), new[row], past[row].start, counts[row], past[row].hidden))
         return cls(groups, real, columns, _singles(groups, store, device), store, past, 0 if store is None else store.changes)
+
+    @classmethod
+    def flat(cls, new: Sequence[tuple[int, int]], device: torch.device, store: Store) -> Batch:
+        """New tokens (row, count) of some rows of an open store, in the order in which they follow each other in one row of columns."""
+        counts = [0] * store.rows
+        for row, count in new:
+            counts[row] = count
+        past = [Past(length) for length in store.lengths]
+        store.reserve(past, counts)
+        groups, column = [], 0
+        for row, count in new:
+            groups.append(Rows(slice(row, row + 1), slice(column, column + count), past[row].start, count, flat=True))
+            column += count
+        return cls(groups, None, column, _singles(groups, store, device), store, past, store.changes, counts)
 
     @functools.cached_property
     def others(self) -> list[Rows]:
@@ -168,7 +189,7 @@ class Batch:
         """[B, T] the index of every new token in its row, zero at pads."""
         found = torch.zeros(rows, self.columns, dtype=torch.long, device=device)
         for group in self.groups:
-            found[group.rows, group.columns] = torch.arange(group.start, group.start + group.count, device=device)
+            found[group.at, group.columns] = torch.arange(group.start, group.start + group.count, device=device)
         return found
 
     # What Transformers may ask of a mask on its way to the layers.
@@ -188,10 +209,11 @@ def _singles(groups: list[Rows], store: Store | None, device: torch.device) -> S
     found = [g for g in groups if g.count == 1 and not g.hidden and all(store.lengths[row] == g.start for row in range(g.rows.start, g.rows.stop))]
     if len(found) < 2:
         return None
-    each = [(row, g) for g in found for row in range(g.rows.start, g.rows.stop)]
+    each = sorted(((row, g) for g in found for row in range(g.rows.start, g.rows.stop)), key=lambda pair: pair[0])
     columns = [g.columns.start if isinstance(g.columns, slice) else int(g.columns[0]) for _, g in each]
     step = Step(tuple(row for row, _ in each), tuple(g.start for _, g in each))
-    return Singles(step, torch.tensor(step.rows, device=device), torch.tensor(columns, device=device))
+    at = (0,) * len(each) if found[0].flat else step.rows
+    return Singles(step, torch.tensor(at, device=device), torch.tensor(columns, device=device))
 
 
 def _checked(mask: torch.Tensor, rows: int, seen: int, columns: int) -> torch.Tensor:

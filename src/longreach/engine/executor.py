@@ -56,7 +56,7 @@ def execute(
                 return merged.contiguous()
             if out is None:
                 out = q.new_empty(shape) if batch.real is None else q.new_zeros(shape)
-            out[block.rows, block.columns_on(out.device)] = merged
+            out[block.at, block.columns_on(out.device)] = merged
     shown.release()
     return q.new_zeros(shape) if out is None else out
 

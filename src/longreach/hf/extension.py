@@ -23,6 +23,7 @@ from longreach.hf.checks import configs_of, find_base
 from longreach.hf.documents import Document
 from longreach.hf.facts import Chosen, Exactness, Facts
 from longreach.hf.fingerprint import checkpoint_fingerprint
+from longreach.hf.flat import Flat
 from longreach.hf.forward import Forward
 from longreach.hf.interfaces import CausalLM
 from longreach.hf.placement import device_of
@@ -204,6 +205,12 @@ class Extension:
     def fork(self, cache: Any) -> DynamicCache:
         """A second cache that goes on from the same place, independently. Memory is shared until one of the two writes; it then copies."""
         return documents.fork(self.forward, cache)
+
+    # -- many requests ------------------------------------------------------------------------------------------------------------
+
+    def flat(self) -> Flat:
+        """Requests that are read together in one forward of the model, each with a memory of its own; see `Flat`."""
+        return Flat(self.forward)
 
     # -- people -----------------------------------------------------------------------------------------------------------------
 

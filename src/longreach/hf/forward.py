@@ -40,9 +40,10 @@ class Forward:
         self.modules = facts.reading.modules  # the attention layers; none after the method was taken off
         self._arguments = list(inspect.signature(facts.base.forward).parameters)
         self._warned = False
+        self.flat_checked = False
 
-    def new_store(self) -> Store:
-        return Store([layer.forms for layer in self.facts.layers])
+    def new_store(self, joins: bool = False) -> Store:
+        return Store([layer.forms for layer in self.facts.layers], joins)
 
     def end(self) -> None:
         """The method is taken off: no layer and no cache is served any more."""
@@ -98,8 +99,12 @@ class Forward:
             kwargs["past_key_values"], store = place(kwargs.get("past_key_values"), self.new_store(), self.calls)
             self.calls.refuse_nested(store)
             drafts = getattr(getattr(facts.model, "generation_config", None), "num_assistant_tokens", None) or 0  # that this model makes for another
-            store.open(rows, columns, max(0 if caller is None else min(columns, caller.announced), drafts + 1 if drafts >= ROLLBACK else 0))
-        batch = Batch.of(rows, columns, mask, tokens.device, store)
+            kept = rows if store.asked is None else store.rows
+            store.open(kept, columns, max(0 if caller is None else min(columns, caller.announced), drafts + 1 if drafts >= ROLLBACK else 0))
+        if store is not None and store.asked is not None:
+            batch = Batch.flat(store.asked, tokens.device, store)
+        else:
+            batch = Batch.of(rows, columns, mask, tokens.device, store)
         if batch.past is not None and any(past.hidden for past in batch.past):
             warnings.warn(
                 "attention_mask hides tokens that are in the cache: they are not seen, and all others keep the distances they were read with, "
@@ -205,7 +210,7 @@ def _marked(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, torch.Tensor | No
 def _count(batch: Batch | None, output: Any) -> None:
     if output is not None and batch is not None and batch.store is not None:
         batch.require_unchanged()
-        batch.store.advance(batch.real, batch.columns, batch.past)
+        batch.store.advance(batch.real, batch.columns, batch.past, batch.counts)
 
 
 class _ForwardOnly(torch.autograd.Function):

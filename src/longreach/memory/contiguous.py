@@ -139,6 +139,12 @@ class Buffer:
 
     # -- between forwards -----------------------------------------------------------------------------------------------------
 
+    def join(self) -> None:
+        """One more row, which is empty: that of the placement."""
+        if self.head is not None:
+            with torch.inference_mode(False):
+                self.head = torch.cat([self.head, self.head.new_zeros((1, *self.head.shape[1:]))])
+
     def select(self, index: torch.Tensor) -> None:
         """Rows become the rows `index` of before, after the placement's have."""
         rows = index.tolist()
@@ -180,7 +186,7 @@ class Buffer:
         self.head, self.bodies, self.places = head, {}, self.placement.places
         if body is not None:
             for bucket, rows in self.places.members.items():
-                self.bodies[bucket] = _made(body, len(rows), self.places.rooms[bucket], body.shape[0])
+                self.bodies[bucket] = self._made(body, len(rows), self.places.rooms[bucket])
                 length = min(body.shape[2], self.places.rooms[bucket])
                 self.bodies[bucket][:, :, :length] = body[list(rows), :, :length]
 
@@ -191,7 +197,7 @@ class Buffer:
         like = next(iter(longer.bodies.values()))
         self.places = self.placement.places
         for bucket, rows in self.places.members.items():
-            self.bodies[bucket] = body = _made(like, len(rows), self.places.rooms[bucket], len(self.places.slots))
+            self.bodies[bucket] = body = self._made(like, len(rows), self.places.rooms[bucket])
             for slot, row in enumerate(rows):
                 first, end = self.places.firsts[row], self.placement.ends[row]
                 if first < end:
@@ -233,10 +239,10 @@ class Buffer:
         bodies, old, ends = {}, self.places, self.placement.ends
         for bucket, rows in places.members.items():
             size = places.rooms[bucket]
-            if source is None and (kept := self._in_place(places, bucket)) is not None:
+            if (kept := self._in_place(places, bucket, source)) is not None:
                 bodies[bucket] = kept
                 continue
-            grown = _made(like, len(rows), size, len(places.slots))
+            grown = self._made(like, len(rows), size)
             for slots, bucket_before, before, shift in _moves(old, places, rows, source, ends) if self.bodies else ():
                 body = self.bodies[bucket_before]
                 length = min(size, body.shape[2] - shift, ends[row := rows[slots.start]] - places.firsts[row])
@@ -245,13 +251,18 @@ class Buffer:
             bodies[bucket] = grown
         return bodies
 
-    def _in_place(self, places: Places, bucket: int) -> torch.Tensor | None:
+    def _in_place(self, places: Places, bucket: int, source: list[int] | None) -> torch.Tensor | None:
         """The body of rows that stay, if what moves to its front comes from behind that: an interrupted move can then be made again."""
-        rows, old = places.members[bucket], self.places
+        now, old = places.members[bucket], self.places
+        rows = now if source is None else tuple(source[row] for row in now)
+        if rows[0] >= len(old.buckets):
+            return None
         before = old.buckets[rows[0]]
         body = self.bodies.get(before)
         if places.age != old.age or old.members[before] != rows or body is None or body.shape[2] != places.rooms[bucket]:
             return None
+        if source is not None:  # select leaves memory that a fork may read
+            return body if all(places.firsts[a] == old.firsts[b] for a, b in zip(now, rows)) and len(self.sharers) < 2 else None
         shifts = {places.firsts[row] - old.firsts[row] for row in rows}
         if shifts == {0}:
             return body
@@ -264,6 +275,11 @@ class Buffer:
             body[:, :, :kept] = body[:, :, shift : shift + kept]
         return body
 
+    def _made(self, like: torch.Tensor, rows: int, size: int) -> torch.Tensor:
+        """A body. Where several rows are read in one call up to the end of the longest, what a mask hides is multiplied by zero: it must be finite."""
+        with torch.inference_mode(False):
+            return (like.new_zeros if self.placement.shared else like.new_empty)((rows, like.shape[1], size, like.shape[3]))
+
     @staticmethod
     def _require_dtype(kept: torch.Tensor | None, new: torch.Tensor) -> None:
         if kept is not None and kept.dtype != new.dtype:
@@ -273,22 +289,19 @@ class Buffer:
             )
 
 
-def _made(like: torch.Tensor, rows: int, size: int, of: int) -> torch.Tensor:
-    """A body for some of `of` rows. Where there are several, those of a step may be read in one call up to the end of the longest; what a mask hides there is
-    multiplied by zero, so it must be finite."""
-    with torch.inference_mode(False):
-        return (like.new_empty if of == 1 else like.new_zeros)((rows, like.shape[1], size, like.shape[3]))
-
-
 def _moves(old: Places, new: Places, rows: tuple[int, ...], source: list[int] | None, ends: list[int]) -> Iterator[tuple[slice, int, slice, int]]:
     """For stretches of slots that move together and are of one length: (slots now, bucket before, slots before, columns to leave out)."""
 
     def whence(slot: int) -> tuple[int, int, int, int]:
         row = rows[slot]
         before = row if source is None else source[row]
+        if before >= len(old.buckets):  # it has joined since, and is empty
+            return -1, 0, 0, 0
         return old.buckets[before], old.slots[before] - slot, new.firsts[row] - old.firsts[before], ends[row] - new.firsts[row]
 
     for (bucket, ahead, shift, _), stretch in itertools.groupby(range(len(rows)), key=whence):
+        if bucket < 0:
+            continue
         slots = list(stretch)
         yield slice(slots[0], slots[-1] + 1), bucket, slice(slots[0] + ahead, slots[-1] + 1 + ahead), shift
 
@@ -303,12 +316,12 @@ def _blank(kept: torch.Tensor, firsts: Iterable[int], ends: Iterable[int]) -> to
 class Contiguous:
     """The memory of one layer. Implements `memory.layer.LayerMemory`."""
 
-    def __init__(self, placements: Mapping[int | None, Placement], forms: Mapping[PositionMap, Retention], rows: int) -> None:
+    def __init__(self, placements: Mapping[int | None, Placement], forms: Mapping[PositionMap, Retention]) -> None:
         self.placements, self.forms = placements, dict(forms)
         self.keys = {positions: Buffer(placements[kept.tail], kept.head) for positions, kept in forms.items()}
         longest = functools.reduce(operator.or_, forms.values())
         self.whole = Buffer(placements[longest.tail], longest.head)  # the values
-        self.tails = {} if rows == 1 else self._tails()  # values once more, for the forms that keep fewer than `whole`
+        self.tails = self._tails() if self.whole.placement.shared else {}  # values once more, for the forms that keep fewer than `whole`
 
     def _tails(self) -> dict[int | None, Buffer]:
         shorter = dict.fromkeys(kept.tail for kept in self.forms.values() if kept.tail not in (0, self.whole.placement.tail))
@@ -362,17 +375,17 @@ class Contiguous:
     def select(self, index: torch.Tensor) -> None:
         """Rows become the rows `index` of before, after the placements' have."""
         had = bool(self.tails)
-        if len(index) == 1:
+        if not self.whole.placement.shared:
             self.tails = {}
         for buffer in self.buffers:
             buffer.select(index)
-        if len(index) > 1 and not had:
+        if self.whole.placement.shared and not had:
             self.tails = self._tails()
             for buffer in self.tails.values():
                 buffer.take_over(self.whole)
 
     def fork(self, placements: Mapping[int | None, Placement]) -> Contiguous:
-        other = Contiguous(placements, self.forms, 1)
+        other = Contiguous(placements, self.forms)
         other.keys = {positions: buffer.fork(placements[buffer.placement.tail]) for positions, buffer in self.keys.items()}
         other.whole = self.whole.fork(placements[self.whole.placement.tail])
         other.tails = {tail: buffer.fork(placements[tail]) for tail, buffer in self.tails.items()}

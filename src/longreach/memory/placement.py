@@ -137,8 +137,9 @@ class Placement:
     eighth of their size: a token then costs eight copied entries, little beside the whole length that attention reads for it.
     """
 
-    def __init__(self, tail: int | None, rows: int) -> None:
+    def __init__(self, tail: int | None, rows: int, joins: bool = False) -> None:
         self.tail = tail
+        self.joins = joins  # whether other rows may come and go
         self.ends = [0] * rows  # number of tokens of a row
         self.places = Places.of([0] * rows, [0] * rows, {0: 0})
         self.writes: dict[int, Write] = {}  # of the forward under way, by row
@@ -192,8 +193,13 @@ class Placement:
 
     def _spoilt(self) -> None:
         """Something lies behind the end of a row that does not count. It may be NaN, which would come through the mask of rows that are read in one call."""
-        if len(self.ends) > 1 and self.tail != 0:
+        if self.shared and self.tail != 0:
             self.places = replace(self.places, age=self.places.age + 1)
+
+    @property
+    def shared(self) -> bool:
+        """Whether several rows may be read in one call."""
+        return self.joins or len(self.ends) > 1
 
     def _make_room(self, needed: Mapping[int, int], most: int | None) -> None:
         """Rows need so many columns: they go to the bucket of that length, which grows where it is too small."""
@@ -236,6 +242,12 @@ class Placement:
             self.ends[row] = stop
             self._spoilt()
 
+    def join(self) -> None:
+        """One more row, which is empty."""
+        places = self.places
+        self.ends.append(0)
+        self.places = Places.of([*places.buckets, 0], [*places.firsts, 0], {0: 0, **places.rooms}, places.age)
+
     def select(self, rows: Sequence[int]) -> None:
         """Rows become the rows `rows` of before."""
         self.ends = [self.ends[row] for row in rows]
@@ -243,7 +255,7 @@ class Placement:
 
     def fork(self) -> Placement:
         """Of a store with the same content, without the forward under way."""
-        other = Placement(self.tail, 0)
+        other = Placement(self.tail, 0, self.joins)
         other.ends, other.places = [*self.ends], self.places
         if self.writes:
             other._spoilt()

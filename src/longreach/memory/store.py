@@ -30,8 +30,10 @@ class Past:
 class Store:
     """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts."""
 
-    def __init__(self, forms: list[dict[PositionMap, Retention]]) -> None:
+    def __init__(self, forms: list[dict[PositionMap, Retention]], joins: bool = False) -> None:
         self.forms = forms  # of every layer
+        self.joins = joins  # rows are requests, which come and go: no columns are counted
+        self.asked: list[tuple[int, int]] | None = None  # (row, tokens) of a flat forward that is about to begin
         self.placements: dict[int | None, Placement] = {}  # by the tail that is kept
         self.layers: list[Contiguous] = []
         self.lengths: list[int] = []
@@ -78,11 +80,14 @@ class Store:
         if self.seen and self.rows != rows:
             raise ValueError(f"the cache holds {self.rows} rows but the input has {rows}; pass a batch of {self.rows} or start a new cache")
         if self.rows != rows:
-            self.lengths, self.offsets = [0] * rows, [0] * rows
-            self.slots = Slots.empty(rows)
-            self.placements = {kept.tail: Placement(kept.tail, rows) for forms in self.forms for kept in forms.values()}
-            self.layers = [Contiguous(self.placements, forms, rows) for forms in self.forms]
+            self._begin(rows)
         self.announced = max(announced, self.since_crop + columns if self.record_past else 0)
+
+    def _begin(self, rows: int) -> None:
+        self.lengths, self.offsets = [0] * rows, [0] * rows
+        self.slots = Slots.empty(rows)
+        self.placements = {kept.tail: Placement(kept.tail, rows, self.joins) for forms in self.forms for kept in forms.values()}
+        self.layers = [Contiguous(self.placements, forms) for forms in self.forms]
 
     def past(self, mask: torch.Tensor | None) -> list[Past]:
         """What a mask [B, seen] of the slots so far leaves visible; None: all tokens.
@@ -126,20 +131,26 @@ class Store:
         forgets = [p.start < length for p, length in zip(past, self.lengths, strict=True)]  # such a row is written to a copy, which others need not be
         return list(zip(alike(self.placements.values(), range(self.rows)), forgets, strict=True))
 
-    def advance(self, real: torch.Tensor | None, columns: int, past: list[Past] | None = None) -> None:
+    def advance(self, real: torch.Tensor | None, columns: int, past: list[Past] | None = None, counts: list[int] | None = None) -> None:
         """The forward is finished: its tokens count; `real` [B, T] on the CPU, None if all are. An interrupt is made good at the next use.
 
         So is a lack of memory: the forward has succeeded, and would be taken for one that changed nothing if it raised.
         """
         starts = self.lengths if past is None else [p.start for p in past]
-        counts = [columns] * self.rows if real is None else real.sum(1).tolist()
         slots = self.slots.copy()
+        if counts is not None:  # of a flat forward
+            self._finish([start + count for start, count in zip(starts, counts, strict=True)], slots, [])
+            return
+        counts = [columns] * self.rows if real is None else real.sum(1).tolist()
         shorter = [row for row, (start, length) in enumerate(zip(starts, self.lengths, strict=True)) if start < length]
         for row in shorter:
             slots.keeping(row, starts[row])
         slots.append(real, columns)
         self.since_crop += columns
-        self._finishing = [start + count for start, count in zip(starts, counts, strict=True)], slots, shorter
+        self._finish([start + count for start, count in zip(starts, counts, strict=True)], slots, shorter)
+
+    def _finish(self, lengths: list[int], slots: Slots, shorter: list[int]) -> None:
+        self._finishing = lengths, slots, shorter
         with suppress(RuntimeError, MemoryError):
             self.settle()
 
@@ -199,7 +210,7 @@ class Store:
         """
         if self._finishing is not None:
             self.settle()
-        other = Store(self.forms)
+        other = Store(self.forms, self.joins)
         other.placements = {tail: placement.fork() for tail, placement in self.placements.items()}
         other.layers = [layer.fork(other.placements) for layer in self.layers]
         other.lengths, other.offsets, other.slots, other.record_past = [*self.lengths], [*self.offsets], self.slots.copy(), self.record_past
@@ -217,6 +228,32 @@ class Store:
         self.open(len(lengths))
         self.lengths, self.slots = lengths, Slots.empty(len(lengths)) if real is None else Slots.of(real)
         self.slots.seen = seen
+
+    def join(self) -> int:
+        """One more row, which is empty -> its number."""
+        self._change()
+        if not self.layers:
+            self._begin(0)
+        for placement in self.placements.values():
+            placement.join()
+        for buffer in self.buffers:
+            buffer.join()
+        self.lengths.append(0)
+        self.offsets.append(0)
+        self.slots.pads.append([])
+        return self.rows - 1
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget what a row holds at index `length` and later, or raise and leave everything as it is."""
+        self._change()
+        if length < (least := self._reaches(row)):
+            raise ValueError(
+                f"cannot go back to token {length}: of {self.lengths[row]} tokens the last {self.lengths[row] - least} can be forgotten; crop less, or join() "
+                "and read the text again"
+            )
+        for placement in self.placements.values():
+            placement.rewind(row, length)
+        self.lengths[row] = min(self.lengths[row], length)
 
     def select(self, index: torch.Tensor) -> None:
         """Rows become rows `index`; of none, the store is empty again."""

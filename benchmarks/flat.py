@@ -1,0 +1,139 @@
+"""Flat forwards against the forwards that they replace: 16 requests that decode, and 15 that decode beside one that reads a chunk of its prompt.
+
+    python benchmarks/flat.py                                          # nano, fp32
+    python benchmarks/flat.py --model random-0.5B --dtype bf16 --tokens 500
+
+Rounds alternate between the contestants; what they need is prepared outside the clock. No ratio is printed unless the logits of every request are those of the
+same request alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention import relative_error
+from common import DTYPES, ROOT, Ratio, Timing, device_of, facts, seconds_of, table, write_json
+from model import SHAPES, build
+from transformers import DynamicCache
+
+import longreach
+from longreach import LMInfinite, SelfExtend, Stock
+
+REQUESTS, CHUNK = 16, 256
+LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def ids(count: int, seed: int, vocabulary: int) -> torch.Tensor:
+    return torch.randint(1, vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+class Bench:
+    """Requests of about `tokens` tokens, in flat memory and each in a cache of its own."""
+
+    def __init__(self, extension: Any, tokens: int) -> None:
+        self.extension, self.model, self.device = extension, extension.model, next(extension.model.parameters()).device
+        self.vocabulary = self.model.config.vocab_size
+        self.texts = [ids(tokens + 7 * n, n, self.vocabulary) for n in range(REQUESTS)]
+        self.flat = extension.flat()
+        self.names = [self.flat.join() for _ in self.texts]
+        self.caches = []
+        for name, text in zip(self.names, self.texts):
+            self.flat.read({name: text}, "none")
+            self.caches.append(DynamicCache())
+            self.alone(text, self.caches[-1])
+        self.extra, self.cache = 0, DynamicCache()
+        self.round = 0
+
+    @torch.no_grad()
+    def alone(self, text: torch.Tensor, cache: Any) -> torch.Tensor:
+        return self.model(text[None].to(self.device), past_key_values=cache, logits_to_keep=1).logits[0, -1]
+
+    def one(self, n: int) -> torch.Tensor:
+        return ids(1, 1000 * n + self.round, self.vocabulary)
+
+    def prepare(self) -> None:
+        self.round += 1
+        if self.extra:
+            self.flat.leave(self.extra)
+        self.extra = self.flat.join()
+        self.flat.read({self.extra: self.texts[0]}, "none")
+        self.cache = DynamicCache()
+        self.alone(self.texts[0], self.cache)
+
+    # -- contestants ---------------------------------------------------------------------------------------------------------------
+
+    def separately(self) -> list[torch.Tensor]:
+        return [self.alone(self.one(n), cache) for n, cache in enumerate(self.caches)]
+
+    def together(self) -> list[torch.Tensor]:
+        found = self.flat.read({name: self.one(n) for n, name in enumerate(self.names)})
+        return [found[name] for name in self.names]
+
+    def chunk(self) -> torch.Tensor:
+        """As many tokens of one request."""
+        return self.alone(ids(REQUESTS - 1 + CHUNK, 5, self.vocabulary), self.cache)
+
+    def mixed(self) -> torch.Tensor:
+        self.round += 1
+        new = {name: self.one(n) for n, name in enumerate(self.names[1:])}
+        return self.flat.read({**new, self.extra: ids(CHUNK, 6, self.vocabulary)})[self.extra]
+
+    def gate(self) -> float:
+        self.prepare()
+        worst = max(relative_error(a, b) for a, b in zip(self.together(), self.separately()))
+        mixed = self.mixed()
+        return max(worst, relative_error(mixed, self.alone(torch.cat([self.texts[0], ids(CHUNK, 6, self.vocabulary)]), DynamicCache())))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="nano", help=f"nano, or one of random weights: {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device, dtype = device_of(options.device), DTYPES[options.dtype]
+    model = longreach.load("nano", dtype=dtype, device=device)[0] if options.model == "nano" else build(options.model, dtype, device, 2048)
+    rows, measured = [], {}
+    for method in (Stock(), SelfExtend(16, 64), LMInfinite(256, 4)):
+        with longreach.extend(model, method, trained_window=8192) as extension:
+            bench = Bench(extension, options.tokens)
+            if not (error := bench.gate()) <= LIMIT[dtype]:
+                raise SystemExit(f"the gate fails: a request differs by {error:.2e} from itself alone, more than {LIMIT[dtype]:g}; no ratio is printed")
+            timings = {name: Timing() for name in ("separately", "together", "chunk", "mixed")}
+            for number in range(options.rounds + 1):
+                bench.prepare()
+                for name, timing in timings.items():
+                    seconds = seconds_of(getattr(bench, name), device)
+                    if number:
+                        timing.seconds.append(seconds)
+        pairs = {"together": "separately", "mixed": "chunk"}
+        ratios = {name: Ratio.of(timings[name], timings[other]) for name, other in pairs.items()}
+        for name, what in (("together", f"{REQUESTS} decode"), ("mixed", f"{REQUESTS - 1} decode, {CHUNK} of a prompt")):
+            ours, theirs = (f"{1e3 * timings[each].median:.1f}" for each in (name, pairs[name]))
+            rows.append([str(method), what, ours, theirs, f"{ratios[name].of_medians:.2f}"])
+        measured[method.brief()] = {
+            "error": error,
+            "timings": {name: timing.to_json() for name, timing in timings.items()},
+            "ratios": {name: ratio.to_json() for name, ratio in ratios.items()},
+        }
+    title = f"{options.model}, {options.dtype}: one flat forward (ms) against the {REQUESTS} that it replaces, or one of as many tokens of one request"
+    print(table(title, ["method", "forward", "flat", "other", "ratio"], rows))
+    file = options.out or ROOT / "benchmarks/results/flat.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    write_json(file, {**before, f"{options.model} {options.dtype}": {"facts": facts(device), "tokens": options.tokens, "measured": measured}})
+    print(f"written: {file.name}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

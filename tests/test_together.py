@@ -1,0 +1,108 @@
+"""Generation for many prompts together: the tokens of each are those that it gets alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import longreach
+from families import build, tokens
+from longreach import LMInfinite, SelfExtend, Stock
+from longreach.hf.flat import Flat
+from longreach.running.generation import Sampling
+from methods_matrix import METHODS, context, refusal
+
+LENGTHS = [3, 260, 41, 1, 400, 90, 7]
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("llama", eos_token_id=None)
+
+
+def prompts() -> list[torch.Tensor]:
+    return [tokens(1, n, seed=40 + n)[0] for n in LENGTHS]
+
+
+def alone(model: Any, prompt: torch.Tensor, **more: Any) -> list[int]:
+    arguments = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **more}
+    return model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], **arguments)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_greedy_tokens_are_those_of_each_alone(method):
+    model = build("llama-head8" if refusal("llama", method) else "llama", eos_token_id=None)
+    with longreach.extend(model, method, context=context(method, max(LENGTHS) + NEW)) as extension:
+        done: list[int] = []
+        found = longreach.generate(extension, prompts(), NEW, at_once=4, chunk_size=64, progress=done.append)
+        assert [f.ids for f in found] == [alone(model, prompt) for prompt in prompts()]
+        assert {f.finish for f in found} == {"length"} and done == list(range(1, len(LENGTHS) + 1))
+
+
+@pytest.mark.parametrize(("at_once", "chunk_size"), [(1, 512), (3, 1), (16, 100_000)])
+def test_how_they_are_scheduled_changes_nothing(model, at_once, chunk_size):
+    with longreach.extend(model, SelfExtend(3, 8)) as extension:
+        want = [alone(model, prompt) for prompt in prompts()]
+        assert [f.ids for f in longreach.generate(extension, prompts(), NEW, at_once=at_once, chunk_size=chunk_size)] == want
+
+
+def test_end_tokens_end_one_request_and_not_the_others(model):
+    with longreach.extend(model, SelfExtend(3, 8)) as extension:
+        want = [alone(model, prompt) for prompt in prompts()]
+        ends = [want[1][2], want[4][0]]
+        model.generation_config.eos_token_id = ends
+        try:
+            found = longreach.generate(extension, [prompt.tolist() for prompt in prompts()], NEW)
+        finally:
+            model.generation_config.eos_token_id = None
+        for ids, own in zip(want, found):
+            stop = next((n for n, token in enumerate(ids) if token in ends), None)
+            assert own.ids == (ids if stop is None else ids[: stop + 1]) and own.finish == ("length" if stop is None else "stop")
+
+
+def test_sampling_depends_on_seed_and_place_alone(model):
+    with longreach.extend(model, LMInfinite(9, 3)) as extension:
+        draw = lambda seed, **more: [f.ids for f in longreach.generate(extension, prompts(), NEW, sampling=Sampling(1.5, 0.9, seed), **more)]  # noqa: E731
+        first = draw(7)
+        assert draw(7, at_once=2, chunk_size=33) == first != draw(8)
+        cold = [f.ids for f in longreach.generate(extension, prompts(), NEW, sampling=Sampling(1e-4, None, 3))]
+        assert cold == [f.ids for f in longreach.generate(extension, prompts(), NEW)]
+
+
+def test_the_settings_of_the_checkpoint_are_honoured_or_refused(model):
+    with longreach.extend(model, Stock()) as extension:
+        model.generation_config.repetition_penalty = 1.7
+        try:
+            assert [f.ids for f in longreach.generate(extension, prompts(), NEW)] == [alone(model, prompt) for prompt in prompts()]
+            model.generation_config.no_repeat_ngram_size = 2
+            with pytest.raises(ValueError, match=r"no_repeat_ngram_size=2, which is not honoured here; set model\.generation_config"):
+                longreach.generate(extension, prompts(), NEW)
+        finally:
+            model.generation_config.repetition_penalty = model.generation_config.no_repeat_ngram_size = None
+
+
+def test_requests_share_forwards_and_leave_no_memory(model, monkeypatch):
+    reads, real = [], Flat.read
+    monkeypatch.setattr(Flat, "read", lambda self, new, *more: reads.append({name: len(ids) for name, ids in new.items()}) or real(self, new, *more))
+    with longreach.extend(model, SelfExtend(3, 8)) as extension:
+        reads.clear()
+        longreach.generate(extension, prompts(), NEW, at_once=16, chunk_size=512)
+        own = [read for read in reads if max(read.values()) > 0]
+        checks = len(own) - (2 + NEW - 1)  # the whole of the prompts is read in two forwards of 512 tokens
+        assert 0 <= checks <= 3
+        assert sum(own[checks].values()) == 512 and len(own[-1]) >= 1
+
+
+def test_what_cannot_be_is_refused(model):
+    with longreach.extend(model, SelfExtend(3, 8), context=100) as extension:
+        assert longreach.generate(extension, []) == []
+        for arguments, says in (
+            (([[]],), "prompt 0 is empty"),
+            (([[1], [2] * 99], 2), "prompt 1 has 99 tokens, and with 2 new ones it exceeds the declared context of 100"),
+            (([[1]], 0), "max_new_tokens must be at least 1"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                longreach.generate(extension, *arguments)
