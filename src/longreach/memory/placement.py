@@ -204,6 +204,8 @@ class Placement:
     def _make_room(self, needed: Mapping[int, int], most: int | None) -> None:
         """Rows need so many columns: they go to the bucket of that length, which grows where it is too small."""
         old = self.places
+        if all(entries <= old.rooms[own := old.buckets[row]] and bucket_of(entries, own) == own for row, entries in needed.items()):
+            return
         buckets = list(old.buckets)
         for row, entries in needed.items():
             buckets[row] = bucket_of(entries, old.buckets[row])
