@@ -52,6 +52,7 @@ class Buffer:
         self.bodies: dict[int, torch.Tensor] = {}
         self.sharers: WeakSet[Buffer] = WeakSet()  # the forks that read the same memory, this one among them; empty: nobody else
         self._waiting: list[_Waiting] = []
+        self._moving: list[tuple[torch.Tensor, torch.Tensor]] = []  # places that are written over while entries move to the front, and what was there
         self._head_before: torch.Tensor | None = None  # of a forward that writes over first tokens
 
     @property
@@ -232,7 +233,8 @@ class Buffer:
         self._require_dtype(next(iter(self.bodies.values()), None), like)
         places = self.placement.places
         if self.places is not places or not self.bodies:
-            self.bodies, self.places = self._copied(like, places), places
+            self._undo()
+            self.bodies, self.places, self._moving = self._copied(like, places), places, []  # in one statement: no interrupt comes between
 
     def _copied(self, like: torch.Tensor, places: Places, source: list[int] | None = None) -> dict[int, torch.Tensor]:
         """The bodies at other places; `source`: the row of before that each row is now."""
@@ -252,7 +254,7 @@ class Buffer:
         return bodies
 
     def _in_place(self, places: Places, bucket: int, source: list[int] | None) -> torch.Tensor | None:
-        """The body of rows that stay, if what moves to its front comes from behind that: an interrupted move can then be made again."""
+        """The body of rows that stay at their slots, their entries moved to the front; None where it has to be another one."""
         now, old = places.members[bucket], self.places
         rows = now if source is None else tuple(source[row] for row in now)
         if rows[0] >= len(old.buckets):
@@ -261,19 +263,32 @@ class Buffer:
         body = self.bodies.get(before)
         if places.age != old.age or old.members[before] != rows or body is None or body.shape[2] != places.rooms[bucket]:
             return None
-        if source is not None:  # select leaves memory that a fork may read
-            return body if all(places.firsts[a] == old.firsts[b] for a, b in zip(now, rows)) and len(self.sharers) < 2 else None
-        shifts = {places.firsts[row] - old.firsts[row] for row in rows}
-        if shifts == {0}:
-            return body
-        length = max(self.placement.ends[row] - places.firsts[row] for row in rows)
-        (shift, *others) = shifts
-        kept = min(length, body.shape[2] - shift)
-        if others or kept > shift or len(self.sharers) > 1:
+        moved = [places.firsts[a] - old.firsts[b] for a, b in zip(now, rows)]
+        if not any(moved):
+            return body if source is None or len(self.sharers) < 2 else None
+        if source is not None or len(self.sharers) > 1:
             return None
-        if kept > 0:
-            body[:, :, :kept] = body[:, :, shift : shift + kept]
+        lengths = [self.placement.ends[row] - places.firsts[row] for row in now]
+        for (shift, length), stretch in itertools.groupby(range(len(now)), key=lambda slot: (moved[slot], lengths[slot])):
+            slots, kept = list(stretch), min(length, body.shape[2] - shift)
+            if shift and kept > 0:
+                self._to_front(body[slots[0] : slots[-1] + 1], shift, kept)
         return body
+
+    def _to_front(self, rows: torch.Tensor, shift: int, kept: int) -> None:
+        """Move columns shift .. shift + kept of some rows to the front. What would be written over while it is read is kept until the buffer lies as it
+        should, so that an interrupted move can be undone: `_undo`."""
+        source = rows[:, :, shift : shift + kept]
+        if kept > shift:
+            self._moving.append((source, source.clone()))
+            source = self._moving[-1][1]
+        rows[:, :, :kept] = source
+
+    def _undo(self) -> None:
+        """Put back what an interrupted move has written over; the columns before it are of entries that nobody needs any more."""
+        for place, kept in self._moving:
+            place.copy_(kept)
+        self._moving = []
 
     def _made(self, like: torch.Tensor, rows: int, size: int) -> torch.Tensor:
         """A body. Where several rows are read in one call up to the end of the longest, what a mask hides is multiplied by zero: it must be finite."""
