@@ -32,7 +32,7 @@ import longreach
 from families import WINDOW, build
 from longreach.engine import batch
 from longreach.hf.cache import store_of
-from longreach.memory import contiguous, placement, store
+from longreach.memory import buffer, placement, store
 from longreach.methods.base import Method
 from methods_matrix import METHODS, context, refusal
 
@@ -457,7 +457,7 @@ class History:
 
     def interrupt(self) -> None:
         """The user stops the program while what was read is being counted: it counts."""
-        before, calls, at = contiguous.Buffer.settle, 0, self.rng.randint(1, 5)
+        before, calls, at = buffer.Buffer.settle, 0, self.rng.randint(1, 5)
         error = self.rng.choice([KeyboardInterrupt, RuntimeError])  # the second as where memory is short: the forward has succeeded all the same
 
         def settle(buffer: Any) -> None:
@@ -471,13 +471,13 @@ class History:
         ids, new = self.columns(self.longest_chunk)
         if any(row and row[-1].slot in gone for row, gone in zip(self.talk.model.rows, self.talk.model.hidden, strict=True)):
             return
-        contiguous.Buffer.settle = settle  # type: ignore[method-assign]
+        buffer.Buffer.settle = settle  # type: ignore[method-assign]
         try:
             self.forward(ids, new)
         except KeyboardInterrupt:
             pass
         finally:
-            contiguous.Buffer.settle = before  # type: ignore[method-assign]
+            buffer.Buffer.settle = before  # type: ignore[method-assign]
         self.talk.model.append(ids, new, self.number)
         self.log.append(f"interrupt at buffer {at} of {rows} rows")
 

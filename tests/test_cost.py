@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from families import BASE, FAMILIES, build, rope, tokens
 from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM, extend, stream
 from longreach.core.segments import Retention, matrices
-from longreach.memory.contiguous import Buffer
+from longreach.memory.buffer import Buffer
 from longreach.memory.placement import ROLLBACK, Placement
 from longreach.planning import devices, hardware, theory, timing, work
 from longreach.planning.architecture import read

@@ -17,7 +17,7 @@ import longreach
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, Stock, StreamingLLM
 from longreach.hf.cache import store_of
-from longreach.memory.contiguous import Buffer
+from longreach.memory.buffer import Buffer
 from longreach.memory.slots import Slots, runs
 
 METHODS = [SelfExtend(4, 16), LMInfinite(9, 3), StreamingLLM(9, 3), Stock()]

@@ -10,7 +10,7 @@ import torch
 
 import histories
 from longreach.engine import batch
-from longreach.memory import contiguous, store
+from longreach.memory import buffer, store
 
 
 @pytest.mark.parametrize("block", range(20))
@@ -52,15 +52,15 @@ def hidden_tokens_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def failed_forward_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward changes a buffer as soon as its layer has run."""
-    real = contiguous.Buffer.release
+    real = buffer.Buffer.release
 
-    def release(self: contiguous.Buffer) -> None:
+    def release(self: buffer.Buffer) -> None:
         real(self)
         if self._waiting:
             self.placement.commit()
             self.settle()
 
-    monkeypatch.setattr(contiguous.Buffer, "release", release)
+    monkeypatch.setattr(buffer.Buffer, "release", release)
 
 
 def crop_half_done(monkeypatch: pytest.MonkeyPatch) -> None:

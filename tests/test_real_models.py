@@ -102,3 +102,33 @@ def test_the_picture_is_drawn(tmp_path):
 
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > 700 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_the_pages_are_those_of_the_results():
+    for path in sorted(bench.run.RESULTS.glob("*.jsonl")):
+        rows = bench.run.read_lines(path)
+        keys = [row for row in rows if row["task"] == "passkeys"]
+        page, readme = (file.read_text(encoding="utf-8") for file in (bench.page.PAGE, bench.page.README))
+        assert len(rows) == len({bench.run.key(row) for row in rows}), "a reading is there twice"
+        for name, content in (
+            ("recall", bench.page.recall(keys)),
+            ("loss", bench.page.losses([row for row in rows if row["task"] == "loss"])),
+            ("methods", bench.page.methods(keys)),
+            ("settings", bench.page.settings(rows)),
+        ):
+            assert f"<!-- begin {path.stem} {name} -->\n{content.strip()}\n<!-- end" in page, f"{path.stem} {name}: run benchmarks/real_models.py --page"
+        if f"<!-- begin {path.stem} -->" in readme:
+            assert f"<!-- begin {path.stem} -->\n{bench.page.first_table(rows).strip()}\n<!-- end" in readme
+
+
+def test_the_profile_of_the_tuned_rows_is_one():
+    from longreach import Profile
+
+    for path in sorted(bench.run.RESULTS.glob("*-profile.json")):
+        profile = Profile.read(path)
+        rows = bench.run.read_lines(bench.run.RESULTS / path.name.replace("-profile.json", ".jsonl"))
+        assert {row["mark"][:8] for row in rows} and profile.entries
+        for row in rows:
+            if row["setting"] == "tuned":
+                assert profile.choose(row["length"]).method.to_json() == row["method"]
+        assert "/" not in profile.model  # a name, and no folder of whoever made it

@@ -7,7 +7,7 @@ import torch
 
 from longreach import DualChunk, LMInfinite, SelfExtend, StreamingLLM
 from longreach.core.segments import Identity, Retention, forms
-from longreach.memory.contiguous import Buffer
+from longreach.memory.buffer import Buffer
 from longreach.memory.placement import ROLLBACK, SLACK, SMALLEST, STEP, Placement, alike, bucket_of
 from longreach.memory.store import Past, Store
 

@@ -26,7 +26,7 @@ from longreach.hf.facts import Entry, Facts
 from longreach.hf.fingerprint import fingerprint
 from longreach.hf.forward import Forward
 from longreach.hf.placement import device_of
-from longreach.memory.contiguous import Buffer
+from longreach.memory.buffer import Buffer
 from longreach.memory.placement import Placement
 from longreach.memory.store import Store
 from longreach.version import __version__

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from longreach.core.segments import PositionMap, Retention
-from longreach.memory.contiguous import Buffer, Contiguous
+from longreach.memory.buffer import Buffer
+from longreach.memory.contiguous import Contiguous
 from longreach.memory.placement import ROLLBACK, Placement, alike
 from longreach.memory.slots import Slots, Stretch, runs
 
