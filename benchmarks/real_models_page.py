@@ -18,8 +18,9 @@ Row = dict[str, Any]
 PAGE, README, PICTURES = ROOT / "docs/real-models.md", ROOT / "README.md", ROOT / "docs"
 CORE = ("stock", "old rule", "dial", "tuned", "rerope", "yarn", "lm-infinite")
 FORMS = {"chat": "filler, chat template", "raw": "filler, raw prompt", "novel": "hidden in a novel, raw prompt"}
-LABELS = {"old rule": "the dial's old rule", "dial": "**the dial**", "tuned": "tuned"}
-PICTURE_LABELS = {"old rule": "the dial's old rule", "dial": "the dial", "tuned": "longreach tune"}
+NAMES = {"old rule": "the dial's old rule", "dial": "the dial", "rerope": "ReRoPE", "yarn": "YaRN", "lm-infinite": "LM-Infinite"}
+LABELS = NAMES | {"dial": "**the dial**"}
+PICTURE_LABELS = NAMES | {"tuned": "longreach tune"}
 COLOURS = dict(zip(CORE, ("#8a8a8a", "#6fb3e0", canvas.BLUE, "#c0392b", "#2a9d6f", "#8a5ab5", canvas.ORANGE)))
 
 
@@ -150,16 +151,19 @@ def made(rows: Sequence[Row]) -> str:
 
 
 def first_table(rows: Sequence[Row]) -> str:
+    """What users get, without what was: the old rule is on the page."""
     answers, loss = [row for row in rows if row["task"] == "passkeys"], [row for row in rows if row["task"] == "loss"]
-    body = []
-    for name in (name for name in ordered(answers) if name in CORE):
-        cells = [cell(share(answers, name, w, form)) for w in (1.5, 2.0) for form in ("chat", "raw")]
-        losses = [fmean(row["losses"][-2:]) for row in loss if row["setting"] == name and row["windows"] == 2.0]
-        if any(cells):
-            body.append([LABELS.get(name, name), *cells, f"{fmean(losses):.2f}" if losses else ""])
-    inside = [cell(share(answers, "stock", w, form)) for w, form in ((1.0, "chat"), (1.0, "raw"))]
     length = {row["windows"]: row["length"] for row in rows}
-    head = ["", *(f"{length[w]} tokens, {form}" for w in (1.5, 2.0) for form in ("chat template", "raw prompt") if w in length), "loss at twice the window"]
+    columns = [(w, form) for w in (1.5, 2.0) for form in ("chat", "raw") if any((row["windows"], row["form"]) == (w, form) for row in answers)]
+    body = []
+    for name in (name for name in ordered(answers) if name in CORE and name != "old rule"):
+        cells = [cell(share(answers, name, w, form)) for w, form in columns]
+        if any(cells):
+            found = [fmean(row["losses"][-2:]) for row in loss if row["setting"] == name and row["windows"] == 2.0]
+            body.append([LABELS.get(name, name), *cells, *([f"{fmean(found):.2f}" if found else ""] if loss else [])])
+    inside = [cell(share(answers, "stock", w, form)) for w, form in ((1.0, "chat"), (1.0, "raw"))]
+    names = {"chat": "chat template", "raw": "raw prompt"}
+    head = ["", *(f"{length[w]} tokens, {names[form]}" for w, form in columns), *(["loss at twice the window"] if loss else [])]
     ceiling = f"Inside the window ({length[1.0]} tokens) plain attention finds {inside[0]} with the chat template and {inside[1]} without."
     return f"{markdown(head, body)}\n\n{ceiling}"
 
