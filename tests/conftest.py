@@ -53,5 +53,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if not hasattr(modeling_nemotron, "ALL_ATTENTION_FUNCTIONS"):
         for item in items:
-            if item.path.name in ("test_matrix.py", "test_families_page.py") and "[nemotron" in item.name:
+            if item.path.name in ("test_matrix.py", "test_families_page.py", "test_flat.py") and "[nemotron" in item.name:
                 item.add_marker(pytest.mark.skip(reason="this version of Transformers keeps Nemotron's attention out of the interface"))

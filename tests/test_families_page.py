@@ -29,7 +29,7 @@ def test_the_page_lists_every_family_and_method():
     assert head[1:] == list(registry())
     assert [row[0] for row in rows] == [row[0] for row in section(text, "Layers")[1:]] == list(FAMILIES)
     assert [row[0] for row in section(text, "Refused families")[1:]] == list(REFUSED)
-    assert "FAILS" not in text
+    assert "FAILS" not in text and "\n## Requests read together\n" in text
     reasons = set(re.findall(r"\*\*(R\d+)\*\*", text))
     for row in rows:
         assert len(row) == len(head)
@@ -65,6 +65,7 @@ def test_one_method_on_one_family_from_the_command_line(tmp_path, capsys):
     assert family["layers"] == "chunks of 24 | full without positions" and cell["method"] == "selfextend"
     assert cell["passed"] and cell["fast"] <= FAST and cell["neutral"] <= NEUTRAL and "no effect" in cell["remark"]
     assert "| llama4 | Llama4ForCausalLM | chunks of 24, full without positions |" in target.read_text()
+    assert "scales queries by the slots of the cache" in family["alone"] and f"- **llama4**: {family['alone']}" in target.read_text()
 
 
 @pytest.mark.parametrize(

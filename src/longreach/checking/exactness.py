@@ -49,7 +49,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Family:
-    """A family, its kinds of layers in words, and its cells; or why no method can be attached. `failed`: not by intent, but as the engine is not exact."""
+    """A family, its kinds of layers in words, and its cells; or why no method can be attached. `failed`: not by intent, but as the engine is not exact.
+
+    alone  why its requests cannot be read together in a flat forward; None: they can.
+    """
 
     name: str
     architecture: str
@@ -57,6 +60,7 @@ class Family:
     refusal: str | None = None
     cells: list[Cell] = field(default_factory=list)
     failed: bool = False
+    alone: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -74,13 +78,13 @@ def survey(names: list[str] | None = None, methods: list[str] | None = None) -> 
         architecture = type(model).__name__
         try:
             with extend(model, Stock(), trained_window=families.WINDOW) as extension:
-                layers, pairs = kinds(extension), pairs_of(extension)
+                layers, pairs, alone = kinds(extension), pairs_of(extension), read_alone(extension)
         except ValueError as error:
             yield Family(name, architecture, refusal=str(error), failed=isinstance(error, Inexact))
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # far beyond the windows on purpose; remarks are in the cells
-            yield Family(name, architecture, layers, cells=[measure(name, model, method, pairs) for method in wanted.values()])
+            yield Family(name, architecture, layers, cells=[measure(name, model, method, pairs) for method in wanted.values()], alone=alone)
 
 
 @torch.no_grad()
@@ -115,6 +119,15 @@ def kinds(extension: Extension) -> str:
         word = f"sliding {trained.sliding_window}" if trained.sliding_window else f"chunks of {trained.attention_chunk}" if trained.attention_chunk else "full"
         words[word if layer.rotary is not None else f"{word} without positions"] = None
     return " | ".join(words)
+
+
+def read_alone(extension: Extension) -> str | None:
+    """Why requests cannot be read together; None: they can, which was compared with each of them alone."""
+    try:
+        extension.flat()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def pairs_of(extension: Extension) -> int:

@@ -35,6 +35,8 @@ def page(found: list[Family]) -> str:
         "What each family was trained with. Layers with a sliding window or chunks stay as trained; the method is applied to the full layers. If every "
         "layer has a sliding window, the method replaces it.",
         table(["family", "model", "layers"], [[f.name, f.architecture, f.layers.replace(" | ", ", ")] for f in open_ones]),
+        "## Requests read together",
+        together(open_ones),
         "## Exactness",
         table(["family", *names], [[f.name, *(shown(cell, reasons) for cell in f.cells)] for f in open_ones]),
         "## Reasons",
@@ -45,6 +47,16 @@ def page(found: list[Family]) -> str:
     if closed:
         parts += ["## Refused families", table(["family", "model", "reason"], [[f.name, f.architecture, f.refusal or ""] for f in closed])]
     return "\n\n".join(parts) + "\n"
+
+
+def together(families: list[Family]) -> str:
+    """Which families read several requests in one flat forward."""
+    alone = [family for family in families if family.alone is not None]
+    said = (
+        "`extension.flat()` and `longreach.generate` read many requests in one forward. Their first call compares requests that are read together with each "
+        f"of them alone. It is exact on {len(families) - len(alone)} of the {len(families)} families"
+    )
+    return said + (", and refused on:\n\n" + "\n".join(f"- **{family.name}**: {family.alone}" for family in alone) if alone else ".")
 
 
 def shown(cell: Cell, reasons: list[str]) -> str:
