@@ -9,23 +9,18 @@ same request alone.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from attention import relative_error
-from common import DTYPES, ROOT, Ratio, Timing, device_of, facts, seconds_of, table, write_json
-from model import SHAPES, build
+from common import DTYPES, Ratio, Timing, device_of, seconds_of, table
+from model import keep, opened, options_of, require_same
 from transformers import DynamicCache
 
 import longreach
 from longreach import LMInfinite, SelfExtend, Stock
 
 REQUESTS, CHUNK = 16, 256
-LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def ids(count: int, seed: int, vocabulary: int) -> torch.Tensor:
@@ -91,25 +86,15 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="nano", help=f"nano, or one of random weights: {', '.join(SHAPES)}")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int)
+    parser = options_of(__doc__)
     parser.add_argument("--tokens", type=int, default=1000)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device, dtype = device_of(options.device), DTYPES[options.dtype]
-    model = longreach.load("nano", dtype=dtype, device=device)[0] if options.model == "nano" else build(options.model, dtype, device, 2048)
+    model, device, dtype = opened(options), device_of(options.device), DTYPES[options.dtype]
     rows, measured = [], {}
     for method in (Stock(), SelfExtend(16, 64), LMInfinite(256, 4)):
         with longreach.extend(model, method, trained_window=8192) as extension:
             bench = Bench(extension, options.tokens)
-            if not (error := bench.gate()) <= LIMIT[dtype]:
-                raise SystemExit(f"the gate fails: a request differs by {error:.2e} from itself alone, more than {LIMIT[dtype]:g}; no ratio is printed")
+            error = require_same(bench.gate(), dtype)
             timings = {name: Timing() for name in ("separately", "together", "chunk", "mixed")}
             for number in range(options.rounds + 1):
                 bench.prepare()
@@ -129,10 +114,7 @@ def main() -> None:
         }
     title = f"{options.model}, {options.dtype}: one flat forward (ms) against the {REQUESTS} that it replaces, or one of as many tokens of one request"
     print(table(title, ["method", "forward", "flat", "other", "ratio"], rows))
-    file = options.out or ROOT / "benchmarks/results/flat.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
-    write_json(file, {**before, f"{options.model} {options.dtype}": {"facts": facts(device), "tokens": options.tokens, "measured": measured}})
-    print(f"written: {file.name}", file=sys.stderr)
+    keep(options, "flat", {"tokens": options.tokens, "measured": measured})
 
 
 if __name__ == "__main__":

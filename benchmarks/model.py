@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import sys
 import time
@@ -38,6 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "random-8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
 }  # fmt: skip
 ERROR_RATIO, FLOOR = 1.5, 1e-6  # ours over stock's; what is smaller than the floor is fp32 rounding
+SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative, of the same keys in another order of summing
 SHORT = 600  # tokens of the comparison with the dense truth
 
 
@@ -54,6 +56,41 @@ def build(name: str, dtype: torch.dtype, device: torch.device, window: int) -> A
             return LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def options_of(doc: str | None) -> argparse.ArgumentParser:
+    """What ragged.py and flat.py share."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    parser.add_argument("--model", default="nano", help=f"nano, or one of random weights: {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="the file of results, beside others of the same script; in benchmarks/results if not given")
+    return parser
+
+
+def opened(options: argparse.Namespace) -> Any:
+    """The model that is asked for, on its device and with its threads."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device, dtype = device_of(options.device), DTYPES[options.dtype]
+    return longreach.load("nano", dtype=dtype, device=device)[0] if options.model == "nano" else build(options.model, dtype, device, 2048)
+
+
+def require_same(error: float, dtype: torch.dtype) -> float:
+    """The gate of rows and requests beside others: they are what they are alone, up to the order of summing."""
+    if not error <= SAME[dtype]:
+        raise SystemExit(f"the gate fails: it differs by {error:.2e} from the same alone, more than {SAME[dtype]:g}; no ratio is printed")
+    return error
+
+
+def keep(options: argparse.Namespace, name: str, content: dict[str, Any]) -> None:
+    """Into the file of a script, beside its results for other models."""
+    file = options.out or ROOT / f"benchmarks/results/{name}.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    write_json(file, {**before, f"{options.model} {options.dtype}": {"facts": facts(device_of(options.device)), **content}})
+    print(f"written: {file.name}", file=sys.stderr)
 
 
 def methods(window: int) -> dict[str, Any]:

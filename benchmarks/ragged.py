@@ -10,16 +10,12 @@ alone.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from attention import relative_error
-from common import DTYPES, ROOT, Ratio, alternate, device_of, facts, table, write_json
-from model import SHAPES, build
+from common import DTYPES, Ratio, alternate, device_of, table
+from model import keep, opened, options_of, require_same
 from transformers import DynamicCache
 
 import longreach
@@ -29,7 +25,6 @@ from longreach.hf.extension import Extension
 from longreach.memory.store import Past
 
 ROWS = 16
-LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative; the same keys in another order of summing
 
 
 def spread(first: int, last: int) -> list[int]:
@@ -84,28 +79,14 @@ def gate(extension: Extension, lengths: list[int], dtype: torch.dtype) -> float:
         alone = Rows(extension, [lengths[row]], [row])
         want = [alone.step() for _ in range(2)][-1]
         worst = max(worst, relative_error(found[row : row + 1], want))
-    if not worst <= LIMIT[dtype]:
-        raise SystemExit(f"the gate fails: a row differs by {worst:.2e} from the same row alone, more than {LIMIT[dtype]:g}; no ratio is printed")
-    return worst
+    return require_same(worst, dtype)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="nano", help=f"nano, or one of random weights: {', '.join(SHAPES)}")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int)
+    parser = options_of(__doc__)
     parser.add_argument("--longest", type=int, default=8000)
-    parser.add_argument("--out", type=Path, help="the file of results, beside others of the same run; benchmarks/results/ragged.json if not given")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device, dtype = device_of(options.device), DTYPES[options.dtype]
-    if options.model == "nano":
-        model = longreach.load("nano", dtype=dtype, device=device)[0]
-    else:
-        model = build(options.model, dtype, device, 2048)
+    model, device, dtype = opened(options), device_of(options.device), DTYPES[options.dtype]
     wide = spread(options.longest // 80, options.longest)
     mean = sum(wide) // ROWS
     batches = {"equal": [mean] * ROWS, "within a tenth": spread(mean * 95 // 100, mean * 105 // 100), "from 1 to 80": wide}
@@ -122,11 +103,7 @@ def main() -> None:
             rows.append([str(method), name, f"{1e3 * timing.median:.1f}", f"{ratio.of_medians:.2f}", f"{errors[name]:.0e}"])
         measured[method.brief()] = own
     print(table(f"{options.model}, {options.dtype}, {ROWS} rows of {mean} tokens on average", ["method", "lengths", "ms", "ratio", "error"], rows))
-    file = options.out or ROOT / "benchmarks/results/ragged.json"
-
-    before = json.loads(file.read_text()) if file.exists() else {}
-    write_json(file, {**before, f"{options.model} {options.dtype}": {"facts": facts(device), "measured": measured}})
-    print(f"written: {file.name}", file=sys.stderr)
+    keep(options, "ragged", {"measured": measured})
 
 
 if __name__ == "__main__":

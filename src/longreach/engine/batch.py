@@ -185,6 +185,15 @@ class Batch:
             self._scales[key] = of(_indices(start, count, device)).float().to(device)
         return self._scales[key]
 
+    def turned(
+        self, x: torch.Tensor, rotary: Rotary | None, positions: PositionMap, start: int | tuple[int, ...], count: int, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [..., T, D] of `count` tokens from index `start`, or of those at the indices `start`, rotated to their positions and times `scale` [T]."""
+        table = None if rotary is None else self.table(rotary, positions, start, count, x.device)
+        if table is not None:
+            return table.rotate(x, scale)
+        return x if scale is None else (x.float() * scale[:, None]).to(x.dtype)
+
     def positions(self, rows: int, device: torch.device) -> torch.Tensor:
         """[B, T] the index of every new token in its row, zero at pads."""
         found = torch.zeros(rows, self.columns, dtype=torch.long, device=device)

@@ -67,10 +67,7 @@ def _encoded(layer: Layer, batch: Batch, rows: Rows, positions: PositionMap, new
     if kept.tail == 0:  # only first tokens are ever seen in this form
         count = min(count, max(0, kept.head - rows.start))
         new = new[:, :, :count]
-    if layer.dense or layer.rotary is None or not count:
-        return new
-    table = batch.table(layer.rotary, positions, rows.start, count, new.device)
-    return new if table is None else table.rotate(new)
+    return new if layer.dense or not count else batch.turned(new, layer.rotary, positions, rows.start, count)
 
 
 def _dense(layer: Layer, rows: Rows, q: torch.Tensor, memory: Shown, inputs: Inputs) -> torch.Tensor:
@@ -125,11 +122,7 @@ class _Call:
         """The queries at the segment's positions, scaled."""
         start, count = self.rows.start, self.rows.count
         scale = None if segment.query_scale is None else self.batch.scale(segment.query_scale, start, count, q.device)
-        rotary = self.layer.rotary
-        table = None if rotary is None else self.batch.table(rotary, segment.query_positions, start, count, q.device)
-        if table is not None:
-            return table.rotate(q, scale)
-        return q if scale is None else (q.float() * scale[:, None]).to(q.dtype)
+        return self.batch.turned(q, self.layer.rotary, segment.query_positions, start, count, scale)
 
     def segment(self, segment: Segment, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
         start = self.rows.start
@@ -167,10 +160,7 @@ class _Call:
     def late(self, late: TopK, q: torch.Tensor, merge: Merge, rows_at_once: int = 64) -> None:
         """The k best keys of the middle, chosen per query head, attended to with the scores that chose them."""
         start, stop = self.rows.start, self.rows.start + self.rows.count
-        queries = q
-        rotary = self.layer.rotary
-        if rotary is not None and (table := self.batch.table(rotary, Constant(late.distance), start, self.rows.count, q.device)) is not None:
-            queries = table.rotate(q)
+        queries = self.batch.turned(q, self.layer.rotary, Constant(late.distance), start, self.rows.count)
         first = stop - 1 if late.rows == "last" else start
         for a in range(max(first, late.first_key + late.low + late.k - 1), stop, rows_at_once):
             b = min(stop, a + rows_at_once)

@@ -42,11 +42,7 @@ class _Call:
 
     def turned(self, x: torch.Tensor, positions: PositionMap, scale: torch.Tensor | None = None) -> torch.Tensor:
         """x [n, H, D] at the positions of the tokens, times `scale` [n]."""
-        rotary = self.layer.rotary
-        table = None if rotary is None else self.batch.table(rotary, positions, self.starts, len(self.starts), x.device)
-        if table is not None:
-            return table.rotate(x.transpose(0, 1), scale).transpose(0, 1)
-        return x if scale is None else (x.float() * scale[:, None, None]).to(x.dtype)
+        return self.batch.turned(x.transpose(0, 1), self.layer.rotary, positions, self.starts, len(self.starts), scale).transpose(0, 1)
 
     def encoded(self, positions: PositionMap, new: torch.Tensor) -> torch.Tensor:
         kept = self.layer.forms[positions]

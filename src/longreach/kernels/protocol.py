@@ -5,6 +5,7 @@ A kernel knows tensors of one device; it does not know positions, methods, memor
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,13 +32,13 @@ class Spans:
     stops: tuple[int, ...]
     _made: dict[object, torch.Tensor] = field(default_factory=dict)  # by device and dtype, for all layers of a forward
 
-    @property
+    @functools.cached_property
     def reach(self) -> tuple[int, int]:
         """The columns that any row sees."""
         seen = [(a, b) for a, b in zip(self.starts, self.stops) if a < b]
         return (min(a for a, _ in seen), max(b for _, b in seen)) if seen else (0, 0)
 
-    @property
+    @functools.cached_property
     def even(self) -> bool:
         """Whether all rows see the same columns."""
         return self.starts.count(self.starts[0]) == self.stops.count(self.stops[0]) == len(self.starts)
@@ -55,11 +56,15 @@ class Spans:
 
     def empty(self, device: torch.device) -> torch.Tensor | None:
         """[R] which rows see nothing; None: none of them."""
-        if all(a < b for a, b in zip(self.starts, self.stops)):
+        if not any(self._nothing):
             return None
         if device not in self._made:
-            self._made[device] = torch.tensor([a >= b for a, b in zip(self.starts, self.stops)], device=device)
+            self._made[device] = torch.tensor(self._nothing, device=device)
         return self._made[device]
+
+    @functools.cached_property
+    def _nothing(self) -> list[bool]:
+        return [a >= b for a, b in zip(self.starts, self.stops)]
 
 
 class Kernel(Protocol):

@@ -19,19 +19,25 @@ from longreach.memory.buffer import Buffer
 from longreach.memory.placement import Placement, Shelf, Step
 
 
+def values_kept(forms: Mapping[PositionMap, Retention], shared: bool) -> list[Retention]:
+    """What is kept of the values: as long as any form; where several rows may be read in one call, once more for every shorter tail."""
+    longest = functools.reduce(operator.or_, forms.values())
+    shorter = dict.fromkeys(kept.tail for kept in forms.values() if kept.tail not in (0, longest.tail)) if shared else ()
+    return [longest, *(Retention(tail=tail) for tail in shorter)]
+
+
 class Contiguous:
     """The memory of one layer. Implements `memory.layer.LayerMemory`."""
 
     def __init__(self, placements: Mapping[int | None, Placement], forms: Mapping[PositionMap, Retention]) -> None:
         self.placements, self.forms = placements, dict(forms)
         self.keys = {positions: Buffer(placements[kept.tail], kept.head) for positions, kept in forms.items()}
-        longest = functools.reduce(operator.or_, forms.values())
+        (longest,) = values_kept(self.forms, shared=False)
         self.whole = Buffer(placements[longest.tail], longest.head)  # the values
         self.tails = self._tails() if self.whole.placement.shared else {}  # values once more, for the forms that keep fewer than `whole`
 
     def _tails(self) -> dict[int | None, Buffer]:
-        shorter = dict.fromkeys(kept.tail for kept in self.forms.values() if kept.tail not in (0, self.whole.placement.tail))
-        return {tail: Buffer(self.placements[tail]) for tail in shorter}
+        return {kept.tail: Buffer(self.placements[kept.tail]) for kept in values_kept(self.forms, shared=True)[1:]}
 
     @property
     def buffers(self) -> list[Buffer]:

@@ -90,7 +90,8 @@ class Shelf:
     def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> (members, slots counted from the first, columns), to index tensors of any layer with."""
         if device not in self._index:
-            self._index[device] = tuple(torch.tensor(x, device=device) for x in (self.members, range(len(self.members)), self.columns))  # type: ignore[assignment]
+            members, columns = (torch.tensor(x, device=device) for x in (self.members, self.columns))
+            self._index[device] = members, torch.arange(len(self.members), device=device), columns
         return self._index[device]
 
 

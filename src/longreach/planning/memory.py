@@ -6,8 +6,6 @@ beyond their sizes, no seconds.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +13,7 @@ from longreach.configs import Attention, Decoder
 from longreach.core.segments import Layout, Retention, forms
 from longreach.engine.executor import QUERIES_AT_ONCE
 from longreach.memory import placement
+from longreach.memory.contiguous import values_kept
 from longreach.memory.placement import ROLLBACK, SLACK
 from longreach.methods.base import Method
 from longreach.planning.work import layouts
@@ -81,9 +80,7 @@ def buffers(layer: Attention, layout: Layout, schedule: Schedule, rows: int = 1)
     kept_forms = forms(layout)
     for kept in kept_forms.values():
         yield kept, entries(kept, schedule) * layer.kv_heads * layer.key_width
-    longest = functools.reduce(operator.or_, kept_forms.values())
-    shorter = dict.fromkeys(kept.tail for kept in kept_forms.values() if kept.tail not in (0, longest.tail))
-    for kept in (longest, *(Retention(tail=tail) for tail in (shorter if rows > 1 else ()))):
+    for kept in values_kept(kept_forms, shared=rows > 1):
         yield kept, entries(kept, schedule) * layer.kv_heads * layer.value_width
 
 
