@@ -21,6 +21,7 @@ from longreach import (  # fmt: skip
     LogisticSelfExtend,
     LongRoPE,
     NTKByParts,
+    Quest,
     ReRoPE,
     SelfExtend,
     Stock,
@@ -71,6 +72,9 @@ METHODS = [
     BlockSelfExtend(4, 4),
     LogisticSelfExtend(8, growth=0.3, largest_group=6),
     LogisticSelfExtend(1, growth=0.15, largest_group=4, log_scale=32),
+    Quest(12, 4, 1, "all"),
+    Quest(16, 4, 0),
+    Combined(YaRN(2.0), Quest(18, 3, 0, "all")),
 ]
 
 # What makes each method plain attention on up to 60 tokens.
@@ -97,6 +101,8 @@ NEUTRAL = [
     BlockSelfExtend(1, 8),
     LogisticSelfExtend(8, largest_group=1),
     LogisticSelfExtend(7, growth=0.0),
+    Quest(64, dense_layers=0, queries="all"),
+    Quest(64, 8, 0),
 ]
 
 PRIMARY = (SelfExtend, LMInfinite, Stock)

@@ -270,7 +270,7 @@ def test_a_combination_equals_its_positions_on_a_checkpoint_that_is_scaled_so(po
 def test_a_combination_has_the_properties_of_its_parts():
     assert Combined(YaRN(4.0), LMInfinite(9, 3)).bounded and not Combined(YaRN(4.0), SelfExtend(2, 4)).bounded
     assert Combined(DynamicNTK(), SelfExtend(2, 4)).needs_context and not Combined(PI(2.0), SelfExtend(2, 4)).needs_context
-    assert not Combined(PI(2.0), LMInfinite(9, 3, top_k=2)).chunk_invariant
+    assert Combined(PI(2.0), LMInfinite(9, 3, top_k=2)).cut is None
     assert Combined(PI(4.0), SelfExtend(2, 16)).capacity(16) == SelfExtend(2, 16).capacity(64) == 2 * (64 - 16 + 8)
     assert Combined(PI(4.0), LMInfinite(64)).capacity(16) is None and Combined(PI(3.0), LMInfinite(64)).capacity(16) == 0
     assert Combined(DynamicNTK(), SelfExtend(2, 16)).capacity(16) is None

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from longreach.methods.ntk import NTK as NTK
     from longreach.methods.ntk_by_parts import NTKByParts as NTKByParts
     from longreach.methods.pi import PI as PI
+    from longreach.methods.quest import Quest as Quest
     from longreach.methods.rerope import ReRoPE as ReRoPE
     from longreach.methods.selfextend import SelfExtend as SelfExtend
     from longreach.methods.stock import Stock as Stock

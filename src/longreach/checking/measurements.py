@@ -164,7 +164,7 @@ def consistency(model: Any, method: Method, ids: torch.Tensor, context: int | No
     with extend(model, method, context=declared):
         fast = logits(model, ids)
         found = [Measurement(f"fast path against the dense truth, {ids.shape[1]} tokens", difference(fast, dense), FAST)]
-        if method.chunk_invariant:
+        if method.cut == 1:
             found += [decode(model, ids, fast), chunks(model, ids, fast)]
         else:
             found += [Measurement(name, None, ITSELF, "this method depends on how a prompt is cut") for name in (DECODE, CHUNKS)]

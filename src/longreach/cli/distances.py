@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TAKES_METHOD_PARAMETERS = True
 MOST_TOKENS = 4096
 MOST_DIMS = 4096
-LAYERS_SEARCHED = 256  # for a late segment, which has no fixed distances
+LAYERS_SEARCHED = 256  # for one whose keys are chosen
 
 
 def command(
@@ -57,7 +57,7 @@ def command(
         chosen = method_of(context, method)
         assert chosen is not None
         matrix = matrices(chosen.layout(layer).segments, length).distance
-        note_late(out, chosen)
+        note_choice(out, chosen)
         pairs = pairs_of(chosen, trained_window, length, base, dims) if png is not None and chosen.rescales and trained_window is not None else None
         if chosen.rescales and pairs is None:
             drawn = "" if png is None else "; pass --trained-window N to draw them too"
@@ -89,10 +89,13 @@ def pairs_of(method: Method, window: int, context: int, base: float, dims: int) 
     return distances.Pairs(own.inverse, new.inverse, window, context, method.largest_distance(context), new.scaling)
 
 
-def note_late(out: Output, method: Method) -> None:
-    late = [layer for layer in range(LAYERS_SEARCHED) if method.layout(layer).late is not None]
-    if late:
-        out.note(f"note: from layer {late[0]} on, {method.name} also shows keys that it chooses by their scores; these are not drawn")
+def note_choice(out: Output, method: Method) -> None:
+    choosing = [(layer, segment) for layer in range(LAYERS_SEARCHED) if (segment := method.layout(layer).choosing) is not None]
+    if choosing:
+        layer, segment = choosing[0]
+        assert segment.choice is not None
+        kept = segment.choice.keep * segment.choice.block
+        out.note(f"note: from layer {layer} on, {method.name} chooses keys by content, at most {kept} for a query; there (--layer) all that may be are drawn")
 
 
 def rows(matrix: torch.Tensor) -> list[list[float | int | None]]:

@@ -1,6 +1,6 @@
 """Segments: which keys a query sees, and at which positions the encoding is applied to both.
 
-Knows index arithmetic only: no tensors of queries and keys, no models. Indices are true token indices of one sequence
+Knows index arithmetic only: no queries, keys or models. What depends on their content is an `Index`, which a `Choice` names. Indices are true token indices of one sequence
 (padding removed), queries `i`, keys `j`, `0 <= j <= i`.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from longreach.core import growing_groups
+from longreach.core.choice import Choice, Index
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Piece:
 @dataclass(frozen=True)
 class Visible:
     """A band, in tokens or in chunks of `chunk` tokens. Key `j` is visible to query `i` iff `j <= i`,
-    `low <= floor(i / chunk) - floor(j / chunk) < high`, `j < last_key` and `first_query <= i < last_query`. `None` means no limit.
+    `low <= floor(i / chunk) - floor(j / chunk) < high`, `first_key <= j < last_key` and `first_query <= i < last_query`. `None` means no limit.
     """
 
     low: int = 0
@@ -112,10 +113,11 @@ class Visible:
     first_query: int = 0
     last_query: int | None = None
     chunk: int = 1
+    first_key: int = 0
 
     def __call__(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         behind = i // self.chunk - j // self.chunk
-        seen = (j <= i) & (behind >= self.low) & (i >= self.first_query)
+        seen = (j <= i) & (behind >= self.low) & (i >= self.first_query) & (j >= self.first_key)
         if self.high is not None:
             seen = seen & (behind < self.high)
         if self.last_key is not None:
@@ -123,6 +125,10 @@ class Visible:
         if self.last_query is not None:
             seen = seen & (i < self.last_query)
         return seen
+
+    def keys_of(self, i: int) -> int:
+        """How many keys query `i` sees from `first_key` on, of a band without any other limit than `low` and `first_query`."""
+        return max(0, i - self.low + 1 - self.first_key) if i >= self.first_query else 0
 
     @property
     def reach(self) -> int | None:
@@ -132,7 +138,7 @@ class Visible:
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
         """What the queries start .. stop see, as few contiguous parts as the band allows: one if it is in tokens, one per chunk if in chunks."""
-        first = max(start, self.first_query, self.low * self.chunk)  # earlier queries see nothing
+        first = max(start, self.first_query, self.low * self.chunk + self.first_key // self.chunk * self.chunk)  # earlier queries see nothing
         last = stop if self.last_query is None else min(stop, self.last_query)
         if first >= last:
             return
@@ -143,8 +149,9 @@ class Visible:
             parts = [self._of_chunk(number, first, last) for number in range(first // self.chunk, (last - 1) // self.chunk + 1)]
         for part in parts:
             to_key = part.to_key if self.last_key is None else min(part.to_key, self.last_key)
-            if part.from_key < to_key:
-                yield replace(part, to_key=to_key)
+            from_key = max(part.from_key, self.first_key)
+            if from_key < to_key:
+                yield replace(part, from_key=from_key, to_key=to_key)
 
     def _of_chunk(self, number: int, first: int, last: int) -> Piece:
         """The queries of one chunk see whole chunks before it, and of their own what causality leaves."""
@@ -169,6 +176,7 @@ class Segment:
 
     The segments of one query see disjoint keys; their attentions merge exactly by log-sum-exp.
     `query_scale` multiplies the query (1 or a function of its index); `lse_bias` is added to the segment's logits.
+    `choice`: of the visible keys, only the chosen ones are seen. They are counted in blocks from `visible.first_key` on.
     """
 
     query_positions: PositionMap
@@ -176,48 +184,62 @@ class Segment:
     visible: Visible
     query_scale: LogScale | None = None
     lse_bias: float = 0.0
+    choice: Choice | None = None
 
-
-@dataclass(frozen=True)
-class TopK:
-    """A late segment: the `k` best-scoring keys among those that no other segment shows, all at one distance.
-
-    Candidates of query `i` are `first_key <= j <= i - low`; scores are taken at `distance`, per query head. `rows="last"`
-    applies it to the last query of a forward only (so results depend on how a prompt is cut), `"all"` to every query.
-    """
-
-    k: int
-    distance: float
-    first_key: int
-    low: int
-    rows: str = "last"
+    def __post_init__(self) -> None:
+        band = self.visible
+        if self.choice is not None and (band.high is not None or band.last_key is not None or band.chunk != 1 or band.last_query is not None):
+            raise ValueError("a segment chooses among all keys from first_key on; leave out high, last_key, last_query and chunk, or the choice")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All segments of one kind of layer, in the order in which they are merged, and the late segment if there is one."""
+    """All segments of one kind of layer, in the order in which they are merged. At most one of them chooses."""
 
     segments: tuple[Segment, ...]
-    late: TopK | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:
             raise ValueError("a layout needs at least one segment")
+        if sum(segment.choice is not None for segment in self.segments) > 1:
+            raise ValueError("only one segment of a layout may choose; choose among the keys of both in one index")
+
+    @property
+    def choosing(self) -> Segment | None:
+        """The segment that chooses."""
+        return next((segment for segment in self.segments if segment.choice is not None), None)
 
 
 PLAIN = Segment(Identity(), Identity(), Visible())
 
 
+Place = int | tuple[int, int] | None  # the tail that is kept; of summaries, block and first token
+
+
 @dataclass(frozen=True)
 class Retention:
-    """Which indices of one key form a future query can still need: the first `head` and the last `tail` (None: all)."""
+    """Which indices of one key form a future query can still need: the first `head` and the last `tail` (None: all).
+
+    Of summaries an entry is a complete block of `block` tokens, counted from token `first`.
+    """
 
     head: int = 0
     tail: int | None = 0
+    block: int = 1
+    first: int = 0
 
     def __or__(self, other: Retention) -> Retention:
         tail = None if self.tail is None or other.tail is None else max(self.tail, other.tail)
-        return Retention(max(self.head, other.head), tail)
+        return replace(self, head=max(self.head, other.head), tail=tail)
+
+    @property
+    def place(self) -> Place:
+        """Forms that keep the same tokens lie alike."""
+        return self.tail if self.block == 1 else (self.block, self.first)
+
+    def entries(self, length: int) -> int:
+        """How many entries `length` tokens have."""
+        return length if self.block == 1 else max(0, length - self.first) // self.block
 
 
 def retention(visible: Visible) -> Retention:
@@ -226,16 +248,39 @@ def retention(visible: Visible) -> Retention:
     return Retention(tail=visible.reach)
 
 
+@dataclass(frozen=True)
+class Summary:
+    """The form of what an index keeps of every complete block of the keys at `positions`."""
+
+    index: Index
+    positions: PositionMap
+    block: int
+    first: int
+
+
+Form = PositionMap | Summary
+
+
+def summary(segment: Segment) -> Summary | None:
+    """What is kept for a segment to choose by; None where it does not choose, or compares the keys themselves."""
+    if segment.choice is None or not segment.choice.index.width:
+        return None
+    return Summary(segment.choice.index, segment.key_positions, segment.choice.block, segment.visible.first_key)
+
+
 def forms(layout: Layout) -> dict[PositionMap, Retention]:
     """The distinct key positions of a layout and what must be kept of each: keys exist in as few forms as needed."""
     needed: dict[PositionMap, Retention] = {}
     for segment in layout.segments:
         positions = segment.key_positions
         needed[positions] = needed.get(positions, Retention()) | retention(segment.visible)
-    if layout.late is not None:
-        raw = Constant(0)
-        needed[raw] = needed.get(raw, Retention()) | Retention(tail=None)
     return needed
+
+
+def summaries(layout: Layout) -> dict[Summary, Retention]:
+    """What is kept of blocks beside the keys."""
+    found = [kept for segment in layout.segments if (kept := summary(segment)) is not None]
+    return {kept: Retention(tail=None, block=kept.block, first=kept.first) for kept in found}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 
 from longreach.core.encodings import exact_device
 from longreach.core.merge import NEGATIVE_INFINITY, Merge
-from longreach.core.segments import Constant, Piece, PositionMap, Segment, TopK
-from longreach.engine import reference, step
+from longreach.core.segments import Piece, PositionMap, Segment, Visible, summary
+from longreach.engine import chosen, reference, step
 from longreach.engine.batch import Batch, Rows
 from longreach.engine.layer import RAW, Inputs, Layer
 from longreach.kernels.biased import Bias
@@ -44,12 +44,14 @@ def execute(
     for rows in batch.groups if together is None else batch.others:
         new_k = rows.take(k)
         shown.append(rows.rows, rows.start, {positions: _encoded(layer, batch, rows, positions, new_k) for positions in layer.forms}, rows.take(v))
-        at_once = rows.count if layer.dense or layer.layout.late is not None else QUERIES_AT_ONCE
+        if layer.summaries:
+            chosen.summarise(layer, shown, rows.rows, rows.start, rows.start + rows.count)
+        at_once = rows.count if layer.dense else QUERIES_AT_ONCE
         for block in rows.blocks(at_once):
             if layer.dense:
                 merged = _dense(layer, block, block.take(q), shown, inputs)
             else:
-                merged = _Call(layer, batch, block, kernel, inputs, shown, v.shape[3]).run(block.take(q))
+                merged = _Call(layer, batch, block, kernel, inputs, shown, v.shape[3], (rows.start, rows.start + rows.count)).run(block.take(q))
             merged = merged.transpose(1, 2).to(q.dtype)
             if block.whole(q.shape[0], q.shape[2]):
                 shown.release()
@@ -73,22 +75,13 @@ def _encoded(layer: Layer, batch: Batch, rows: Rows, positions: PositionMap, new
 def _dense(layer: Layer, rows: Rows, q: torch.Tensor, memory: Shown, inputs: Inputs) -> torch.Tensor:
     total = rows.start + rows.count
     kv = memory.view(RAW, rows.rows, 0, total, False)
-    i = torch.arange(rows.start, total, device=q.device)
     scale = layer.method.query_scale()
-    out, _ = reference.attention(
-        q,
-        kv.k,
-        kv.v,
-        layer.method.distances(i[:, None], torch.arange(total, device=q.device)[None, :]),
-        layer.rotary,
-        inputs.scale,
-        alibi=layer.alibi,
-        query_scale=None if scale is None else scale(i),
-        softcap=inputs.softcap,
-        sink=inputs.sink,
-        late=layer.layout.late,
-        barred=rows.barred(0, total, q.device),
+    factor = None if scale is None else scale(torch.arange(rows.start, total, device=q.device))
+    barred = rows.barred(0, total, q.device)
+    dense = reference.forward(
+        q, kv.k, layer.rotary, inputs.scale, layer=layer.index, alibi=layer.alibi, query_scale=factor, softcap=inputs.softcap, barred=barred
     )
+    out, _ = reference.softmax(dense, layer.method.truth(dense), kv.v, inputs.sink)
     return out
 
 
@@ -103,6 +96,7 @@ class _Call:
     inputs: Inputs
     memory: Shown
     width: int  # of a value
+    forward: tuple[int, int]  # the queries of the whole forward, of which these are some
 
     def run(self, q: torch.Tensor) -> torch.Tensor:
         """q [b, H, t, D] -> [b, H, t, E], fp32 if it is merged from parts."""
@@ -110,8 +104,6 @@ class _Call:
         rotated: dict[Any, torch.Tensor] = {}
         for segment in self.layer.layout.segments:
             self.segment(segment, q, merge, rotated)
-        if self.layer.layout.late is not None:
-            self.late(self.layer.layout.late, q, merge)
         if merge.out is None:
             merge.add(q.new_zeros((*q.shape[:3], self.width)), q.new_full(q.shape[:3], NEGATIVE_INFINITY))
         if self.inputs.sink is not None:
@@ -125,9 +117,15 @@ class _Call:
         return self.batch.turned(q, self.layer.rotary, segment.query_positions, start, count, scale)
 
     def segment(self, segment: Segment, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
-        start = self.rows.start
+        start, visible = self.rows.start, segment.visible
         key, pinned = (segment.query_positions, segment.query_scale), segment.visible.last_key is not None
-        for piece in self.pieces(segment):
+        if segment.choice is not None:
+            first, choosing = segment.choice.of(*self.forward)
+            visible = replace(visible, first_query=max(first, visible.first_query))
+            if choosing:
+                self.chosen(segment, visible, q, merge)
+                return
+        for piece in self.pieces(visible):
             if key not in rotated:
                 rotated[key] = self.query(segment, q)
             out, lse = self.kernel.attend(
@@ -140,9 +138,28 @@ class _Call:
             )
             merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
 
-    def pieces(self, segment: Segment) -> Iterator[Piece]:
+    def chosen(self, segment: Segment, visible: Visible, q: torch.Tensor, merge: Merge) -> None:
+        """What the queries see of a segment whose keys an index chooses."""
+        start, choice, form = self.rows.start, segment.choice, self.layer.form_of(segment.key_positions)
+        assert choice is not None
+        for piece in visible.pieces(start, start + self.rows.count):
+            q = self.query(segment, q)
+            kv = self.memory.view(form, self.rows.rows, piece.from_key, piece.to_key, False)
+            keys, compared = piece.to_key - piece.from_key, kv.k
+            if (kept := summary(segment)) is not None:
+                blocks = keys // choice.block
+                compared = self.memory.summaries(kept, self.rows.rows, blocks) if blocks else None
+            barred = self.rows.barred(piece.from_key, piece.to_key, q.device)
+            source = chosen.Source(kv.gather, compared, keys, piece.from_key, barred)
+            size = chosen.queries_at_once(choice, q.shape[0], q.shape[1], kv.k.shape[1], q.shape[3] + self.width, keys, q.element_size())
+            for a, b in chosen.stretches(piece.first, piece.last, size):
+                seen = torch.arange(visible.keys_of(a), visible.keys_of(b), device=q.device)[None]
+                out, lse = chosen.attend(segment, source, self.kernel, self.inputs, self.layer.alibi, q[:, :, a - start : b - start], seen)
+                merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, a - start)
+
+    def pieces(self, visible: Visible) -> Iterator[Piece]:
         """What the queries see of a segment; keys that the mask of this forward hides cut a piece in two."""
-        for piece in segment.visible.pieces(self.rows.start, self.rows.start + self.rows.count):
+        for piece in visible.pieces(self.rows.start, self.rows.start + self.rows.count):
             if not self.rows.hidden:
                 yield piece
             else:
@@ -156,32 +173,3 @@ class _Call:
         rows = segment.query_positions(torch.arange(piece.first, piece.last, device=exact))
         columns = segment.key_positions(torch.arange(piece.from_key, piece.to_key, device=exact))
         return Bias(self.layer.alibi.on(exact), rows, columns, device)
-
-    def late(self, late: TopK, q: torch.Tensor, merge: Merge, rows_at_once: int = 64) -> None:
-        """The k best keys of the middle, chosen per query head, attended to with the scores that chose them."""
-        start, stop = self.rows.start, self.rows.start + self.rows.count
-        queries = self.batch.turned(q, self.layer.rotary, Constant(late.distance), start, self.rows.count)
-        first = stop - 1 if late.rows == "last" else start
-        for a in range(max(first, late.first_key + late.low + late.k - 1), stop, rows_at_once):
-            b = min(stop, a + rows_at_once)
-            kv = self.memory.view(RAW, self.rows.rows, late.first_key, b - late.low, False)
-            keys, values, groups = kv.k.float(), kv.v, q.shape[1] // kv.k.shape[1]
-            i = torch.arange(a, b, device=q.device)[:, None]
-            j = torch.arange(late.first_key, b - late.low, device=q.device)[None, :]
-            block = queries[:, :, a - start : b - start].float().unflatten(1, (-1, groups))
-            logits = (block @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * self.inputs.scale
-            if self.inputs.softcap is not None:
-                logits = self.inputs.softcap * torch.tanh(logits / self.inputs.softcap)
-            if self.layer.alibi is not None:
-                logits = logits - (self.layer.alibi.on(q.device) * late.distance).float().view(-1, 1, 1)
-            no_candidate = i - j < late.low
-            if (barred := self.rows.barred(late.first_key, b - late.low, q.device)) is not None:
-                no_candidate = no_candidate | barred
-                no_candidate |= (~no_candidate).sum(1, keepdim=True) < late.k
-            logits = logits.masked_fill(no_candidate, NEGATIVE_INFINITY)
-            best = logits.topk(late.k, dim=-1)
-            lse = torch.logsumexp(best.values, -1)
-            chosen = values.repeat_interleave(groups, 1).float()[:, :, None].expand(-1, -1, b - a, -1, -1)
-            picked = chosen.gather(3, best.indices[..., None].expand(*best.indices.shape, values.shape[3]))
-            out = (torch.exp(best.values - lse[..., None]).nan_to_num(0.0)[..., None, :] @ picked)[..., 0, :]
-            merge.add(out, lse, a - start)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from longreach.core.encodings import Alibi, Rotary
-from longreach.core.segments import Constant, Layout, PositionMap, Retention, forms
+from longreach.core.segments import Constant, Form, Layout, PositionMap, Retention, Summary, forms, summaries
 from longreach.methods.base import Method
 
 RAW = Constant(0)
@@ -26,6 +26,7 @@ class Layer:
     alibi: Alibi | None = None
     layout: Layout = field(init=False)
     forms: dict[PositionMap, Retention] = field(init=False)  # the key forms its store holds
+    summaries: dict[Summary, Retention] = field(init=False)  # and what it holds of blocks of keys
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", self.method.layout(self.index))
@@ -33,11 +34,17 @@ class Layer:
         if self.rotary is None:  # all forms are the keys as they are, so one is enough
             kept = {RAW: functools.reduce(operator.or_, kept.values())}
         object.__setattr__(self, "forms", kept)
+        object.__setattr__(self, "summaries", {} if self.dense else summaries(self.layout))
+
+    @property
+    def kept(self) -> dict[Form, Retention]:
+        """All that its store holds, beside the values."""
+        return {**self.forms, **self.summaries}
 
     @property
     def joins(self) -> bool:
         """Whether rows of any lengths can be computed together where they read one token each."""
-        return not self.dense and self.alibi is None and self.layout.late is None
+        return not self.dense and self.alibi is None
 
     def form_of(self, positions: PositionMap) -> PositionMap:
         """The form that holds the keys of a segment."""

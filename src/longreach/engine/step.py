@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from longreach.core.merge import NEGATIVE_INFINITY, Merge
-from longreach.core.segments import PositionMap, Segment, Visible
+from longreach.core.segments import PositionMap, Segment, Visible, summary
+from longreach.engine import chosen
 from longreach.engine.batch import Batch, Singles
 from longreach.engine.layer import Inputs, Layer
 from longreach.kernels.protocol import KV, Kernel, Spans
+from longreach.kernels.tiles import between
 from longreach.memory.layer import LayerMemory
 
 
@@ -24,6 +26,8 @@ def run(
     call = _Call(layer, batch, singles, kernel, memory, inputs)
     new = singles.take(k)
     memory.append_step(singles.step, {positions: call.encoded(positions, new) for positions in layer.forms}, singles.take(v))
+    for row, start in zip(singles.step.rows, singles.step.starts) if layer.summaries else ():
+        chosen.summarise(layer, memory, slice(row, row + 1), start, start + 1)
     return call.attend(singles.take(q), v.shape[3]).to(q.dtype)
 
 
@@ -70,6 +74,8 @@ class _Call:
 
     def segment(self, segment: Segment, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """q [n, H, 1, D] -> what the rows see of a segment; None: nothing."""
+        if segment.choice is not None:
+            return self.chosen(segment, q)
         positions, visible = self.layer.form_of(segment.key_positions), segment.visible
         every = tuple(range(len(self.starts)))
         calls: list[tuple[tuple[int, ...], torch.Tensor | None, KV, Spans]]
@@ -93,6 +99,38 @@ class _Call:
                 whole = out.new_zeros(shape), torch.full(shape[:3], NEGATIVE_INFINITY, device=out.device)
             whole[0][index], whole[1][index] = out, lse
         return whole
+
+    def chosen(self, segment: Segment, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same of a segment whose keys an index chooses: the only query of each row does."""
+        visible, choice, starts = segment.visible, segment.choice, self.starts
+        assert choice is not None
+        whole: tuple[torch.Tensor, torch.Tensor] | None = None
+        for shelf, kv in self.memory.shelves(self.layer.form_of(segment.key_positions), self.singles.step):
+            seen = [visible.keys_of(starts[n]) for n in shelf.members]
+            if not any(seen):
+                continue
+            keys = max(seen)
+            kv = KV(*(between(x, visible.first_key, visible.first_key + keys) for x in (kv.k, kv.v)))
+            compared: torch.Tensor | None = kv.k
+            if (kept := summary(segment)) is not None:
+                blocks = keys // choice.block
+                compared = self.memory.shelf_of_summaries(kept, self.singles.step, shelf, blocks) if blocks else None
+            index = shelf.index(q.device)[0]
+            part = chosen.attend(segment, chosen.Source(kv.gather, compared, keys, visible.first_key), self.kernel, self.inputs, None, q[index], self.counts(seen, q.device))
+            if len(shelf.members) == len(starts) and shelf.members == tuple(range(len(starts))):
+                return part
+            if whole is None:
+                shape = len(starts), *part[0].shape[1:]
+                whole = part[0].new_zeros(shape), torch.full(shape[:3], NEGATIVE_INFINITY, device=q.device)
+            whole[0][index], whole[1][index] = part
+        return whole
+
+    def counts(self, seen: list[int], device: torch.device) -> torch.Tensor:
+        """[n, 1], made once for all layers."""
+        made, key = self.singles.made, (tuple(seen), device)
+        if key not in made:
+            made[key] = torch.tensor(seen, device=device)[:, None]
+        return made[key]
 
     def call(self, q: torch.Tensor, kv: KV, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
         return self.kernel.attend(q, kv, spans, self.inputs.scale, self.inputs.softcap)

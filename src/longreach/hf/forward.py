@@ -43,7 +43,7 @@ class Forward:
         self.flat_checked = False
 
     def new_store(self, joins: bool = False) -> Store:
-        return Store([layer.forms for layer in self.facts.layers], joins)
+        return Store([layer.kept for layer in self.facts.layers], joins)
 
     def end(self) -> None:
         """The method is taken off: no layer and no cache is served any more."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from longreach.core.differences import largest
 from longreach.kernels import biased, selftest, spans, tiles
 from longreach.kernels.biased import Bias
-from longreach.kernels.protocol import KV, Spans
+from longreach.kernels.protocol import KV, Chosen, Spans
 from longreach.kernels.tiles import Band
 
 
@@ -24,10 +24,12 @@ class CudaTiles:
     name = "cuda: fused attention, tiled"
 
     def attend(
-        self, q: torch.Tensor, kv: KV, work: Band | Spans, scale: float, softcap: float | None = None, bias: Bias | None = None
+        self, q: torch.Tensor, kv: KV, work: Band | Spans | Chosen, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(work, Spans):
             return spans.attend(operator, q, kv, work, scale, softcap)
+        if isinstance(work, Chosen):
+            return spans.chosen(operator, q, kv, work, scale, softcap)
         if bias is not None:
             assert softcap is None, "no model has both a bias and a soft-cap"
             require_bias(q.device, q.dtype)
@@ -43,9 +45,9 @@ class CudaWindow(CudaTiles):
     name = "cuda: flash attention with window"
 
     def attend(
-        self, q: torch.Tensor, kv: KV, work: Band | Spans, scale: float, softcap: float | None = None, bias: Bias | None = None
+        self, q: torch.Tensor, kv: KV, work: Band | Spans | Chosen, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(work, Spans):
+        if not isinstance(work, Band):
             return super().attend(q, kv, work, scale, softcap, bias)
         rows, columns = q.shape[2], kv.k.shape[2]
         diagonal = work.offset - work.low

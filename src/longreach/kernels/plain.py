@@ -11,7 +11,7 @@ import torch
 from longreach.core.merge import NEGATIVE_INFINITY
 from longreach.kernels import biased, spans
 from longreach.kernels.biased import Bias
-from longreach.kernels.protocol import KV, Spans
+from longreach.kernels.protocol import KV, Chosen, Spans
 from longreach.kernels.tiles import Band
 
 LOGITS_AT_ONCE = 2**26  # fp32 entries: 256 MiB
@@ -21,10 +21,12 @@ class PlainKernel:
     name = "plain: matrix products in fp32, tiled"
 
     def attend(
-        self, q: torch.Tensor, kv: KV, work: Band | Spans, scale: float, softcap: float | None = None, bias: Bias | None = None
+        self, q: torch.Tensor, kv: KV, work: Band | Spans | Chosen, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(work, Spans):
             return spans.attend(operator, q, kv, work, scale, softcap)
+        if isinstance(work, Chosen):
+            return spans.chosen(operator, q, kv, work, scale, softcap)
         return biased.dispatch(operator, q, kv.k, kv.v, work, scale, softcap, bias)
 
 

@@ -23,6 +23,16 @@ class KV:
     k: torch.Tensor
     v: torch.Tensor
 
+    def gather(self, columns: torch.Tensor) -> KV:
+        """columns [R, C, T, n], C = G or a multiple of it -> those of each row, head and query, as rows of one head: [R C T, 1, n, D]. C = 1: of all G
+        heads the same, [R T, G, n, D]."""
+        heads, groups = columns.shape[1], self.k.shape[1]
+        row = torch.arange(columns.shape[0], device=columns.device)[:, None, None, None]
+        if heads == 1:
+            return KV(*(x.transpose(1, 2)[row[:, 0], columns[:, 0]].flatten(0, 1).transpose(1, 2) for x in (self.k, self.v)))
+        group = (torch.arange(heads, device=columns.device) * groups // heads)[:, None, None]
+        return KV(*(x[row, group, columns].flatten(0, 2)[:, None] for x in (self.k, self.v)))
+
 
 @dataclass(frozen=True, eq=False)
 class Spans:
@@ -67,15 +77,35 @@ class Spans:
         return [a >= b for a, b in zip(self.starts, self.stops)]
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Rows with one query each, which sees the columns where `seen` [R, C] is true. `bias` [R, H, 1, C] fp32 is added to the logits."""
+
+    seen: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """[R, 1 or H, 1, C] additive; a row that sees nothing is not masked at all, see `empty`."""
+        hidden = (~self.seen & self.seen.any(-1, keepdim=True))[:, None, None]
+        if self.bias is not None:
+            return self.bias.masked_fill(hidden, NEGATIVE_INFINITY)
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, NEGATIVE_INFINITY)
+
+    @property
+    def empty(self) -> torch.Tensor:
+        """[R] which rows see nothing."""
+        return ~self.seen.any(-1)
+
+
 class Kernel(Protocol):
     name: str
 
     def attend(
-        self, q: torch.Tensor, kv: KV, work: Band | Spans, scale: float, softcap: float | None = None, bias: Bias | None = None
+        self, q: torch.Tensor, kv: KV, work: Band | Spans | Chosen, scale: float, softcap: float | None = None, bias: Bias | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q [R, H, T, D] -> out [R, H, T, E], lse [R, H, T] fp32, natural logarithm.
 
-        work  a band, the same for all rows, or the columns that the one query of each row sees.
+        work  a band, the same for all rows, or what the one query of each row sees: a stretch of columns, or any columns.
 
         G divides H; groups are not expanded by the caller. A row that sees no key has out = 0 and lse = -inf.
         A bias comes without a soft-cap, and with a band only.

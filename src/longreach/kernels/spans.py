@@ -1,4 +1,4 @@
-"""Rows of any lengths with one query each, in one call of an operator that knows "all keys" and "mask".
+"""Rows with one query each that sees a stretch or a choice of columns, in one call of an operator that knows "all keys" and "mask".
 
 Columns that some row sees and another does not are masked for that one, so rows that share a call should be of about the same length. Knows shapes; the
 operator is handed in.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from longreach.core.merge import NEGATIVE_INFINITY
-from longreach.kernels.protocol import KV, Spans
+from longreach.kernels.protocol import KV, Chosen, Spans
 from longreach.kernels.tiles import Operator, between, empty
 
 
@@ -25,6 +25,15 @@ def attend(operator: Operator, q: torch.Tensor, kv: KV, spans: Spans, scale: flo
         out = out.masked_fill(nothing[:, None, None, None], 0.0)
         lse = lse.masked_fill(nothing[:, None, None], NEGATIVE_INFINITY)
     return out, lse
+
+
+def chosen(operator: Operator, q: torch.Tensor, kv: KV, work: Chosen, scale: float, softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [R, H, 1, D] -> out [R, H, 1, E], lse [R, H, 1] fp32."""
+    if not kv.k.shape[2]:
+        return empty(q, kv.v)
+    mask, nothing = work.mask(torch.float32 if softcap is not None else q.dtype), work.empty
+    out, lse = operator(q, kv.k, kv.v, scale, False, mask) if softcap is None else capped(q, kv.k, kv.v, scale, softcap, mask)
+    return out.masked_fill(nothing[:, None, None, None], 0.0), lse.masked_fill(nothing[:, None, None], NEGATIVE_INFINITY)
 
 
 def capped(

@@ -94,6 +94,18 @@ class Buffer:
         """What is kept of the rows of a shelf, from the first entry of each on: [n, H, room, D]. Columns that hold nothing yet are finite."""
         return self.bodies[shelf.bucket][shelf.slots]
 
+    def together(self, rows: list[int], stop: int) -> torch.Tensor:
+        """The first `stop` entries of rows of any lengths [n, H, stop, D], where all are kept. What lies behind the end of a row is finite."""
+        buckets, slots = ([of[row] for row in rows] for of in (self.places.buckets, self.places.slots))
+        if buckets.count(buckets[0]) == len(rows) and slots == list(range(slots[0], slots[0] + len(rows))):
+            return self.bodies[buckets[0]][slots[0] : slots[0] + len(rows), :, :stop]
+        like = self.bodies[buckets[0]]
+        found = like.new_zeros((len(rows), like.shape[1], stop, like.shape[3]))
+        for n, (bucket, slot) in enumerate(zip(buckets, slots)):
+            own = self.bodies[bucket][slot, :, :stop]
+            found[n, :, : own.shape[1]] = own
+        return found
+
     def view(self, rows: slice, start: int, stop: int) -> torch.Tensor:
         """Entries start .. stop [n, H, stop - start, D] of consecutive rows that lie alike, those of the forward under way too."""
         for waiting in self._waiting:

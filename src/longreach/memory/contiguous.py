@@ -1,6 +1,6 @@
 """Contiguous memory: the keys and values of one layer, each row's tokens side by side in a buffer of its own.
 
-A form is "keys encoded at one position map". Values are kept once, as long as any form. Where there are several rows, they are kept once more for every
+A form is "keys encoded at one position map", or the summaries of blocks of such keys. Values are kept once, as long as any form. Where there are several rows, they are kept once more for every
 shorter tail: keys and values of a form then lie alike for rows of any lengths, and one call reads them. Knows buffers; not positions, layers or models.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from longreach.core.segments import PositionMap, Retention
+from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
 from longreach.kernels.protocol import KV
 from longreach.kernels.tiles import between
 from longreach.memory.buffer import Buffer
@@ -20,7 +20,7 @@ from longreach.memory.placement import Placement, Shelf, Step
 
 
 def values_kept(forms: Mapping[PositionMap, Retention], shared: bool) -> list[Retention]:
-    """What is kept of the values: as long as any form; where several rows may be read in one call, once more for every shorter tail."""
+    """What is kept of the values: as long as any form of keys; where several rows may be read in one call, once more for every shorter tail."""
     longest = functools.reduce(operator.or_, forms.values())
     shorter = dict.fromkeys(kept.tail for kept in forms.values() if kept.tail not in (0, longest.tail)) if shared else ()
     return [longest, *(Retention(tail=tail) for tail in shorter)]
@@ -29,15 +29,16 @@ def values_kept(forms: Mapping[PositionMap, Retention], shared: bool) -> list[Re
 class Contiguous:
     """The memory of one layer. Implements `memory.layer.LayerMemory`."""
 
-    def __init__(self, placements: Mapping[int | None, Placement], forms: Mapping[PositionMap, Retention]) -> None:
+    def __init__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention]) -> None:
         self.placements, self.forms = placements, dict(forms)
-        self.keys = {positions: Buffer(placements[kept.tail], kept.head) for positions, kept in forms.items()}
-        (longest,) = values_kept(self.forms, shared=False)
+        self.keys: dict[Form, Buffer] = {form: Buffer(placements[kept.place], kept.head) for form, kept in forms.items()}
+        self.of_keys: dict[PositionMap, Retention] = {form: kept for form, kept in forms.items() if not isinstance(form, Summary)}
+        (longest,) = values_kept(self.of_keys, shared=False)
         self.whole = Buffer(placements[longest.tail], longest.head)  # the values
         self.tails = self._tails() if self.whole.placement.shared else {}  # values once more, for the forms that keep fewer than `whole`
 
     def _tails(self) -> dict[int | None, Buffer]:
-        return {kept.tail: Buffer(self.placements[kept.tail]) for kept in values_kept(self.forms, shared=True)[1:]}
+        return {kept.tail: Buffer(self.placements[kept.tail]) for kept in values_kept(self.of_keys, shared=True)[1:]}
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -80,6 +81,16 @@ class Contiguous:
             found = [x.index_select(0, members) for x in found]
         return KV(*found)
 
+    def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
+        for form, made in new.items():
+            self.keys[form].write(rows, self.forms[form].entries(start), made)
+
+    def summaries(self, form: Summary, rows: slice, stop: int) -> torch.Tensor:
+        return self.keys[form].view(rows, 0, stop)
+
+    def shelf_of_summaries(self, form: Summary, step: Step, shelf: Shelf, stop: int) -> torch.Tensor:
+        return self.keys[form].together([step.rows[n] for n in shelf.members], stop)
+
     def release(self) -> None:
         for buffer in self.buffers:
             buffer.release()
@@ -96,9 +107,9 @@ class Contiguous:
             for buffer in self.tails.values():
                 buffer.take_over(self.whole)
 
-    def fork(self, placements: Mapping[int | None, Placement]) -> Contiguous:
+    def fork(self, placements: Mapping[Place, Placement]) -> Contiguous:
         other = Contiguous(placements, self.forms)
-        other.keys = {positions: buffer.fork(placements[buffer.placement.tail]) for positions, buffer in self.keys.items()}
+        other.keys = {form: buffer.fork(placements[buffer.placement.kept.place]) for form, buffer in self.keys.items()}
         other.whole = self.whole.fork(placements[self.whole.placement.tail])
         other.tails = {tail: buffer.fork(placements[tail]) for tail, buffer in self.tails.items()}
         return other
@@ -114,5 +125,12 @@ class Passing:
         assert rows == self._rows
         return KV(between(self._keys[positions], start, stop), between(self._values, start, stop))
 
+    def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
+        self._summaries = new
+
+    def summaries(self, form: Summary, rows: slice, stop: int) -> torch.Tensor:
+        return between(self._summaries[form], 0, stop)
+
     def release(self) -> None:
         del self._keys, self._values
+        self._summaries: Mapping[Summary, torch.Tensor] = {}

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from longreach.core.segments import PositionMap
+from longreach.core.segments import PositionMap, Summary
 from longreach.kernels.protocol import KV
 from longreach.memory.placement import Shelf, Step
 
@@ -26,6 +26,14 @@ class Shown(Protocol):
         """Tokens start .. stop in a form; `pinned`: they are among the first tokens that the form keeps."""
         ...
 
+    def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
+        """What is kept of the blocks [n, G, blocks, S] that the new tokens have completed, those from token `start` on."""
+        ...
+
+    def summaries(self, form: Summary, rows: slice, stop: int) -> torch.Tensor:
+        """Of the first `stop` blocks, more than none: [n, G, stop, S]."""
+        ...
+
     def release(self) -> None:
         """The layer has been computed: nothing will be viewed until more is appended."""
         ...
@@ -40,6 +48,10 @@ class LayerMemory(Shown, Protocol):
 
     def shelves(self, positions: PositionMap, step: Step) -> Iterator[tuple[Shelf, KV]]:
         """What is kept of the rows of a step in a form, those of about the same length together; columns count from the first entry of each row."""
+        ...
+
+    def shelf_of_summaries(self, form: Summary, step: Step, shelf: Shelf, stop: int) -> torch.Tensor:
+        """Of the first `stop` blocks of the rows of a shelf, whether they have so many or not: [n, G, stop, S], finite."""
         ...
 
     def first_tokens(self, positions: PositionMap, step: Step) -> KV:

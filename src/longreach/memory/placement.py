@@ -29,7 +29,7 @@ def room(old: int, needed: int, most: int | None) -> int:
 
 
 def bucket_of(entries: int, before: int | None = None) -> int:
-    """The bucket of a row that holds so many. One that was in bucket `before` moves down only where it is two steps too long for it, so that a row that is
+    """The bucket of a row that holds so many tokens. One that was in bucket `before` moves down only where it is two steps too long for it, so that a row that is
     cropped and goes on, as assisted decoding has it, is not moved back and forth."""
     found = 0 if entries <= SMALLEST else math.ceil(math.log(entries / SMALLEST, STEP) - 1e-9)
     return before if before is not None and before - 1 <= found <= before else found
@@ -138,19 +138,21 @@ class Placement:
     eighth of their size: a token then costs eight copied entries, little beside the whole length that attention reads for it.
     """
 
-    def __init__(self, tail: int | None, rows: int, joins: bool = False) -> None:
-        self.tail = tail
+    def __init__(self, kept: Retention, rows: int, joins: bool = False) -> None:
+        self.kept = kept
+        self.tail = kept.tail
         self.joins = joins  # whether other rows may come and go
-        self.ends = [0] * rows  # number of tokens of a row
+        self.ends = [0] * rows  # number of entries of a row: tokens, or of summaries the complete blocks of them
         self.places = Places.of([0] * rows, [0] * rows, {0: 0})
         self.writes: dict[int, Write] = {}  # of the forward under way, by row
 
     # -- a forward ----------------------------------------------------------------------------------------------------------------
 
     def reserve(self, new: Iterable[tuple[int, int, int]], rollback: int) -> None:
-        """Before a forward: rows get (row, start, stop) new tokens. `start` may lie before the end of a row: what it holds from there on is forgotten when
+        """Before a forward: rows get new tokens, (row, start, stop). `start` may lie before the end of a row: what it holds from there on is forgotten when
         the forward is finished. `rollback`: tokens that a crop may undo afterwards."""
-        tail = self.tail
+        tail, entries = self.tail, self.kept.entries
+        new = [(row, entries(start), entries(stop)) for row, start, stop in new]
         if tail == 0:
             self.writes = {row: Write(start, stop, True, 0) for row, start, stop in new}
             return
@@ -204,12 +206,12 @@ class Placement:
 
     def _make_room(self, needed: Mapping[int, int], most: int | None) -> None:
         """Rows need so many columns: they go to the bucket of that length, which grows where it is too small."""
-        old = self.places
-        if all(entries <= old.rooms[own := old.buckets[row]] and bucket_of(entries, own) == own for row, entries in needed.items()):
+        old, block = self.places, self.kept.block
+        if all(entries <= old.rooms[own := old.buckets[row]] and bucket_of(entries * block, own) == own for row, entries in needed.items()):
             return
         buckets = list(old.buckets)
         for row, entries in needed.items():
-            buckets[row] = bucket_of(entries, old.buckets[row])
+            buckets[row] = bucket_of(entries * block, old.buckets[row])
         members: dict[int, list[int]] = {}
         for row, bucket in enumerate(buckets):
             members.setdefault(bucket, []).append(row)
@@ -240,8 +242,8 @@ class Placement:
         return first + tail - 1 if tail and first else 0
 
     def rewind(self, row: int, stop: int) -> None:
-        """Forget what a row holds at index `stop` and later; not before `reaches`."""
-        if stop < self.ends[row]:
+        """Forget what a row holds of token `stop` and later; not before `reaches`."""
+        if (stop := self.kept.entries(stop)) < self.ends[row]:
             self.ends[row] = stop
             self._spoilt()
 
@@ -258,7 +260,7 @@ class Placement:
 
     def fork(self) -> Placement:
         """Of a store with the same content, without the forward under way."""
-        other = Placement(self.tail, 0, self.joins)
+        other = Placement(self.kept, 0, self.joins)
         other.ends, other.places = [*self.ends], self.places
         if self.writes:
             other._spoilt()
@@ -282,20 +284,21 @@ def alike(placements: Iterable[Placement], rows: Sequence[int]) -> list[object]:
 # -- what it will take ------------------------------------------------------------------------------------------------------------------
 
 
-def entries(kept: Retention, forwards: Iterator[tuple[int, int]], chunked: int, step: int, stored: int) -> int:
-    """Entries that are allocated for a row after it has read `chunked` tokens in forwards of `step` and one at a time up to `stored`; `forwards` are these
-    as (start, tokens)."""
+def allocated(kept: Retention, forwards: Iterator[tuple[int, int]], chunked: int, step: int, prompt: int, stored: int) -> int:
+    """Entries that are allocated for a row after it has read `chunked` tokens in forwards of `step`, those up to `prompt` in one, and one at a time up to
+    `stored`; `forwards` are these as (start, tokens)."""
     if kept.tail == 0:
         return kept.head
-    return kept.head + (_growing(chunked, step, stored) if kept.tail is None else _bounded(kept.tail, forwards))
+    return kept.head + (_growing(kept, chunked, step, prompt, stored) if kept.tail is None else _bounded(kept.tail, forwards))
 
 
-def _growing(chunked: int, step: int, stored: int) -> int:
+def _growing(kept: Retention, chunked: int, step: int, prompt: int, stored: int) -> int:
     """Only the forwards at which a bucket grows are looked at."""
     size = 0
-    while size < chunked:
-        size = room(size, min(-(-(size + 1) // step) * step, chunked), None)
-    while size < stored:
+    while size < kept.entries(chunked):
+        size = room(size, kept.entries(min(-(-(kept.first + (size + 1) * kept.block) // step) * step, chunked)), None)
+    size = room(size, kept.entries(prompt), None)
+    while size < kept.entries(stored):
         size = room(size, size + 1, None)
     return size
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from longreach.core.segments import PositionMap, Retention
+from longreach.core.segments import Form, Place, Retention
 from longreach.memory.buffer import Buffer
 from longreach.memory.contiguous import Contiguous
 from longreach.memory.placement import ROLLBACK, Placement, alike
@@ -31,11 +31,11 @@ class Past:
 class Store:
     """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts."""
 
-    def __init__(self, forms: list[dict[PositionMap, Retention]], joins: bool = False) -> None:
+    def __init__(self, forms: list[dict[Form, Retention]], joins: bool = False) -> None:
         self.forms = forms  # of every layer
         self.joins = joins  # rows are requests, which come and go: no columns are counted
         self.asked: list[tuple[int, int]] | None = None  # (row, tokens) of a flat forward that is about to begin
-        self.placements: dict[int | None, Placement] = {}  # by the tail that is kept
+        self.placements: dict[Place, Placement] = {}
         self.layers: list[Contiguous] = []
         self.lengths: list[int] = []
         self.slots = Slots.empty(0)
@@ -87,7 +87,7 @@ class Store:
     def _begin(self, rows: int) -> None:
         self.lengths, self.offsets = [0] * rows, [0] * rows
         self.slots = Slots.empty(rows)
-        self.placements = {kept.tail: Placement(kept.tail, rows, self.joins) for forms in self.forms for kept in forms.values()}
+        self.placements = {kept.place: Placement(replace(kept, head=0), rows, self.joins) for forms in self.forms for kept in forms.values()}
         self.layers = [Contiguous(self.placements, forms) for forms in self.forms]
 
     def past(self, mask: torch.Tensor | None) -> list[Past]:
@@ -212,7 +212,7 @@ class Store:
         if self._finishing is not None:
             self.settle()
         other = Store(self.forms, self.joins)
-        other.placements = {tail: placement.fork() for tail, placement in self.placements.items()}
+        other.placements = {place: placement.fork() for place, placement in self.placements.items()}
         other.layers = [layer.fork(other.placements) for layer in self.layers]
         other.lengths, other.offsets, other.slots, other.record_past = [*self.lengths], [*self.offsets], self.slots.copy(), self.record_past
         return other

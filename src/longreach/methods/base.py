@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from longreach.core.dense import Dense
 from longreach.core.encodings import Frequencies, Rope
 from longreach.core.segments import PLAIN, Layout, LogScale
 
@@ -36,7 +37,13 @@ class Method(ABC):
 
     @abstractmethod
     def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """The paper's definition, written without segments: effective distance fp64, NaN where `j` is hidden from `i`."""
+        """The paper's definition, written without segments: effective distance fp64, NaN where `j` is hidden from `i`. Of a method that chooses: of every
+        pair that may be seen; which are, `truth` says."""
+
+    def truth(self, dense: Dense) -> torch.Tensor:
+        """Distances [T, N] or [B, H, T, N] of the pairs that are seen in one forward, NaN elsewhere. A method that chooses states its choice here, from the
+        paper alone, without its index."""
+        return self.distances(dense.i, dense.j)
 
     def query_scale(self) -> LogScale | None:
         """A factor on every query, or None."""
@@ -76,9 +83,14 @@ class Method(ABC):
         raise NotImplementedError(f"{cls.__name__} does not say when it is plain attention; define small() and neutral()")
 
     @property
-    def chunk_invariant(self) -> bool:
-        """Whether the result of a prompt is the same however it is cut into forwards."""
-        return True
+    def cut(self) -> int | None:
+        """Where a prompt may be cut into forwards. 1: anywhere, the result is the same. n: only at multiples of n, and no forward of a prompt is shorter than
+        n, unless the prompt is; decoded tokens come one by one after it. None: nowhere, a prompt is one forward."""
+        return 1
+
+    def apart(self, tokens: int) -> int:
+        """How many tokens of a prompt can be read before the rest of it."""
+        return 0 if self.cut is None else max(0, (tokens - self.cut) // self.cut * self.cut)
 
     @classmethod
     def suggest(cls, window: int, context: int) -> Method | None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from longreach.core.dense import Dense
 from longreach.core.encodings import Frequencies, Rope
 from longreach.core.segments import Layout, LogScale
 from longreach.methods.base import FrequencyMethod, Method, require
@@ -59,14 +60,17 @@ class Combined(Method):
         return self.encoding.needs_context
 
     @property
-    def chunk_invariant(self) -> bool:
-        return self.positions.chunk_invariant
+    def cut(self) -> int | None:
+        return self.positions.cut
 
     def layout(self, layer: int = 0) -> Layout:
         return self.positions.layout(layer)
 
     def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return self.positions.distances(i, j)
+
+    def truth(self, dense: Dense) -> torch.Tensor:
+        return self.positions.truth(dense)
 
     def largest_distance(self, tokens: int) -> float:
         return self.positions.largest_distance(tokens)

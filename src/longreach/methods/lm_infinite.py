@@ -7,8 +7,26 @@ from typing import ClassVar, Literal
 
 import torch
 
-from longreach.core.segments import Constant, Identity, Layout, Segment, TopK, Visible
+from longreach.core.choice import Choice, Index, Past
+from longreach.core.dense import Dense
+from longreach.core.segments import Constant, Identity, Layout, Segment, Visible
 from longreach.methods.base import Method, hidden_to_nan, require, require_integer
+
+
+@dataclass(frozen=True)
+class Best(Index):
+    """The `k` keys with the largest logits, for queries that have so many to choose from."""
+
+    k: int
+
+    def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
+        groups = q.shape[1] // past.compared.shape[1]
+        logits = (q.float().unflatten(1, (-1, groups)) @ past.compared.float()[:, :, None].transpose(-1, -2)).flatten(1, 2)
+        enough = past.candidates.sum(-1) >= self.k
+        if past.compared.shape[2] < self.k:
+            return enough.new_full((*q.shape[:3], 1), -1, dtype=torch.long)
+        ids = logits.masked_fill(~past.candidates[:, None], -torch.inf).topk(self.k).indices
+        return ids.masked_fill(~enough[:, None, :, None], -1)
 
 
 @dataclass(frozen=True)
@@ -85,30 +103,56 @@ class LMInfinite(Method):
                 segments.append(Segment(Identity(), Identity(), Visible(n, capped_from, last_key=self.n_global)))
             # distance `limit` between two constants: turning the few keys back costs less than turning every query forward
             segments.append(Segment(Constant(0), Constant(-limit), Visible(capped_from, last_key=self.n_global)))
-        return Layout(tuple(segments), self._late(layer))
+        if self.chooses(layer):
+            n_candidates = Visible(low=n, first_key=self.n_global, first_query=n + self.n_global + self.top_k - 1)
+            choice = Choice(Best(self.top_k), self.top_k, who="every" if self.top_k_rows == "all" else "last")
+            segments.append(Segment(Constant(self.middle), Constant(0), n_candidates, choice=choice))
+        return Layout(tuple(segments))
 
-    def _late(self, layer: int) -> TopK | None:
-        if not self.top_k or layer < self.top_k_from_layer:
-            return None
-        distance = self.limit // 2 if self.top_k_distance is None else self.top_k_distance
-        return TopK(self.top_k, distance, self.n_global, self.n_local, self.top_k_rows)
+    def chooses(self, layer: int) -> bool:
+        return self.top_k > 0 and layer >= self.top_k_from_layer
+
+    @property
+    def middle(self) -> int:
+        """The distance of the keys that are chosen."""
+        return self.limit // 2 if self.top_k_distance is None else self.top_k_distance
 
     def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        near = self._mask(i, j)
+        if not self.top_k:
+            return near
+        candidate = (j >= self.n_global) & (i - j >= self.n_local) & (i - self.n_local - self.n_global + 1 >= self.top_k)
+        return torch.where(candidate, float(self.middle), near)
+
+    def _mask(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         visible = (j <= i) & ((i - j < self.n_local) | (j < self.n_global))
         capped = (i - j).clamp(max=self.limit)
         if self.distance == "constant":
             capped = torch.where(i - j < self.n_local, i - j, self.limit)
         return hidden_to_nan(capped, visible)
 
+    def truth(self, dense: Dense) -> torch.Tensor:
+        i, j = dense.i, dense.j
+        near = self._mask(i, j)
+        if not self.chooses(dense.layer):
+            return near
+        candidate = dense.seen & (j >= self.n_global) & (i - j >= self.n_local)
+        candidate &= candidate.sum(-1, keepdim=True) >= self.top_k
+        if self.top_k_rows == "last":
+            candidate &= i == i[-1]
+        logits = dense.logits(torch.full_like(near, self.middle)).masked_fill(~candidate, -torch.inf)
+        best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).indices
+        chosen = candidate & torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best, True)
+        return torch.where(chosen, float(self.middle), near)
+
     def capacity(self, window: int) -> int | None:
         """Unlimited if no distance exceeds the trained ones: n_local - 1 when near, the limit for the first tokens."""
-        late = self._late(self.top_k_from_layer)
-        fits = min(self.n_local - 1, self.limit) < window and self.limit <= window and (late is None or late.distance <= window)
+        fits = min(self.n_local - 1, self.limit) < window and self.limit <= window and (not self.top_k or self.middle <= window)
         return None if fits else 0
 
     @property
-    def chunk_invariant(self) -> bool:
-        return self.top_k == 0 or self.top_k_rows == "all"
+    def cut(self) -> int | None:
+        return None if self.top_k and self.top_k_rows == "last" else 1
 
     @classmethod
     def small(cls, pairs: int) -> LMInfinite:

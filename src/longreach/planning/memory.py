@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from longreach.configs import Attention, Decoder
-from longreach.core.segments import Layout, Retention, forms
+from longreach.core.segments import Layout, Retention, forms, summaries
+from longreach.engine import chosen
 from longreach.engine.executor import QUERIES_AT_ONCE
 from longreach.memory import placement
 from longreach.memory.contiguous import values_kept
@@ -26,13 +27,13 @@ MARGIN = 1.1  # estimates of temporary memory are good to a tenth
 class Schedule:
     """The forwards of one answer, as `longreach run` makes them: the prompt but its last token in chunks, then one token at a time.
 
-    A method whose result depends on how a prompt is cut reads it in one forward. The last new token is never fed.
+    A method that allows no cut reads it in one forward, one that allows few ends it with a longer one. The last new token is never fed.
     """
 
     prompt: int
     new_tokens: int
     chunk: int = CHUNK_SIZE
-    whole: bool = False
+    cut: int | None = 1  # that the method allows
 
     def __post_init__(self) -> None:
         if self.prompt < 1:
@@ -40,17 +41,23 @@ class Schedule:
 
     @classmethod
     def of(cls, method: Method, context: int, new_tokens: int, chunk: int = CHUNK_SIZE) -> Schedule:
-        return cls(context - new_tokens, new_tokens, chunk, not method.chunk_invariant)
+        return cls(context - new_tokens, new_tokens, chunk, method.cut)
+
+    @property
+    def whole(self) -> bool:
+        return self.cut is None or self.prompt < 2 * self.cut
 
     @property
     def chunked(self) -> int:
         """Tokens that are read in chunks."""
-        return self.prompt if self.whole else self.prompt - 1
+        return self.prompt if self.cut is None or self.whole else (self.prompt - self.cut) // self.cut * self.cut
 
     @property
     def step(self) -> int:
         """The largest forward."""
-        return max(1, self.chunked if self.whole else min(self.chunk, self.chunked))
+        if self.cut is None or self.whole:
+            return max(1, self.chunked)
+        return max(1, min(max(self.cut, self.chunk // self.cut * self.cut), self.chunked))
 
     @property
     def stored(self) -> int:
@@ -61,7 +68,7 @@ class Schedule:
         for start in range(0, self.chunked, self.step):
             yield start, min(self.step, self.chunked - start)
         if not self.whole:
-            yield self.prompt - 1, 1
+            yield self.chunked, self.prompt - self.chunked
 
     def forwards(self) -> Iterator[tuple[int, int]]:
         yield from self.reads()
@@ -71,7 +78,7 @@ class Schedule:
 
 def entries(kept: Retention, schedule: Schedule) -> int:
     """Entries that a buffer of the store has allocated per row at the end of the schedule."""
-    return placement.entries(kept, schedule.forwards(), schedule.chunked, schedule.step, schedule.stored)
+    return placement.allocated(kept, schedule.forwards(), schedule.chunked, schedule.step, schedule.prompt, schedule.stored)
 
 
 def buffers(layer: Attention, layout: Layout, schedule: Schedule, rows: int = 1) -> Iterator[tuple[Retention, int]]:
@@ -82,6 +89,8 @@ def buffers(layer: Attention, layout: Layout, schedule: Schedule, rows: int = 1)
         yield kept, entries(kept, schedule) * layer.kv_heads * layer.key_width
     for kept in values_kept(kept_forms, shared=rows > 1):
         yield kept, entries(kept, schedule) * layer.kv_heads * layer.value_width
+    for form, kept in summaries(layout).items():
+        yield kept, entries(kept, schedule) * layer.kv_heads * layer.key_width * form.index.width
 
 
 def kv_bytes(architecture: Decoder, method: Method, schedule: Schedule, rows: int = 1) -> int:
@@ -94,7 +103,7 @@ def store_forms(architecture: Decoder, method: Method, schedule: Schedule) -> li
     """The bytes by kind of layer and form: which first and last tokens it keeps, in which device's memory (there is one tier)."""
     found = []
     for (layer, layout), count in layouts(architecture, method).items():
-        names = [f"keys at {positions}" for positions in forms(layout)] + ["values"]
+        names = [*(f"keys at {positions}" for positions in forms(layout)), "values", *(f"summaries of {form.block} keys" for form in summaries(layout))]
         for name, (kept, size) in zip(names, buffers(layer, layout, schedule)):
             form = {"layers": count, "form": name, "first": kept.head, "last": kept.tail, "tier": "device", "bytes": size * architecture.itemsize * count}
             found.append(form)
@@ -117,7 +126,7 @@ def temporary_bytes(architecture: Decoder, method: Method, schedule: Schedule, r
 
 
 def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int, expands_groups: bool) -> int:
-    t, at_once = schedule.step, schedule.step if layout.late is not None else min(schedule.step, QUERIES_AT_ONCE)
+    t, at_once = schedule.step, min(schedule.step, QUERIES_AT_ONCE)
     q, k, o = layer.heads * layer.key_width, layer.kv_heads * layer.key_width, layer.heads * layer.value_width
     total = t * (q + layer.entry + o) * b + t * k * 4 * 2  # what arrives and leaves; a key form is rotated in fp32
     rotations = len({(segment.query_positions, segment.query_scale) for segment in layout.segments})
@@ -125,8 +134,11 @@ def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int
     for kept, size in buffers(layer, layout, schedule):
         if kept.tail and t > SLACK and schedule.chunked > kept.tail + t:
             total += (kept.tail + t) * size // entries(kept, schedule) * b  # a long chunk is attended from a copy
-    if layout.late is not None:  # scores of 64 queries and fp32 copies of the candidates
-        total += schedule.stored * (4 * layer.heads * 2 * 64 + 4 * k + (4 + b) * o)
+    if layout.choosing is not None and layout.choosing.choice is not None:
+        choice, numbers, seen = layout.choosing.choice, layer.key_width + layer.value_width, schedule.stored
+        queries = {"every": at_once, "last": 1, "single": 1}[choice.who]
+        queries = min(queries, chosen.queries_at_once(choice, 1, layer.heads, layer.kv_heads, numbers, seen, b))
+        total += chosen.nbytes(choice, layer.heads, layer.kv_heads, numbers, layer.key_width, seen, queries, b)
     if expands_groups and layer.heads > layer.kv_heads:
         total += schedule.stored * layer.heads * (layer.key_width + layer.value_width) * b
     return total

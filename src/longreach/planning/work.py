@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 from longreach.configs import Attention, Decoder, methods_of
+from longreach.core.choice import Choice
 from longreach.core.segments import Layout, Piece
 from longreach.methods.base import Method
 
@@ -23,11 +24,12 @@ class Counts:
     """What one head of one layer does for a stretch of queries."""
 
     pairs: int  # query and key, attended to
-    scored: int  # query and key, only scored, to choose from (late segments)
+    scored: int  # query and what it is compared with to choose, in widths of a key
     calls: int  # attention calls
+    chosen: int = 0  # of the pairs, those whose key was chosen, and is gathered
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.pairs + other.pairs, self.scored + other.scored, self.calls + other.calls)
+        return Counts(self.pairs + other.pairs, self.scored + other.scored, self.calls + other.calls, self.chosen + other.chosen)
 
 
 @lru_cache(maxsize=512)
@@ -39,14 +41,40 @@ def layouts(architecture: Decoder, method: Method) -> dict[tuple[Attention, Layo
 
 def count(layout: Layout, start: int, stop: int) -> Counts:
     """The queries start .. stop in one forward."""
-    parts = [piece for segment in layout.segments for piece in segment.visible.pieces(start, stop)]
-    pairs, scored, calls = sum(pairs_of(p) for p in parts), 0, len(parts)
-    if (late := layout.late) is not None:
-        first = max(stop - 1 if late.rows == "last" else start, late.first_key + late.low + late.k - 1)
-        if first < stop:
-            scored = ramp(stop - late.low - late.first_key) - ramp(first - late.low - late.first_key)
-            pairs, calls = pairs + late.k * (stop - first), calls + 1
-    return Counts(pairs, scored, calls)
+    total = Counts(0, 0, 0)
+    for segment in layout.segments:
+        visible, choosing = segment.visible, False
+        if segment.choice is not None:
+            first, choosing = segment.choice.of(start, stop)
+            visible = replace(visible, first_query=max(first, visible.first_query))
+        for piece in visible.pieces(start, stop):
+            if choosing and segment.choice is not None:
+                total += chosen(segment.choice, visible.keys_of(piece.first), visible.keys_of(piece.last - 1))
+            else:
+                total += Counts(pairs_of(piece), 0, 1)
+    return total
+
+
+def chosen(choice: Choice, first: int, last: int) -> Counts:
+    """Queries that see first, first + 1, ... last keys, and choose among them."""
+    most, block = choice.keep * choice.block, choice.block
+    few = ramp(min(last, most)) - ramp(min(first - 1, most))
+    n = max(0, last - max(first - 1, most))  # queries that see more keys than they may choose
+    phase = max(first, most + 1) - 1  # keys of the first of them, less one
+    within = periodic(phase + n, block) - periodic(phase, block)
+    pairs = few + n * ((choice.keep - 1) * block + 1) + within
+    blocks = sum_of_quotients(last + 1, block) - sum_of_quotients(first, block)
+    return Counts(pairs, blocks * max(1, choice.index.width), 1, pairs)
+
+
+def periodic(x: int, block: int) -> int:
+    """Sum of n mod block over 0 <= n < x."""
+    return x // block * ramp(block - 1) + ramp(x % block - 1)
+
+
+def sum_of_quotients(x: int, block: int) -> int:
+    """Sum of floor(n / block) over 0 <= n < x."""
+    return block * ramp(x // block - 1) + x // block * (x % block)
 
 
 def ramp(x: int) -> int:
@@ -85,9 +113,9 @@ def recall(architecture: Decoder, method: Method, window: int, tokens: int, new_
         return "untrained", f"nothing is certain: distances beyond {capacity} tokens were never trained"
     full = [layout for layer, layout in layouts(architecture, method) if layer.reach is None] or [layout for _, layout in layouts(architecture, method)]
     seen = [joined(sorted(spans(layout, tokens - 1))) for layout in full]
-    if any(ranges == [(0, tokens)] for ranges in seen):
+    if any(layout.choosing is None and ranges == [(0, tokens)] for layout, ranges in zip(full, seen)):
         return "everything", method.recalls
-    if any(layout.late is not None for layout in full):
+    if any(layout.choosing is not None for layout in full):
         return "what is retrieved", f"{method.recalls}, and what its scores choose"
     last = min(first for ranges in seen for first, stop in ranges if stop == tokens)
     first = max((stop for ranges in seen for begin, stop in ranges if begin == 0 and stop < tokens), default=0)

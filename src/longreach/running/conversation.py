@@ -46,12 +46,12 @@ class Conversation:
     def read(self, progress: Callable[[int], None] = lambda done: None) -> int:
         """Read the document now, so that the first question is quick -> the number of its tokens.
 
-        A method whose result depends on how a prompt is cut reads it together with the first question instead.
+        A method that allows no cut of a prompt reads it together with the first question instead.
         """
         ids = self._opening()
-        if self.extension is None or not self.extension.method.chunk_invariant or not ids:
+        if self.extension is None or not (early := self.extension.method.apart(len(ids) + 1)):
             return len(ids)
-        self.prefix.read(self.extension, ids, chunk_size=self.chunk_size, progress=progress)
+        self.prefix.read(self.extension, ids[:early], chunk_size=self.chunk_size, progress=progress)
         return len(ids)
 
     @property
@@ -72,7 +72,7 @@ class Conversation:
         """Write the document and the turns as they were read, so that `open` can go on from there without reading them."""
         if self.extension is None:
             raise ValueError("only an extended model can save what it has read; pass extension=longreach.extend(model, ...)")
-        if not self.extension.method.chunk_invariant:
+        if self.extension.method.cut is None:
             raise ValueError(
                 f"the result of {self.extension.method.brief()} depends on how a prompt is cut, so a document cannot be read apart from its question; "
                 "use a method or an option that does not (longreach methods), or ask without saving"
@@ -123,7 +123,8 @@ class Conversation:
                 f"with this question and {max_new_tokens} new tokens the conversation needs {len(ids) + max_new_tokens} tokens, more than its context of "
                 f"{self.limit}; {shorter}declare a larger context, or ask for fewer new tokens"
             )
-        cache, _ = self.prefix.resume(ids[:-1])  # at least one token is left to be read; a template may write an earlier answer differently than the model did
+        least = 1 if self.extension is None else self.extension.method.cut or 1  # tokens that are left to be read
+        cache, _ = self.prefix.resume(ids[:-least])  # a template may write an earlier answer differently than the model did
         found = generation.answer(
             self.model,
             self.tokenizer,

@@ -76,8 +76,7 @@ def answer(
 ) -> Answer:
     """Generate after `ids`. `write` gets the text as it comes, `progress` the number of prompt tokens read so far.
 
-    extension  the one in force on the model; None is the stock model, which reads the prompt in one forward. So does a method
-               whose result depends on how a prompt is cut.
+    extension  the one in force on the model; None is the stock model, which reads the prompt in one forward. So does a method that allows no cut.
     cache      that of an earlier answer, to go on from: `ids` still is the whole sequence and begins with what the cache holds.
     stop       strings that end the answer and are left out of its text. White space before the first word is not searched for them.
     stopped    asked between chunks and after each token; once it is true the answer ends there, whole and consistent with its cache.
@@ -92,9 +91,10 @@ def answer(
     known = cache.get_seq_length()
     if known >= len(ids):
         raise ValueError(f"the cache holds {known} tokens and the sequence only {len(ids)}; pass the whole sequence with something new at its end")
-    if extension is not None and extension.method.chunk_invariant and len(ids) - known > 1:  # the last token is left for generate, which needs its logits
-        for chunk in stream(extension, prompt[0, known:-1], chunk_size=chunk_size, losses=False, cache=cache):
-            progress(min(chunk.start + chunk_size, len(ids) - 1))
+    early = known if extension is None else extension.method.apart(len(ids))  # the rest is left for generate, which needs the last token's logits
+    if extension is not None and known < early:
+        for chunk in stream(extension, prompt[0, known:early], chunk_size=chunk_size, losses=False, cache=cache):
+            progress(min(chunk.start + chunk_size, early))
             if stopped is not None and stopped():
                 return Answer("", [], "interrupted", time.perf_counter() - started, 0.0, cache_bytes(cache), cache)
     criteria = _stopping(tokenizer, len(ids), stop, stopped)

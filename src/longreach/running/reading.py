@@ -42,7 +42,8 @@ def stream(
     """Feed `ids` (one sequence: a 1-D tensor or any iterable of ints, endless ones too) in chunks; yields a `Chunk` after each.
 
     extension   what `extend` returned; or a model without an extension, which reads as stock Transformers does.
-    chunk_size  tokens of one forward, >= 1. Results do not depend on it for methods that are `chunk_invariant`.
+    chunk_size  tokens of one forward, >= 1. Results do not depend on it, unless the method allows no cut (`Method.cut`); where it allows few,
+                chunks begin there, and the last one is longer rather than too short.
     losses      False skips the language-model head except for the last token of a chunk.
     cache       the `cache` of an earlier chunk, to go on where it ended (its last token's successor has no loss then: NaN).
 
@@ -63,7 +64,8 @@ def stream(
         cache = DynamicCache()
     start = cache.get_seq_length()
     last: torch.Tensor | None = None  # logits [V] that predict the next chunk's first token
-    tokens = _chunks(ids, chunk_size)
+    cut = extension.method.cut or 1 if isinstance(extension, Extension) else 1
+    tokens = _chunks(ids, max(cut, chunk_size // cut * cut), cut)
     for chunk in tokens:
         chunk = chunk.to(device)
         with torch.no_grad():
@@ -96,7 +98,24 @@ def require_finite(losses: torch.Tensor, start: int = 0) -> None:
         )
 
 
-def _chunks(ids: torch.Tensor | Iterable[int], size: int) -> Iterator[torch.Tensor]:
+def _chunks(ids: torch.Tensor | Iterable[int], size: int, least: int) -> Iterator[torch.Tensor]:
+    """Parts of `size` tokens; what is left at the end goes with the part before it where it is shorter than `least`."""
+    before: torch.Tensor | None = None
+    for part in _parts(ids, size):
+        if least == 1:
+            yield part
+        elif before is None:
+            before = part
+        elif len(part) < least:
+            before = torch.cat([before, part])
+        else:
+            yield before
+            before = part
+    if before is not None:
+        yield before
+
+
+def _parts(ids: torch.Tensor | Iterable[int], size: int) -> Iterator[torch.Tensor]:
     if isinstance(ids, torch.Tensor):
         yield from ids.split(size)
         return

@@ -65,7 +65,7 @@ def generate(
     prompts     token ids, one list each; `tokenizer(text)["input_ids"]`.
     sampling    greedy, or with a temperature; a prompt draws from a generator of its own, seeded by `sampling.seed` and its place in the list.
     at_once     requests that hold memory at one time.
-    chunk_size  prompt tokens of one forward, of all requests together. A method whose result depends on how a prompt is cut reads it whole.
+    chunk_size  prompt tokens of one forward, of all requests together. A method that allows no cut reads a prompt whole.
     progress    gets the number of prompts that are done.
 
     Raises ValueError for an empty prompt or one that does not fit the declared context, and where a flat forward is not exact on this model (see `Flat`).
@@ -87,7 +87,6 @@ def generate(
     end = config.eos_token_id
     ends = set() if end is None else {end} if isinstance(end, int) else set(end)
     processors = _processors(config, sampling)
-    whole = not extension.method.chunk_invariant
     flat = extension.flat()
     waiting = [_Request(n, text, torch.Generator().manual_seed((sampling.seed + n) % 2**63)) for n, text in enumerate(texts)]
     active: list[_Request] = []
@@ -96,7 +95,7 @@ def generate(
         while waiting and len(active) < at_once:
             active.append(waiting.pop(0))
             active[-1].name = flat.join()
-        for request in _step(flat, active, chunk_size, whole, processors, sampling.temperature is not None):
+        for request in _step(flat, active, chunk_size, extension.method, processors, sampling.temperature is not None):
             stopped = request.new[-1] in ends
             if stopped or len(request.new) >= max_new_tokens:
                 found[request.number] = Generated(request.new, "stop" if stopped else "length")
@@ -107,16 +106,16 @@ def generate(
     return [found[n] for n in range(len(texts))]
 
 
-def _step(flat: Flat, active: list[_Request], chunk_size: int, whole: bool, processors: Any, draw: bool) -> list[_Request]:
+def _step(flat: Flat, active: list[_Request], chunk_size: int, method: Method, processors: Any, draw: bool) -> list[_Request]:
     """One forward -> the requests that have one more token."""
     new: dict[int, list[int]] = {}
-    budget = chunk_size
+    budget = max(chunk_size, method.cut or 1)
     for request in active:
         assert request.name is not None
         if request.new:
             count = request.left
         else:
-            count = min(request.left, budget) if not whole else request.left if budget > 0 else 0
+            count = _next(method, request.read, len(request.ids), budget)
             budget -= count
         if count > 0:
             known = request.ids + request.new
@@ -133,6 +132,16 @@ def _step(flat: Flat, active: list[_Request], chunk_size: int, whole: bool, proc
         request.new.append(int(token))
         advanced.append(request)
     return advanced
+
+
+def _next(method: Method, read: int, prompt: int, budget: int) -> int:
+    """How many more tokens of a prompt to read, of which `budget` are to be read at most, where the method allows to cut it there."""
+    if budget < (method.cut or 1):
+        return 0
+    if method.cut is None or prompt - read <= budget:
+        return prompt - read
+    last = min((read + budget) // method.cut * method.cut, method.apart(prompt))
+    return last - read if last > read else prompt - read
 
 
 def _processors(config: Any, sampling: Sampling) -> Any:

@@ -38,7 +38,7 @@ WARM_UP = 64  # tokens of the prompt that is answered first and not timed
 class ModelEngine:
     """A model under an extension (None: the stock model, which reads every prompt in one forward).
 
-    A document that several prompts share is read once, if the method's result does not depend on how a prompt is cut; between questions the
+    A document that several prompts share is read once, if the method allows to cut a prompt there; between questions the
     cache is cropped to the end of the document. Where the store cannot go back so far (bounded methods keep 128 tokens), it is read again.
     Prompts are cut at the end of their document in both cases, so that an answer does not depend on what was asked before.
     """
@@ -52,7 +52,7 @@ class ModelEngine:
 
     @property
     def reuses(self) -> bool:
-        return self.extension is not None and self.extension.method.chunk_invariant
+        return self.extension is not None and self.extension.method.cut is not None
 
     @property
     def work(self) -> Work:
@@ -85,7 +85,9 @@ class ModelEngine:
 
     def _read(self, prompt: Prompt) -> tuple[Any, int]:
         """-> (a cache that holds the document of the prompt, how many of its tokens it held already); None where nothing is to be used again."""
-        document = prompt.ids[: prompt.shared] if self.reuses else []
+        document: list[int] = []
+        if self.extension is not None and (cut := self.extension.method.cut) is not None:
+            document = prompt.ids[: self.extension.method.apart(min(prompt.shared + cut, len(prompt.ids)))]
         if not document or self._prefix.ids[: len(document)] != document:  # what another document begins with is read again: reuse is all or nothing
             self._prefix.forget()
         if not document:

@@ -76,9 +76,9 @@ class Curve:
 
 
 def losses(model: Extension | Any, ids: torch.Tensor, chunk_size: int = CHUNK_SIZE) -> torch.Tensor:
-    """[T] nats, NaN for the first token. `model` is an extension, or a model as it is, which reads in one forward, as a method does whose result
-    depends on how a text is cut; all logits exist then at one time. Raises ValueError where they exceed the memory that is free."""
-    whole = not (isinstance(model, Extension) and model.method.chunk_invariant)
+    """[T] nats, NaN for the first token. `model` is an extension, or a model as it is, which reads in one forward, as a method does
+    that allows no cut; all logits exist then at one time. Raises ValueError where they exceed the memory that is free."""
+    whole = not isinstance(model, Extension) or model.method.cut is None
     if whole:
         _require_room(model.model if isinstance(model, Extension) else model, ids.numel())
     read = stream(model, ids, chunk_size=max(1, ids.numel()) if whole else chunk_size)
@@ -209,11 +209,13 @@ def _ends(length: int, body: int, stride: int) -> Iterator[int]:
 def last_losses(model: Extension | Any, ids: torch.Tensor, count: int, chunk_size: int) -> torch.Tensor:
     """Losses of the last `count` tokens; what comes before them is read without the language-model head."""
     early = len(ids) - count - 1  # the token before the first scored one predicts it
-    if early < 1 or not (isinstance(model, Extension) and model.method.chunk_invariant):
+    cut = model.method.cut if isinstance(model, Extension) else None
+    early = early // cut * cut if cut else 0
+    if early < 1:
         return losses(model, ids, chunk_size)[-count:].double()
     *_, state = stream(model, ids[:early], chunk_size=chunk_size, losses=False)
     late = [chunk.losses for chunk in stream(model, ids[early:], chunk_size=chunk_size, cache=state.cache) if chunk.losses is not None]
-    return torch.cat(late)[1:].double()
+    return torch.cat(late)[-count:].double()
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class LongContextLM(HFLM):
 
     @property
     def chunked(self) -> bool:
-        return self.extension is not None and self.extension.method.chunk_invariant
+        return self.extension is not None and self.extension.method.cut == 1
 
     def report(self) -> dict[str, Any]:
         """What a reader of the scores has to know, as plain data."""
@@ -155,9 +155,9 @@ class LongContextLM(HFLM):
         return request
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> torch.Tensor:
-        if self.chunked and context.shape[1] > 1:  # the last token is left for generate, which needs its logits
-            assert self.extension is not None
-            *_, last = stream(self.extension, context[0, :-1], chunk_size=self.chunk_size, losses=False)
+        early = 0 if self.extension is None else self.extension.method.apart(context.shape[1])  # the rest is left for generate, which needs its logits
+        if self.extension is not None and early:
+            *_, last = stream(self.extension, context[0, :early], chunk_size=self.chunk_size, losses=False)
             generation_kwargs["past_key_values"] = last.cache
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
 

@@ -1,0 +1,119 @@
+"""Attention of a segment that chooses: ask the index which blocks each query sees, gather their keys and values, one kernel call for all of them.
+
+Knows a segment and tensors; not where keys are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from longreach.core.choice import Choice, Past
+from longreach.core.encodings import Alibi, exact_device
+from longreach.core.segments import Segment
+from longreach.engine.layer import Inputs, Layer
+from longreach.kernels.protocol import KV, Chosen, Kernel
+from longreach.memory.layer import Shown
+
+AT_ONCE = 2**26  # bytes of gathered keys and values, and of scores in fp32, of one call
+
+
+def summarise(layer: Layer, memory: Shown, rows: slice, start: int, stop: int) -> None:
+    """What is to be kept of the blocks that the tokens start .. stop have completed."""
+    made = {}
+    for form, kept in layer.summaries.items():
+        before, now = kept.entries(start), kept.entries(stop)
+        if before < now:
+            k = memory.view(layer.form_of(form.positions), rows, form.first + before * form.block, form.first + now * form.block, False).k
+            made[form] = form.index.summarise(k.unflatten(2, (now - before, form.block)))
+    if made:
+        memory.append_summaries(rows, start, made)
+
+
+def queries_at_once(choice: Choice, rows: int, heads: int, groups: int, numbers: int, visible: int, itemsize: int) -> int:
+    """How many queries of each row choose in one go. `numbers`: of a key and a value; `visible`: keys."""
+    gathered = choice.count(heads, groups) * min(visible, choice.keep * choice.block) * numbers * itemsize
+    scored = heads * (visible // choice.block) * 4
+    return max(1, AT_ONCE // max(1, rows * (gathered + scored)))
+
+
+def nbytes(choice: Choice, heads: int, groups: int, numbers: int, key: int, visible: int, queries: int, itemsize: int) -> int:
+    """What `queries` queries of a row hold while they choose, beside what the layer holds anyway; `key`: the width of one."""
+    blocks = visible // choice.block
+    columns = choice.count(heads, groups) * min(visible, choice.keep * choice.block + choice.block)
+    compared = 0 if choice.index.width else 4 * groups * key * blocks  # keys are compared in fp32
+    return queries * (columns * (numbers * itemsize + 4 * 8) + heads * blocks * 3 * 4) + compared
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What R rows may choose from; key 0 is the first key of the segment.
+
+    gather     columns [R, C, T, n] -> keys and values, as `KV.gather`.
+    compared   [R, G, N, S] the summaries of complete blocks, or the keys; None: there is no complete block.
+    keys       of each row at most.
+    first      index of the segment's first key.
+    barred     [keys] keys that a mask hides; None: none.
+    """
+
+    gather: Callable[[torch.Tensor], KV]
+    compared: torch.Tensor | None
+    keys: int
+    first: int
+    barred: torch.Tensor | None = None
+
+
+def attend(
+    segment: Segment, source: Source, kernel: Kernel, inputs: Inputs, alibi: Alibi | None, q: torch.Tensor, visible: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [R, H, T, D], encoded, that see `visible` [R or 1, T] keys -> out [R, H, T, E], lse [R, H, T]."""
+    choice = segment.choice
+    assert choice is not None
+    columns, seen = _columns(choice, source, q, visible)
+    rows, heads, queries = q.shape[:3]
+    kv = source.gather(columns)
+    apart = columns.shape[1] if columns.shape[1] > 1 else 1
+    folded = q.unflatten(1, (apart, -1)).transpose(2, 3).flatten(0, 2)[:, :, None]  # [R C T, H / C, 1, D]
+    bias = None
+    if alibi is not None:
+        exact = exact_device(q.device)
+        i = (visible + (segment.visible.low - 1 + source.first)).to(exact)
+        behind = segment.query_positions(i)[:, None, :, None] - segment.key_positions(columns.to(exact) + source.first)
+        slope = alibi.on(exact).view(1, apart, -1, 1, 1)
+        bias = -(slope * behind[:, :, None]).transpose(2, 3).flatten(0, 2)[:, :, None].to(q.device, torch.float32)
+    out, lse = kernel.attend(folded, kv, Chosen(seen.expand(rows, apart, queries, -1).flatten(0, 2), bias), inputs.scale, inputs.softcap)
+    shape = rows, apart, queries, heads // apart
+    return out.reshape(*shape, -1).transpose(2, 3).flatten(1, 2), lse.reshape(shape).transpose(2, 3).flatten(1, 2)
+
+
+def _columns(choice: Choice, source: Source, q: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which keys the queries see: columns [R, C, T, n] that can be read, and whether they are seen. `visible` [R or 1, T] keys are to choose from."""
+    block, rows, queries = choice.block, q.shape[0], q.shape[2]
+    complete, open_ = visible // block, (visible % block > 0)[..., None]
+    parts = []
+    if source.compared is not None:
+        number = torch.arange(source.compared.shape[2], device=q.device)
+        candidates = number < complete[..., None]
+        if source.barred is not None:
+            hidden = source.barred[: len(number) * block].unflatten(0, (-1, block)).all(-1)
+            candidates = candidates & ~hidden
+        ids = choice.index.choose(q, Past(source.compared, candidates, open_))
+        token = (ids[..., None] * block + torch.arange(block, device=q.device)).flatten(-2)
+        parts.append(token.masked_fill_((ids < 0).repeat_interleave(block, -1), source.keys))
+    if block > 1:
+        last = complete[..., None] * block + torch.arange(block, device=q.device)
+        last = last.masked_fill(last >= visible[..., None], source.keys)[:, None]
+        parts.append(last.expand(rows, parts[0].shape[1] if parts else 1, queries, -1))
+    columns = torch.cat(parts, -1) if parts else visible.new_empty(rows, 1, queries, 0)
+    seen = columns < source.keys
+    columns = columns.clamp_max(max(0, source.keys - 1))
+    if source.barred is not None:
+        seen = seen & ~source.barred[columns]
+    return columns, seen
+
+
+def stretches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    for a in range(first, last, size):
+        yield a, min(last, a + size)
