@@ -12,7 +12,7 @@ import transformers as t
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import BASE, FAMILIES, build, rope, tokens
-from longreach import DualChunk, LMInfinite, SelfExtend, Stock, StreamingLLM, extend, stream
+from longreach import DualChunk, LMInfinite, Quest, SelfExtend, Stock, StreamingLLM, extend, stream
 from longreach.core.segments import Retention, matrices
 from longreach.memory.buffer import Buffer
 from longreach.memory.placement import ROLLBACK, Placement
@@ -124,22 +124,29 @@ def test_the_thresholds_of_specontext():
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_pairs_are_those_of_the_matrix(method):
     layout = method.layout(4)
-    seen = matrices(layout.segments, 70).segment >= 0
+    owner = matrices(layout.segments, 70).segment
     for start, stop in ((0, 70), (0, 1), (13, 14), (20, 47), (69, 70), (8, 9)):
-        found = work.count(replace(layout, late=None), start, stop)
-        assert found.pairs == int(seen[start:stop].sum()), (start, stop)
+        found, pairs, chosen, compared = work.count(layout, start, stop), 0, 0, 0
+        for number, segment in enumerate(layout.segments):
+            first, choosing = (start, False) if segment.choice is None else segment.choice.of(start, stop)
+            keys = (owner[first:stop] == number).sum(1).tolist()
+            if segment.choice is not None and choosing:
+                keys, blocks = [segment.choice.shown(n) for n in keys], [n // segment.choice.block for n in keys]
+                chosen, compared = chosen + sum(keys), compared + sum(blocks) * max(1, segment.choice.index.width)
+            pairs += sum(keys)
+        assert (found.pairs, found.chosen, found.scored) == (pairs, chosen, compared), (start, stop)
     for index in (0, 9, 33, 69):
         spans = [j for first, last in work.spans(layout, index) for j in range(first, last)]
-        assert sorted(spans) == seen[index].nonzero()[:, 0].tolist()
+        assert sorted(spans) == (owner[index] >= 0).nonzero()[:, 0].tolist()
 
 
-def test_late_segments_count_what_they_score():
-    late = LMInfinite(9, 3, top_k=2, top_k_from_layer=0, top_k_rows="all").layout(0)
-    plain = work.count(replace(late, late=None), 0, 50)
-    found = work.count(late, 0, 50)
-    queries = [i for i in range(50) if i - 9 - 3 + 1 >= 2]
-    assert found.scored == sum(i - 9 - 3 + 1 for i in queries) and found.pairs == plain.pairs + 2 * len(queries)
-    assert work.count(LMInfinite(9, 3, top_k=2, top_k_from_layer=0).layout(0), 0, 50).scored == 49 - 9 - 3 + 1
+def test_a_query_that_chooses_sees_full_blocks_and_the_last_one():
+    choice = Quest(12, 4, 0, "all").layout(0).choosing.choice
+    assert [choice.shown(n) for n in (1, 4, 7, 12, 13, 15, 16, 17)] == [1, 4, 7, 12, 9, 11, 12, 9]
+    assert work.count(Quest(12, 4, 0).layout(0), 15, 16) == work.Counts(12, 2 * 4, 1, 12)
+    assert work.count(Quest(12, 4, 0).layout(0), 14, 16) == work.Counts(31, 0, 1)  # a forward of two reads every key
+    late = LMInfinite(9, 3, top_k=2, top_k_from_layer=0)
+    assert work.count(late.layout(0), 0, 50).scored == 49 - 9 - 3 + 1 and work.count(late.layout(0), 0, 50).chosen == 2
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------------------------
@@ -150,14 +157,17 @@ def test_entries_are_those_of_a_real_buffer():
     for _ in range(150):
         tail = rng.choice([None, 0, 1, 10, 200, 700])
         kept = Retention(rng.choice([0, 3, 90]), tail)
-        schedule = Schedule(rng.randint(1, 2500), rng.randint(1, 500), rng.choice([1, 7, 64, 100, 512, 4096]), rng.random() < 0.2)
+        if tail is None and rng.random() < 0.4:
+            kept = Retention(0, None, rng.choice([4, 16]), rng.choice([0, 5]))
+        schedule = Schedule(rng.randint(1, 2500), rng.randint(1, 500), rng.choice([1, 7, 64, 100, 512, 4096]), rng.choice([1, 1, 1, None, 2, 16]))
         if kept == Retention():
             continue
-        placement = Placement(tail, 1)
+        placement = Placement(replace(kept, head=0), 1)
         buffer = Buffer(placement, kept.head)
         for start, count in schedule.forwards():
             placement.reserve([(0, start, start + count)], ROLLBACK)
-            buffer.write(slice(0, 1), start, torch.empty(1, 1, count, 1, device="meta"))
+            new = kept.entries(start + count) - kept.entries(start)
+            buffer.write(slice(0, 1), kept.entries(start), torch.empty(1, 1, new, 1, device="meta"))
             placement.commit()
             buffer.settle()
         allocated = sum(x.shape[2] for x in (buffer.head, *buffer.bodies.values()) if x is not None)
@@ -169,7 +179,8 @@ def stored(model, method, schedule) -> int:
     with extend(model, method, context=schedule.stored + 1 if method.needs_context else None) as extension:
         ids = tokens(1, schedule.stored)[0]
         cache, size = None, 0
-        for first, last, chunk in ((0, schedule.chunked, schedule.step), (schedule.chunked, schedule.stored, 1)):
+        parts = [(0, schedule.chunked, schedule.step), (schedule.chunked, schedule.prompt, schedule.prompt), (schedule.prompt, schedule.stored, 1)]
+        for first, last, chunk in parts:
             if first < last:
                 for part in stream(extension, ids[first:last], chunk_size=chunk, losses=False, cache=cache):
                     cache, size = part.cache, part.store_bytes
@@ -178,7 +189,7 @@ def stored(model, method, schedule) -> int:
 
 # Every kind of retention on grouped heads and on layers that slide in part; and the other features that change bytes: all layers slide, experts,
 # wide heads, latents.
-RETENTIONS = [Stock(), SelfExtend(3, 8), LMInfinite(9, 3), LMInfinite(9, 3, top_k=2, top_k_from_layer=1), StreamingLLM(9, 3), DualChunk(24)]
+RETENTIONS = [Stock(), SelfExtend(3, 8), LMInfinite(9, 3), LMInfinite(9, 3, top_k=2, top_k_from_layer=1), StreamingLLM(9, 3), DualChunk(24), Quest(16, 4, 1)]
 CELLS = [(family, m) for family in ("llama", "gemma2") for m in RETENTIONS] + [
     (family, m) for family in ("mistral-sliding", "gpt-oss", "qwen3-moe", "phi") for m in (Stock(), SelfExtend(3, 8))
 ]
@@ -248,7 +259,7 @@ def test_what_cannot_be_counted_is_refused(config, says):
 
 def test_a_schedule_is_what_run_does():
     assert list(Schedule(10, 3, 4).forwards()) == [(0, 4), (4, 4), (8, 1), (9, 1), (10, 1), (11, 1)]
-    assert list(Schedule(10, 2, 4, whole=True).forwards()) == [(0, 10), (10, 1)]
+    assert list(Schedule(10, 2, 4, cut=None).forwards()) == [(0, 10), (10, 1)]
     assert list(Schedule(1, 1).forwards()) == [(0, 1)]
     with pytest.raises(ValueError, match="at least 9"):
         Schedule(0, 8)
@@ -260,7 +271,7 @@ def test_bounded_memory_does_not_grow_and_more_is_never_less():
     assert len(sizes) == 1 and entries(Retention(tail=512), Schedule(5_000_000, 8)) == 512 + 128 + 64
     grown = [kv_bytes(architecture, SelfExtend(8, 64), Schedule(n, 8)) for n in range(1, 3000, 7)]
     assert grown == sorted(grown)
-    assert temporary_bytes(architecture, Stock(), Schedule(5000, 8)) < temporary_bytes(architecture, Stock(), Schedule(5000, 8, whole=True))
+    assert temporary_bytes(architecture, Stock(), Schedule(5000, 8)) < temporary_bytes(architecture, Stock(), Schedule(5000, 8, cut=None))
 
 
 def test_the_largest_that_fits():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ class One:
     """A placement and one buffer of it, written to and read from as a layer does."""
 
     def __init__(self, retention: Retention, rows: int) -> None:
-        self.placement = Placement(retention.tail, rows)
+        self.placement = Placement(replace(retention, head=0), rows)
         self.buffer = Buffer(self.placement, retention.head)
 
     @property
