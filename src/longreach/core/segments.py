@@ -235,11 +235,11 @@ class Retention:
     @property
     def place(self) -> Place:
         """Forms that keep the same tokens lie alike."""
-        return self.tail if self.block == 1 else (self.block, self.first)
+        return self.tail if (self.block, self.first) == (1, 0) else (self.block, self.first)
 
     def entries(self, length: int) -> int:
         """How many entries `length` tokens have."""
-        return length if self.block == 1 else max(0, length - self.first) // self.block
+        return max(0, length - self.first) // self.block
 
 
 def retention(visible: Visible) -> Retention:
