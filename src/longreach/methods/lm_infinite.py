@@ -10,6 +10,7 @@ import torch
 from longreach.core.choice import Choice, Index, Past
 from longreach.core.dense import Dense
 from longreach.core.segments import Constant, Identity, Layout, Segment, Visible
+from longreach.kernels.products import products
 from longreach.methods.base import Method, hidden_to_nan, require, require_integer
 
 
@@ -20,8 +21,7 @@ class Best(Index):
     k: int
 
     def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
-        groups = q.shape[1] // past.compared.shape[1]
-        logits = (q.float().unflatten(1, (-1, groups)) @ past.compared.float()[:, :, None].transpose(-1, -2)).flatten(1, 2)
+        logits = products(q.float(), past.compared.float())
         enough = past.candidates.sum(-1) >= self.k
         if past.compared.shape[2] < self.k:
             return enough.new_full((*q.shape[:3], 1), -1, dtype=torch.long)

@@ -10,6 +10,7 @@ import torch
 from longreach.core.choice import Choice, Index, Past
 from longreach.core.dense import Dense
 from longreach.core.segments import PLAIN, Identity, Layout, Segment, Visible
+from longreach.kernels.products import products
 from longreach.methods.base import Method, hidden_to_nan, require, require_integer
 
 FEWEST = 3  # pages
@@ -27,9 +28,8 @@ class Bounds(Index):
         return torch.cat([k.amax(-2), k.amin(-2)], -1)
 
     def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
-        groups, pages = q.shape[1] // past.compared.shape[1], past.compared.shape[2]
-        signs = torch.cat([q.clamp_min(0), q.clamp_max(0)], -1).unflatten(1, (-1, groups))  # max(q a, q b) = q+ a + q- b for a >= b
-        bounds = (signs.flatten(2, 3) @ past.compared.transpose(-1, -2)).unflatten(2, (groups, -1)).flatten(1, 2)
+        pages = past.compared.shape[2]
+        bounds = products(torch.cat([q.clamp_min(0), q.clamp_max(0)], -1), past.compared)  # max(q a, q b) = q+ a + q- b for a >= b
         best = bounds.masked_fill(~past.candidates[:, None], -torch.inf).topk(min(self.pages, pages))
         ids = best.indices.masked_fill(best.values.isneginf(), -1)
         if pages >= self.pages:  # a page that is not complete takes the place of the last
