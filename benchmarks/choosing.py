@@ -105,7 +105,8 @@ def main() -> None:
             pages = options.tokens // 16
             read = 2 * shape.kv_heads * pages * entry + 3 * 2 * shape.heads * int(name.split()[1]) * entry
         bound, ratio = read / bandwidth, Ratio.of(timing, timings[fastest])
-        rows.append([name, f"{1e3 * timing.median:.1f}", f"{ratio.of_medians:.2f}", f"{read / 2**20:.0f}", f"{1e3 * bound:.1f}", f"{timing.median / bound:.1f}"])
+        numbers = 1e3 * timing.median, ratio.of_medians, read / 2**20, 1e3 * bound, timing.median / bound
+        rows.append([name, *(f"{x:.{digits}f}" for x, digits in zip(numbers, (1, 2, 0, 1, 1)))])
         measured[name] = {"timing": timing.to_json(), "ratio_to_fastest_dense": ratio.to_json(), "bytes": read, "bound_seconds": bound}
     title = f"{options.tokens} keys, 32 heads, 8 KV heads of 128, {options.dtype}: one decoded token in one layer; the fastest dense is {fastest}"
     print(table(title, ["layer", "ms", "of dense", "MiB moved", "bound ms", "times the bound"], rows))

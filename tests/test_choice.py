@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +15,7 @@ from families import build, tokens
 from longreach import Combined, LMInfinite, Quest, Stock, YaRN
 from longreach.core.choice import Choice, Index, Past
 from longreach.core.dense import Dense
-from longreach.core.segments import Affine, Identity, Layout, Segment, Visible
+from longreach.core.segments import Affine, Constant, Identity, Layout, Rank, Segment, Visible
 from longreach.engine import chosen
 from longreach.methods.base import Method
 from test_matrix import chunked, difference
@@ -46,6 +46,11 @@ class Odd(Index):
 
 
 @dataclass(frozen=True)
+class Raw(Odd):
+    frame: ClassVar[Any] = "raw"
+
+
+@dataclass(frozen=True)
 class Toy(Method):
     """The last `near` keys at their distance; of those before, from `first` on, the chosen blocks at half of it."""
 
@@ -55,14 +60,17 @@ class Toy(Method):
     keep: int = 3
     near: int = 7
     first: int = 2
+    align: Any = None  # "left", "right": chosen keys get their place as position
 
     name: ClassVar[str] = "toy"
     paper: ClassVar[str] = "none"
     recalls: ClassVar[str] = "some"
 
     def layout(self, layer: int = 0) -> Layout:
-        choice = Choice(Odd(self.keep, self.count), self.keep, self.block, self.heads)
+        choice = Choice((Odd if self.align is None else Raw)(self.keep, self.count), self.keep, self.block, self.heads)
         far = Segment(Affine(0.5), Affine(0.5), Visible(self.near, first_key=self.first), choice=choice)
+        if self.align is not None:
+            far = replace(far, query_positions=Constant(40), key_positions=Rank(5, self.align))
         return Layout((Segment(Identity(), Identity(), Visible(0, self.near)), far))
 
     def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -78,10 +86,15 @@ class Toy(Method):
         latest = torch.where((full - 1 + head) % 2 == 1, full - 1, full - 2)
         among = (block <= latest) & ((block + head) % 2 == 1) & (block > latest - 2 * (self.keep - open_.long()))
         shown = (j >= self.first) & (j <= last) & (among | (block == full))
+        if self.align is not None:
+            shown = shown.expand(heads, *shown.shape[-2:]) & dense.seen
+            place = (shown.long().cumsum(-1) - 1) if self.align == "left" else -shown.long().flip(-1).cumsum(-1).flip(-1) + 1
+            near = torch.where((j <= i) & (i - j < self.near), (i - j).double(), torch.nan)
+            return torch.where(shown, 40.0 - 5 - place, near)
         return self.distances(i, j).masked_fill(~(shown | (i - j < self.near)), torch.nan)
 
 
-TOYS = [Toy(), Toy("head", 4, 2, 2), Toy("layer", 1, 5, 1, 1, 0), Toy("group", 2, 1, 4, 3, 1)]
+TOYS = [Toy(), Toy("head", 4, 2, 2), Toy("layer", 1, 5, 1, 1, 0), Toy("group", 2, 1, 4, 3, 1), Toy(align="left"), Toy("head", 4, 2, 4, align="right")]
 
 
 @pytest.mark.parametrize("toy", TOYS, ids=str)
@@ -90,7 +103,7 @@ TOYS = [Toy(), Toy("head", 4, 2, 2), Toy("layer", 1, 5, 1, 1, 0), Toy("group", 2
 def test_any_index_shows_what_it_chooses_and_the_last_block(family, toy):
     """Whole, in chunks, decoded, padded; per head, group and layer; with a gap before the last keys and a first key; ALiBi, soft-caps, sinks."""
     if family in ("bloom", "gptj", "phi"):
-        toy = Toy("layer", 1, toy.block, toy.keep, toy.near, toy.first)  # their heads and groups are others
+        toy = replace(toy, heads="layer", count=1)  # their heads and groups are others
     model, ids = build(family), tokens(2, 75)
     with longreach.extend(model, toy, backend="reference"):
         truth = model(ids, use_cache=False).logits
@@ -245,7 +258,7 @@ def test_what_cannot_be_said_is_refused():
     with pytest.raises(ValueError, match="only one segment of a layout may choose"):
         Layout((one, one))
     for wrong in (dict(budget=8), dict(budget=40), dict(page_size=0), dict(dense_layers=-1), dict(queries="some")):
-        with pytest.raises(ValueError, match="budget|page_size|dense_layers|queries"):
+        with pytest.raises(ValueError, match=r"budget|page_size|dense_layers|queries"):
             Quest(**wrong)
 
 

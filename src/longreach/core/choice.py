@@ -30,12 +30,14 @@ class Index(ABC):
     """How blocks of keys are told apart. A frozen dataclass in the file of its method.
 
     width   numbers that a summary has, in widths of a key; 0: there is none, the keys themselves are compared (blocks of one key).
+    frame   "segment": queries and keys are compared at the positions of the segment; "raw": un-rotated.
     """
 
     width: ClassVar[int] = 0
+    frame: ClassVar[Literal["segment", "raw"]] = "segment"
 
     def summarise(self, k: torch.Tensor) -> torch.Tensor:
-        """k [R, G, N, block, D], the keys of complete blocks as the segment encodes them -> [R, G, N, width * D], in their dtype.
+        """k [R, G, N, block, D], the keys of complete blocks in the frame -> [R, G, N, width * D], in their dtype.
 
         Asked once for every block, when its last key has come. After a crop into a block it is asked again.
         """
@@ -43,7 +45,8 @@ class Index(ABC):
 
     @abstractmethod
     def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
-        """q [R, H, T, D], encoded as the segment encodes queries -> [R, C, T, n] numbers of blocks, -1 for none; C as the choice says, n at most `keep`."""
+        """q [R, H, T, D] in the frame, times the factor of the segment -> [R, C, T, n] numbers of blocks in any order, -1 for none; C as the choice says, n at
+        most `keep`."""
 
 
 @dataclass(frozen=True)

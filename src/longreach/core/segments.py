@@ -1,7 +1,7 @@
 """Segments: which keys a query sees, and at which positions the encoding is applied to both.
 
-Knows index arithmetic only: no queries, keys or models. What depends on their content is an `Index`, which a `Choice` names. Indices are true token indices of one sequence
-(padding removed), queries `i`, keys `j`, `0 <= j <= i`.
+Knows index arithmetic only: no queries, keys or models. What depends on their content is an `Index`, which a `Choice` names. Indices are true token
+indices of one sequence (padding removed), queries `i`, keys `j`, `0 <= j <= i`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -86,7 +87,24 @@ class GrowingGroups:
         return (group[run] + (index - first[run]) // size[run] + self.shift).double()
 
 
-PositionMap = Identity | Constant | Grouped | Affine | Chunked | GrowingGroups
+@dataclass(frozen=True)
+class Rank:
+    """Place among the keys that a query has chosen, in their order: the first one at position `at`, or aligned to the right the last one. It depends on the
+    query, so keys are kept un-rotated and turned when they have been chosen."""
+
+    at: int = 0
+    align: Literal["left", "right"] = "left"
+
+    def __call__(self, index: torch.Tensor) -> torch.Tensor:
+        raise ValueError("a place among the chosen keys is no function of the index; ask the method for its truth")
+
+    def among(self, seen: torch.Tensor) -> torch.Tensor:
+        """seen [..., n] of columns in their order -> their positions [..., n]; those of columns that are not seen mean nothing."""
+        place = seen.long().cumsum(-1) - 1
+        return self.at + (place if self.align == "left" else place - place[..., -1:])
+
+
+PositionMap = Identity | Constant | Grouped | Affine | Chunked | GrowingGroups | Rank
 
 
 @dataclass(frozen=True)
@@ -190,6 +208,19 @@ class Segment:
         band = self.visible
         if self.choice is not None and (band.high is not None or band.last_key is not None or band.chunk != 1 or band.last_query is not None):
             raise ValueError("a segment chooses among all keys from first_key on; leave out high, last_key, last_query and chunk, or the choice")
+        if isinstance(self.key_positions, Rank) and (self.choice is None or self.choice.index.frame != "raw" or self.choice.who == "single"):
+            raise ValueError("keys have a place only where they are chosen: give the segment a choice by every or the last query, and an index of raw keys")
+
+    @property
+    def kept(self) -> PositionMap:
+        """The form in which its keys are kept."""
+        return Constant(0) if isinstance(self.key_positions, Rank) else self.key_positions
+
+    @property
+    def compared(self) -> tuple[PositionMap, PositionMap]:
+        """Positions of queries and of keys at which an index compares them."""
+        raw = self.choice is not None and self.choice.index.frame == "raw"
+        return (Constant(0), Constant(0)) if raw else (self.query_positions, self.key_positions)
 
 
 @dataclass(frozen=True)
@@ -265,15 +296,15 @@ def summary(segment: Segment) -> Summary | None:
     """What is kept for a segment to choose by; None where it does not choose, or compares the keys themselves."""
     if segment.choice is None or not segment.choice.index.width:
         return None
-    return Summary(segment.choice.index, segment.key_positions, segment.choice.block, segment.visible.first_key)
+    return Summary(segment.choice.index, segment.compared[1], segment.choice.block, segment.visible.first_key)
 
 
 def forms(layout: Layout) -> dict[PositionMap, Retention]:
     """The distinct key positions of a layout and what must be kept of each: keys exist in as few forms as needed."""
     needed: dict[PositionMap, Retention] = {}
     for segment in layout.segments:
-        positions = segment.key_positions
-        needed[positions] = needed.get(positions, Retention()) | retention(segment.visible)
+        for positions in dict.fromkeys([segment.kept, *(segment.compared[1:] if segment.choice is not None else ())]):
+            needed[positions] = needed.get(positions, Retention()) | retention(segment.visible)
     return needed
 
 

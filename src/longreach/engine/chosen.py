@@ -6,13 +6,13 @@ Knows a segment and tensors; not where keys are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from longreach.core.choice import Choice, Past
-from longreach.core.encodings import Alibi, exact_device
-from longreach.core.segments import Segment
+from longreach.core.encodings import Rotary, Table, exact_device
+from longreach.core.segments import Rank, Segment
 from longreach.engine.layer import Inputs, Layer
 from longreach.kernels.protocol import KV, Chosen, Kernel
 from longreach.memory.layer import Shown
@@ -66,21 +66,26 @@ class Source:
 
 
 def attend(
-    segment: Segment, source: Source, kernel: Kernel, inputs: Inputs, alibi: Alibi | None, q: torch.Tensor, visible: torch.Tensor
+    layer: Layer, segment: Segment, source: Source, kernel: Kernel, inputs: Inputs, q: torch.Tensor, asking: torch.Tensor, visible: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [R, H, T, D], encoded, that see `visible` [R or 1, T] keys -> out [R, H, T, E], lse [R, H, T]."""
-    choice = segment.choice
+    """q [R, H, T, D], encoded, that see `visible` [R or 1, T] keys; `asking`: the same in the frame of the index -> out [R, H, T, E], lse [R, H, T]."""
+    choice, ranked, alibi = segment.choice, segment.key_positions, layer.alibi
     assert choice is not None
-    columns, seen = _columns(choice, source, q, visible)
+    columns, seen = _columns(choice, source, asking, visible, isinstance(ranked, Rank))
     rows, heads, queries = q.shape[:3]
     kv = source.gather(columns)
+    if isinstance(ranked, Rank):
+        places = ranked.among(seen).expand(*columns.shape).flatten(0, 2)
+        if layer.rotary is not None:
+            kv = KV(_turned(kv.k, layer.rotary, places), kv.v)
     apart = columns.shape[1] if columns.shape[1] > 1 else 1
     folded = q.unflatten(1, (apart, -1)).transpose(2, 3).flatten(0, 2)[:, :, None]  # [R C T, H / C, 1, D]
     bias = None
     if alibi is not None:
         exact = exact_device(q.device)
         i = (visible + (segment.visible.low - 1 + source.first)).to(exact)
-        behind = segment.query_positions(i)[:, None, :, None] - segment.key_positions(columns.to(exact) + source.first)
+        at = ranked.among(seen).to(exact) if isinstance(ranked, Rank) else ranked(columns.to(exact) + source.first)
+        behind = segment.query_positions(i)[:, None, :, None] - at
         slope = alibi.on(exact).view(1, apart, -1, 1, 1)
         bias = -(slope * behind[:, :, None]).transpose(2, 3).flatten(0, 2)[:, :, None].to(q.device, torch.float32)
     out, lse = kernel.attend(folded, kv, Chosen(seen.expand(rows, apart, queries, -1).flatten(0, 2), bias), inputs.scale, inputs.softcap)
@@ -88,7 +93,18 @@ def attend(
     return out.reshape(*shape, -1).transpose(2, 3).flatten(1, 2), lse.reshape(shape).transpose(2, 3).flatten(1, 2)
 
 
-def _columns(choice: Choice, source: Source, q: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _turned(k: torch.Tensor, rotary: Rotary, positions: torch.Tensor) -> torch.Tensor:
+    """k [R, G, n, D] at positions [R, n], the same for all heads; the factor of the rotary is in k already."""
+    rotary = replace(rotary, scaling=1.0)
+    exact = positions.to(exact_device(k.device))
+    least = exact.min()
+    table = rotary.table(torch.arange(int(exact.max() - least) + 1, device=exact.device) + least).to(k.device)
+    number = (exact - least).to(k.device)
+    turned = Table(table.cos[number].flatten(0, 1), table.sin[number].flatten(0, 1), rotary).rotate(k.transpose(0, 1).flatten(1, 2))
+    return turned.unflatten(1, positions.shape).transpose(0, 1)
+
+
+def _columns(choice: Choice, source: Source, q: torch.Tensor, visible: torch.Tensor, in_order: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Which keys the queries see: columns [R, C, T, n] that can be read, and whether they are seen. `visible` [R or 1, T] keys are to choose from."""
     block, rows, queries = choice.block, q.shape[0], q.shape[2]
     complete, open_ = visible // block, (visible % block > 0)[..., None]
@@ -100,6 +116,8 @@ def _columns(choice: Choice, source: Source, q: torch.Tensor, visible: torch.Ten
             hidden = source.barred[: len(number) * block].unflatten(0, (-1, block)).all(-1)
             candidates = candidates & ~hidden
         ids = choice.index.choose(q, Past(source.compared, candidates, open_))
+        if in_order:
+            ids = ids.sort(-1).values
         token = (ids[..., None] * block + torch.arange(block, device=q.device)).flatten(-2)
         parts.append(token.masked_fill_((ids < 0).repeat_interleave(block, -1), source.keys))
     if block > 1:

@@ -110,27 +110,26 @@ class _Call:
             merge.sink(self.inputs.sink)
         return merge.result()[0]
 
-    def query(self, segment: Segment, q: torch.Tensor) -> torch.Tensor:
-        """The queries at the segment's positions, scaled."""
-        start, count = self.rows.start, self.rows.count
-        scale = None if segment.query_scale is None else self.batch.scale(segment.query_scale, start, count, q.device)
-        return self.batch.turned(q, self.layer.rotary, segment.query_positions, start, count, scale)
+    def query(self, positions: PositionMap, segment: Segment, q: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> torch.Tensor:
+        """The queries at some positions, scaled as the segment says; kept in `rotated` for other segments."""
+        start, count, key = self.rows.start, self.rows.count, (positions, segment.query_scale)
+        if key not in rotated:
+            scale = None if segment.query_scale is None else self.batch.scale(segment.query_scale, start, count, q.device)
+            rotated[key] = self.batch.turned(q, self.layer.rotary, positions, start, count, scale)
+        return rotated[key]
 
     def segment(self, segment: Segment, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
-        start, visible = self.rows.start, segment.visible
-        key, pinned = (segment.query_positions, segment.query_scale), segment.visible.last_key is not None
+        start, visible, pinned = self.rows.start, segment.visible, segment.visible.last_key is not None
         if segment.choice is not None:
             first, choosing = segment.choice.of(*self.forward)
             visible = replace(visible, first_query=max(first, visible.first_query))
             if choosing:
-                self.chosen(segment, visible, q, merge)
+                self.chosen(segment, visible, q, merge, rotated)
                 return
         for piece in self.pieces(visible):
-            if key not in rotated:
-                rotated[key] = self.query(segment, q)
             out, lse = self.kernel.attend(
-                rotated[key][:, :, piece.first - start : piece.last - start],
-                self.memory.view(self.layer.form_of(segment.key_positions), self.rows.rows, piece.from_key, piece.to_key, pinned),
+                self.query(segment.query_positions, segment, q, rotated)[:, :, piece.first - start : piece.last - start],
+                self.memory.view(self.layer.form_of(segment.kept), self.rows.rows, piece.from_key, piece.to_key, pinned),
                 Band(piece.first - piece.from_key, piece.low, piece.high),
                 self.inputs.scale,
                 self.inputs.softcap,
@@ -138,23 +137,25 @@ class _Call:
             )
             merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
 
-    def chosen(self, segment: Segment, visible: Visible, q: torch.Tensor, merge: Merge) -> None:
+    def chosen(self, segment: Segment, visible: Visible, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
         """What the queries see of a segment whose keys an index chooses."""
-        start, choice, form = self.rows.start, segment.choice, self.layer.form_of(segment.key_positions)
+        start, choice, rows = self.rows.start, segment.choice, self.rows.rows
         assert choice is not None
         for piece in visible.pieces(start, start + self.rows.count):
-            q = self.query(segment, q)
-            kv = self.memory.view(form, self.rows.rows, piece.from_key, piece.to_key, False)
-            keys, compared = piece.to_key - piece.from_key, kv.k
+            asking, turned = (self.query(positions, segment, q, rotated) for positions in (segment.compared[0], segment.query_positions))
+            keys = piece.to_key - piece.from_key
+            kv = self.memory.view(self.layer.form_of(segment.kept), rows, piece.from_key, piece.to_key, False)
+            compared: torch.Tensor | None
             if (kept := summary(segment)) is not None:
-                blocks = keys // choice.block
-                compared = self.memory.summaries(kept, self.rows.rows, blocks) if blocks else None
-            barred = self.rows.barred(piece.from_key, piece.to_key, q.device)
-            source = chosen.Source(kv.gather, compared, keys, piece.from_key, barred)
+                compared = self.memory.summaries(kept, rows, keys // choice.block) if keys >= choice.block else None
+            else:
+                compared = self.memory.view(self.layer.form_of(segment.compared[1]), rows, piece.from_key, piece.to_key, False).k
+            source = chosen.Source(kv.gather, compared, keys, piece.from_key, self.rows.barred(piece.from_key, piece.to_key, q.device))
             size = chosen.queries_at_once(choice, q.shape[0], q.shape[1], kv.k.shape[1], q.shape[3] + self.width, keys, q.element_size())
             for a, b in chosen.stretches(piece.first, piece.last, size):
                 seen = torch.arange(visible.keys_of(a), visible.keys_of(b), device=q.device)[None]
-                out, lse = chosen.attend(segment, source, self.kernel, self.inputs, self.layer.alibi, q[:, :, a - start : b - start], seen)
+                queries, askers = (x[:, :, a - start : b - start] for x in (turned, asking))
+                out, lse = chosen.attend(self.layer, segment, source, self.kernel, self.inputs, queries, askers, seen)
                 merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, a - start)
 
     def pieces(self, visible: Visible) -> Iterator[Piece]:

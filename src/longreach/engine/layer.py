@@ -39,7 +39,7 @@ class Layer:
     @property
     def kept(self) -> dict[Form, Retention]:
         """All that its store holds, beside the values."""
-        return {**self.forms, **self.summaries}
+        return dict([*self.forms.items(), *self.summaries.items()])
 
     @property
     def joins(self) -> bool:
@@ -47,7 +47,7 @@ class Layer:
         return not self.dense and self.alibi is None
 
     def form_of(self, positions: PositionMap) -> PositionMap:
-        """The form that holds the keys of a segment."""
+        """The form that holds keys at these positions."""
         return RAW if self.rotary is None else positions
 
 

@@ -59,11 +59,11 @@ class _Call:
         merge = Merge(1)
         rotated: dict[object, torch.Tensor] = {}
         for segment in self.layer.layout.segments:
-            key = segment.query_positions, segment.query_scale
-            if key not in rotated:
-                scale = None if segment.query_scale is None else self.batch.scale(segment.query_scale, self.starts, len(self.starts), q.device)
-                rotated[key] = self.turned(q, segment.query_positions, scale)[:, :, None]
-            if (part := self.segment(segment, rotated[key])) is not None:
+            if segment.choice is not None:
+                part = self.chosen(segment, *(self.query(positions, segment, q, rotated) for positions in (segment.query_positions, segment.compared[0])))
+            else:
+                part = self.segment(segment, self.query(segment.query_positions, segment, q, rotated))
+            if part is not None:
                 out, lse = part
                 merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse)
         if merge.out is None:
@@ -72,10 +72,15 @@ class _Call:
             merge.sink(self.inputs.sink)
         return merge.result()[0][:, :, 0]
 
+    def query(self, positions: PositionMap, segment: Segment, q: torch.Tensor, rotated: dict[object, torch.Tensor]) -> torch.Tensor:
+        """q [n, H, D] -> [n, H, 1, D] at some positions, scaled as the segment says; kept in `rotated` for other segments."""
+        if (key := (positions, segment.query_scale)) not in rotated:
+            scale = None if segment.query_scale is None else self.batch.scale(segment.query_scale, self.starts, len(self.starts), q.device)
+            rotated[key] = self.turned(q, positions, scale)[:, :, None]
+        return rotated[key]
+
     def segment(self, segment: Segment, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """q [n, H, 1, D] -> what the rows see of a segment; None: nothing."""
-        if segment.choice is not None:
-            return self.chosen(segment, q)
         positions, visible = self.layer.form_of(segment.key_positions), segment.visible
         every = tuple(range(len(self.starts)))
         calls: list[tuple[tuple[int, ...], torch.Tensor | None, KV, Spans]]
@@ -100,24 +105,24 @@ class _Call:
             whole[0][index], whole[1][index] = out, lse
         return whole
 
-    def chosen(self, segment: Segment, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The same of a segment whose keys an index chooses: the only query of each row does."""
-        visible, choice, starts = segment.visible, segment.choice, self.starts
+    def chosen(self, segment: Segment, q: torch.Tensor, asking: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same of a segment whose keys an index chooses; `asking`: the queries in its frame. The only query of each row chooses."""
+        visible, choice, starts, form = segment.visible, segment.choice, self.starts, self.layer.form_of
         assert choice is not None
         whole: tuple[torch.Tensor, torch.Tensor] | None = None
-        for shelf, kv in self.memory.shelves(self.layer.form_of(segment.key_positions), self.singles.step):
+        compared_at = self.memory.shelves(form(segment.compared[1]), self.singles.step)  # the same shelves: both keep every token
+        for (shelf, kv), (_, other) in zip(self.memory.shelves(form(segment.kept), self.singles.step), compared_at):
             seen = [visible.keys_of(starts[n]) for n in shelf.members]
-            if not any(seen):
+            if not (keys := max(seen)):
                 continue
-            keys = max(seen)
             kv = KV(*(between(x, visible.first_key, visible.first_key + keys) for x in (kv.k, kv.v)))
-            compared: torch.Tensor | None = kv.k
+            compared: torch.Tensor | None = between(other.k, visible.first_key, visible.first_key + keys)
             if (kept := summary(segment)) is not None:
                 blocks = keys // choice.block
                 compared = self.memory.shelf_of_summaries(kept, self.singles.step, shelf, blocks) if blocks else None
-            index = shelf.index(q.device)[0]
-            part = chosen.attend(segment, chosen.Source(kv.gather, compared, keys, visible.first_key), self.kernel, self.inputs, None, q[index], self.counts(seen, q.device))
-            if len(shelf.members) == len(starts) and shelf.members == tuple(range(len(starts))):
+            index, source = shelf.index(q.device)[0], chosen.Source(kv.gather, compared, keys, visible.first_key)
+            part = chosen.attend(self.layer, segment, source, self.kernel, self.inputs, q[index], asking[index], self.counts(seen, q.device))
+            if shelf.members == tuple(range(len(starts))):
                 return part
             if whole is None:
                 shape = len(starts), *part[0].shape[1:]

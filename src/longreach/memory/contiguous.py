@@ -1,6 +1,7 @@
 """Contiguous memory: the keys and values of one layer, each row's tokens side by side in a buffer of its own.
 
-A form is "keys encoded at one position map", or the summaries of blocks of such keys. Values are kept once, as long as any form. Where there are several rows, they are kept once more for every
+A form is "keys encoded at one position map", or the summaries of blocks of such keys.
+Values are kept once, as long as any form. Where there are several rows, they are kept once more for every
 shorter tail: keys and values of a form then lie alike for rows of any lengths, and one call reads them. Knows buffers; not positions, layers or models.
 """
 
@@ -126,11 +127,10 @@ class Passing:
         return KV(between(self._keys[positions], start, stop), between(self._values, start, stop))
 
     def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
-        self._summaries = new
+        self._summaries: Mapping[Summary, torch.Tensor] = new
 
     def summaries(self, form: Summary, rows: slice, stop: int) -> torch.Tensor:
         return between(self._summaries[form], 0, stop)
 
     def release(self) -> None:
         del self._keys, self._values
-        self._summaries: Mapping[Summary, torch.Tensor] = {}

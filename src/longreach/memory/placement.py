@@ -29,8 +29,8 @@ def room(old: int, needed: int, most: int | None) -> int:
 
 
 def bucket_of(entries: int, before: int | None = None) -> int:
-    """The bucket of a row that holds so many tokens. One that was in bucket `before` moves down only where it is two steps too long for it, so that a row that is
-    cropped and goes on, as assisted decoding has it, is not moved back and forth."""
+    """The bucket of a row that holds so many tokens. One that was in bucket `before` moves down only where it is two steps too long for it, so that a row
+    that is cropped and goes on, as assisted decoding has it, is not moved back and forth."""
     found = 0 if entries <= SMALLEST else math.ceil(math.log(entries / SMALLEST, STEP) - 1e-9)
     return before if before is not None and before - 1 <= found <= before else found
 

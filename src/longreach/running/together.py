@@ -13,6 +13,7 @@ import torch
 
 from longreach.hf.extension import Extension
 from longreach.hf.flat import Flat
+from longreach.methods.base import Method
 from longreach.quantities import CHUNK_SIZE
 from longreach.running.generation import GREEDY, Sampling
 
