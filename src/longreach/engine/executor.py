@@ -18,10 +18,10 @@ from longreach.engine import reference, step
 from longreach.engine.batch import Batch, Rows
 from longreach.engine.layer import RAW, Inputs, Layer
 from longreach.kernels.biased import Bias
-from longreach.kernels.protocol import Kernel
+from longreach.kernels.protocol import KV, Kernel
 from longreach.kernels.tiles import Band
 from longreach.memory.contiguous import Passing
-from longreach.memory.layer import LayerMemory, Shown
+from longreach.memory.layer import LayerMemory, Shown, joined
 
 QUERIES_AT_ONCE = 4096  # bounds the memory for rotated queries and partial results, and keeps them in the cache
 
@@ -72,7 +72,7 @@ def _encoded(layer: Layer, batch: Batch, rows: Rows, positions: PositionMap, new
 
 def _dense(layer: Layer, rows: Rows, q: torch.Tensor, memory: Shown, inputs: Inputs) -> torch.Tensor:
     total = rows.start + rows.count
-    kv = memory.view(RAW, rows.rows, 0, total, False)
+    kv = joined(memory.view(RAW, rows.rows, 0, total, False), q.shape[0])
     i = torch.arange(rows.start, total, device=q.device)
     scale = layer.method.query_scale()
     out, _ = reference.attention(
@@ -130,15 +130,20 @@ class _Call:
         for piece in self.pieces(segment):
             if key not in rotated:
                 rotated[key] = self.query(segment, q)
-            out, lse = self.kernel.attend(
-                rotated[key][:, :, piece.first - start : piece.last - start],
-                self.memory.view(self.layer.form_of(segment.key_positions), self.rows.rows, piece.from_key, piece.to_key, pinned),
-                Band(piece.first - piece.from_key, piece.low, piece.high),
-                self.inputs.scale,
-                self.inputs.softcap,
-                self.bias(segment, piece, q.device),
-            )
-            merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
+            turned = rotated[key][:, :, piece.first - start : piece.last - start]
+            for kv in self.memory.view(self.layer.form_of(segment.key_positions), self.rows.rows, piece.from_key, piece.to_key, pinned):
+                out, lse = self.attend(turned, kv, piece, self.bias(segment, piece, kv, q.device))
+                merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
+
+    def attend(self, q: torch.Tensor, kv: KV, piece: Piece, bias: Bias | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [b, H, t, D] -> what a part of a piece gives."""
+        band = Band(piece.first - kv.index, piece.low, piece.high)
+        if (rows := q.shape[0]) == kv.k.shape[0]:
+            return self.kernel.attend(q, kv, band, self.inputs.scale, self.inputs.softcap, bias)
+        if q.shape[2] > 1 or bias is not None:  # one part for all rows
+            kv = KV(kv.k.expand(rows, -1, -1, -1), kv.v.expand(rows, -1, -1, -1), kv.index)
+            return self.kernel.attend(q, kv, band, self.inputs.scale, self.inputs.softcap, bias)
+        return step.folded(self.kernel, q, kv, band.seen_by_first(kv.k.shape[2]), self.inputs)
 
     def pieces(self, segment: Segment) -> Iterator[Piece]:
         """What the queries see of a segment; keys that the mask of this forward hides cut a piece in two."""
@@ -148,13 +153,13 @@ class _Call:
             else:
                 yield from (replace(piece, from_key=a, to_key=b) for a, b in self.rows.seen(piece.from_key, piece.to_key))
 
-    def bias(self, segment: Segment, piece: Piece, device: torch.device) -> Bias | None:
-        """What ALiBi adds to the logits of a piece, from the positions of its queries and keys."""
+    def bias(self, segment: Segment, piece: Piece, kv: KV, device: torch.device) -> Bias | None:
+        """What ALiBi adds to the logits of a part of a piece, from the positions of its queries and keys."""
         if self.layer.alibi is None:
             return None
         exact = exact_device(device)
         rows = segment.query_positions(torch.arange(piece.first, piece.last, device=exact))
-        columns = segment.key_positions(torch.arange(piece.from_key, piece.to_key, device=exact))
+        columns = segment.key_positions(torch.arange(kv.index, kv.index + kv.k.shape[2], device=exact))
         return Bias(self.layer.alibi.on(exact), rows, columns, device)
 
     def late(self, late: TopK, q: torch.Tensor, merge: Merge, rows_at_once: int = 64) -> None:
@@ -164,7 +169,7 @@ class _Call:
         first = stop - 1 if late.rows == "last" else start
         for a in range(max(first, late.first_key + late.low + late.k - 1), stop, rows_at_once):
             b = min(stop, a + rows_at_once)
-            kv = self.memory.view(RAW, self.rows.rows, late.first_key, b - late.low, False)
+            kv = joined(self.memory.view(RAW, self.rows.rows, late.first_key, b - late.low, False), q.shape[0])
             keys, values, groups = kv.k.float(), kv.v, q.shape[1] // kv.k.shape[1]
             i = torch.arange(a, b, device=q.device)[:, None]
             j = torch.arange(late.first_key, b - late.low, device=q.device)[None, :]

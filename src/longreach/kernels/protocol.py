@@ -18,10 +18,14 @@ from longreach.kernels.tiles import Band
 
 @dataclass(frozen=True, eq=False)
 class KV:
-    """What a kernel reads: keys [R, G, C, D] and values [R, G, C, E] of rows, of any strides; a key and its value have the same column."""
+    """What a kernel reads: keys [R, G, C, D] and values [R, G, C, E] of rows, of any strides; a key and its value have the same column.
+
+    index  true index of the first key, where a memory hands it out.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
+    index: int = 0
 
 
 @dataclass(frozen=True, eq=False)

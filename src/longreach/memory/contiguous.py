@@ -1,14 +1,16 @@
 """Contiguous memory: the keys and values of one layer, each row's tokens side by side in a buffer of its own.
 
 A form is "keys encoded at one position map". Values are kept once, as long as any form. Where there are several rows, they are kept once more for every
-shorter tail: keys and values of a form then lie alike for rows of any lengths, and one call reads them. Knows buffers; not positions, layers or models.
+shorter tail: keys and values of a form then lie alike for rows of any lengths, and one call reads them. Of a form that keeps every token, forks read the
+tokens that they have in common from one frozen base, and what each has read since from a tail of its own. Knows buffers; not positions, layers or models.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,7 +18,9 @@ from longreach.core.segments import PositionMap, Retention
 from longreach.kernels.protocol import KV
 from longreach.kernels.tiles import between
 from longreach.memory.buffer import Buffer
-from longreach.memory.placement import Placement, Shelf, Step
+from longreach.memory.bases import BaseShelf
+from longreach.memory.placement import Placement
+from longreach.memory.steps import Shelf, Step
 
 
 def values_kept(forms: Mapping[PositionMap, Retention], shared: bool) -> list[Retention]:
@@ -54,11 +58,14 @@ class Contiguous:
         for buffer in self.tails.values():
             buffer.write(rows, start, values, shown=False)
 
-    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> KV:
-        keys = self.keys[positions]
+    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
         if pinned:
-            return KV(keys.pinned(rows, start, stop), self.whole.pinned(rows, start, stop))
-        return KV(keys.view(rows, start, stop), self.whole.view(rows, start, stop))
+            return (KV(self.keys[positions].pinned(rows, start, stop), self.whole.pinned(rows, start, stop), start),)
+        keys, values = self.keys[positions].parts(rows, start, stop), self.whole.parts(rows, start, stop)
+        if len(keys) == len(values) == 1:
+            return (KV(keys[0][1], values[0][1], start),)
+        cuts = [*sorted({first for first, _ in (*keys, *values)}), stop]  # a tail of keys may lie in one part where the values lie in two
+        return [KV(_of(keys, a, b), _of(values, a, b), a) for a, b in itertools.pairwise(cuts)]
 
     def append_step(self, step: Step, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         for positions, new in keys.items():
@@ -71,6 +78,11 @@ class Contiguous:
         values = self.tails.get(keys.placement.tail, self.whole)
         for shelf in step.shelves(keys.placement):
             yield shelf, KV(keys.shelf(shelf), values.shelf(shelf))
+
+    def bases(self, positions: PositionMap, step: Step) -> Iterator[tuple[BaseShelf, KV]]:
+        keys = self.keys[positions]
+        for shelf in step.bases(keys.placement):
+            yield shelf, KV(keys.base(shelf), self.whole.base(shelf))
 
     def first_tokens(self, positions: PositionMap, step: Step) -> KV:
         keys, rows = self.keys[positions], slice(step.rows[0], step.rows[-1] + 1)
@@ -104,15 +116,21 @@ class Contiguous:
         return other
 
 
+def _of(parts: Sequence[tuple[int, torch.Tensor]], start: int, stop: int) -> torch.Tensor:
+    """Entries start .. stop, which one of the parts holds."""
+    first, entries = next(part for part in reversed(parts) if part[0] <= start)
+    return between(entries, start - first, stop - first)
+
+
 class Passing:
     """The keys and values of a forward that nobody stores: those of the rows at hand, from index 0 on. Implements `memory.layer.Shown`."""
 
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         self._rows, self._keys, self._values = rows, keys, values
 
-    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> KV:
+    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
         assert rows == self._rows
-        return KV(between(self._keys[positions], start, stop), between(self._values, start, stop))
+        return (KV(between(self._keys[positions], start, stop), between(self._values, start, stop), start),)
 
     def release(self) -> None:
         del self._keys, self._values
