@@ -65,7 +65,7 @@ class Contiguous:
         if len(keys) == len(values) == 1:
             return (KV(keys[0][1], values[0][1], start),)
         cuts = [*sorted({first for first, _ in (*keys, *values)}), stop]  # a tail of keys may lie in one part where the values lie in two
-        return [KV(_of(keys, a, b), _of(values, a, b), a) for a, b in itertools.pairwise(cuts)]
+        return [_together(_of(keys, a, b), _of(values, a, b), a) for a, b in itertools.pairwise(cuts)]
 
     def append_step(self, step: Step, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         for positions, new in keys.items():
@@ -120,6 +120,12 @@ def _of(parts: Sequence[tuple[int, torch.Tensor]], start: int, stop: int) -> tor
     """Entries start .. stop, which one of the parts holds."""
     first, entries = next(part for part in reversed(parts) if part[0] <= start)
     return between(entries, start - first, stop - first)
+
+
+def _together(k: torch.Tensor, v: torch.Tensor, index: int) -> KV:
+    """Where rows share one of the two only, it is seen once for each of them."""
+    rows = max(k.shape[0], v.shape[0])
+    return KV(k, v, index) if k.shape[0] == v.shape[0] else KV(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), index)
 
 
 class Passing:
