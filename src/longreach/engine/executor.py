@@ -132,16 +132,17 @@ class _Call:
                 rotated[key] = self.query(segment, q)
             turned = rotated[key][:, :, piece.first - start : piece.last - start]
             for kv in self.memory.view(self.layer.form_of(segment.key_positions), self.rows.rows, piece.from_key, piece.to_key, pinned):
-                out, lse = self.attend(turned, kv, piece, self.bias(segment, piece, kv, q.device))
+                band, bias = Band(piece.first - kv.index, piece.low, piece.high), self.bias(segment, piece, kv, q.device)
+                if kv.k.shape[0] == turned.shape[0]:
+                    out, lse = self.kernel.attend(turned, kv, band, self.inputs.scale, self.inputs.softcap, bias)
+                else:
+                    out, lse = self.of_one(turned, kv, band, bias)
                 merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
 
-    def attend(self, q: torch.Tensor, kv: KV, piece: Piece, bias: Bias | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [b, H, t, D] -> what a part of a piece gives."""
-        band = Band(piece.first - kv.index, piece.low, piece.high)
-        if (rows := q.shape[0]) == kv.k.shape[0]:
-            return self.kernel.attend(q, kv, band, self.inputs.scale, self.inputs.softcap, bias)
-        if q.shape[2] > 1 or bias is not None:  # one part for all rows
-            kv = KV(kv.k.expand(rows, -1, -1, -1), kv.v.expand(rows, -1, -1, -1), kv.index)
+    def of_one(self, q: torch.Tensor, kv: KV, band: Band, bias: Bias | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [b, H, t, D] -> what rows see of a part that all of them share."""
+        if q.shape[2] > 1 or bias is not None:
+            kv = KV(kv.k.expand(q.shape[0], -1, -1, -1), kv.v.expand(q.shape[0], -1, -1, -1))
             return self.kernel.attend(q, kv, band, self.inputs.scale, self.inputs.softcap, bias)
         return step.folded(self.kernel, q, kv, band.seen_by_first(kv.k.shape[2]), self.inputs)
 

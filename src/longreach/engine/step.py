@@ -1,6 +1,7 @@
 """One new token for each of several rows of any lengths, in one layer: few calls for all of them, where each would take its own.
 
-Rows of about the same length lie in one bucket, and a bucket is one call per segment; so is a base that rows share. Knows a batch, a layout and tensors; not where they come from.
+Rows of about the same length lie in one bucket, and a bucket is one call per segment; so is a base that rows share. Knows a batch, a layout and tensors; not
+where they come from.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class _Layer:
             return folded(self.kernel, q, call.kv, call.together, self.inputs)
         kv = call.kv
         if kv.k.shape[0] < len(call.members):
-            kv = KV(*(x.expand(len(call.members), -1, -1, -1) for x in (kv.k, kv.v)))
+            kv = KV(kv.k.expand(len(call.members), -1, -1, -1), kv.v.expand(len(call.members), -1, -1, -1))
         return self.kernel.attend(q, kv, call.work, self.inputs.scale, self.inputs.softcap)
 
     def spans(self, visible: Visible, members: tuple[int, ...], firsts: tuple[int, ...]) -> Spans:

@@ -6,44 +6,17 @@ Knows tensors and where they lie, which a placement says; not positions, layers 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from weakref import WeakSet
 
 import torch
 
 from longreach.kernels.tiles import between
 from longreach.memory.bases import Base, BaseShelf
+from longreach.memory.held import Frozen, Reader, Waiting, part
 from longreach.memory.moves import moves
 from longreach.memory.placement import Placement, Places
 from longreach.memory.steps import Shelf, Step
-
-
-def part(x: torch.Tensor, rows: slice, start: int, stop: int) -> torch.Tensor:
-    """x[rows, :, start:stop], in as few operations as it takes: a decoding step asks for it in every layer."""
-    return between(x if rows == slice(0, x.shape[0]) else x[rows], start, stop)
-
-
-@dataclass(frozen=True, eq=False)
-class _Waiting:
-    """New entries of some rows that have no place yet. `run` is what their own queries read, from index `first` on; `new` are the last of them."""
-
-    rows: slice
-    first: int
-    run: torch.Tensor
-    new: torch.Tensor
-
-
-class _Reader:
-    """Somebody who reads some memory, as long as this is held."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Frozen:
-    """The entries of a base [slots, H, C, D]. Whoever shares the memory counts its readers: nobody writes to it while this is held."""
-
-    entries: torch.Tensor
-    reader: _Reader | None
 
 
 class Buffer:
@@ -61,10 +34,10 @@ class Buffer:
         self.places: Places = placement.places  # as the bodies lie; the placement may be ahead
         self.head: torch.Tensor | None = None
         self.bodies: dict[int, torch.Tensor] = {}
-        self.bases: dict[Base, _Frozen] = {}
-        self.reader = _Reader()  # of head and bodies
-        self.sharers: WeakSet[_Reader] = WeakSet()  # who reads the same memory, this one among them; empty: nobody else
-        self._waiting: list[_Waiting] = []
+        self.bases: dict[Base, Frozen] = {}
+        self.reader = Reader()  # of head and bodies
+        self.sharers: WeakSet[Reader] = WeakSet()  # who reads the same memory, this one among them; empty: nobody else
+        self._waiting: list[Waiting] = []
         self._moving: list[tuple[torch.Tensor, torch.Tensor]] = []  # places that are written over while entries move to the front, and what was there
         self._head_before: torch.Tensor | None = None  # of a forward that writes over first tokens
 
@@ -76,7 +49,7 @@ class Buffer:
 
     @property
     def shared(self) -> bool:
-        """Whether somebody else reads what is not frozen yet."""
+        """Whether somebody else reads what is not frozen."""
         return len(self.sharers) > 1
 
     @property
@@ -105,7 +78,7 @@ class Buffer:
         tail = self.placement.tail
         seen = min(first, start) if tail is None else max(first, start - tail)
         run = new[:, :, :0] if not shown else new if seen == start or body is None else torch.cat([part(body, slots, seen - first, start - first), new], dim=2)
-        self._waiting.append(_Waiting(rows, seen, run, new[:, :, max(0, write.first - start) :].clone()))
+        self._waiting.append(Waiting(rows, seen, run, new[:, :, max(0, write.first - start) :].clone()))
 
     def write_step(self, step: Step, new: torch.Tensor) -> None:
         """`new` [n, H, D]: the token of each row of a step. The placement has made room for them."""
@@ -128,11 +101,14 @@ class Buffer:
         """What the rows of a shelf share with others: [slots, H, C, D]."""
         return part(self.bases[shelf.base].entries, shelf.slots, 0, max(b - a for a, b in zip(shelf.firsts, shelf.stops)))
 
-    def parts(self, rows: slice, start: int, stop: int) -> list[tuple[int, torch.Tensor]]:
+    def parts(self, rows: slice, start: int, stop: int) -> Sequence[tuple[int, torch.Tensor]]:
         """Entries start .. stop of consecutive rows that lie alike, those of the forward under way too, in as few parts as they lie in: the index of the
         first entry of each, and [n, H, C, D], or [1, H, C, D] where all rows share it."""
+        own = self.places.firsts[rows.start]
+        if own <= start and not self._waiting:
+            return ((start, part(self.bodies[self.places.buckets[rows.start]], self.places.side_by_side(rows), start - own, stop - own)),)
         waiting = next((each for each in self._waiting if each.rows.start <= rows.start and rows.stop <= each.rows.stop), None)
-        own = self.places.firsts[rows.start] if waiting is None else waiting.first
+        own = own if waiting is None else waiting.first
         found = []
         if start < own:
             shares = self.placement.shares
@@ -151,8 +127,8 @@ class Buffer:
 
     def view(self, rows: slice, start: int, stop: int) -> torch.Tensor:
         """The same [n, H, stop - start, D] as one tensor: copied where it lies in several parts."""
-        found = [tensor for _, tensor in self.parts(rows, start, stop)]
-        return found[0] if len(found) == 1 else torch.cat([tensor.expand(rows.stop - rows.start, -1, -1, -1) for tensor in found], dim=2)
+        found = [tensor.expand(rows.stop - rows.start, -1, -1, -1) for _, tensor in self.parts(rows, start, stop)]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
     def pinned(self, rows: slice, start: int, stop: int) -> torch.Tensor:
         """First tokens start .. stop."""
@@ -161,7 +137,7 @@ class Buffer:
 
     def release(self) -> None:
         """The layer has been computed: what only its own queries read goes."""
-        self._waiting = [_Waiting(w.rows, w.first, w.new[:, :, :0], w.new) for w in self._waiting]
+        self._waiting = [Waiting(w.rows, w.first, w.new[:, :, :0], w.new) for w in self._waiting]
 
     def settle(self) -> None:
         """The placement has committed: what waits gets its place. May be called again where it was interrupted."""
@@ -211,8 +187,8 @@ class Buffer:
         for base in bases:
             body = self.bodies[base.bucket]
             with torch.inference_mode(False):
-                whole = base.slot is None
-                self.bases[base] = _Frozen(body if whole else body[base.slot : base.slot + 1, :, : base.columns].clone(), self.reader if whole else None)
+                copied = None if base.slot is None else body[base.slot : base.slot + 1, :, : base.columns].clone()
+            self.bases[base] = Frozen(body, self.reader) if copied is None else Frozen(copied, None)
 
     def fork(self, placement: Placement) -> Buffer:
         """The same entries for another to go on from, without those of a forward under way. The memory is shared until one of them writes: it then takes a
@@ -271,7 +247,7 @@ class Buffer:
 
     def _own(self) -> None:
         """Before a write: memory that nobody else reads."""
-        if self.shared:
+        if len(self.sharers) > 1:
             self._undo()
             with torch.inference_mode(False):
                 head = None if self.head is None else self.head.clone()
@@ -281,7 +257,7 @@ class Buffer:
             self._leave()
 
     def _leave(self) -> None:
-        self.reader, self.sharers = _Reader(), WeakSet()
+        self.reader, self.sharers = Reader(), WeakSet()
 
     def _drop(self) -> None:
         """Bases that no row has a share of any more."""

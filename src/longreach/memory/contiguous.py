@@ -17,8 +17,8 @@ import torch
 from longreach.core.segments import PositionMap, Retention
 from longreach.kernels.protocol import KV
 from longreach.kernels.tiles import between
-from longreach.memory.buffer import Buffer
 from longreach.memory.bases import BaseShelf
+from longreach.memory.buffer import Buffer
 from longreach.memory.placement import Placement
 from longreach.memory.steps import Shelf, Step
 
@@ -63,7 +63,7 @@ class Contiguous:
             return (KV(self.keys[positions].pinned(rows, start, stop), self.whole.pinned(rows, start, stop), start),)
         keys, values = self.keys[positions].parts(rows, start, stop), self.whole.parts(rows, start, stop)
         if len(keys) == len(values) == 1:
-            return (KV(keys[0][1], values[0][1], start),)
+            return (_together(keys[0][1], values[0][1], start),)
         cuts = [*sorted({first for first, _ in (*keys, *values)}), stop]  # a tail of keys may lie in one part where the values lie in two
         return [_together(_of(keys, a, b), _of(values, a, b), a) for a, b in itertools.pairwise(cuts)]
 
@@ -90,7 +90,7 @@ class Contiguous:
         if len(step.rows) < rows.stop - rows.start:
             members = torch.tensor(step.rows, device=found[0].device) - rows.start
             found = [x.index_select(0, members) for x in found]
-        return KV(*found)
+        return KV(found[0], found[1])
 
     def release(self) -> None:
         for buffer in self.buffers:

@@ -6,7 +6,6 @@ indices, pads are never stored. Knows lengths and what is to be kept; no tensors
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
