@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from longreach.memory.slots import Stretch
 
-COPIED = 512  # entries up to which a fork takes a copy: another part would cost every token that follows more than that
+COPIED = 512  # a fork of fewer entries takes a copy: another part would cost every token that follows more than that
 
 
 @dataclass(frozen=True, eq=False)

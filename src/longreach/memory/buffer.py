@@ -43,7 +43,7 @@ class Buffer:
 
     @property
     def tensors(self) -> dict[int, torch.Tensor]:
-        """What is held, each once, by its id."""
+        """All that is held, by id."""
         found = (self.head, *self.bodies.values(), *(frozen.entries for frozen in self.bases.values()))
         return {id(t): t for t in found if t is not None}
 
@@ -191,8 +191,7 @@ class Buffer:
             self.bases[base] = Frozen(body, self.reader) if copied is None else Frozen(copied, None)
 
     def fork(self, placement: Placement) -> Buffer:
-        """The same entries for another to go on from, without those of a forward under way. The memory is shared until one of them writes: it then takes a
-        copy of its own of what is not frozen."""
+        """The same entries for another to go on from, without those of a forward under way. Whoever writes takes a copy of what is not frozen."""
         self._undo()
         other = Buffer(placement, self.first)
         other.head = self.head if self._head_before is None else self._head_before
