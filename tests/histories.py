@@ -139,14 +139,15 @@ def pair(family: str, method: Method) -> Pair:
 @contextmanager
 def constants(rollback: int, slack: int) -> Iterator[None]:
     """Small ones make short histories meet what long ones meet."""
-    before = placement.ROLLBACK, placement.SLACK, placement.SMALLEST
+    before = placement.ROLLBACK, placement.SLACK, placement.SMALLEST, placement.COPIED
     placement.ROLLBACK = store.ROLLBACK = rollback
     placement.SLACK = slack
     placement.SMALLEST = 4 * slack
+    placement.COPIED = 2 * slack
     try:
         yield
     finally:
-        placement.ROLLBACK, placement.SLACK, placement.SMALLEST = before
+        placement.ROLLBACK, placement.SLACK, placement.SMALLEST, placement.COPIED = before
         store.ROLLBACK = placement.ROLLBACK
 
 

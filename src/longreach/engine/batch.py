@@ -15,8 +15,8 @@ import torch
 
 from longreach.core.encodings import Rotary, Table, exact_device
 from longreach.core.segments import Constant, PositionMap
-from longreach.memory.placement import Step
 from longreach.memory.slots import Stretch
+from longreach.memory.steps import Step
 from longreach.memory.store import Past, Store
 
 
@@ -88,6 +88,13 @@ class Singles:
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, T, D] -> [n, H, D]."""
         return x[self.rows.to(x.device), :, self.columns.to(x.device)]
+
+    def index(self, members: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Some of them, to index a tensor of any layer with."""
+        key = members, device
+        if key not in self.made:
+            self.made[key] = torch.tensor(members, device=device)
+        return self.made[key]
 
 
 @dataclass(eq=False)

@@ -18,10 +18,10 @@ from longreach.engine import chosen, reference, step
 from longreach.engine.batch import Batch, Rows
 from longreach.engine.layer import RAW, Inputs, Layer
 from longreach.kernels.biased import Bias
-from longreach.kernels.protocol import Kernel
+from longreach.kernels.protocol import KV, Kernel
 from longreach.kernels.tiles import Band
 from longreach.memory.contiguous import Passing
-from longreach.memory.layer import LayerMemory, Shown
+from longreach.memory.layer import LayerMemory, Shown, joined
 
 QUERIES_AT_ONCE = 4096  # bounds the memory for rotated queries and partial results, and keeps them in the cache
 
@@ -74,7 +74,7 @@ def _encoded(layer: Layer, batch: Batch, rows: Rows, positions: PositionMap, new
 
 def _dense(layer: Layer, rows: Rows, q: torch.Tensor, memory: Shown, inputs: Inputs) -> torch.Tensor:
     total = rows.start + rows.count
-    kv = memory.view(RAW, rows.rows, 0, total, False)
+    kv = joined(memory.view(RAW, rows.rows, 0, total, False), q.shape[0])
     scale = layer.method.query_scale()
     factor = None if scale is None else scale(torch.arange(rows.start, total, device=q.device))
     barred = rows.barred(0, total, q.device)
@@ -127,15 +127,21 @@ class _Call:
                 self.chosen(segment, visible, q, merge, rotated)
                 return
         for piece in self.pieces(visible):
-            out, lse = self.kernel.attend(
-                self.query(segment.query_positions, segment, q, rotated)[:, :, piece.first - start : piece.last - start],
-                self.memory.view(self.layer.form_of(segment.kept), self.rows.rows, piece.from_key, piece.to_key, pinned),
-                Band(piece.first - piece.from_key, piece.low, piece.high),
-                self.inputs.scale,
-                self.inputs.softcap,
-                self.bias(segment, piece, q.device),
-            )
-            merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
+            turned = self.query(segment.query_positions, segment, q, rotated)[:, :, piece.first - start : piece.last - start]
+            for kv in self.memory.view(self.layer.form_of(segment.kept), self.rows.rows, piece.from_key, piece.to_key, pinned):
+                band, bias = Band(piece.first - kv.index, piece.low, piece.high), self.bias(segment, piece, kv, q.device)
+                if kv.k.shape[0] == turned.shape[0]:
+                    out, lse = self.kernel.attend(turned, kv, band, self.inputs.scale, self.inputs.softcap, bias)
+                else:
+                    out, lse = self.of_one(turned, kv, band, bias)
+                merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
+
+    def of_one(self, q: torch.Tensor, kv: KV, band: Band, bias: Bias | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [b, H, t, D] -> what rows see of a part that all of them share."""
+        if q.shape[2] > 1 or bias is not None:
+            kv = KV(kv.k.expand(q.shape[0], -1, -1, -1), kv.v.expand(q.shape[0], -1, -1, -1))
+            return self.kernel.attend(q, kv, band, self.inputs.scale, self.inputs.softcap, bias)
+        return step.folded(self.kernel, q, kv, band.seen_by_first(kv.k.shape[2]), self.inputs)
 
     def chosen(self, segment: Segment, visible: Visible, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
         """What the queries see of a segment whose keys an index chooses."""
@@ -144,14 +150,15 @@ class _Call:
         for piece in visible.pieces(start, start + self.rows.count):
             asking, turned = (self.query(positions, segment, q, rotated) for positions in (segment.compared[0], segment.query_positions))
             keys = piece.to_key - piece.from_key
-            kv = self.memory.view(self.layer.form_of(segment.kept), rows, piece.from_key, piece.to_key, False)
+            kept_at, compared_at = (self.layer.form_of(positions) for positions in (segment.kept, segment.compared[1]))
+            parts = self.memory.view(kept_at, rows, piece.from_key, piece.to_key, False)
             compared: torch.Tensor | None
             if (kept := summary(segment)) is not None:
                 compared = self.memory.summaries(kept, rows, keys // choice.block) if keys >= choice.block else None
             else:
-                compared = self.memory.view(self.layer.form_of(segment.compared[1]), rows, piece.from_key, piece.to_key, False).k
-            source = chosen.Source(kv.gather, compared, keys, piece.from_key, self.rows.barred(piece.from_key, piece.to_key, q.device))
-            size = chosen.queries_at_once(choice, q.shape[0], q.shape[1], kv.k.shape[1], q.shape[3] + self.width, keys, q.element_size())
+                compared = joined(self.memory.view(compared_at, rows, piece.from_key, piece.to_key, False), q.shape[0]).k
+            source = chosen.Source(parts, compared, keys, piece.from_key, self.rows.barred(piece.from_key, piece.to_key, q.device))
+            size = chosen.queries_at_once(choice, q.shape[0], q.shape[1], parts[0].k.shape[1], q.shape[3] + self.width, keys, q.element_size())
             for a, b in chosen.stretches(piece.first, piece.last, size):
                 seen = torch.arange(visible.keys_of(a), visible.keys_of(b), device=q.device)[None]
                 queries, askers = (x[:, :, a - start : b - start] for x in (turned, asking))
@@ -166,11 +173,11 @@ class _Call:
             else:
                 yield from (replace(piece, from_key=a, to_key=b) for a, b in self.rows.seen(piece.from_key, piece.to_key))
 
-    def bias(self, segment: Segment, piece: Piece, device: torch.device) -> Bias | None:
-        """What ALiBi adds to the logits of a piece, from the positions of its queries and keys."""
+    def bias(self, segment: Segment, piece: Piece, kv: KV, device: torch.device) -> Bias | None:
+        """What ALiBi adds to the logits of a part of a piece, from the positions of its queries and keys."""
         if self.layer.alibi is None:
             return None
         exact = exact_device(device)
         rows = segment.query_positions(torch.arange(piece.first, piece.last, device=exact))
-        columns = segment.key_positions(torch.arange(piece.from_key, piece.to_key, device=exact))
+        columns = segment.key_positions(torch.arange(kv.index, kv.index + kv.k.shape[2], device=exact))
         return Bias(self.layer.alibi.on(exact), rows, columns, device)

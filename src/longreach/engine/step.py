@@ -1,10 +1,12 @@
 """One new token for each of several rows of any lengths, in one layer: few calls for all of them, where each would take its own.
 
-Rows of about the same length lie in one bucket, and a bucket is one call per segment. Knows a batch, a layout and tensors; not where they come from.
+Rows of about the same length lie in one bucket, and a bucket is one call per segment; so is a base that rows share. Knows a batch, a layout and tensors; not
+where they come from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +17,17 @@ from longreach.engine import chosen
 from longreach.engine.batch import Batch, Singles
 from longreach.engine.layer import Inputs, Layer
 from longreach.kernels.protocol import KV, Kernel, Spans
-from longreach.kernels.tiles import between
-from longreach.memory.layer import LayerMemory
+from longreach.kernels.tiles import Band, between, empty
+from longreach.memory.bases import BaseShelf
+from longreach.memory.layer import LayerMemory, joined
+from longreach.memory.slots import Stretch
 
 
 def run(
     layer: Layer, batch: Batch, singles: Singles, kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, memory: LayerMemory, inputs: Inputs
 ) -> torch.Tensor:
     """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the forward -> [n, H, E] of the rows with one token, in q's dtype."""
-    call = _Call(layer, batch, singles, kernel, memory, inputs)
+    call = _Layer(layer, batch, singles, kernel, memory, inputs)
     new = singles.take(k)
     memory.append_step(singles.step, {positions: call.encoded(positions, new) for positions in layer.forms}, singles.take(v))
     for row, start in zip(singles.step.rows, singles.step.starts) if layer.summaries else ():
@@ -31,8 +35,21 @@ def run(
     return call.attend(singles.take(q), v.shape[3]).to(q.dtype)
 
 
+Part = tuple[torch.Tensor, torch.Tensor]  # out and lse
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a kernel for the rows `members` of a step. `together`: the columns that all of them see of one row; else `work` says what each sees."""
+
+    members: tuple[int, ...]
+    kv: KV
+    work: Spans
+    together: Stretch | None = None
+
+
 @dataclass
-class _Call:
+class _Layer:
     layer: Layer
     batch: Batch
     singles: Singles
@@ -60,11 +77,11 @@ class _Call:
         rotated: dict[object, torch.Tensor] = {}
         for segment in self.layer.layout.segments:
             if segment.choice is not None:
-                part = self.chosen(segment, *(self.query(positions, segment, q, rotated) for positions in (segment.query_positions, segment.compared[0])))
+                asking, turned = (self.query(positions, segment, q, rotated) for positions in (segment.compared[0], segment.query_positions))
+                parts = self.choose(segment, turned, asking)
             else:
-                part = self.segment(segment, self.query(segment.query_positions, segment, q, rotated))
-            if part is not None:
-                out, lse = part
+                parts = self.segment(segment, self.query(segment.query_positions, segment, q, rotated))
+            for out, lse in parts:
                 merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse)
         if merge.out is None:
             merge.add(q.new_zeros((*q.shape[:2], 1, width)), torch.full((*q.shape[:2], 1), NEGATIVE_INFINITY, device=q.device))
@@ -79,72 +96,126 @@ class _Call:
             rotated[key] = self.turned(q, positions, scale)[:, :, None]
         return rotated[key]
 
-    def segment(self, segment: Segment, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """q [n, H, 1, D] -> what the rows see of a segment; None: nothing."""
-        positions, visible = self.layer.form_of(segment.key_positions), segment.visible
+    def segment(self, segment: Segment, q: torch.Tensor) -> Iterator[Part]:
+        """q [n, H, 1, D] -> what the rows see of a segment, in parts that merge: of the bases that they share with others, and of their own."""
+        positions, visible, step = self.layer.form_of(segment.kept), segment.visible, self.singles.step
         every = tuple(range(len(self.starts)))
-        calls: list[tuple[tuple[int, ...], torch.Tensor | None, KV, Spans]]
         if visible.last_key is not None:
-            calls = [(every, None, self.memory.first_tokens(positions, self.singles.step), self.spans(visible, every, (0,) * len(every)))]
+            calls = [Call(every, self.memory.first_tokens(positions, step), self.spans(visible, every, (0,) * len(every)))]
         else:
-            calls = [
-                (shelf.members, shelf.index(q.device)[0], kv, self.spans(visible, shelf.members, shelf.firsts))
-                for shelf, kv in self.memory.shelves(positions, self.singles.step)
-            ]
-        calls = [call for call in calls if call[3].reach != (0, 0)]
-        if not calls:
-            return None
-        if len(calls) == 1 and calls[0][0] == every:
-            return self.call(q, calls[0][2], calls[0][3])
-        whole: tuple[torch.Tensor, torch.Tensor] | None = None
-        for _, index, kv, spans in calls:
-            out, lse = self.call(q[index], kv, spans)
-            if whole is None:
-                shape = len(every), *out.shape[1:]
-                whole = out.new_zeros(shape), torch.full(shape[:3], NEGATIVE_INFINITY, device=out.device)
-            whole[0][index], whole[1][index] = out, lse
-        return whole
+            for base, kv in self.memory.bases(positions, step):
+                for call in self.of_base(visible, base, kv):
+                    yield self.spread(q, [call])
+            calls = [Call(shelf.members, kv, self.spans(visible, shelf.members, shelf.firsts)) for shelf, kv in self.memory.shelves(positions, step)]
+        if calls := [call for call in calls if call.work.reach != (0, 0)]:
+            yield self.spread(q, calls)
 
-    def chosen(self, segment: Segment, q: torch.Tensor, asking: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def spread(self, q: torch.Tensor, calls: list[Call]) -> Part:
+        """What calls for some of the rows each give."""
+        if len(calls) == 1 and calls[0].members == tuple(range(len(self.starts))):
+            return self.call(q, calls[0])
+        return self.whole([(call.members, self.call(q[self.singles.index(call.members, q.device)], call)) for call in calls])
+
+    def whole(self, parts: list[tuple[tuple[int, ...], Part]]) -> Part:
+        """What some of the rows each see, beside nothing for all others."""
+        (members, (out, lse)), count = parts[0], len(self.starts)
+        if len(parts) == 1 and members == tuple(range(count)):
+            return out, lse
+        every = out.new_zeros((count, *out.shape[1:])), torch.full((count, *lse.shape[1:]), NEGATIVE_INFINITY, device=out.device)
+        for members, (out, lse) in parts:
+            index = self.singles.index(members, out.device)
+            every[0][index], every[1][index] = out, lse
+        return every
+
+    def choose(self, segment: Segment, q: torch.Tensor, asking: torch.Tensor) -> Iterator[Part]:
         """The same of a segment whose keys an index chooses; `asking`: the queries in its frame. The only query of each row chooses."""
-        visible, choice, starts, form = segment.visible, segment.choice, self.starts, self.layer.form_of
-        assert choice is not None
-        whole: tuple[torch.Tensor, torch.Tensor] | None = None
-        compared_at = self.memory.shelves(form(segment.compared[1]), self.singles.step)  # the same shelves: both keep every token
-        for (shelf, kv), (_, other) in zip(self.memory.shelves(form(segment.kept), self.singles.step), compared_at):
-            seen = [visible.keys_of(starts[n]) for n in shelf.members]
-            if not (keys := max(seen)):
-                continue
-            kv = KV(*(between(x, visible.first_key, visible.first_key + keys) for x in (kv.k, kv.v)))
-            compared: torch.Tensor | None = between(other.k, visible.first_key, visible.first_key + keys)
-            if (kept := summary(segment)) is not None:
-                blocks = keys // choice.block
-                compared = self.memory.shelf_of_summaries(kept, self.singles.step, shelf, blocks) if blocks else None
-            index, source = shelf.index(q.device)[0], chosen.Source(kv.gather, compared, keys, visible.first_key)
-            part = chosen.attend(self.layer, segment, source, self.kernel, self.inputs, q[index], asking[index], self.counts(seen, q.device))
-            if shelf.members == tuple(range(len(starts))):
-                return part
-            if whole is None:
-                shape = len(starts), *part[0].shape[1:]
-                whole = part[0].new_zeros(shape), torch.full(shape[:3], NEGATIVE_INFINITY, device=q.device)
-            whole[0][index], whole[1][index] = part
-        return whole
+        visible, starts = segment.visible, self.starts
+        parts: list[tuple[tuple[int, ...], Part]] = []
+        for members, source in self.sources(segment):
+            index, seen = self.singles.index(members, q.device), tuple(visible.keys_of(starts[n]) for n in members)
+            given = self.layer, segment, source, self.kernel, self.inputs, q[index], asking[index], self.counts(seen, q.device)
+            parts.append((members, chosen.attend(*given)))
+        if parts:
+            yield self.whole(parts)
 
-    def counts(self, seen: list[int], device: torch.device) -> torch.Tensor:
+    def sources(self, segment: Segment) -> Iterator[tuple[tuple[int, ...], chosen.Source]]:
+        """Rows, by their numbers, that choose in one go, and from what. Those that share a base with others do so one by one."""
+        memory, step, visible, kept = self.memory, self.singles.step, segment.visible, summary(segment)
+        choice, first, forms = segment.choice, segment.visible.first_key, [self.layer.form_of(positions) for positions in (segment.kept, segment.compared[1])]
+        assert choice is not None
+        compared: torch.Tensor | None
+        for (shelf, kv), (_, other) in zip(*(memory.shelves(form, step) for form in forms)):  # the same shelves: both forms keep every token
+            for members in [(n,) for n in shelf.members] if any(shelf.firsts) else [shelf.members]:
+                if not (keys := max(visible.keys_of(self.starts[n]) for n in members)):
+                    continue
+                row, blocks = slice(step.rows[members[0]], step.rows[members[0]] + 1), keys // choice.block
+                if any(shelf.firsts):
+                    parts, compares = (memory.view(form, row, first, first + keys, False) for form in forms)
+                    compared = joined(compares, 1).k if kept is None else memory.summaries(kept, row, blocks) if blocks else None
+                else:
+                    parts = (KV(between(kv.k, first, first + keys), between(kv.v, first, first + keys), first),)
+                    compared = between(other.k, first, first + keys)
+                    if kept is not None:
+                        compared = memory.shelf_of_summaries(kept, step, shelf, blocks) if blocks else None
+                yield members, chosen.Source(parts, compared, keys, first)
+
+    def counts(self, seen: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """[n, 1], made once for all layers."""
-        made, key = self.singles.made, (tuple(seen), device)
+        made, key = self.singles.made, (seen, device)
         if key not in made:
             made[key] = torch.tensor(seen, device=device)[:, None]
         return made[key]
 
-    def call(self, q: torch.Tensor, kv: KV, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.kernel.attend(q, kv, spans, self.inputs.scale, self.inputs.softcap)
+    def call(self, q: torch.Tensor, call: Call) -> Part:
+        if call.together is not None:
+            return folded(self.kernel, q, call.kv, call.together, self.inputs)
+        kv = call.kv
+        if kv.k.shape[0] < len(call.members):
+            kv = KV(kv.k.expand(len(call.members), -1, -1, -1), kv.v.expand(len(call.members), -1, -1, -1))
+        return self.kernel.attend(q, kv, call.work, self.inputs.scale, self.inputs.softcap)
 
     def spans(self, visible: Visible, members: tuple[int, ...], firsts: tuple[int, ...]) -> Spans:
         """The columns that rows see, of buffers that begin with the entries `firsts`."""
         made, key = self.singles.made, (visible, members, firsts)
         if key not in made:
-            seen = [next(visible.pieces(start, start + 1), None) for start in (self.starts[n] for n in members)]
-            pairs = [(0, 0) if piece is None else (piece.from_key - first, piece.to_key - first) for piece, first in zip(seen, firsts)]
+            seen = self.seen(visible, members)
+            pairs = [(max(0, a - first), max(0, b - first)) for (a, b), first in zip(seen, firsts)]
             made[key] = Spans(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
         return made[key]
+
+    def seen(self, visible: Visible, members: tuple[int, ...]) -> list[Stretch]:
+        """The entries that rows see."""
+        pieces = [next(visible.pieces(start, start + 1), None) for start in (self.starts[n] for n in members)]
+        return [(0, 0) if piece is None else (piece.from_key, piece.to_key) for piece in pieces]
+
+    def of_base(self, visible: Visible, base: BaseShelf, kv: KV) -> list[Call]:
+        """Rows that read the same entries are rows of queries of one call, which reads them once; what only some of them see is masked for the others."""
+        made, key = self.singles.made, (visible, base)
+        if key not in made:
+            pairs = [(n, base.columns(seen, number)) for number, (n, seen) in enumerate(zip(base.members, self.seen(visible, base.members)))]
+            made[key] = _shared(pairs, base.same)
+        return [Call(members, kv, work, together) for members, work, together in made[key]]
+
+
+def _shared(pairs: list[tuple[int, Stretch]], same: bool) -> list[tuple[tuple[int, ...], Spans, Stretch | None]]:
+    """What rows see of a base, (number, columns), as (numbers, columns of each, columns that one call reads for all of them)."""
+    if not any(a < b for _, (a, b) in pairs):
+        return []
+    if same:
+        pairs = [pair for pair in pairs if pair[1][0] < pair[1][1]]
+    members, starts, stops = tuple(n for n, _ in pairs), tuple(a for _, (a, _) in pairs), tuple(b for _, (_, b) in pairs)
+    first, last = max(starts), min(stops)
+    if not same or first >= last:
+        return [(members, Spans(starts, stops), None)]
+    before, behind = Spans(starts, (first,) * len(members)), Spans((last,) * len(members), stops)
+    return [(members, before, (first, last)), *((members, spans, None) for spans in (before, behind) if spans.reach != (0, 0))]
+
+
+def folded(kernel: Kernel, q: torch.Tensor, kv: KV, seen: Stretch, inputs: Inputs) -> Part:
+    """q [n, H, 1, D] of rows that all see the same columns of one row -> out [n, H, 1, E], lse [n, H, 1]. Each key is read once."""
+    start, stop = seen
+    if start >= stop:
+        return empty(q, kv.v)
+    kv = KV(between(kv.k, start, stop), between(kv.v, start, stop))
+    out, lse = kernel.attend(q.transpose(0, 2), kv, Band(stop - start), inputs.scale, inputs.softcap)
+    return out.transpose(0, 2), lse.transpose(0, 2)

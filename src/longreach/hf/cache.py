@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from longreach.hf.calls import Calls
-from longreach.memory.store import Store
+from longreach.memory.store import Store, nbytes_of
 
 
 class StoreLayer(CacheLayerMixin):
@@ -148,11 +148,13 @@ def take_back(cache: Any, slots: int) -> bool:
     return True
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes allocated for keys and values, in our store or in a stock cache."""
-    store = store_of(cache)
-    if store is not None:
-        return store.nbytes
+def cache_bytes(cache: Any, *forks: Any) -> int:
+    """Bytes allocated for keys and values, in our store or in a stock cache. What several caches share counts once: `cache_bytes(document, *forks)`."""
+    stores = [store_of(each) for each in (cache, *forks)]
+    if None not in stores:
+        return nbytes_of(store for store in stores if store is not None)
+    if forks:
+        return sum(map(cache_bytes, (cache, *forks)))
     tensors = (t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None)
     return sum(t.numel() * t.element_size() for t in tensors)
 

@@ -73,7 +73,7 @@ def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str,
         tensors["ids"] = _checked_ids(ids, store)
     if store.real is not None:
         tensors["mask"] = store.real.contiguous()
-    places = [{"firsts": placement.places.firsts, "ends": placement.ends} for placement in store.placements.values()]
+    places = [{"firsts": placement.firsts, "ends": placement.ends} for placement in store.placements.values()]
     dtypes = {entry.dtype for entry in forward.facts.reading.entries}
     for _, name, buffer in _buffers(store):
         for part, tensor in buffer.entries().items():

@@ -203,7 +203,8 @@ class Extension:
         return documents.load(self.forward, Path(file), max_bytes)
 
     def fork(self, cache: Any) -> DynamicCache:
-        """A second cache that goes on from the same place, independently. Memory is shared until one of the two writes; it then copies."""
+        """A second cache that goes on from the same place, independently. What the two have in common is held once, however they go on; what is bounded or
+        short is copied at the first write."""
         return documents.fork(self.forward, cache)
 
     # -- many requests ------------------------------------------------------------------------------------------------------------

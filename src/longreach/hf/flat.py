@@ -56,7 +56,7 @@ class Flat:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
+        """Bytes allocated for keys and values; what requests share counts once."""
         return self._store.nbytes
 
     def length(self, request: int) -> int:
@@ -68,7 +68,8 @@ class Flat:
         return self._named(self._store.join())
 
     def fork(self, request: int) -> int:
-        """A new request that has read what this one has, and goes on by itself."""
+        """A new request that has read what this one has, and goes on by itself. The first fork of a long one moves its tokens to a place that both read;
+        further ones copy nothing of it."""
         row = self._row(request)
         self._store.select(torch.tensor([*range(self._store.rows), row]))
         return self._named(self._store.rows - 1)

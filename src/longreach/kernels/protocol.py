@@ -6,6 +6,7 @@ A kernel knows tensors of one device; it does not know positions, methods, memor
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,20 +19,41 @@ from longreach.kernels.tiles import Band
 
 @dataclass(frozen=True, eq=False)
 class KV:
-    """What a kernel reads: keys [R, G, C, D] and values [R, G, C, E] of rows, of any strides; a key and its value have the same column."""
+    """What a kernel reads: keys [R, G, C, D] and values [R, G, C, E] of rows, of any strides; a key and its value have the same column.
+
+    index  true index of the first key, where a memory hands it out.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
+    index: int = 0
 
-    def gather(self, columns: torch.Tensor) -> KV:
-        """columns [R, C, T, n], C = G or a multiple of it -> those of each row, head and query, as rows of one head: [R C T, 1, n, D]. C = 1: of all G
-        heads the same, [R T, G, n, D]."""
-        heads, groups = columns.shape[1], self.k.shape[1]
-        row = torch.arange(columns.shape[0], device=columns.device)[:, None, None, None]
-        if heads == 1:
-            return KV(*(x.transpose(1, 2)[row[:, 0], columns[:, 0]].flatten(0, 1).transpose(1, 2) for x in (self.k, self.v)))
-        group = (torch.arange(heads, device=columns.device) * groups // heads)[:, None, None]
-        return KV(*(x[row, group, columns].flatten(0, 2)[:, None] for x in (self.k, self.v)))
+
+def gather(parts: Sequence[KV], first: int, columns: torch.Tensor) -> KV:
+    """Of parts that follow each other, one of which may be of one row that all share: the keys and values at columns [R, C, T, n], counted from the index
+    `first`; C = G or a multiple of it: those of each row, head and query as rows of one head [R C T, 1, n, D]. C = 1: of all heads the same, [R T, G, n, D]."""
+    found: KV | None = None
+    for part in parts:
+        at = columns + (first - part.index) if first != part.index else columns
+        if len(parts) == 1:
+            return _gathered(part, at)
+        inside = (at >= 0) & (at < part.k.shape[2])
+        here = _gathered(part, at.clamp(0, part.k.shape[2] - 1))
+        mine = inside.flatten(0, 2)[:, None, :, None]
+        found = here if found is None else KV(torch.where(mine, here.k, found.k), torch.where(mine, here.v, found.v))
+    assert found is not None
+    return found
+
+
+def _gathered(kv: KV, columns: torch.Tensor) -> KV:
+    heads, groups, rows = columns.shape[1], kv.k.shape[1], columns.shape[0]
+    row = (torch.arange(rows, device=columns.device) if kv.k.shape[0] > 1 else torch.zeros(rows, dtype=torch.long, device=columns.device))[:, None, None, None]
+    if heads == 1:
+        k, v = (x.transpose(1, 2)[row[:, 0], columns[:, 0]].flatten(0, 1).transpose(1, 2) for x in (kv.k, kv.v))
+        return KV(k, v)
+    group = (torch.arange(heads, device=columns.device) * groups // heads)[:, None, None]
+    k, v = (x[row, group, columns].flatten(0, 2)[:, None] for x in (kv.k, kv.v))
+    return KV(k, v)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,10 @@ class Band:
     low: int = 0
     high: int | None = None
 
+    def seen_by_first(self, columns: int) -> tuple[int, int]:
+        """The stretch of columns that row 0 sees; empty where its stop is not behind its start."""
+        return 0 if self.high is None else max(0, self.offset - self.high + 1), min(columns, self.offset - self.low + 1)
+
 
 class Operator(Protocol):
     def __call__(
@@ -54,8 +58,7 @@ def attend(
     if first >= rows or columns == 0 or (band.high is not None and band.high <= band.low):
         return empty(q, v)
     if rows == 1:  # one row sees one stretch of columns
-        start = 0 if band.high is None else max(0, band.offset - band.high + 1)
-        stop = min(columns, diagonal + 1)
+        start, stop = band.seen_by_first(columns)
         return operator(q, between(k, start, stop), between(v, start, stop), scale) if start < stop else empty(q, v)
     tiles = _Tiles(operator, q, k, v, diagonal, scale, Merge(rows))
     if band.high is None:

@@ -6,33 +6,23 @@ Knows tensors and where they lie, which a placement says; not positions, layers 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from weakref import WeakSet
 
 import torch
 
 from longreach.kernels.tiles import between
-from longreach.memory.placement import Placement, Places, Shelf, Step
-
-
-def part(x: torch.Tensor, rows: slice, start: int, stop: int) -> torch.Tensor:
-    """x[rows, :, start:stop], in as few operations as it takes: a decoding step asks for it in every layer."""
-    return between(x if rows == slice(0, x.shape[0]) else x[rows], start, stop)
-
-
-@dataclass(frozen=True, eq=False)
-class _Waiting:
-    """New entries of some rows that have no place yet. `run` is what their own queries read, from index `first` on; `new` are the last of them."""
-
-    rows: slice
-    first: int
-    run: torch.Tensor
-    new: torch.Tensor
+from longreach.memory.bases import Base, BaseShelf
+from longreach.memory.held import Frozen, Reader, Waiting, part, require_dtype
+from longreach.memory.moves import moves
+from longreach.memory.placement import Placement, Places
+from longreach.memory.steps import Shelf, Step
 
 
 class Buffer:
     """The entries of one form, or values, of all rows: [slots, H, room, D] for every bucket, and the first `first` tokens [rows, H, first, D].
+
+    Of rows that share bases with others, the bodies hold the tails only.
 
     A forward writes only where nothing is stored, or keeps what it writes in a copy that waits. What was written counts when the placement says so: `settle`.
     A forward that fails in any layer therefore leaves every buffer as it was: `discard`.
@@ -44,14 +34,27 @@ class Buffer:
         self.places: Places = placement.places  # as the bodies lie; the placement may be ahead
         self.head: torch.Tensor | None = None
         self.bodies: dict[int, torch.Tensor] = {}
-        self.sharers: WeakSet[Buffer] = WeakSet()  # the forks that read the same memory, this one among them; empty: nobody else
-        self._waiting: list[_Waiting] = []
+        self.bases: dict[Base, Frozen] = {}
+        self.reader = Reader()  # of head and bodies
+        self.sharers: WeakSet[Reader] = WeakSet()  # who reads the same memory, this one among them; empty: nobody else
+        self._waiting: list[Waiting] = []
         self._moving: list[tuple[torch.Tensor, torch.Tensor]] = []  # places that are written over while entries move to the front, and what was there
         self._head_before: torch.Tensor | None = None  # of a forward that writes over first tokens
 
     @property
+    def tensors(self) -> dict[int, torch.Tensor]:
+        """All that is held, by id."""
+        found = (self.head, *self.bodies.values(), *(frozen.entries for frozen in self.bases.values()))
+        return {id(t): t for t in found if t is not None}
+
+    @property
+    def shared(self) -> bool:
+        """Whether somebody else reads what is not frozen."""
+        return len(self.sharers) > 1
+
+    @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.head, *self.bodies.values()) if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     # -- a forward ------------------------------------------------------------------------------------------------------------
 
@@ -73,9 +76,9 @@ class Buffer:
             part(body, slots, start - first, stop - first).copy_(new)
             return
         tail = self.placement.tail
-        seen = first if tail is None else max(first, start - tail)
+        seen = min(first, start) if tail is None else max(first, start - tail)
         run = new[:, :, :0] if not shown else new if seen == start or body is None else torch.cat([part(body, slots, seen - first, start - first), new], dim=2)
-        self._waiting.append(_Waiting(rows, seen, run, new[:, :, max(0, write.first - start) :].clone()))
+        self._waiting.append(Waiting(rows, seen, run, new[:, :, max(0, write.first - start) :].clone()))
 
     def write_step(self, step: Step, new: torch.Tensor) -> None:
         """`new` [n, H, D]: the token of each row of a step. The placement has made room for them."""
@@ -94,27 +97,45 @@ class Buffer:
         """What is kept of the rows of a shelf, from the first entry of each on: [n, H, room, D]. Columns that hold nothing yet are finite."""
         return self.bodies[shelf.bucket][shelf.slots]
 
-    def together(self, rows: list[int], stop: int) -> torch.Tensor:
-        """The first `stop` entries of rows of any lengths [n, H, stop, D], where all are kept. What lies behind the end of a row is finite."""
-        buckets, slots = ([of[row] for row in rows] for of in (self.places.buckets, self.places.slots))
-        if buckets.count(buckets[0]) == len(rows) and slots == list(range(slots[0], slots[0] + len(rows))):
-            return self.bodies[buckets[0]][slots[0] : slots[0] + len(rows), :, :stop]
-        like = self.bodies[buckets[0]]
-        found = like.new_zeros((len(rows), like.shape[1], stop, like.shape[3]))
-        for n, (bucket, slot) in enumerate(zip(buckets, slots)):
-            own = self.bodies[bucket][slot, :, :stop]
-            found[n, :, : own.shape[1]] = own
-        return found
+    def side_by_side(self, rows: list[int], stop: int) -> torch.Tensor | None:
+        """The first `stop` entries of rows of any lengths [n, H, stop, D], where they lie so; None where they do not. Those behind an end are finite."""
+        buckets, slots, firsts = ([of[row] for row in rows] for of in (self.places.buckets, self.places.slots, self.places.firsts))
+        if buckets.count(buckets[0]) < len(rows) or any(firsts) or slots != list(range(slots[0], slots[0] + len(rows))):
+            return None
+        return self.bodies[buckets[0]][slots[0] : slots[0] + len(rows), :, :stop]
+
+    def base(self, shelf: BaseShelf) -> torch.Tensor:
+        """What the rows of a shelf share with others: [slots, H, C, D]."""
+        return part(self.bases[shelf.base].entries, shelf.slots, 0, max(b - a for a, b in zip(shelf.firsts, shelf.stops)))
+
+    def parts(self, rows: slice, start: int, stop: int) -> Sequence[tuple[int, torch.Tensor]]:
+        """Entries start .. stop of consecutive rows that lie alike, those of the forward under way too, in as few parts as they lie in: the index of the
+        first entry of each, and [n, H, C, D], or [1, H, C, D] where all rows share it."""
+        own = self.places.firsts[rows.start]
+        if own <= start and not self._waiting:
+            return ((start, part(self.bodies[self.places.buckets[rows.start]], self.places.side_by_side(rows), start - own, stop - own)),)
+        waiting = next((each for each in self._waiting if each.rows.start <= rows.start and rows.stop <= each.rows.stop), None)
+        own = own if waiting is None else waiting.first
+        found = []
+        if start < own:
+            shares = self.placement.shares
+            for share, last in zip(shares[rows.start], shares[rows.stop - 1], strict=True):
+                a, b = max(start, share.start), min(stop, share.stop, own)
+                if a < b:
+                    found.append((a, part(self.bases[share.base].entries, slice(share.slot, last.slot + 1), a - share.start, b - share.start)))
+        first = max(start, own)
+        if first >= stop:
+            return found
+        assert first == start or found, f"indices {start}..{stop} are not kept from {own} on"
+        if waiting is not None:
+            run = waiting.run if waiting.rows == rows else waiting.run[rows.start - waiting.rows.start : rows.stop - waiting.rows.start]
+            return [*found, (first, between(run, first - own, stop - own))]
+        return [*found, (first, part(self.bodies[self.places.buckets[rows.start]], self.places.side_by_side(rows), first - own, stop - own))]
 
     def view(self, rows: slice, start: int, stop: int) -> torch.Tensor:
-        """Entries start .. stop [n, H, stop - start, D] of consecutive rows that lie alike, those of the forward under way too."""
-        for waiting in self._waiting:
-            if waiting.rows.start <= rows.start and rows.stop <= waiting.rows.stop:
-                run = waiting.run if waiting.rows == rows else waiting.run[rows.start - waiting.rows.start : rows.stop - waiting.rows.start]
-                return between(run, start - waiting.first, stop - waiting.first)
-        first = self.places.firsts[rows.start]
-        assert first <= start, f"indices {start}..{stop} are not kept from {first} on"
-        return part(self.bodies[self.places.buckets[rows.start]], self.places.side_by_side(rows), start - first, stop - first)
+        """The same [n, H, stop - start, D] as one tensor: copied where it lies in several parts."""
+        found = [tensor.expand(rows.stop - rows.start, -1, -1, -1) for _, tensor in self.parts(rows, start, stop)]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
     def pinned(self, rows: slice, start: int, stop: int) -> torch.Tensor:
         """First tokens start .. stop."""
@@ -123,7 +144,7 @@ class Buffer:
 
     def release(self) -> None:
         """The layer has been computed: what only its own queries read goes."""
-        self._waiting = [_Waiting(w.rows, w.first, w.new[:, :, :0], w.new) for w in self._waiting]
+        self._waiting = [Waiting(w.rows, w.first, w.new[:, :, :0], w.new) for w in self._waiting]
 
     def settle(self) -> None:
         """The placement has committed: what waits gets its place. May be called again where it was interrupted."""
@@ -137,6 +158,8 @@ class Buffer:
         if self.bodies:
             self._arrange(next(iter(self.bodies.values())))
         self._waiting, self._head_before = [], None
+        if len(self.bases) > len(self.placement.bases):
+            self._drop()
 
     def discard(self) -> None:
         """The forward failed: as if it had never begun."""
@@ -161,14 +184,26 @@ class Buffer:
         bodies = {} if like is None else self._copied(like, self.placement.places, rows)
         self._leave()
         self.head, self.bodies, self.places = head, bodies, self.placement.places
+        self._drop()
+
+    def freeze(self, bases: Iterable[Base]) -> None:
+        """Before the placement adopts them: the entries of new bases, where they lay or copied. Then bodies of tails take the place of those that were."""
+        if not self.bodies:
+            return
+        self._arrange(next(iter(self.bodies.values())))
+        for base in bases:
+            body = self.bodies[base.bucket]
+            with torch.inference_mode(False):
+                copied = None if base.slot is None else body[base.slot : base.slot + 1, :, : base.columns].clone()
+            self.bases[base] = Frozen(body, self.reader) if copied is None else Frozen(copied, None)
 
     def fork(self, placement: Placement) -> Buffer:
-        """The same entries for another to go on from, without those of a forward under way. The memory is shared until one of them writes: it then
-        takes a copy of its own."""
+        """The same entries for another to go on from, without those of a forward under way. Whoever writes takes a copy of what is not frozen."""
+        self._undo()
         other = Buffer(placement, self.first)
         other.head = self.head if self._head_before is None else self._head_before
-        other.bodies, other.places = dict(self.bodies), self.places
-        self.sharers.update((self, other))
+        other.bodies, other.bases, other.places = dict(self.bodies), dict(self.bases), self.places
+        self.sharers.update((self.reader, other.reader))
         other.sharers = self.sharers
         return other
 
@@ -176,21 +211,25 @@ class Buffer:
         """What is kept, on the CPU and without room to grow: "head", and "body" [rows, H, longest, D]; zeros where a row keeps nothing, whatever lay there."""
         if self.bodies:
             self._arrange(next(iter(self.bodies.values())))
-        found, ends, firsts = {}, self.placement.ends, self.places.firsts
+        found: dict[str, torch.Tensor] = {}
+        ends, firsts = self.placement.ends, self.placement.firsts
         if self.head is not None:
-            found["head"] = _blank(self.head.detach().to("cpu", copy=True), [0] * len(ends), ends)
+            found["head"] = self.head.detach().to("cpu", copy=True).contiguous()
+            for row, end in enumerate(ends):
+                found["head"][row, :, end:] = 0
         if self.bodies and (length := max(b - a for a, b in zip(firsts, ends, strict=True))):
             like = next(iter(self.bodies.values()))
             body = torch.zeros((len(ends), like.shape[1], length, like.shape[3]), dtype=like.dtype)
             for row, (first, end) in enumerate(zip(firsts, ends, strict=True)):
-                body[row, :, : end - first] = self.bodies[self.places.buckets[row]][self.places.slots[row], :, : end - first]
+                for start, entries in self.parts(slice(row, row + 1), first, end) if first < end else ():
+                    body[row, :, start - first : start - first + entries.shape[2]] = entries[0]
             found["body"] = body
         return found
 
     def restore(self, head: torch.Tensor | None, body: torch.Tensor | None) -> None:
         """The inverse of `entries`, once the placement is restored."""
         self._leave()
-        self.head, self.bodies, self.places = head, {}, self.placement.places
+        self.head, self.bodies, self.bases, self.places = head, {}, {}, self.placement.places
         if body is not None:
             for bucket, rows in self.places.members.items():
                 self.bodies[bucket] = self._made(body, len(rows), self.places.rooms[bucket])
@@ -213,19 +252,25 @@ class Buffer:
     # -- memory: never a tensor of inference mode, which nobody could write to outside it ------------------------------------------
 
     def _own(self) -> None:
-        """Before a write: memory that no fork reads."""
+        """Before a write: memory that nobody else reads."""
         if len(self.sharers) > 1:
+            self._undo()
             with torch.inference_mode(False):
-                self.head = None if self.head is None else self.head.clone()
-                self.bodies = {bucket: body.clone() for bucket, body in self.bodies.items()}
+                head = None if self.head is None else self.head.clone()
+            like, places = next(iter(self.bodies.values()), None), self.placement.places
+            bodies = {} if like is None else self._copied(like, places, fresh=True)
+            self.head, self.bodies, self.places = head, bodies, places
             self._leave()
 
     def _leave(self) -> None:
-        self.sharers.discard(self)
-        self.sharers = WeakSet()
+        self.reader, self.sharers = Reader(), WeakSet()
+
+    def _drop(self) -> None:
+        """Bases that no row has a share of any more."""
+        self.bases = {base: frozen for base, frozen in self.bases.items() if base in self.placement.bases}
 
     def _pin(self, rows: slice, start: int, new: torch.Tensor) -> None:
-        self._require_dtype(self.head, new)
+        require_dtype(self.head, new)
         with torch.inference_mode(False):
             if self.head is None:
                 self.head = new.new_zeros((len(self.placement.ends), new.shape[1], self.first, new.shape[3]))
@@ -236,25 +281,25 @@ class Buffer:
 
     def _arrange(self, like: torch.Tensor) -> None:
         """Lie as the placement says."""
-        self._require_dtype(next(iter(self.bodies.values()), None), like)
+        require_dtype(next(iter(self.bodies.values()), None), like)
         places = self.placement.places
         if self.places is not places or not self.bodies:
             self._undo()
             self.bodies, self.places, self._moving = self._copied(like, places), places, []  # in one statement: no interrupt comes between
 
-    def _copied(self, like: torch.Tensor, places: Places, source: list[int] | None = None) -> dict[int, torch.Tensor]:
-        """The bodies at other places; `source`: the row of before that each row is now."""
+    def _copied(self, like: torch.Tensor, places: Places, source: list[int] | None = None, fresh: bool = False) -> dict[int, torch.Tensor]:
+        """The bodies at other places; `source`: the row of before that each row is now; `fresh`: in memory of their own, all of them."""
         bodies, old, ends = {}, self.places, self.placement.ends
         for bucket, rows in places.members.items():
             size = places.rooms[bucket]
-            if (kept := self._in_place(places, bucket, source)) is not None:
+            if not fresh and (kept := self._in_place(places, bucket, source)) is not None:
                 bodies[bucket] = kept
                 continue
             grown = self._made(like, len(rows), size)
-            for slots, bucket_before, before, shift in _moves(old, places, rows, source, ends) if self.bodies else ():
+            for slots, bucket_before, before, shift in moves(old, places, rows, source, ends) if self.bodies else ():
                 body = self.bodies[bucket_before]
                 length = min(size, body.shape[2] - shift, ends[row := rows[slots.start]] - places.firsts[row])
-                if length > 0:
+                if length > 0 and shift >= 0:  # else the row was cut within its bases, and what comes is all new
                     grown[slots, :, :length] = body[before, :, shift : shift + length]
             bodies[bucket] = grown
         return bodies
@@ -269,15 +314,17 @@ class Buffer:
         body = self.bodies.get(before)
         if places.age != old.age or old.members[before] != rows or body is None or body.shape[2] != places.rooms[bucket]:
             return None
+        if any(body is frozen.entries for frozen in self.bases.values()):
+            return None
         moved = [places.firsts[a] - old.firsts[b] for a, b in zip(now, rows)]
         if not any(moved):
-            return body if source is None or len(self.sharers) < 2 else None
-        if source is not None or len(self.sharers) > 1:
+            return body if source is None or not self.shared else None
+        if source is not None or self.shared:
             return None
         lengths = [self.placement.ends[row] - places.firsts[row] for row in now]
         for (shift, length), stretch in itertools.groupby(range(len(now)), key=lambda slot: (moved[slot], lengths[slot])):
             slots, kept = list(stretch), min(length, body.shape[2] - shift)
-            if shift and kept > 0:
+            if shift > 0 and kept > 0:
                 self._to_front(body[slots[0] : slots[-1] + 1], shift, kept)
         return body
 
@@ -300,35 +347,3 @@ class Buffer:
         """A body. Where several rows are read in one call up to the end of the longest, what a mask hides is multiplied by zero: it must be finite."""
         with torch.inference_mode(False):
             return (like.new_zeros if self.placement.shared else like.new_empty)((rows, like.shape[1], size, like.shape[3]))
-
-    @staticmethod
-    def _require_dtype(kept: torch.Tensor | None, new: torch.Tensor) -> None:
-        if kept is not None and kept.dtype != new.dtype:
-            raise ValueError(
-                f"this cache was read in {kept.dtype} and the model now computes in {new.dtype}; pass a new DynamicCache() and the whole text, and "
-                "extend() again after a cast"
-            )
-
-
-def _moves(old: Places, new: Places, rows: tuple[int, ...], source: list[int] | None, ends: list[int]) -> Iterator[tuple[slice, int, slice, int]]:
-    """For stretches of slots that move together and are of one length: (slots now, bucket before, slots before, columns to leave out)."""
-
-    def whence(slot: int) -> tuple[int, int, int, int]:
-        row = rows[slot]
-        before = row if source is None else source[row]
-        if before >= len(old.buckets):  # it has joined since, and is empty
-            return -1, 0, 0, 0
-        return old.buckets[before], old.slots[before] - slot, new.firsts[row] - old.firsts[before], ends[row] - new.firsts[row]
-
-    for (bucket, ahead, shift, _), stretch in itertools.groupby(range(len(rows)), key=whence):
-        if bucket < 0:
-            continue
-        slots = list(stretch)
-        yield slice(slots[0], slots[-1] + 1), bucket, slice(slots[0] + ahead, slots[-1] + 1 + ahead), shift
-
-
-def _blank(kept: torch.Tensor, firsts: Iterable[int], ends: Iterable[int]) -> torch.Tensor:
-    kept = kept.contiguous()
-    for row, (first, end) in enumerate(zip(firsts, ends)):
-        kept[row, :, end - first :] = 0
-    return kept

@@ -1,23 +1,27 @@
 """Contiguous memory: the keys and values of one layer, each row's tokens side by side in a buffer of its own.
 
-A form is "keys encoded at one position map", or the summaries of blocks of such keys.
-Values are kept once, as long as any form. Where there are several rows, they are kept once more for every
-shorter tail: keys and values of a form then lie alike for rows of any lengths, and one call reads them. Knows buffers; not positions, layers or models.
+A form is "keys encoded at one position map", or the summaries of blocks of such keys. Values are kept once, as long as any form. Where there are several
+rows, they are kept once more for every shorter tail: keys and values of a form then lie alike for rows of any lengths, and one call reads them. Of a form
+that keeps every token, forks read the tokens that they have in common from one frozen base, and what each has read since from a tail of its own. Knows
+buffers; not positions, layers or models.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
 from longreach.kernels.protocol import KV
 from longreach.kernels.tiles import between
+from longreach.memory.bases import BaseShelf
 from longreach.memory.buffer import Buffer
-from longreach.memory.placement import Placement, Shelf, Step
+from longreach.memory.placement import Placement
+from longreach.memory.steps import Shelf, Step
 
 
 def values_kept(forms: Mapping[PositionMap, Retention], shared: bool) -> list[Retention]:
@@ -56,11 +60,14 @@ class Contiguous:
         for buffer in self.tails.values():
             buffer.write(rows, start, values, shown=False)
 
-    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> KV:
-        keys = self.keys[positions]
+    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
         if pinned:
-            return KV(keys.pinned(rows, start, stop), self.whole.pinned(rows, start, stop))
-        return KV(keys.view(rows, start, stop), self.whole.view(rows, start, stop))
+            return (KV(self.keys[positions].pinned(rows, start, stop), self.whole.pinned(rows, start, stop), start),)
+        keys, values = self.keys[positions].parts(rows, start, stop), self.whole.parts(rows, start, stop)
+        if len(keys) == len(values) == 1:
+            return (_together(keys[0][1], values[0][1], start),)
+        cuts = [*sorted({first for first, _ in (*keys, *values)}), stop]  # a tail of keys may lie in one part where the values lie in two
+        return [_together(_of(keys, a, b), _of(values, a, b), a) for a, b in itertools.pairwise(cuts)]
 
     def append_step(self, step: Step, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         for positions, new in keys.items():
@@ -74,13 +81,18 @@ class Contiguous:
         for shelf in step.shelves(keys.placement):
             yield shelf, KV(keys.shelf(shelf), values.shelf(shelf))
 
+    def bases(self, positions: PositionMap, step: Step) -> Iterator[tuple[BaseShelf, KV]]:
+        keys = self.keys[positions]
+        for shelf in step.bases(keys.placement):
+            yield shelf, KV(keys.base(shelf), self.whole.base(shelf))
+
     def first_tokens(self, positions: PositionMap, step: Step) -> KV:
         keys, rows = self.keys[positions], slice(step.rows[0], step.rows[-1] + 1)
         found = [buffer.pinned(rows, 0, keys.first) for buffer in (keys, self.whole)]
         if len(step.rows) < rows.stop - rows.start:
             members = torch.tensor(step.rows, device=found[0].device) - rows.start
             found = [x.index_select(0, members) for x in found]
-        return KV(*found)
+        return KV(found[0], found[1])
 
     def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
         for form, made in new.items():
@@ -90,7 +102,15 @@ class Contiguous:
         return self.keys[form].view(rows, 0, stop)
 
     def shelf_of_summaries(self, form: Summary, step: Step, shelf: Shelf, stop: int) -> torch.Tensor:
-        return self.keys[form].together([step.rows[n] for n in shelf.members], stop)
+        rows, buffer = [step.rows[n] for n in shelf.members], self.keys[form]
+        if (found := buffer.side_by_side(rows, stop)) is not None:
+            return found
+        each = {n: buffer.view(slice(row, row + 1), 0, end)[0] for n, row in enumerate(rows) if (end := min(stop, buffer.placement.kept_by(row)))}
+        like = next(iter(each.values()))
+        found = like.new_zeros((len(rows), like.shape[0], stop, like.shape[2]))
+        for n, own in each.items():
+            found[n, :, : own.shape[1]] = own
+        return found
 
     def release(self) -> None:
         for buffer in self.buffers:
@@ -116,15 +136,27 @@ class Contiguous:
         return other
 
 
+def _of(parts: Sequence[tuple[int, torch.Tensor]], start: int, stop: int) -> torch.Tensor:
+    """Entries start .. stop, which one of the parts holds."""
+    first, entries = next(part for part in reversed(parts) if part[0] <= start)
+    return between(entries, start - first, stop - first)
+
+
+def _together(k: torch.Tensor, v: torch.Tensor, index: int) -> KV:
+    """Where rows share one of the two only, it is seen once for each of them."""
+    rows = max(k.shape[0], v.shape[0])
+    return KV(k, v, index) if k.shape[0] == v.shape[0] else KV(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), index)
+
+
 class Passing:
     """The keys and values of a forward that nobody stores: those of the rows at hand, from index 0 on. Implements `memory.layer.Shown`."""
 
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         self._rows, self._keys, self._values = rows, keys, values
 
-    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> KV:
+    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
         assert rows == self._rows
-        return KV(between(self._keys[positions], start, stop), between(self._values, start, stop))
+        return (KV(between(self._keys[positions], start, stop), between(self._values, start, stop), start),)
 
     def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
         self._summaries: Mapping[Summary, torch.Tensor] = new

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from longreach.core.segments import PositionMap, Summary
 from longreach.kernels.protocol import KV
-from longreach.memory.placement import Shelf, Step
+from longreach.memory.bases import BaseShelf
+from longreach.memory.steps import Shelf, Step
 
 
 class Shown(Protocol):
@@ -22,8 +23,9 @@ class Shown(Protocol):
         """New tokens from index `start` on: keys [n, G, T, D] in every form, values [n, G, T, E]. Of a form that keeps first tokens only, fewer may come."""
         ...
 
-    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> KV:
-        """Tokens start .. stop in a form; `pinned`: they are among the first tokens that the form keeps."""
+    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
+        """Tokens start .. stop in a form, in the parts in which they lie, of which there is one but for forks; `pinned`: they are among the first tokens that
+        the form keeps. A part that all rows share has one row."""
         ...
 
     def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
@@ -54,6 +56,18 @@ class LayerMemory(Shown, Protocol):
         """Of the first `stop` blocks of the rows of a shelf, whether they have so many or not: [n, G, stop, S], finite."""
         ...
 
+    def bases(self, positions: PositionMap, step: Step) -> Iterator[tuple[BaseShelf, KV]]:
+        """What rows of a step share with others in a form, which comes before what is on their shelves."""
+        ...
+
     def first_tokens(self, positions: PositionMap, step: Step) -> KV:
         """The first tokens that a form keeps of every row of a step, columns from index 0 on."""
         ...
+
+
+def joined(parts: Sequence[KV], rows: int) -> KV:
+    """One KV of what is viewed in parts: a copy where there are several."""
+    if len(parts) == 1 and parts[0].k.shape[0] == rows:
+        return parts[0]
+    k, v = (torch.cat([x.expand(rows, -1, -1, -1) for x in each], dim=2) for each in zip(*((kv.k, kv.v) for kv in parts)))
+    return KV(k, v, parts[0].index)

@@ -6,14 +6,12 @@ indices, pads are never stored. Knows lengths and what is to be kept; no tensors
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-import torch
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from longreach.core.segments import Retention
+from longreach.memory.bases import COPIED, Base, Share, Shares, cut_off, sides
 
 ROLLBACK = 128  # tokens a crop may always undo (assisted decoding)
 SLACK = 64  # tokens a bounded buffer takes before it moves its tail to the front
@@ -71,55 +69,6 @@ class Places:
         return slice(slot, slot + rows.stop - rows.start)
 
 
-@dataclass(frozen=True, eq=False)
-class Shelf:
-    """Some of the rows of a `Step`, in the order of their slots, which follow each other in one bucket.
-
-    members  numbers of the rows among those of the step.
-    columns  where their new tokens lie.
-    firsts   index of the entry at column 0 of each.
-    """
-
-    bucket: int
-    slots: slice
-    members: tuple[int, ...]
-    columns: tuple[int, ...]
-    firsts: tuple[int, ...]
-    _index: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """-> (members, slots counted from the first, columns), to index tensors of any layer with."""
-        if device not in self._index:
-            members, columns = (torch.tensor(x, device=device) for x in (self.members, self.columns))
-            self._index[device] = members, torch.arange(len(self.members), device=device), columns
-        return self._index[device]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One new token for each of some rows, which may be of any lengths: `starts` are the indices of the tokens. Made once for all layers of a forward."""
-
-    rows: tuple[int, ...]
-    starts: tuple[int, ...]
-    _shelves: dict[int, list[Shelf]] = field(default_factory=dict)
-
-    def shelves(self, placement: Placement) -> list[Shelf]:
-        """Where the rows lie."""
-        if id(placement) not in self._shelves:
-            self._shelves[id(placement)] = list(self._found(placement.places))
-        return self._shelves[id(placement)]
-
-    def _found(self, places: Places) -> Iterator[Shelf]:
-        order = sorted(range(len(self.rows)), key=lambda n: (places.buckets[self.rows[n]], places.slots[self.rows[n]]))
-        for _, stretch in itertools.groupby(enumerate(order), key=lambda each: (places.buckets[row := self.rows[each[1]]], places.slots[row] - each[0])):
-            members = tuple(n for _, n in stretch)
-            rows = [self.rows[n] for n in members]
-            firsts = tuple(places.firsts[row] for row in rows)
-            slot = places.slots[rows[0]]
-            columns = tuple(self.starts[n] - first for n, first in zip(members, firsts))
-            yield Shelf(places.buckets[rows[0]], slice(slot, slot + len(rows)), members, columns, firsts)
-
-
 @dataclass(frozen=True)
 class Write:
     """How the new tokens of a row are taken in, decided before a forward. `at_once`: there is a place for them where nothing is stored; else they wait in a
@@ -131,11 +80,22 @@ class Write:
     first: int
 
 
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What `Placement.cut` would have frozen, and how all rows lie then."""
+
+    bases: tuple[Base, ...]
+    shares: list[Shares]
+    places: Places
+
+
 class Placement:
     """Where all rows lie in the buffers that keep their last `tail` tokens (None: all; 0: none, only first tokens, which have a place of their own).
 
     A bounded bucket has `tail + ROLLBACK + SLACK` columns: a row that has filled them moves its tail to the front, once in SLACK tokens. Others grow by an
     eighth of their size: a token then costs eight copied entries, little beside the whole length that attention reads for it.
+
+    Where all tokens are kept, the first ones of a row may be shares of bases: `places` are then of its own tail, which begins behind them.
     """
 
     def __init__(self, kept: Retention, rows: int, joins: bool = False) -> None:
@@ -144,6 +104,8 @@ class Placement:
         self.joins = joins  # whether other rows may come and go
         self.ends = [0] * rows  # number of entries of a row: tokens, or of summaries the complete blocks of them
         self.places = Places.of([0] * rows, [0] * rows, {0: 0})
+        self.shares: list[Shares] = [()] * rows
+        self.bases: frozenset[Base] = frozenset()  # those that any row has a share of
         self.writes: dict[int, Write] = {}  # of the forward under way, by row
 
     # -- a forward ----------------------------------------------------------------------------------------------------------------
@@ -164,7 +126,7 @@ class Placement:
             if most is not None and tail is not None and start == self.ends[row] and stop - first > most >= stop - max(first, start - tail - rollback):
                 first = firsts[row] = max(first, start - tail - rollback)  # a few tokens more: what nobody can go back to makes room for them
             at_once = start == self.ends[row] and (most is None or stop - first <= most)
-            kept = first if tail is None or at_once else max(first, stop - tail - rollback)
+            kept = first if at_once else min(first, start) if tail is None else max(first, stop - tail - rollback)
             self.writes[row] = Write(start, stop, at_once, kept)
             if at_once:
                 needed[row] = stop - first
@@ -180,6 +142,7 @@ class Placement:
             if not write.at_once:
                 firsts[row] = write.first
                 longest[row] = write.stop - write.first
+                self._cut_off(row, write.first)
         if tail == 0:
             return
         if firsts != list(self.places.firsts):
@@ -241,27 +204,79 @@ class Placement:
         tail, first = self.tail, self.places.firsts[row]
         return first + tail - 1 if tail and first else 0
 
+    def kept_by(self, row: int) -> int:
+        """Entries of a row, those of the forward under way among them."""
+        return self.writes[row].stop if row in self.writes else self.ends[row]
+
     def rewind(self, row: int, stop: int) -> None:
         """Forget what a row holds of token `stop` and later; not before `reaches`."""
         if (stop := self.kept.entries(stop)) < self.ends[row]:
             self.ends[row] = stop
             self._spoilt()
+            if self.tail is None and stop < self.places.firsts[row]:
+                self._cut_off(row, stop)
+                places = self.places
+                self.places = replace(places, firsts=(*places.firsts[:row], stop, *places.firsts[row + 1 :]))
+
+    def _share(self, shares: list[Shares]) -> None:
+        self.shares, self.bases = shares, frozenset(share.base for own in shares for share in own)
+
+    def _cut_off(self, row: int, stop: int) -> None:
+        """A row shares nothing from entry `stop` on."""
+        if self.shares[row] and self.shares[row][-1].stop > stop:
+            self._share([*self.shares[:row], cut_off(self.shares[row], stop), *self.shares[row + 1 :]])
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first entry that each row keeps, in a base or of its own."""
+        return [own[0].start if own else first for own, first in zip(self.shares, self.places.firsts, strict=True)]
+
+    def cut(self, rows: Collection[int]) -> Cut | None:
+        """What some rows have of their own is frozen where it is long, and they begin tails of their own. Of a bucket that loses all its rows, nothing is
+        copied. None: there is nothing to freeze. Bounded forms are not frozen, for they are small, and what they hold moves."""
+        if self.tail is not None:
+            return None
+        places, ends = self.places, self.ends
+        bases: list[Base] = []
+        shares, buckets, firsts, rooms = [*self.shares], [*places.buckets], [*places.firsts], dict(places.rooms)
+        for bucket, members in places.members.items():
+            own = [row for row in members if row in rows]
+            if max((ends[row] - firsts[row] for row in own), default=0) < COPIED:
+                continue
+            whole = len(own) == len(members)
+            if whole:
+                del rooms[bucket]
+                bases.append(Base(bucket))
+            for row in own:
+                if not whole:
+                    bases.append(Base(bucket, places.slots[row], ends[row] - firsts[row]))
+                if firsts[row] < ends[row]:
+                    shares[row] = (*shares[row], Share(bases[-1], places.slots[row] if whole else 0, firsts[row], ends[row]))
+                buckets[row], firsts[row] = 0, ends[row]
+        return Cut(tuple(bases), shares, Places.of(buckets, firsts, {0: 0, **rooms}, places.age)) if bases else None
+
+    def adopt(self, cut: Cut) -> None:
+        """The buffers have the bases."""
+        bases = frozenset(share.base for own in cut.shares for share in own)
+        self.shares, self.bases, self.places = cut.shares, bases, cut.places  # in one statement: no interrupt comes between
 
     def join(self) -> None:
         """One more row, which is empty."""
         places = self.places
         self.ends.append(0)
+        self.shares.append(())
         self.places = Places.of([*places.buckets, 0], [*places.firsts, 0], {0: 0, **places.rooms}, places.age)
 
     def select(self, rows: Sequence[int]) -> None:
         """Rows become the rows `rows` of before."""
         self.ends = [self.ends[row] for row in rows]
+        self._share([self.shares[row] for row in rows])
         self.places = Places.of([self.places.buckets[row] for row in rows], [self.places.firsts[row] for row in rows], self.places.rooms, self.places.age)
 
     def fork(self) -> Placement:
         """Of a store with the same content, without the forward under way."""
         other = Placement(self.kept, 0, self.joins)
-        other.ends, other.places = [*self.ends], self.places
+        other.ends, other.shares, other.bases, other.places = [*self.ends], [*self.shares], self.bases, self.places
         if self.writes:
             other._spoilt()
         return other
@@ -269,6 +284,7 @@ class Placement:
     def restore(self, firsts: Sequence[int], ends: Sequence[int]) -> None:
         """As after having read this much, with room for what comes."""
         self.ends = [*ends]
+        self._share([()] * len(self.ends))
         if self.tail != 0:
             self.places = Places.of([0] * len(self.ends), firsts, {0: 0})
             tail = self.tail
@@ -277,8 +293,14 @@ class Placement:
 
 def alike(placements: Iterable[Placement], rows: Sequence[int]) -> list[object]:
     """A key for each row: rows that follow each other may be read in one call where these are equal, for then they lie side by side in every buffer."""
+    placements = list(placements)
     uneven = [placement.places for placement in placements if placement.tail != 0 and not placement.places.even]
-    return [tuple((places.buckets[row], places.firsts[row]) for places in uneven) for row in rows]
+    keys: list[object] = [tuple((places.buckets[row], places.firsts[row]) for places in uneven) for row in rows]
+    for placement in placements:
+        if placement.bases:
+            beside = sides(placement.shares)
+            keys = [(key, beside[row]) for key, row in zip(keys, rows, strict=True)]
+    return keys
 
 
 # -- what it will take ------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ Knows placements, lengths, slots and rollback; not positions, models or caches o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,7 @@ class Store:
         self.announced = 0  # tokens that a crop may undo after this forward, where somebody has said so
         self.record_past = False  # Transformers announces that it may crop all that is read from one crop to the next
         self.since_crop = 0  # slots
+        self.forked = False  # others may read the same memory
         self.offsets: list[int] = []  # per row, what a caller's position ids were ahead of the indices at the first call
         self.changes = 0  # a forward is of the store as it was when it began: it goes on only while this is the same
         self._finishing: tuple[list[int], Slots, list[int]] | None = None
@@ -70,8 +72,8 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        return sum(buffer.nbytes for buffer in self.buffers)
+        """Bytes allocated for keys and values. What rows share counts once; what other stores read too counts here as well: see `nbytes_of`."""
+        return nbytes_of([self])
 
     # -- a forward ------------------------------------------------------------------------------------------------------------
 
@@ -127,6 +129,8 @@ class Store:
         """Before the layers run: there is room for so many new tokens of every row -> a key for each row, equal where rows that follow each other lie alike.
         Only such rows may be read in one call."""
         new = [(row, p.start, p.start + count) for row, (p, count) in enumerate(zip(past, counts, strict=True)) if count]
+        if new:
+            self._part()
         for placement in self.placements.values():
             placement.reserve(new, self.rollback)
         forgets = [p.start < length for p, length in zip(past, self.lengths, strict=True)]  # such a row is written to a copy, which others need not be
@@ -149,6 +153,22 @@ class Store:
         slots.append(real, columns)
         self.since_crop += columns
         self._finish([start + count for start, count in zip(starts, counts, strict=True)], slots, shorter)
+
+    def _part(self) -> None:
+        """Before anything is written: what is long and others read too is frozen, and all rows go on in tails of their own."""
+        if self.forked:
+            shared = [buffer for buffer in self.buffers if buffer.shared]
+            self._freeze(range(self.rows), {id(buffer.placement) for buffer in shared})
+            self.forked = bool(shared)
+
+    def _freeze(self, rows: Collection[int], which: Collection[int] | None = None) -> None:
+        """What rows hold where it is long, in the placements that are named by their ids."""
+        for placement in self.placements.values():
+            if (which is None or id(placement) in which) and (cut := placement.cut(rows)) is not None:
+                for buffer in self.buffers:
+                    if buffer.placement is placement:
+                        buffer.freeze(cut.bases)
+                placement.adopt(cut)
 
     def _finish(self, lengths: list[int], slots: Slots, shorter: list[int]) -> None:
         self._finishing = lengths, slots, shorter
@@ -205,13 +225,15 @@ class Store:
             warnings.warn(f"{slots} tokens were forgotten; only {again} more can be, until new ones are read", stacklevel=4)
 
     def fork(self) -> Store:
-        """A store of the same content that goes on by itself. Keys and values are shared until one side writes; see `Buffer.fork`.
+        """A store of the same content that goes on by itself. Keys and values are shared until one side writes: what it has read then stays frozen for all
+        that read it, where every token is kept, and what it reads goes to a tail of its own. Bounded forms are copied then, and what is short.
 
         A forward that is under way, which may ask for a fork in a hook, goes on undisturbed.
         """
         if self._finishing is not None:
             self.settle()
         other = Store(self.forms, self.joins)
+        self.forked = other.forked = True
         other.placements = {place: placement.fork() for place, placement in self.placements.items()}
         other.layers = [layer.fork(other.placements) for layer in self.layers]
         other.lengths, other.offsets, other.slots, other.record_past = [*self.lengths], [*self.offsets], self.slots.copy(), self.record_past
@@ -257,7 +279,7 @@ class Store:
         self.lengths[row] = min(self.lengths[row], length)
 
     def select(self, index: torch.Tensor) -> None:
-        """Rows become rows `index`; of none, the store is empty again."""
+        """Rows become rows `index`; of none, the store is empty again. What a row holds that becomes several is frozen where it is long, and they share it."""
         self._change()
         rows = index.tolist()
         if not rows:
@@ -265,6 +287,8 @@ class Store:
         if any(not -self.rows <= row < self.rows for row in rows):
             raise ValueError(f"rows {rows} are not all among the {self.rows} of this cache; pass indices from 0 to {self.rows - 1}")
         index = index % self.rows
+        self._part()
+        self._freeze([row for row, times in Counter(index.tolist()).items() if times > 1])
         for placement in self.placements.values():
             placement.select(index.tolist())
         for layer in self.layers:
@@ -275,3 +299,13 @@ class Store:
     def reset(self) -> None:
         self.changes += 1
         self.placements, self.layers, self.lengths, self.slots, self._finishing, self.since_crop = {}, [], [], Slots.empty(0), None, 0
+        self.forked = False
+
+
+def nbytes_of(stores: Iterable[Store]) -> int:
+    """Bytes that several stores hold. What forks share counts once."""
+    tensors: dict[int, torch.Tensor] = {}
+    for store in stores:
+        for buffer in store.buffers:
+            tensors.update(buffer.tensors)
+    return sum(t.numel() * t.element_size() for t in tensors.values())
