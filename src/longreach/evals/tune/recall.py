@@ -63,12 +63,16 @@ def look(
     items = runner.plan({task: Settings(lengths=(length,), depths=DEPTHS, samples=1, seed=seed)}, tokenizer)
     started = time.perf_counter()
     scores: list[float] = []
-    with attached(model, tokenizer, method, length, trained_window=trained_window, profile=profile) as engine:
+    with attached(model, tokenizer, method, length, trained_window=trained_window, profile=profile, batch_size=None) as engine:
         extension = engine.extension
         assert extension is not None
         used, reason = extension.method, extension.report()["reason"]
-        for item in items:
-            progress(len(scores), len(items))
-            scores.append(task.score(item.sample, engine.answer(budget.encode(tokenizer, item.sample)).text)[task.metric])
+        progress(0, len(items))
+        for number, reply in engine.answers(budget.encode(tokenizer, item.sample) for item in items):
+            if isinstance(reply, Exception):
+                raise reply
+            scores.append(task.score(items[number].sample, reply.text)[task.metric])
+            if len(scores) < len(items):
+                progress(len(scores), len(items))
     share = clusters.share([scores])
     return Look(length, used, reason, round(share.found), share.n, share.low, share.high, time.perf_counter() - started)

@@ -146,7 +146,7 @@ class ModelBench:
             try:
                 with self._attached(candidate.method, self.asked.context) as engine:
                     work = engine.work
-                    speed = estimates.measure(items, engine, self.tokenizer, work, self.asked.chat)
+                    speed = estimates.measure(items, engine, self.tokenizer, work, self.asked.chat, engine.several.size)
             except Refused:
                 continue
             return estimates.estimate(items, work, speed).seconds
@@ -277,7 +277,8 @@ class ModelBench:
         """Raises Refused where the model cannot have the method."""
         with ExitStack() as stack:
             try:
-                how = attached(self.model, self.tokenizer, method, context, trained_window=self.asked.trained_window, chunk_size=self.asked.chunk_size)
+                window, chunk = self.asked.trained_window, self.asked.chunk_size
+                how = attached(self.model, self.tokenizer, method, context, trained_window=window, chunk_size=chunk, batch_size=None)
                 engine = stack.enter_context(how)
             except ValueError as error:
                 raise Refused(one_line(error)) from error
