@@ -187,7 +187,7 @@ def test_the_command_says_why_it_reads_one_by_one(tmp_path: Path, capsys: pytest
     def refuse(*anything: Any) -> None:
         raise ValueError("its code mixes tokens; read requests one by one")
 
-    monkeypatch.setattr("longreach.hf.flat._require_exact", refuse)
+    monkeypatch.setattr("longreach.hf.flat_check.require_exact", refuse)
     asked = ("passkey", "--lengths", "200", "--depths", "0", "--samples", "2", "--method", "stock")
     assert main(["eval", "run", *asked, "--batch-size", "2", "--out", str(tmp_path / "out"), "--json"]) == 0
     said = capsys.readouterr()
