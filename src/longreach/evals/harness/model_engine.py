@@ -60,6 +60,11 @@ class ModelEngine:
         return self.extension is not None and self.extension.method.chunk_invariant
 
     @property
+    def alone(self) -> list[str]:
+        """Why samples were read one by one although nobody asked for it."""
+        return [*([] if self.several.size > 1 or self.several == ONE else [f"samples are read one by one: {self.several.reason}"]), *self.failures]
+
+    @property
     def work(self) -> Work:
         """What reading a prompt costs, counted from the layouts that the executor follows."""
         found = work_of(self.model, self.extension, shares=self.reuses)

@@ -25,7 +25,8 @@ TASK = "passkeys"
 
 @dataclass(frozen=True)
 class Look:
-    """`found` of `keys` in one document of `length` tokens, with the 95 % interval of the share; `reason`: how the method was chosen."""
+    """`found` of `keys` in one document of `length` tokens, with the 95 % interval of the share; `reason`: how the method was chosen; `alone`: why the
+    questions were not read together."""
 
     length: int
     method: Method
@@ -35,10 +36,11 @@ class Look:
     low: float
     high: float
     seconds: float
+    alone: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         numbers = {"found": self.found, "keys": self.keys, "low": round(self.low, 5), "high": round(self.high, 5), "seconds": round(self.seconds, 2)}
-        return {"length": self.length, "method": self.method.to_json(), "reason": self.reason, **numbers}
+        return {"length": self.length, "method": self.method.to_json(), "reason": self.reason, **numbers, "alone": [*self.alone]}
 
 
 def look(
@@ -74,5 +76,6 @@ def look(
             scores.append(task.score(items[number].sample, reply.text)[task.metric])
             if len(scores) < len(items):
                 progress(len(scores), len(items))
+        alone = tuple(engine.alone)
     share = clusters.share([scores])
-    return Look(length, used, reason, round(share.found), share.n, share.low, share.high, time.perf_counter() - started)
+    return Look(length, used, reason, round(share.found), share.n, share.low, share.high, time.perf_counter() - started, alone)

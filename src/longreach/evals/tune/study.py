@@ -263,6 +263,8 @@ class ModelBench:
         with self._attached(method, context) as engine:
             self._start(folder, config, runner.describe(self._work, config), engine)
             outcome = runner.run(items, engine, self.tokenizer, folder, self._hashes(config), chat=chat)
+            said = {note.partition(":")[0] for note in self.notes}  # the bytes that are free are other ones each time
+            self.notes.extend(note for note in engine.alone if note.partition(":")[0] not in said)
         folder.finish(now())
         if outcome.failed:
             keys = {(item.task.name, item.sample.id) for item in items}
