@@ -2,8 +2,9 @@
 
 A history is drawn from its seed: a family, a method, rows, and operations (append ragged with pads anywhere, decode, generate, hide cached tokens by a
 mask, crop, fork, save and load, reorder, repeat, a forward that fails in any layer, an interrupt, calls that have to be refused, several conversations in
-turn). Beside every cache stands a `Model` of it, plain lists of tokens. After every operation the next logits of every row are compared with one dense
-forward (`backend="reference"`, no cache) of those tokens.
+turn, and between them requests that are read together in flat batches: join, read, decode, fork, crop, leave, fail). Beside every cache and every request
+stands a `Model` of it, plain lists of tokens. After every operation the next logits of every row are compared with one dense forward
+(`backend="reference"`, no cache) of those tokens.
 
     python tests/histories.py --first 0 --count 10000 --log histories.jsonl     # resumable: seeds that the log has are not run again
 """
@@ -125,6 +126,7 @@ class Pair:
 
     extension: Any
     dense: Any
+    flat: bool  # whether the family's requests can be read together
 
 
 @functools.lru_cache(maxsize=4)
@@ -133,7 +135,14 @@ def pair(family: str, method: Method) -> Pair:
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = NEVER, 0
     twin = copy.deepcopy(model)
     arguments: dict[str, Any] = dict(context=context(method, LONGEST), trained_window=WINDOW)
-    return Pair(longreach.extend(model, method, **arguments), longreach.extend(twin, method, backend="reference", **arguments))
+    extension, dense = longreach.extend(model, method, **arguments), longreach.extend(twin, method, backend="reference", **arguments)
+    try:
+        extension.flat()
+    except ValueError as error:
+        if "one by one" not in str(error):
+            raise
+        return Pair(extension, dense, False)
+    return Pair(extension, dense, True)
 
 
 @contextmanager
@@ -189,6 +198,8 @@ class History:
         self.log: list[str] = [f"{self.family} {self.method} rollback={self.rollback} slack={self.slack}"]
         rows = rng.choice([1, 1, 2, 2, 3, 4])
         self.talks = [Talk(DynamicCache(), Model.empty(rows))]
+        self.flat: Any = None
+        self.requests: dict[int, Model] = {}  # of the flat batches, one row each
         self.worst = 0.0
         self.compared = False  # whether the operation under way has seen logits
         self.undecided = 0  # rows that nothing can be said of, for rounding decides what the model makes of them
@@ -216,6 +227,7 @@ class History:
         kinds: dict[Callable[[], None], int] = {
             self.append: 8, self.decode: 6, self.generate: 2, self.draft: 2, self.hide: 3, self.show: 2, self.crop: 4, self.fork: 2, self.save: 1,
             self.fork_within: 1, self.select: 2, self.repeat: 1, self.fail: 4, self.interrupt: 1, self.refused: 1, self.meet: 2,
+            self.together: 8 if self.pair.flat else 0,
         }  # fmt: skip
         self.rng.choices(list(kinds), list(kinds.values()))[0]()
 
@@ -408,6 +420,101 @@ class History:
         self.talk.cache.batch_repeat_interleave(2)
         self.talk.model.select([r for r in range(len(self.talk.model.rows)) for _ in range(2)])
         self.log.append("repeat")
+
+    # -- requests that are read together -------------------------------------------------------------------------------------------
+
+    def together(self) -> None:
+        """What a scheduler does for a while."""
+        if self.flat is None:
+            self.flat = self.pair.extension.flat()
+        kinds: dict[Callable[[], None], int] = {
+            self.join_requests: 2, self.read_requests: 5, self.decode_requests: 5, self.fork_request: 2, self.crop_request: 3, self.leave_request: 2,
+            self.fail_requests: 1,
+        }  # fmt: skip
+        for _ in range(self.rng.randint(2, 6)):
+            kind = self.join_requests if not self.requests else self.rng.choices(list(kinds), list(kinds.values()))[0]
+            kind()
+            held = {request: self.flat.length(request) for request in self.flat.requests}
+            if held != {request: len(model.rows[0]) for request, model in self.requests.items()}:
+                raise Mismatch(f"the requests hold {held}, the models {[len(model.rows[0]) for model in self.requests.values()]}")
+        self.decode_requests()
+
+    def join_requests(self) -> None:
+        for _ in range(self.rng.randint(1, 3)):
+            self.requests[self.flat.join()] = Model.empty(1)
+        self.log.append(f"join -> {[*self.requests]}")
+
+    def some(self, sizes: list[int]) -> dict[int, torch.Tensor]:
+        """New tokens for some of the requests, fewer than would make one too long."""
+        chosen = self.rng.sample([*self.requests], self.rng.randint(1, len(self.requests)))
+        counts = {request: self.rng.choice(sizes) for request in chosen if len(self.requests[request].rows[0]) <= self.most}
+        return {request: torch.tensor([[self.rng.randrange(3, 96) for _ in range(count)]]) for request, count in counts.items()}
+
+    def read_requests(self) -> None:
+        """Chunks and single tokens beside each other."""
+        self.flat_forward(self.some([1, 1, 2, self.rng.randint(1, self.longest_chunk), 12 + self.rollback + self.slack]))
+
+    def decode_requests(self) -> None:
+        for _ in range(self.rng.choice([1, 1, 3])):
+            if self.requests:
+                self.flat_forward(self.some([1]))
+
+    def flat_forward(self, new: dict[int, torch.Tensor]) -> None:
+        if not new:
+            return
+        wanted = self.rng.choice(["last", "last", "all", "none"])
+        found = self.flat.read({request: ids[0] for request, ids in new.items()}, wanted)
+        for request, ids in new.items():
+            self.requests[request].append(ids, torch.ones_like(ids), self.number)
+        self.log.append(f"read together {({request: ids.shape[1] for request, ids in new.items()})} -> {wanted}")
+        if wanted != "none":
+            rows = [self.requests[request].rows[0] for request in new]
+            self.compare(Model(rows), [found[request].reshape(-1, found[request].shape[-1]) for request in new])
+
+    def fork_request(self) -> None:
+        if len(self.requests) < 7:
+            old = self.rng.choice([*self.requests])
+            self.requests[self.flat.fork(old)] = self.requests[old].copy()
+            self.log.append(f"fork request {old}")
+
+    def crop_request(self) -> None:
+        request = self.rng.choice([*self.requests])
+        model = self.requests[request]
+        gone = self.rng.randint(0, min(model.seen, self.rng.choice([self.rollback, 2 * self.rollback, 500])))
+        try:
+            self.flat.crop(request, model.seen - gone)
+        except ValueError as error:
+            if "can be forgotten" not in str(error) or model.goes_back(gone, self.rollback):
+                raise
+            self.log.append(f"crop request {request} by {gone}: refused")
+            return
+        model.crop(gone)
+        self.log.append(f"crop request {request} by {gone}")
+
+    def leave_request(self) -> None:
+        gone = self.rng.choice([*self.requests])
+        self.flat.leave(gone)
+        del self.requests[gone]
+        self.log.append(f"leave {gone}")
+
+    def fail_requests(self) -> None:
+        """A flat forward that raises in some layer: nobody has read anything."""
+        new = self.some([1, self.rng.randint(1, self.longest_chunk), 12 + self.rollback + self.slack])
+        if not new:
+            return
+
+        def broken(*anything: Any) -> None:
+            raise Failure
+
+        hook = self.rng.choice(self.pair.extension.forward.modules).register_forward_hook(broken)
+        try:
+            self.flat.read({request: ids[0] for request, ids in new.items()})
+        except Failure:
+            self.log.append("fail together")
+        else:
+            raise Mismatch("the flat forward did not fail")
+        finally:
+            hook.remove()
 
     # -- what goes wrong ------------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import histories
 from longreach.engine import batch
+from longreach.hf.flat import Flat
 from longreach.memory import buffer, store
 
 
@@ -81,8 +83,37 @@ def crop_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store.Store, "crop", crop)
 
 
+def requests_keep_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a request leaves a flat batch, those behind it are looked for where they were."""
+    real = Flat.leave
+
+    def leave(self: Flat, request: int) -> None:
+        rows = {other: row for other, row in self._rows.items() if other != request}
+        real(self, request)
+        self._rows = {other: min(row, len(rows) - 1) for other, row in rows.items()}
+
+    monkeypatch.setattr(Flat, "leave", leave)
+
+
+def single_tokens_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several requests that read one token each, the first gets that of the last."""
+    real = batch.Batch.flat.__func__  # type: ignore[attr-defined]
+
+    def flat(cls: Any, new: Any, device: torch.device, store: Any) -> batch.Batch:
+        found = real(cls, new, device, store)
+        found.singles = None if found.singles is None else replace(found.singles, columns=found.singles.columns.flip(0))
+        return found
+
+    monkeypatch.setattr(batch.Batch, "flat", classmethod(flat))
+
+
+FAULTS = [
+    rows_that_meet, mask_from_the_right, hidden_tokens_ignored, failed_forward_counts, crop_half_done, requests_keep_their_rows, single_tokens_mixed_up,
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [rows_that_meet, mask_from_the_right, hidden_tokens_ignored, failed_forward_counts, crop_half_done])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_histories_find_the_fault(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch):
     fault(monkeypatch)
     assert any("error" in histories.run(seed) for seed in range(0, 900, 4))

@@ -12,6 +12,7 @@ from families import build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.hf.flat import Flat
 from longreach.running.generation import Sampling
+from longreach.running.together import Pool, Request
 from methods_matrix import METHODS, context, refusal
 
 LENGTHS = [3, 260, 41, 1, 400, 90, 7]
@@ -88,20 +89,48 @@ def test_requests_share_forwards_and_leave_no_memory(model, monkeypatch):
     reads, real = [], Flat.read
     monkeypatch.setattr(Flat, "read", lambda self, new, *more: reads.append({name: len(ids) for name, ids in new.items()}) or real(self, new, *more))
     with longreach.extend(model, SelfExtend(3, 8)) as extension:
+        extension.flat()  # is checked once
         reads.clear()
         longreach.generate(extension, prompts(), NEW, at_once=16, chunk_size=512)
-        own = [read for read in reads if max(read.values()) > 0]
-        checks = len(own) - (2 + NEW - 1)  # the whole of the prompts is read in two forwards of 512 tokens
-        assert 0 <= checks <= 3
-        assert sum(own[checks].values()) == 512 and len(own[-1]) >= 1
+        assert len(reads) == 2 + NEW - 1  # the whole of the prompts is read in two forwards of 512 tokens
+        assert sum(reads[0].values()) == 512 and len(reads[-1]) >= 1
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 16])
+@pytest.mark.parametrize("method", [SelfExtend(3, 8), LMInfinite(9, 3), LMInfinite(9, 3, top_k=2)], ids=str)
+def test_a_document_is_read_once_for_its_questions(model, method, at_once):
+    """Questions of a document, a prompt of its own, questions of another one, and an answer that its request ends: each as if alone."""
+    documents = [tokens(1, n, seed=n)[0].tolist() for n in (300, 170)]
+    asked = [[document + tokens(1, 3 + n, seed=n)[0].tolist() for n in range(count)] for document, count in zip(documents, (3, 2))]
+    with longreach.extend(model, method) as extension:
+        own = tokens(1, 50, seed=50)[0].tolist()
+        want = {tuple(ids): alone(model, torch.tensor(ids)) for ids in [*asked[0], own, *asked[1]]}
+        pool, lengths = Pool(extension, at_once=at_once, chunk_size=64), [4, 1, 6]
+        requests = [Request(ids, n) for ids, n in zip(asked[0], lengths)]
+        pool.add(requests, shared=300)
+        pool.add([Request(own, NEW, stop=lambda new: len(new) == 3)])
+        pool.add([Request(ids, NEW) for ids in asked[1]], shared=170)
+        read, found, most = 0, {}, 0
+        while pool.busy:
+            turn = pool.step()
+            most = max(most, pool.held)
+            read += sum(b - a for a, b in turn.reads.values())
+            found |= {tuple(request.ids): (request, generated) for request, generated in turn.done.items()}
+        assert len(found) == 6 and most <= at_once
+        for ids, (request, generated) in found.items():
+            count = 3 if ids == tuple(own) else request.max_new_tokens
+            assert generated.ids == want[ids][:count] and generated.finish == ("stop" if ids == tuple(own) else "length")
+        shares = at_once > 1 and method.cut == 1
+        written = sum(len(generated.ids) - 1 for _, generated in found.values())
+        assert read == written + sum(map(len, want)) - (2 * 300 + 170 if shares else 0)
 
 
 def test_what_cannot_be_is_refused(model):
     with longreach.extend(model, SelfExtend(3, 8), context=100) as extension:
         assert longreach.generate(extension, []) == []
         for arguments, says in (
-            (([[]],), "prompt 0 is empty"),
-            (([[1], [2] * 99], 2), "prompt 1 has 99 tokens, and with 2 new ones it exceeds the declared context of 100"),
+            (([[]],), "prompt 0: a prompt needs at least one token"),
+            (([[1], [2] * 99], 2), "prompt 1: a prompt has 99 tokens, and with 2 new ones it exceeds the declared context of 100"),
             (([[1]], 0), "max_new_tokens must be at least 1"),
         ):
             with pytest.raises(ValueError, match=says):

@@ -54,7 +54,8 @@ def together(families: list[Family]) -> str:
     alone = [family for family in families if family.alone is not None]
     said = (
         "`extension.flat()` and `longreach.generate` read many requests in one forward. Their first call compares requests that are read together with each "
-        f"of them alone. It is exact on {len(families) - len(alone)} of the {len(families)} families"
+        "of them alone: a few tokens, also at indices beyond every length of the configuration, and beside a request with enormous activations, which shows a "
+        f"quantisation with one scale for a whole tensor. It is exact on {len(families) - len(alone)} of the {len(families)} families"
     )
     return said + (", and refused on:\n\n" + "\n".join(f"- **{family.name}**: {family.alone}" for family in alone) if alone else ".")
 

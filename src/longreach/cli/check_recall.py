@@ -41,6 +41,8 @@ def run(
 
     inside = look(model, tokenizer, Stock(), window, trained_window=trained_window, progress=progress(window))
     here = look(model, tokenizer, method, context, trained_window=trained_window, profile=profile, progress=progress(context))
+    for note in dict.fromkeys((*inside.alone, *here.alone)):
+        out.warn(note)
     return {"context": context, "trained_window": window, "recall": {"here": here.to_json(), "inside": inside.to_json()}}
 
 

@@ -34,6 +34,8 @@ Truncate = Annotated[Cut | None, typer.Option("--truncate", help="What to leave 
 Chat = Annotated[Literal["auto", "off"], typer.Option("--chat", help="off: never use the model's chat template; auto: where the task says so.")]
 ChunkSize = Annotated[int, typer.Option("--chunk-size", parser=tokens, metavar="TOKENS", help="Prompt tokens of one forward.")]
 
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Samples read together; 1: one by one. If not given: as many as fit, up to 16.")]
+
 
 @dataclass(frozen=True)
 class Wanted:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from longreach.evals.harness.estimates import Step
     from longreach.evals.harness.items import Item
-    from longreach.evals.harness.model_engine import Span
+    from longreach.evals.harness.model_engine import ModelEngine, Span
     from longreach.evals.harness.results import Row
     from longreach.evals.harness.runner import Outcome, Progress
     from longreach.evals.samples.base import Settings, Task
@@ -57,6 +57,7 @@ def command(
     shard: Annotated[str, typer.Option("--shard", help="i/n: run only every n-th sample, from the i-th (counted from 0); all shards share a folder.")] = "0/1",
     save_prompts: Annotated[bool, typer.Option("--save-prompts", help="Keep the prompts in the results, not only their hashes.")] = False,
     chunk_size: eval_options.ChunkSize = CHUNK_SIZE,
+    batch_size: eval_options.BatchSize = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
@@ -95,19 +96,22 @@ def command(
             ) as engine:
                 assert engine.extension is not None
                 facts = begin(out, job, engine.extension)
+                read_together(out, job, engine, batch_size)
                 config = configuration(model, job, engine.extension, truncate, chat, chunk_size)
                 tasks = runner.describe(job.work, config)
                 origin = eval_options.made_with(job.model.device, facts, started, None)
-                folder.start({"config": config, "tasks": tasks, "samples": len(job.items), **origin})
+                folder.start({"config": config, "tasks": tasks, "samples": len(job.items), **origin, **together(engine)})
                 with progress_of(out, out_folder) as progress:
                     outcome = runner.run(
                         job.items, engine, job.tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()},
                         limit=job.span.limit, truncate=truncate, chat=chat, shard=part, save_prompts=save_prompts, work=engine.work, progress=progress,
                     )  # fmt: skip
-        rows = folder.finish(now())
+        for failure in engine.failures:
+            out.warn(failure)
+        rows = folder.finish(now(), together(engine))
         summary(out, outcome, folder.file)
         result = {
-            "out": str(out_folder), "method": config["method"], "context": config["context"], **dataclasses.asdict(outcome),
+            "out": str(out_folder), "method": config["method"], "context": config["context"], **dataclasses.asdict(outcome), **together(engine),
             "metrics": [dataclasses.asdict(row) for row in rows],
         }  # fmt: skip
         out.finish(result, lambda console: show(console, rows, {name: facts["metric"] for name, facts in tasks.items()}))
@@ -131,6 +135,7 @@ def estimate(
     options: eval_options.Options = None,
     chat: eval_options.Chat = "auto",
     chunk_size: eval_options.ChunkSize = CHUNK_SIZE,
+    batch_size: eval_options.BatchSize = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
@@ -158,12 +163,13 @@ def estimate(
             with attached(
                 job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, profile=found, chunk_size=chunk_size
             ) as engine:
+                read_together(out, job, engine, batch_size)
                 work = engine.work
-                speed = estimates.measure(job.items, engine, job.tokenizer, work, chat) if measure else None
+                speed = estimates.measure(job.items, engine, job.tokenizer, work, chat, engine.several.size) if measure else None
         every = estimates.estimate(job.items, work, speed)
         groups = [(task, length, estimates.estimate(items, work, speed)) for task, length, items in by_length(job.items)]
         parts = [{"task": task, "length": length, **dataclasses.asdict(part)} for task, length, part in groups]
-        result = {**dataclasses.asdict(every), "context": job.span.context, "parts": parts}
+        result = {**dataclasses.asdict(every), "context": job.span.context, **together(engine), "parts": parts}
         out.finish(result, lambda console: show_estimate(console, result))
 
 
@@ -229,6 +235,27 @@ def begin(out: Output, job: Job, extension: Extension) -> dict[str, Any]:
     tokens = sum(item.tokens for item in job.items)
     out.note(f"{counted(len(job.items), 'sample')}, {counted(tokens, 'token')} of prompts, the longest sequence {max(item.needs for item in job.items)}")
     return facts
+
+
+def read_together(out: Output, job: Job, engine: ModelEngine, asked: int | None) -> None:
+    """Choose how many samples are read in one forward, and say so."""
+    from longreach.evals.harness.together import several
+
+    longest = max(item.needs for item in job.items)
+    new = max(item.sample.max_new_tokens for item in job.items)
+    engine.several = several(engine.extension, asked, longest if job.span.limit is None else min(longest, job.span.limit), new, engine.chunk_size)
+    found = engine.several
+    if found.size > 1:
+        out.note(f"up to {found.size} samples are read together ({found.reason})")
+    elif asked == 1:
+        out.note("samples are read one by one")
+    else:
+        out.warn(f"samples are read one by one: {found.reason}")
+
+
+def together(engine: ModelEngine) -> dict[str, Any]:
+    """The same as plain data."""
+    return {"together": {"batch_size": engine.several.size, "reason": engine.several.reason, "failures": [*engine.failures]}}
 
 
 @contextmanager

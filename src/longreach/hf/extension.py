@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from longreach import configs
 from longreach.core.encodings import exact_device
 from longreach.engine.layer import Layer
-from longreach.hf import documents, frequencies, legacy, registration
+from longreach.hf import documents, flat_check, frequencies, legacy, registration
 from longreach.hf.attach import Attachment
 from longreach.hf.checks import configs_of, find_base
 from longreach.hf.documents import Document
@@ -210,8 +210,14 @@ class Extension:
     # -- many requests ------------------------------------------------------------------------------------------------------------
 
     def flat(self) -> Flat:
-        """Requests that are read together in one forward of the model, each with a memory of its own; see `Flat`."""
-        return Flat(self.forward)
+        """Requests that are read together in one forward of the model, each with a memory of its own; see `Flat`.
+
+        Raises ValueError, with the reason, where the model's own code does not allow it: its layers scale queries by the slots of a cache, its activations are
+        quantised with one scale for a whole tensor, or a request that is read beside others differs from the same one alone.
+        """
+        found = Flat(self.forward)
+        flat_check.require_exact(self.forward)
+        return found
 
     # -- people -----------------------------------------------------------------------------------------------------------------
 

@@ -13,13 +13,10 @@ from typing import Any, Literal, cast
 import torch
 from transformers import DynamicCache
 
-from longreach.core.differences import largest
 from longreach.hf.cache import place
 from longreach.hf.forward import Forward
 from longreach.hf.placement import device_of
-
-CHECKED = (7, 3, 5)  # tokens of the requests that are compared with themselves alone, before anybody's are read
-TOLERANCE, HALF = {torch.float32: 1e-4}, 5e-2  # of the largest logit, in fp32 and in half precision
+from longreach.memory.store import Store
 
 
 class Flat:
@@ -31,16 +28,12 @@ class Flat:
         logits = flat.read({a: [token], b: [token]})          # one forward for both
         flat.leave(a)
 
-    A request is a number that is used once. Raises ValueError, with the reason, where the model's own code does not allow it: its layers scale queries by the
-    slots of a cache, or a request read beside others differs from the same one alone.
+    A request is a number that is used once. Whether the model's own code allows it is looked at in `flat_check`, before `extension.flat()` hands this out.
     """
 
-    def __init__(self, forward: Forward, check: bool = True) -> None:
+    def __init__(self, forward: Forward) -> None:
         if not forward.modules:
             raise ValueError("the method was taken off this model; extend() it again")
-        if check and not forward.flat_checked:
-            _require_exact(forward)
-            forward.flat_checked = True
         self._forward = forward
         self._model = cast(Any, forward.facts.model)
         self._parameters = inspect.signature(self._model.forward).parameters
@@ -87,6 +80,10 @@ class Flat:
             raise ValueError(f"request {request} has read {self.length(request)} tokens; pass a length from 0 to that, not {length}")
         self._store.rewind(self._row(request), length)
 
+    def begin_at(self, starts: Mapping[int, int]) -> None:
+        """Requests that have read nothing go on from these indices, and see nothing before them: only where every layer forgets what lies there."""
+        go_on_from(self._store, [starts.get(request, 0) for request in sorted(self._rows, key=self._row)], 0)
+
     def _named(self, row: int) -> int:
         self._last += 1
         self._rows[self._last] = row
@@ -129,24 +126,8 @@ class Flat:
         return dict(zip(order, found if more else found[ends - 1], strict=True))
 
 
-def _require_exact(forward: Forward) -> None:
-    """Raise where a request that is read beside others would not be what it is alone."""
-    facts = forward.facts
-    name = type(facts.base).__name__
-    if facts.slot_scales:
-        raise ValueError(f"{name} scales queries by the slots of the cache, which several requests would share; read them one by one")
-    flat = Flat(forward, check=False)
-    generator = torch.Generator().manual_seed(0)
-    a, b, c = (torch.randint(1, facts.base.config.vocab_size, (count + 2,), generator=generator) for count in CHECKED)
-    first, second, third = flat.join(), flat.join(), flat.join()
-    flat.read({first: a[:-2], second: b[:-2], third: c[:-2]})
-    flat.read({first: a[-2:-1], second: b[-2:]})  # a decoded token beside a chunk
-    found = flat.read({first: a[-1:], third: c[-2:]})
-    limit = TOLERANCE.get(facts.reading.entries[0].dtype, HALF)
-    for request, text in ((first, a), (third, c)):
-        with torch.no_grad():
-            want = flat._model(input_ids=text[None].to(device_of(facts.model)), use_cache=False).logits[0, -1].float()
-        if not (off := largest(found[request].float() - want) / max(1e-6, largest(want))) <= limit:
-            raise ValueError(
-                f"{name} gives other logits to a request that is read beside others (by {off:.1e}): its code mixes tokens; read requests one by one"
-            )
+def go_on_from(store: Store, starts: Sequence[int], seen: int) -> None:
+    """The rows of a store go on from these indices, and nothing is kept of what would lie before. `seen`: the slots that Transformers counts."""
+    store.restore([*starts], seen, None)
+    for placement in store.placements.values():
+        placement.restore(starts, starts)

@@ -118,7 +118,7 @@ def answer(
         )
     first = streamer.first or ended
     text = tokenizer.decode(new, skip_special_tokens=True)
-    end = _stop_at(text, stop)
+    end = stop_at(text, stop)
     finish: Literal["stop", "length", "interrupted"] = "stop"
     if new[-1] not in _ends(config) and end is None:
         finish = "length" if len(new) >= max_new_tokens else "interrupted" if stopped is not None and stopped() else "stop"
@@ -171,7 +171,7 @@ def generation_config(model: CausalLM, tokenizer: Tokenizer, max_new_tokens: int
     return config
 
 
-def _stop_at(text: str, stop: tuple[str, ...]) -> int | None:
+def stop_at(text: str, stop: tuple[str, ...]) -> int | None:
     """Where the first of the strings begins, after the white space that the text may begin with."""
     begins = len(text) - len(text.lstrip())
     return min((at for end in stop if (at := text.find(end, begins)) >= 0), default=None)
@@ -186,10 +186,15 @@ def _stopping(tokenizer: Tokenizer, prompt: int, stop: tuple[str, ...], stopped:
     class Stop(StoppingCriteria):  # type: ignore[misc,unused-ignore]
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             told = stopped is not None and stopped()
-            done = [told or (stop and _stop_at(tokenizer.decode(row[prompt:], skip_special_tokens=True), stop) is not None) for row in input_ids]
+            done = [told or (stop and stop_at(tokenizer.decode(row[prompt:], skip_special_tokens=True), stop) is not None) for row in input_ids]
             return torch.tensor(list(map(bool, done)), device=input_ids.device)
 
     return StoppingCriteriaList([Stop()])
+
+
+def ends_of(model: CausalLM, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end an answer: the checkpoint's, or else the tokenizer's."""
+    return _ends(generation_config(model, tokenizer, 1, GREEDY))
 
 
 def _ends(config: Any) -> list[int]:

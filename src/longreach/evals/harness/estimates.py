@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import sqrt
 
 from longreach.evals.harness.costs import EVEN, PLAIN, Load, Sight, Speed, Work, fit
-from longreach.evals.harness.engine import Engine, Reply
+from longreach.evals.harness.engine import Engine, Reply, asked_all
 from longreach.evals.harness.items import Item, ordered
 from longreach.evals.samples import budget
 from longreach.evals.samples.budget import ChatMode
@@ -62,8 +62,10 @@ def estimate(items: Sequence[Item], work: Work = PLAIN, speed: Speed | None = No
     )
 
 
-def measure(items: Sequence[Item], engine: Engine, tokenizer: Tokenizer, work: Work = PLAIN, chat: ChatMode = "auto") -> Speed:
+def measure(items: Sequence[Item], engine: Engine, tokenizer: Tokenizer, work: Work = PLAIN, chat: ChatMode = "auto", together: int = 1) -> Speed:
     """From beginnings of the longest prompt with its question at their end, each asked twice: the second answer finds its document read.
+
+    together  how many samples the engine reads in one forward: so often each is asked then.
 
     Raises ValueError if the engine's answers take no time.
     """
@@ -77,11 +79,11 @@ def measure(items: Sequence[Item], engine: Engine, tokenizer: Tokenizer, work: W
         question = max(1, min(len(prompt.ids) - prompt.shared if prompt.shared else 1, length // 2))
         ids = prompt.ids[skip : skip + length - question] + prompt.ids[-question:]
         shared = max(0, len(ids) - question)
-        first = engine.answer(replace(prompt, sample=sample, ids=ids, shared=shared))
-        sights.append(sight(len(ids), first))
-        if work.back != 0 and shared:
-            sights.append(sight(len(ids), engine.answer(replace(prompt, sample=sample, ids=ids, shared=shared))))
-        return first.prefill_seconds
+        held = work.back != 0 and shared > 0  # else every one of them would be read
+        asked = [replace(prompt, sample=sample, ids=ids, shared=shared)] * (max(2, min(together, len(items))) if held else 1)
+        replies = asked_all(engine, asked)
+        sights.extend(sight(len(ids), reply) for reply in replies)
+        return replies[0].prefill_seconds
 
     length = max(1, longest // 4)
     seconds = probe(length)
@@ -127,17 +129,17 @@ class Clock:
         """`waiting` are the items that are to be answered, in their order, of `total` with those that are known already."""
         self.total, self.done, self.tokens_done, self.work, self.now = total, total - len(waiting), 0, work, now
         self.before, self.after = Load(), Load()
-        self._loads = deque(loads(waiting, work, limit))
-        for load in self._loads:
+        self._loads = dict(zip((item.key for item in waiting), loads(waiting, work, limit), strict=True))
+        for load in self._loads.values():
             self.after += load
         self._whole = self.after
         self._sights: dict[bool, deque[Sight]] = {held: deque(maxlen=REMEMBERED) for held in (False, True)}
         self.started = now()
 
     def read(self, item: Item, reply: Reply | None, tokens: int) -> None:
-        """The next item was answered (or failed: None) with a prompt of so many tokens."""
+        """An item was answered (or failed: None) with a prompt of so many tokens."""
         self.done, self.tokens_done = self.done + 1, self.tokens_done + item.needs
-        self.before += self._loads.popleft()
+        self.before += self._loads.pop(item.key)
         if reply is not None:
             self._sights[reply.reused > 0].append(sight(tokens, reply))
 

@@ -31,6 +31,10 @@ class Item:
     def needs(self) -> int:
         return self.tokens + self.sample.max_new_tokens
 
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.task.name, self.sample.id
+
     @cached_property
     def document(self) -> str:
         """Names what questions about one document have in common."""

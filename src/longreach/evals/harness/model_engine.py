@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ import torch
 from longreach import configs
 from longreach.core.segments import Layout
 from longreach.evals.harness.costs import Work
-from longreach.evals.harness.engine import Reply
+from longreach.evals.harness.engine import Reply, one_by_one
+from longreach.evals.harness.together import ONE, Answering, Several, several
 from longreach.evals.samples.budget import Prompt
 from longreach.hf.checks import find_base
 from longreach.hf.extension import Extension, extend
@@ -41,12 +42,16 @@ class ModelEngine:
     A document that several prompts share is read once, if the method allows to cut a prompt there; between questions the
     cache is cropped to the end of the document. Where the store cannot go back so far (bounded methods keep 128 tokens), it is read again.
     Prompts are cut at the end of their document in both cases, so that an answer does not depend on what was asked before.
+
+    several  how many prompts `answers` reads together, in flat forwards; their document is then read once and forked.
     """
 
     model: CausalLM
     tokenizer: Tokenizer
     extension: Extension | None = None
     chunk_size: int = CHUNK_SIZE
+    several: Several = ONE
+    failures: list[str] = field(default_factory=list)  # why some were not read together after all
     _prefix: Prefix = field(default_factory=Prefix, repr=False)
     _warm: bool = False
 
@@ -55,17 +60,38 @@ class ModelEngine:
         return self.extension is not None and self.extension.method.cut is not None
 
     @property
+    def alone(self) -> list[str]:
+        """Why samples were read one by one although nobody asked for it."""
+        return [*([] if self.several.size > 1 or self.several == ONE else [f"samples are read one by one: {self.several.reason}"]), *self.failures]
+
+    @property
     def work(self) -> Work:
         """What reading a prompt costs, counted from the layouts that the executor follows."""
-        return work_of(self.model, self.extension, shares=self.reuses)
+        found = work_of(self.model, self.extension, shares=self.reuses)
+        return replace(found, back=None) if self.reuses and self.several.size > 1 else found
 
-    def answer(self, prompt: Prompt) -> Reply:
+    def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Reply | Exception]]:
+        """Several at a time, or one after the other. An answer is the same either way."""
+        if self.extension is None or self.several.size == 1:
+            yield from one_by_one(self, prompts)
+            return
+        device = self._prepared(WARM_UP * [1])
+        how = self.model, self.tokenizer, self.extension, self.several.size, self.chunk_size
+        self._prefix.forget()
+        yield from Answering(*how, self.reuses, self.answer, lambda: peak_memory(device), self.failures).answers(prompts)
+
+    def _prepared(self, ids: list[int]) -> torch.device:
+        """Something has been read, which is not timed, and the peak of memory counts from now on."""
         if not self._warm:
-            generation.answer(self.model, self.tokenizer, prompt.ids[:WARM_UP], 2, extension=self.extension, chunk_size=self.chunk_size)
+            generation.answer(self.model, self.tokenizer, ids[:WARM_UP], 2, extension=self.extension, chunk_size=self.chunk_size)
             self._warm = True
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        return device
+
+    def answer(self, prompt: Prompt) -> Reply:
+        device = self._prepared(prompt.ids)
         started = time.perf_counter()
         cache, reused = self._read(prompt)
         reading = time.perf_counter() - started
@@ -144,12 +170,13 @@ def span(method: Method | None, window: int, declared: int | None, needed: int) 
 @contextmanager
 def attached(
     model: CausalLM, tokenizer: Tokenizer, method: Method | None, context: int, *,
-    trained_window: int | None = None, profile: Profile | None = None, chunk_size: int = CHUNK_SIZE,
+    trained_window: int | None = None, profile: Profile | None = None, chunk_size: int = CHUNK_SIZE, batch_size: int | None = 1,
 ) -> Iterator[ModelEngine]:  # fmt: skip
-    """The model under the method, or under what the dial chooses for the context, by the profile if there is one."""
+    """The model under the method, or under what the dial chooses for the context, by the profile if there is one. `batch_size`: samples that are read
+    together; None: as many samples of the whole context as there is memory for."""
     window = configs.trained_window(find_base(model).config, trained_window).tokens
     with extend(model, method, context=dial.declare(method, window, context)[0], trained_window=trained_window, profile=profile) as extension:
-        yield ModelEngine(model, tokenizer, extension, chunk_size)
+        yield ModelEngine(model, tokenizer, extension, chunk_size, several(extension, batch_size, context, 1, chunk_size))
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -48,6 +48,7 @@ class Record:
     error: str | None
     config_hash: str
     reused_tokens: int = 0
+    together: int = 1  # samples in one forward, at most
     meta: dict[str, Any] = field(default_factory=dict)
     prompt: str | None = None  # only where it was asked for
 
@@ -128,16 +129,16 @@ class Folder:
         write_json(self.path / RUN, run)
         self._drop_torn_line()
 
-    def finish(self, ended: str) -> list[Row]:
-        """Note the end, write metrics.json from all shards that are there -> its rows."""
+    def finish(self, ended: str, more: Mapping[str, Any] | None = None) -> list[Row]:
+        """Note the end, and `more` of the run, write metrics.json from all shards that are there -> its rows."""
         rows = summarise(self.records())
-        self.conclude(rows, ended)
+        self.conclude(rows, ended, more)
         return rows
 
-    def conclude(self, rows: list[Row], ended: str) -> None:
+    def conclude(self, rows: list[Row], ended: str, more: Mapping[str, Any] | None = None) -> None:
         """The same with rows that do not come from samples, such as perplexities."""
         write_json(self.path / METRICS, [dataclasses.asdict(row) for row in rows])
-        write_json(self.path / RUN, {**read_object(self.path / RUN), "ended": ended})
+        write_json(self.path / RUN, {**read_object(self.path / RUN), "ended": ended, **(more or {})})
 
     def append(self, record: Record) -> None:
         data = dataclasses.asdict(record)

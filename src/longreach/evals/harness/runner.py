@@ -6,12 +6,13 @@ Knows tasks, budgets, engines and the folder of a run; not models, options or te
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from longreach.evals.harness.costs import PLAIN, Work
-from longreach.evals.harness.engine import Engine, Reply
+from longreach.evals.harness.engine import Engine, Reply, answers
 from longreach.evals.harness.estimates import Clock, Step
 from longreach.evals.harness.items import Item, ordered
 from longreach.evals.harness.items import shard as part_of
@@ -114,45 +115,57 @@ def run(
     known = {record.key: record for record in folder.records() if record.error is None}
     waiting = [item for item in mine if not _is_known(item, known, hashes)]
     clock = Clock(len(mine), waiting, work, limit)
-    answered = failed = cut = 0
-    for item in mine:
-        before = known.get((item.task.name, item.sample.id)) if _is_known(item, known, hashes) else None
-        if before is None:
-            progress(clock.step(item, failed))
-            record, reply = _record(item, engine, tokenizer, hashes[item.task.name], limit, truncate, chat, save_prompts)
-            folder.append(record)
-            answered, failed = answered + (record.error is None), failed + (record.error is not None)
-            clock.read(item, reply, record.prompt_tokens)
-        else:
-            record = before
-        cut += record.truncated_tokens > 0
-    progress(clock.step(None, failed))
-    return Outcome(answered, failed, len(mine) - answered - failed, cut)
+    left = {item.key: item for item in waiting}
+    cut = sum(known[item.key].truncated_tokens > 0 for item in mine if item.key not in left)
+    failed = 0
+
+    def note(item: Item, prompt: Prompt | None, reply: Reply | Exception) -> None:
+        nonlocal failed, cut
+        record = _record(item, prompt, reply, hashes[item.task.name], save_prompts)
+        folder.append(record)
+        del left[item.key]
+        failed, cut = failed + (record.error is not None), cut + (record.truncated_tokens > 0)
+        clock.read(item, None if isinstance(reply, Exception) else reply, record.prompt_tokens)
+        progress(clock.step(next(iter(left.values()), None), failed))
+
+    begun: dict[int, tuple[Item, Prompt]] = {}
+
+    def prompts() -> Iterator[Prompt]:
+        numbers = itertools.count()
+        for item in waiting:
+            try:
+                prompt = budget.fit(tokenizer, item.sample, limit, truncate, chat)
+            except Exception as problem:  # one bad sample must not cost the run
+                note(item, None, problem)
+                continue
+            begun[next(numbers)] = item, prompt
+            yield prompt
+
+    progress(clock.step(next(iter(left.values()), None), failed))
+    for number, reply in answers(engine, prompts()):
+        note(*begun.pop(number), reply)
+    return Outcome(len(waiting) - failed, failed, len(mine) - len(waiting), cut)
 
 
 def _is_known(item: Item, known: Mapping[tuple[str, str], Record], hashes: Mapping[str, str]) -> bool:
-    record = known.get((item.task.name, item.sample.id))
+    record = known.get(item.key)
     if record is None or record.config_hash != hashes[item.task.name]:
         return False
     return record.references == list(item.sample.references) and (record.truncated_tokens > 0 or record.prompt_tokens == item.tokens)
 
 
-def _record(
-    item: Item, engine: Engine, tokenizer: Tokenizer, config_hash: str, limit: int | None, truncate: str | None, chat: ChatMode, save_prompts: bool
-) -> tuple[Record, Reply | None]:
+def _record(item: Item, prompt: Prompt | None, reply: Reply | Exception, config_hash: str, save_prompts: bool) -> Record:
     sample: Sample = item.sample
     metrics: dict[str, float] = {}
-    prompt: Prompt | None = None
-    reply: Reply | None = None
-    error: str | None = None
-    try:
-        prompt = budget.fit(tokenizer, sample, limit, truncate, chat)
-        reply = engine.answer(prompt)
-        metrics = item.task.score(sample, reply.text)
-    except Exception as problem:  # one bad sample, or too little memory for the longest ones, must not cost the run
-        error = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    problem, answer = (reply, None) if isinstance(reply, Exception) else (None, reply)
+    if answer is not None:
+        try:
+            metrics = item.task.score(sample, answer.text)
+        except Exception as found:
+            problem = found
+    error = None if problem is None else f"{type(problem).__name__}: {' '.join(str(problem).split())}"
     meta = {name: value for name, value in sample.meta.items() if name not in META}
-    record = Record(
+    return Record(
         bench=item.task.group or item.task.name,
         task=item.task.name,
         task_version=item.task.version,
@@ -164,18 +177,18 @@ def _record(
         depth_actual=sample.meta.get("depth_actual"),
         seed=sample.meta.get("seed"),
         prompt_sha256=prompt.sha256 if prompt else "",
-        prediction=reply.text if reply else None,
+        prediction=answer.text if answer else None,
         references=list(sample.references),
         metrics=metrics,
-        stop_reason=reply.finish if reply else None,
-        n_generated=reply.tokens if reply else 0,
-        t_prefill=round(reply.prefill_seconds, 5) if reply else None,
-        tok_per_s=round(reply.tokens_per_second, 3) if reply and reply.tokens_per_second else None,
-        peak_mem=reply.peak_memory if reply else None,
+        stop_reason=answer.finish if answer else None,
+        n_generated=answer.tokens if answer else 0,
+        t_prefill=round(answer.prefill_seconds, 5) if answer else None,
+        tok_per_s=round(answer.tokens_per_second, 3) if answer and answer.tokens_per_second else None,
+        peak_mem=answer.peak_memory if answer else None,
         error=error,
         config_hash=config_hash,
-        reused_tokens=reply.reused if reply else 0,
+        reused_tokens=answer.reused if answer else 0,
+        together=answer.together if answer else 1,
         meta=meta,
         prompt=prompt.text if prompt and save_prompts else None,
     )
-    return record, reply

@@ -25,7 +25,8 @@ TASK = "passkeys"
 
 @dataclass(frozen=True)
 class Look:
-    """`found` of `keys` in one document of `length` tokens, with the 95 % interval of the share; `reason`: how the method was chosen."""
+    """`found` of `keys` in one document of `length` tokens, with the 95 % interval of the share; `reason`: how the method was chosen; `alone`: why the
+    questions were not read together."""
 
     length: int
     method: Method
@@ -35,10 +36,11 @@ class Look:
     low: float
     high: float
     seconds: float
+    alone: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         numbers = {"found": self.found, "keys": self.keys, "low": round(self.low, 5), "high": round(self.high, 5), "seconds": round(self.seconds, 2)}
-        return {"length": self.length, "method": self.method.to_json(), "reason": self.reason, **numbers}
+        return {"length": self.length, "method": self.method.to_json(), "reason": self.reason, **numbers, "alone": [*self.alone]}
 
 
 def look(
@@ -63,12 +65,17 @@ def look(
     items = runner.plan({task: Settings(lengths=(length,), depths=DEPTHS, samples=1, seed=seed)}, tokenizer)
     started = time.perf_counter()
     scores: list[float] = []
-    with attached(model, tokenizer, method, length, trained_window=trained_window, profile=profile) as engine:
+    with attached(model, tokenizer, method, length, trained_window=trained_window, profile=profile, batch_size=None) as engine:
         extension = engine.extension
         assert extension is not None
         used, reason = extension.method, extension.report()["reason"]
-        for item in items:
-            progress(len(scores), len(items))
-            scores.append(task.score(item.sample, engine.answer(budget.encode(tokenizer, item.sample)).text)[task.metric])
+        progress(0, len(items))
+        for number, reply in engine.answers(budget.encode(tokenizer, item.sample) for item in items):
+            if isinstance(reply, Exception):
+                raise reply
+            scores.append(task.score(items[number].sample, reply.text)[task.metric])
+            if len(scores) < len(items):
+                progress(len(scores), len(items))
+        alone = tuple(engine.alone)
     share = clusters.share([scores])
-    return Look(length, used, reason, round(share.found), share.n, share.low, share.high, time.perf_counter() - started)
+    return Look(length, used, reason, round(share.found), share.n, share.low, share.high, time.perf_counter() - started, alone)

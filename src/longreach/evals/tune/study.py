@@ -146,7 +146,7 @@ class ModelBench:
             try:
                 with self._attached(candidate.method, self.asked.context) as engine:
                     work = engine.work
-                    speed = estimates.measure(items, engine, self.tokenizer, work, self.asked.chat)
+                    speed = estimates.measure(items, engine, self.tokenizer, work, self.asked.chat, engine.several.size)
             except Refused:
                 continue
             return estimates.estimate(items, work, speed).seconds
@@ -263,6 +263,8 @@ class ModelBench:
         with self._attached(method, context) as engine:
             self._start(folder, config, runner.describe(self._work, config), engine)
             outcome = runner.run(items, engine, self.tokenizer, folder, self._hashes(config), chat=chat)
+            said = {note.partition(":")[0] for note in self.notes}  # the bytes that are free are other ones each time
+            self.notes.extend(note for note in engine.alone if note.partition(":")[0] not in said)
         folder.finish(now())
         if outcome.failed:
             keys = {(item.task.name, item.sample.id) for item in items}
@@ -277,7 +279,8 @@ class ModelBench:
         """Raises Refused where the model cannot have the method."""
         with ExitStack() as stack:
             try:
-                how = attached(self.model, self.tokenizer, method, context, trained_window=self.asked.trained_window, chunk_size=self.asked.chunk_size)
+                window, chunk = self.asked.trained_window, self.asked.chunk_size
+                how = attached(self.model, self.tokenizer, method, context, trained_window=window, chunk_size=chunk, batch_size=None)
                 engine = stack.enter_context(how)
             except ValueError as error:
                 raise Refused(one_line(error)) from error
