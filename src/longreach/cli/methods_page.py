@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from longreach import configs, files
 from longreach.cli import parameters
 from longreach.cli.distances import pairs_of
@@ -25,8 +23,10 @@ from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.longrope import LongRoPE
 from longreach.methods.yarn import YaRN
 from longreach.planning import dial
+from longreach.planning.work import count as count_of
 
 FOLDER = "pictures"  # beside the page
+DEEP = 16  # a layer that chooses, in a method that does so from some layer on
 COLUMNS = 3  # of the gallery
 DIMS = 64  # rotated dims of a head, and rope_theta, of the pictures of frequency methods: nano's
 BASE = 1e4
@@ -123,13 +123,13 @@ class Cost:
 
 
 def cost(method: Method, tokens: int) -> Cost:
-    i, j = torch.tensor([tokens - 1]), torch.arange(tokens)
-    held = forms(method.layout())
+    layout = method.layout(DEEP)
+    held = forms(layout)
     union = Retention()
     for retention in held.values():
         union |= retention
     count = lambda r: tokens if r.tail is None else min(tokens, r.head + r.tail)  # noqa: E731
-    return Cost(tokens, int((~method.distances(i, j).isnan()).sum()), sum(map(count, held.values())), count(union))
+    return Cost(tokens, count_of(layout, tokens - 1, tokens).pairs, sum(map(count, held.values())), count(union))
 
 
 def cost_sentence(kind: type[Method]) -> str:
@@ -137,7 +137,12 @@ def cost_sentence(kind: type[Method]) -> str:
     method = example(kind).method if kind in (Combined, LongRoPE) else dial.recommended(kind, window, tokens)
     found = cost(method, tokens)
     growth = "and stops growing" if method.bounded else "and grows with the text"
-    work = f"a new token attends to {found.read} keys; the KV cache holds {found.keys} keys and {found.values} values {growth}"
+    choosing = method.layout(DEEP).choosing
+    chosen = ""
+    if choosing is not None and choosing.choice is not None:
+        blocks, width = tokens // choosing.choice.block, choosing.choice.index.width
+        chosen = f", which each {choosing.choice.heads} chooses by summaries of {blocks} blocks, as large as {blocks * width} keys and kept too"
+    work = f"a new token attends to {found.read} keys{chosen}; the KV cache holds {found.keys} keys and {found.values} values {growth}"
     setting = f"`{method.brief()}`" if kind is not LongRoPE else "any lists"
     trained = "" if kind in (Combined, LongRoPE) else f" on a trained window of {window.tokens}"
     return f"**Cost** at {tokens} tokens with {setting}{trained}, per KV head, layer and row: {work} (stock: {tokens} of each)."

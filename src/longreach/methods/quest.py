@@ -49,7 +49,7 @@ class Quest(Method):
 
     budget       keys that a head reads, a multiple of page_size.
     page_size    keys of a page; the paper uses 16.
-    dense_layers first layers that read every key; the paper uses 2.
+    dense_layers  first layers that read every key; the paper uses 2.
     queries      "decoded": only the token of a forward of one, prompts are read densely, as in the paper; "all": every token.
 
     Raises ValueError for parameters out of range.
@@ -70,6 +70,11 @@ class Quest(Method):
         require_integer("dense_layers", self.dense_layers, 0)
         require(self.budget % self.page_size == 0, f"budget must be a multiple of page_size ({self.page_size}), not {self.budget}; round it")
         require(self.queries in ("decoded", "all"), f"queries must be 'decoded' or 'all', not {self.queries!r}")
+
+    @classmethod
+    def recommended(cls, window: int, context: int) -> Quest:
+        """The same at every length, which has to be trained: see Combined."""
+        return cls()
 
     @property
     def pages(self) -> int:
