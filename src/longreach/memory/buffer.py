@@ -6,7 +6,7 @@ Knows tensors and where they lie, which a placement says; not positions, layers 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -160,30 +160,36 @@ class Buffer:
         other.sharers = self.sharers
         return other
 
-    def entries(self) -> dict[str, torch.Tensor]:
-        """What is kept, on the CPU and without room to grow: "head", and "body" [rows, H, longest, D]; zeros where a row keeps nothing, whatever lay there."""
+    def entries(self, sealed: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What is kept, on the CPU and without room to grow: "head", and "body" [rows, H, longest, D]; zeros where a row keeps nothing, whatever lay there.
+
+        sealed  entries of each row that are left out: somebody has them already, or reads them by `view`.
+        """
         if self.bodies:
             self._arrange(next(iter(self.bodies.values())))
-        found, ends, firsts = {}, self.placement.ends, self.places.firsts
+        found, ends = {}, self.placement.ends
+        firsts = [max(a, b) for a, b in zip(self.places.firsts, sealed, strict=True)]
         if self.head is not None:
             found["head"] = _blank(self.head.detach().to("cpu", copy=True), [0] * len(ends), ends)
         if self.bodies and (length := max(b - a for a, b in zip(firsts, ends, strict=True))):
             like = next(iter(self.bodies.values()))
             body = torch.zeros((len(ends), like.shape[1], length, like.shape[3]), dtype=like.dtype)
             for row, (first, end) in enumerate(zip(firsts, ends, strict=True)):
-                body[row, :, : end - first] = self.bodies[self.places.buckets[row]][self.places.slots[row], :, : end - first]
+                if first < end:
+                    body[row, :, : end - first] = self.view(slice(row, row + 1), first, end)[0]
             found["body"] = body
         return found
 
-    def restore(self, head: torch.Tensor | None, body: torch.Tensor | None) -> None:
-        """The inverse of `entries`, once the placement is restored."""
+    def restore(self, head: torch.Tensor | None, body: torch.Tensor | None, sealed: Sequence[int]) -> None:
+        """The inverse of `entries`, once the placement is restored. The caller copies what was left out into `view`."""
         self._leave()
         self.head, self.bodies, self.places = head, {}, self.placement.places
         if body is not None:
             for bucket, rows in self.places.members.items():
-                self.bodies[bucket] = self._made(body, len(rows), self.places.rooms[bucket])
-                length = min(body.shape[2], self.places.rooms[bucket])
-                self.bodies[bucket][:, :, :length] = body[list(rows), :, :length]
+                self.bodies[bucket] = made = self._made(body, len(rows), self.places.rooms[bucket])
+                for slot, row in enumerate(rows):
+                    start, stop = (max(sealed[row], first := self.places.firsts[row]) - first, self.placement.ends[row] - first)
+                    made[slot, :, start:stop] = body[row, :, : stop - start]
 
     def take_over(self, longer: Buffer) -> None:
         """Copy what is to be kept from a buffer that keeps more of the same tokens."""
