@@ -36,6 +36,7 @@ def identity(facts: Facts) -> dict[str, Any]:
 
 
 def check(facts: Facts, found: dict[str, Any], file: str) -> None:
+    """Raises ValueError, with what to do, unless `found`, the identity that `file` says, is that of these facts."""
     from longreach.methods import from_json
 
     own = identity(facts)
