@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from blocks import small_blocks  # noqa: F401
 from commands import book, folders, run, stdin  # noqa: F401
 
 with torch.device("meta"):

@@ -227,10 +227,10 @@ def test_a_conversation_is_saved_and_taken_up_by_chat_and_run(monkeypatch: pytes
     assert json.loads(capsys.readouterr().out)["answer"].strip() == first["turns"][1]["answer"]
     (tmp_path / "mine").write_text("mine")
     for line, says in (
-        (f"/save {tmp_path / 'mine'}", "exists and is no document that Longreach wrote; name another file"),
-        (f"/load {tmp_path / 'mine'}", "is no whole safetensors file"),
+        (f"/save {tmp_path / 'mine'}", "is a file, and a document is a folder"),
+        (f"/load {tmp_path / 'mine'}", "is a file and no document of Longreach"),
         ("/load", "needs the name of a file"),
-        (f"/save {tmp_path}", "is a folder"),
+        (f"/save {tmp_path}", "exists and is no document that Longreach wrote; name another folder"),
     ):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"Who?\n{line}\n"))
         assert main(["chat", *map(str, short)]) == 2 and says in capsys.readouterr().err

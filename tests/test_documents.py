@@ -1,4 +1,4 @@
-"""A read document saved, loaded, forked: going on is bit-equal to never having stopped, and a file that does not belong is refused."""
+"""A read document saved, loaded, forked: going on is bit-equal to never having stopped, and what does not belong is refused."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ import longreach
 from commands import Run, refused
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, StreamingLLM
+from longreach.hf import documents
 from longreach.hf.cache import store_of
+from longreach.memory import sealed
 from longreach.running.conversation import Conversation
 from methods_matrix import METHODS, context, refusal
 from tiny import tokenizer as byte_tokenizer
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
 READ, LENGTH = 230, 248  # more than a bounded buffer of these methods holds: its tail has moved
 
 
@@ -61,11 +64,11 @@ def test_loaded_and_forked_go_on_bit_for_bit(method, padded, tmp_path):
         mask[1, :37] = 0
     with longreach.extend(model, method, context=context(method, LENGTH)) as extension:
         cache = read(model, ids, mask)
-        extension.save(cache, tmp_path / "document.safetensors", ids[:, :READ])
+        extension.save(cache, tmp_path / "document", ids[:, :READ])
         fork = extension.fork(cache)
         expected = go_on(model, cache, ids, mask)
         assert torch.equal(go_on(model, fork, ids, mask), expected)
-        found = extension.load(tmp_path / "document.safetensors")
+        found = extension.load(tmp_path / "document")
         assert torch.equal(found.ids, ids[:, :READ]) and (torch.equal(found.mask, mask[:, :READ]) if padded else found.mask is None)
         assert torch.equal(go_on(model, found.cache, ids, mask), expected)
 
@@ -163,13 +166,21 @@ def test_nothing_but_the_document_is_in_the_file(tmp_path):
             model(tokens(2, 20, seed=2), past_key_values=dirty)
         hook.remove()
         extension.save(dirty, tmp_path / "dirty", ids[:, :READ])
-        with safe_open(tmp_path / "clean", "pt") as a, safe_open(tmp_path / "dirty", "pt") as b:
+        with safe_open(tail_of(tmp_path / "clean"), "pt") as a, safe_open(tail_of(tmp_path / "dirty"), "pt") as b:
             assert set(a.keys()) == set(b.keys())
             for name in a.keys():  # noqa: SIM118
                 one, other = a.get_tensor(name), b.get_tensor(name)
                 length = min(one.shape[2], other.shape[2]) if one.dim() == 4 else 0  # a bounded tail may have moved at another token
                 assert not other.isnan().any()
                 assert torch.equal(one[:, :, one.shape[2] - length :], other[:, :, other.shape[2] - length :]) if length else torch.equal(one, other)
+        a, b = ([*each.iterdir()] for each in (tmp_path / "clean", tmp_path / "dirty"))
+        blocks = [sorted(file.read_bytes() for file in each if file.name.startswith("blocks-")) for each in (a, b)]
+        assert blocks[0] == blocks[1] != []
+
+
+def tail_of(document: Path) -> Path:
+    (found,) = document.glob("tail-*")
+    return found
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------------------
@@ -183,8 +194,8 @@ def test_a_row_that_was_cut_by_a_mask_and_read_nothing_is_saved(method, tmp_path
     with longreach.extend(model, method) as extension:
         cache = model(ids[:, :60], use_cache=True).past_key_values
         model(ids[:, 60:65], attention_mask=mask[:, :65], past_key_values=cache)
-        extension.save(cache, tmp_path / "document.safetensors")
-        loaded = extension.load(tmp_path / "document.safetensors").cache
+        extension.save(cache, tmp_path / "document")
+        loaded = extension.load(tmp_path / "document").cache
         went_on = [model(ids[:, 65:], attention_mask=mask, past_key_values=own).logits for own in (cache, loaded)]
         assert torch.equal(*went_on)
         for row in range(2):
@@ -193,12 +204,12 @@ def test_a_row_that_was_cut_by_a_mask_and_read_nothing_is_saved(method, tmp_path
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("saved") / "document.safetensors"
+def saved(small_blocks: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("saved") / "document"
     ids = tokens(2, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    with longreach.extend(build("llama"), StreamingLLM(9, 3), context=400) as extension:
+    with longreach.extend(build("llama"), SelfExtend(10, 8), context=400) as extension:
         extension.save(read(extension.model, ids, mask), file, ids[:, :READ])
     return file
 
@@ -206,12 +217,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("family", "method", "settings", "says"),
     [
-        ("llama-mha", StreamingLLM(9, 3), {}, "another model"),
-        ("mistral", StreamingLLM(9, 3), {}, "another model .*LlamaForCausalLM of 2 layers"),
-        ("llama", StreamingLLM(9, 4), {}, r"was read with StreamingLLM\(n_recent=9, n_sink=3.*longreach.extend\(model, longreach.from_json"),
-        ("llama", SelfExtend(3, 8), {"context": 128}, "was read with StreamingLLM"),
-        ("llama", StreamingLLM(9, 3), {"context": 500}, "context of 400 tokens, not of 500"),
-        ("llama", StreamingLLM(9, 3), {"backend": "reference"}, "other forms"),
+        ("llama-mha", SelfExtend(10, 8), {}, "another model"),
+        ("mistral", SelfExtend(10, 8), {}, "another model .*LlamaForCausalLM of 2 layers"),
+        ("llama", SelfExtend(10, 9), {}, r"was read with SelfExtend\(group_size=10, window=8.*longreach.extend\(model, longreach.from_json"),
+        ("llama", StreamingLLM(9, 3), {}, "was read with SelfExtend"),
+        ("llama", SelfExtend(10, 8), {"context": 500}, "context of 400 tokens, not of 500"),
+        ("llama", SelfExtend(10, 8), {"backend": "reference"}, "other forms"),
     ],
 )
 def test_what_does_not_belong_is_refused(saved, family, method, settings, says):
@@ -220,27 +231,29 @@ def test_what_does_not_belong_is_refused(saved, family, method, settings, says):
 
 
 def test_another_dtype_other_weights_and_other_frequencies_are_refused(saved):
-    with longreach.extend(build("llama", torch.bfloat16), StreamingLLM(9, 3), context=400) as extension, pytest.raises(ValueError, match="computes in"):
+    with longreach.extend(build("llama", torch.bfloat16), SelfExtend(10, 8), context=400) as extension, pytest.raises(ValueError, match="computes in"):
         extension.load(saved)
     model = build("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight.add_(1e-3)
-    with longreach.extend(model, StreamingLLM(9, 3), context=400) as extension, pytest.raises(ValueError, match="other weights"):
+    with longreach.extend(model, SelfExtend(10, 8), context=400) as extension, pytest.raises(ValueError, match="other weights"):
         extension.load(saved)
     with (
-        longreach.extend(build("llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0}), StreamingLLM(9, 3), context=400) as extension,
+        longreach.extend(build("llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0}), SelfExtend(10, 8), context=400) as extension,
         pytest.raises(ValueError, match="other frequencies"),
     ):
         extension.load(saved)
 
 
 def forge(saved: Path, target: Path, change: Any) -> Path:
-    """The file again, with `change(facts, tensors)` applied."""
-    with safe_open(saved, "pt") as opened:
+    """The document again, with `change(facts, tensors)` applied and every checksum right."""
+    shutil.copytree(saved, target)
+    found, tail = sealed.read(target), tail_of(target)
+    with safe_open(tail, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        found = json.loads(opened.metadata()["longreach"])
-    change(found, tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, {"longreach": json.dumps(found)})
+    change(found.facts, tensors)
+    made = sealed.tail(target, lambda part: save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"longreach": "tail"}))
+    sealed.commit(target, sealed.Manifest(found.blocks, made, found.facts))
     return target
 
 
@@ -249,9 +262,14 @@ def first_body(tensors: dict[str, torch.Tensor]) -> str:
 
 
 FORGERIES: dict[str, tuple[Any, str]] = {
-    "newer": (lambda f, t: f.update(format=3), "has format 3"),
+    "sealed": (lambda f, t: f["places"][1].update(sealed=[10**15 * 16, 0]), "contradicts itself"),
+    "sealed less": (lambda f, t: f["places"][1].update(sealed=[0, 0]), "contradicts itself"),
+    "sealed a bounded form": (lambda f, t: f["places"][0].update(sealed=[16, 16]), "contradicts itself"),
+    "sealed all": (lambda f, t: f["places"][1].update(sealed=f["places"][1]["ends"]), "contradicts itself"),
+    "block": (lambda f, t: f.update(block=1), "contradicts itself"),
+    "no block": (lambda f, t: f.update(block=0), "contradicts itself"),
     "method": (lambda f, t: f.update(method={"method": "telepathy"}), "does not say what it was read with"),
-    "parameters": (lambda f, t: f["method"].update(n_recent="nine"), "does not say what it was read with"),
+    "parameters": (lambda f, t: f["method"].update(group_size="nine"), "does not say what it was read with"),
     "model": (lambda f, t: f.update(model=None), "does not say what it was read with"),
     "rotaries": (lambda f, t: f.update(rotaries=[[1]]), "other frequencies"),
     "rows": (lambda f, t: f.update(rows=10**12), "contradicts itself"),
@@ -272,7 +290,7 @@ FORGERIES: dict[str, tuple[Any, str]] = {
 
 @pytest.fixture(scope="module")
 def extension_of_saved() -> Any:
-    return longreach.extend(build("llama"), StreamingLLM(9, 3), context=400)
+    return longreach.extend(build("llama"), SelfExtend(10, 8), context=400)
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -282,21 +300,27 @@ def test_forged_files_are_refused(saved, extension_of_saved, name, tmp_path):
         extension_of_saved.load(forge(saved, tmp_path / "forged", change))
 
 
-def test_broken_files_and_limits(saved, extension_of_saved, tmp_path):
-    whole = saved.read_bytes()
+def test_what_is_no_document_and_limits(saved, extension_of_saved, tmp_path):
     broken = tmp_path / "broken"
-    for data in (b"", whole[:5], whole[:300], whole[:-1], b"\xff" * 64, b"{}" + whole):
+    for data in (b"", b"\xff" * 64):
         broken.write_bytes(data)
-        with pytest.raises(ValueError, match="no whole safetensors file"):
+        with pytest.raises(ValueError, match="is a file and no document of Longreach, which is a folder"):
             extension_of_saved.load(broken)
-    save_file({"x": torch.zeros(2)}, broken)
-    with pytest.raises(ValueError, match="no document of Longreach"):
-        extension_of_saved.load(broken)
+    for version in (1, 2):
+        save_file({"x": torch.zeros(2)}, broken, {"longreach": json.dumps({"format": version}), "note.document": "text"})
+        with pytest.raises(ValueError, match=rf"format {version}, a single file, .* read its text again and save it: longreach run --file .*'note.document'"):
+            extension_of_saved.load(broken)
+        with pytest.raises(ValueError, match="is a file, and a document is a folder; name another one, or remove the file first"):
+            extension_of_saved.save(fresh_cache(extension_of_saved, 4), broken)
     with pytest.raises(ValueError, match="there is no document"):
         extension_of_saved.load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=f"pass max_bytes={len(whole)}"):
+    with pytest.raises(ValueError, match="is a folder, but no document"):
+        extension_of_saved.load(tmp_path)
+    size = documents.size(saved)
+    assert size == sum(file.stat().st_size for file in saved.iterdir()) - (saved / sealed.MANIFEST).stat().st_size
+    with pytest.raises(ValueError, match=f"pass max_bytes={size}"):
         extension_of_saved.load(saved, max_bytes=1000)
-    assert extension_of_saved.load(saved, max_bytes=len(whole)).ids.shape == (2, READ)
+    assert extension_of_saved.load(saved, max_bytes=size).ids.shape == (2, READ)
 
 
 @torch.no_grad()
@@ -315,26 +339,33 @@ def test_what_cannot_be_saved_is_refused_and_an_old_file_survives(extension_of_s
         extension.save(cache, tmp_path / "x", ids[:, :-1])
     with pytest.raises(ValueError, match="create it first"):
         extension.save(cache, tmp_path / "no" / "x")
-    with pytest.raises(ValueError, match="name a file"):
-        extension.save(cache, tmp_path)
     target = tmp_path / "kept"
-    shutil.copy(saved, target)
+    shutil.copytree(saved, target)
+    with pytest.raises(ValueError, match="is a folder that holds other things, such as 'kept'"):
+        extension.save(cache, tmp_path)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(ValueError, match=r"kept' cannot be written \(disk full\)"):
+    with pytest.raises(ValueError, match=r"kept/tail-\d+' cannot be written \(disk full\)"):
         extension.save(cache, target, ids)
-    assert target.read_bytes() == saved.read_bytes() and [p.name for p in tmp_path.iterdir()] == ["kept"]
+    assert content(target) == content(saved) and [p.name for p in tmp_path.iterdir()] == ["kept"]
+    with pytest.raises(ValueError, match="disk full"):
+        extension.save(cache, tmp_path / "new", ids)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
-def fresh_cache(extension: Any) -> Any:
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def fresh_cache(extension: Any, tokens_left: int = 0) -> Any:
     cache = extension.model(tokens(1, 4), use_cache=True).past_key_values
-    cache.crop(-4)
+    cache.crop(-(4 - tokens_left))
     return cache
 
 
 @torch.no_grad()
 def test_a_model_that_was_cast_while_extended_cannot_save(tmp_path):
     model, ids = build("llama"), tokens(1, 20)
-    with longreach.extend(model, SelfExtend(3, 8)) as extension:
+    with longreach.extend(model, SelfExtend(10, 8)) as extension:
         model.bfloat16()
         with pytest.raises(ValueError, match=r"cast to torch.bfloat16 after extend\(\)"):
             extension.save(model(ids, use_cache=True).past_key_values, tmp_path / "x", ids)
@@ -363,11 +394,11 @@ def test_a_conversation_goes_on_from_its_document(chat, tmp_path, folders):
 
 def test_run_reads_once_and_asks_many_times(run: Run, folders, tmp_path):
     (tmp_path / "book.txt").write_text("It was a dark night. " * 20)
-    file, model = tmp_path / "book.safetensors", ["run", "--model", folders["chat"], "--max-new-tokens", 8]
+    file, model = tmp_path / "book", ["run", "--model", folders["chat"], "--max-new-tokens", 8]
     first = run(*model, "--file", tmp_path / "book.txt", "--context", 600, "--save-document", file, "--prompt", "Why?", "--json")
     assert first.code == 0, first.err
     only = run(*model, "--file", tmp_path / "book.txt", "--context", 600, "--save-document", file, "--json").json
-    assert only["document_tokens"] == first.json["document_tokens"] > 400 and only["file_bytes"] == file.stat().st_size
+    assert only["document_tokens"] == first.json["document_tokens"] > 400 and only["file_bytes"] == documents.size(file)
     again = run(*model, "--document", file, "--prompt", "Why?", "--json")
     assert again.code == 0 and again.json["answer"] == first.json["answer"]
     assert again.json["method"] == first.json["method"] and again.json["context"] == 600
@@ -399,6 +430,6 @@ def test_what_is_saved_after_a_forward_that_broke_off_is_whole(tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 model(tokens(1, 40, seed=8), past_key_values=cache)
             hook.remove()
-            extension.save(cache, tmp_path / "document.safetensors", ids[:, :201])
-            found = extension.load(tmp_path / "document.safetensors")
+            extension.save(cache, tmp_path / "document", ids[:, :201])
+            found = extension.load(tmp_path / "document")
             assert torch.equal(go_on(model, found.cache, ids, torch.ones_like(ids), 201), want)

@@ -168,3 +168,30 @@ def test_several_writers_at_once_leave_one_whole_file(target: Path):
     stop.set()
     reader.join()
     assert target.read_text() in contents and set(seen) <= {OLD, *contents} and only(target)
+
+
+def test_folders_are_made_once_and_held_by_one_writer(tmp_path):
+    made = files.folder(tmp_path / "d")
+    assert made == (tmp_path / "d").resolve() and made.is_dir() and files.folder(tmp_path / "d") == made
+    (tmp_path / "link").symlink_to(made)
+    assert files.folder(tmp_path / "link") == made
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file, and a document is a folder"):
+        files.folder(tmp_path / "file", "document")
+    with pytest.raises(ValueError, match="create it first"):
+        files.room_for(tmp_path / "no" / "d")
+    assert not files.room_for(tmp_path / "new").exists()
+    files.sync(made)
+    done = []
+    with files.held(made, shared=True), files.held(made, shared=True):
+
+        def write() -> None:
+            with files.held(made):
+                done.append(1)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        writer.join(0.2)
+        assert not done
+    writer.join()
+    assert done == [1]

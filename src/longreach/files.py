@@ -10,8 +10,15 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FULL = "free some space and try again, or choose another place"
 
@@ -67,3 +74,49 @@ def said(path: Path, full: str = FULL) -> Iterator[None]:
         reason = (error.strerror or str(error) or type(error).__name__).lower()
         fix = full if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) else "choose another place"
         raise ValueError(f"{str(path)!r} cannot be written ({reason}); {fix}") from error
+
+
+def folder(path: str | Path, what: str = "folder") -> Path:
+    """-> the folder, behind symbolic links, which is made if there is none. Raises ValueError, with the fix, where it cannot be written to."""
+    target = room_for(path, what)
+    with said(Path(path)):
+        target.mkdir(exist_ok=True)
+    return target
+
+
+def room_for(path: str | Path, what: str = "folder") -> Path:
+    """The same without making it."""
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not target.is_dir():
+        raise ValueError(f"{str(path)!r} is a file, and a {what} is a folder; name another one, or remove the file first")
+    above = target if target.is_dir() else target.parent
+    if not above.is_dir():
+        raise ValueError(f"there is no folder {str(above)!r} for the {what}; create it first")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"the folder {str(above)!r} may not be written to; choose another place for the {what}")
+    return target
+
+
+def sync(path: Path) -> None:
+    """What was made, renamed or removed in a folder has reached the disk. Systems that do not open folders (Windows) do this by themselves."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def held(path: Path, shared: bool = False) -> Iterator[None]:
+    """Inside, no other process that asks for the same folder writes to it (`shared`: others may read it too). Waits for them. A system or a file system
+    without such locks has none: there two writers at the same time are the user's to prevent."""
+    if fcntl is None:
+        yield
+        return
+    with ExitStack() as stack:
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield

@@ -30,8 +30,8 @@ TAKES_METHOD_PARAMETERS = True
 WRONG = 2  # the exit code after a line that was refused, where lines are piped in
 COMMANDS = {
     "/help": "these lines",
-    "/save FILE": "keep the text and the turns in a file, as they were read",
-    "/load FILE": "go on from such a file, without reading it again",
+    "/save FILE": "keep the text and the turns in a folder, as they were read",
+    "/load FILE": "go on from such a folder, without reading it again",
     "/reset": "forget the turns and keep the text, which is read again with the next question",
     "/facts": "the method in force, its layers, capacity and measured exactness",
     "/quit": "end, as Ctrl-D does",

@@ -40,7 +40,7 @@ def command(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")] = 128,
     save_document: Annotated[
         Path | None,
-        typer.Option("--save-document", help="Save the text as it was read to this file, so that --document need not read it again. Needs --context."),
+        typer.Option("--save-document", help="Save the text as it was read to this folder, so that --document need not read it again. Needs --context."),
     ] = None,
     document: Annotated[
         Path | None,

@@ -33,16 +33,14 @@ class Choice:
 
 def check(out: Output, document: Path | None, save: Path | None, request: text.Request, file: str | None, truncate: text.Side | None, force: bool) -> None:
     """Refuses, before a model is loaded, options that do not go together and a file that is not to be overwritten."""
+    from longreach.hf import documents
+
     if document is not None:
         given = {"--save-document": save, "--file": file, "--hide": request.hidden, "--truncate": truncate, "--system": request.system}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"--document is a text that was read already, so {' and '.join(wrong)} cannot change it; leave it out, or read the text anew")
         if not request.prompt:
             raise ValueError("--document needs a question; pass --prompt TEXT")
-        if document.is_dir():
-            raise ValueError(f"{str(document)!r} is a folder; pass a file that --save-document wrote")
-        from longreach.hf import documents
-
         documents.facts(document)
     if save is not None:
         if not request.document.strip():
@@ -50,8 +48,10 @@ def check(out: Output, document: Path | None, save: Path | None, request: text.R
         if truncate is not None:
             raise ValueError("--save-document keeps the whole text; leave out --truncate, or shorten the text yourself")
         if file is not None and save.exists() and Path(file).expanduser().exists() and save.samefile(Path(file).expanduser()):
-            raise ValueError(f"--save-document {str(save)!r} would take the place of the text itself; name another file")
+            raise ValueError(f"--save-document {str(save)!r} would take the place of the text itself; name another folder")
         targets.check(out, save, targets.DOCUMENT, force)
+        if save.exists():
+            documents.writable(save)
         out.kept = unsaved(save)
 
 
@@ -120,5 +120,7 @@ def reopen(out: Output, model: CausalLM, tokenizer: Tokenizer, choice: Choice, f
 
 def summary(model: str, talk: Conversation, file: Path, read: int) -> dict[str, Any]:
     """What `run` reports where a text was saved and nothing asked."""
+    from longreach.hf import documents
+
     assert talk.extension is not None
-    return {"model": model, "document": str(file), "document_tokens": read, "file_bytes": file.stat().st_size, "extension": talk.extension.report()}
+    return {"model": model, "document": str(file), "document_tokens": read, "file_bytes": documents.size(file), "extension": talk.extension.report()}

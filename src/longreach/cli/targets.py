@@ -18,25 +18,29 @@ HEAD = 4096  # bytes in which a page says who wrote it
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file is called in sentences, an example of a name, and how one of ours is recognised."""
+    """What a file is called in sentences, an example of a name, how one of ours is recognised, and whether it is a folder."""
 
     name: str
     example: str
     ours: Callable[[Path], bool]
+    folder: bool = False
 
 
 def check(out: Output, path: Path, kind: Kind, force: bool | None) -> None:
     """Refuses a file that is not to be written; says so where one of ours will be replaced. `force` None: there is no such option here."""
     refuse(path, kind, force)
-    if path.exists() and not force:
+    if path.exists() and not force and kind.ours(path):
         out.note(f"{path} is a {kind.name} that Longreach wrote, and will be replaced")
 
 
 def refuse(path: Path, kind: Kind, force: bool | None) -> None:
     """Raises ValueError, with the fix, where the file could not be written or is somebody else's."""
-    there = files.place(path, kind.name, kind.example).exists()
+    there = (files.room_for(path, kind.name) if kind.folder else files.place(path, kind.name, kind.example)).exists()
+    if kind.folder and there and not any(path.iterdir()):
+        return
     if there and not force and not kind.ours(path):
-        fix = "name another file" if force is None else "name another file, or pass --force to overwrite it"
+        another = "name another folder" if kind.folder else "name another file"
+        fix = another if force is None else f"{another}, or pass --force to overwrite it"
         raise ValueError(f"{str(path)!r} exists and is no {kind.name} that Longreach wrote; {fix}")
 
 
@@ -100,7 +104,7 @@ def _is_profile(path: Path) -> bool:
     return True
 
 
-DOCUMENT = Kind("document", "book.safetensors", _is_document)
+DOCUMENT = Kind("document", "book", _is_document, folder=True)
 PICTURE = Kind("picture", "picture.png", _is_picture)
 NUMBERS = Kind("csv of a picture", "picture.csv", lambda path: _is_picture(path.with_suffix(".png")))
 RESULT = Kind("file of results", "results.json", _is_result)

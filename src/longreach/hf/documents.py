@@ -1,15 +1,21 @@
-"""Documents: what a cache has read, saved to one safetensors file, loaded again, or forked. Continuing is bit-equal in all three.
+"""Documents: what a cache has read, saved to a folder, loaded again, or forked. Continuing is bit-equal in all three.
 
-Knows caches, facts and the format of the file; how tensors are kept is in the room `memory`. A file is input that may be hostile:
-nothing in it is executed, every size and index is checked before it is used, and it is refused unless it belongs to this very model,
-method and declared context.
+The folder is a log of sealed blocks (`memory.sealed`). Of every form that keeps all tokens, the blocks that lie behind the rollback horizon are records,
+written once; the rest is the tail, a safetensors file that is written anew with every save: the last tokens, first tokens, bounded forms, ids, mask and
+notes. A cache that was saved to the folder or loaded from it, and has gone on since, appends; every other is written anew beside what is there. In both cases
+the manifest takes its place in one step, so the folder holds the old document or the new one.
+
+Knows caches, facts and what is said of a document; how blocks lie in files is in the room `memory`. A folder is input that may be hostile: nothing in it is
+executed, every size and index is checked before it is used, and it is refused unless it belongs to this very model, method and declared context.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +26,21 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from longreach import files
-from longreach.core.encodings import Rotary
 from longreach.hf.cache import place, store_of
-from longreach.hf.facts import Entry, Facts
-from longreach.hf.fingerprint import fingerprint
+from longreach.hf.facts import Entry
 from longreach.hf.forward import Forward
+from longreach.hf.identity import AGAIN, check, identity
 from longreach.hf.placement import device_of
+from longreach.memory import sealed, sealing
 from longreach.memory.buffer import Buffer
 from longreach.memory.placement import Placement
-from longreach.memory.store import Store
-from longreach.version import __version__
+from longreach.memory.records import Key
+from longreach.memory.sealed import Log, Manifest
+from longreach.memory.store import Filed, Store
 
-FORMAT = 2
-LARGEST_FILE = 256 * 2**30
-KEY = "longreach"  # our facts in the metadata of the file; notes of the caller stand beside it under "note."
-NOTE = "note."
-AGAIN = "read the document again and save it"
+LARGEST = 256 * 2**30
+KEY = "longreach"  # what formats 1 and 2, which were single files, said in their metadata
+NOTE = "note."  # the caller's notes in the metadata of the tail
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +63,30 @@ def fork(forward: Forward, cache: Any) -> DynamicCache:
     return _placed(forward, _own_store(forward, cache).fork())
 
 
+def facts(file: Path) -> dict[str, Any]:
+    """What a document says about itself: `method` as JSON, `context`, `model`, `library`, `seen`."""
+    return _manifest(file).facts
+
+
+def size(file: Path) -> int:
+    """Bytes that a document takes, without its manifest."""
+    return _manifest(file).nbytes
+
+
+def writable(file: Path) -> None:
+    """Raises ValueError, with the fix, where a folder that is there already is not for a document to be saved in."""
+    sealed.writable(file)
+
+
 def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str, str]) -> None:
-    """Write a cache that `forward` filled to `file`, which exists afterwards as a whole or as it was before.
+    """Write a cache that `forward` filled to the folder `file`, which holds all of it afterwards, or what it held before.
 
     ids    [B, T] or a list: the tokens that the cache has read, to verify and to continue with. After `generate` the cache has not read
            the last new token, so they are `sequence[:, :cache.get_seq_length()]`.
     notes  names and texts to keep beside it.
     """
-    store = _own_store(forward, cache).fork()
+    own = _own_store(forward, cache)
+    store = own.fork()
     if not any(store.lengths):
         raise ValueError("this cache is empty, so there is nothing to save; let the model read a document first: model(ids, past_key_values=cache)")
     tensors: dict[str, torch.Tensor] = {}
@@ -73,36 +94,45 @@ def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str,
         tensors["ids"] = _checked_ids(ids, store)
     if store.real is not None:
         tensors["mask"] = store.real.contiguous()
-    places = [{"firsts": placement.firsts, "ends": placement.ends} for placement in store.placements.values()]
     dtypes = {entry.dtype for entry in forward.facts.reading.entries}
-    for _, name, buffer in _buffers(store):
-        for part, tensor in buffer.entries().items():
+    for index, form, buffer in sealing.buffers(store):
+        for part, tensor in buffer.entries(sealing.horizon(buffer.placement)).items():
             if tensor.dtype not in dtypes:
                 raise ValueError(f"the model was cast to {tensor.dtype} after extend(), which measured it as it was before; remove() and extend() again")
-            tensors[f"{name}.{part}"] = tensor
-    facts = {**_identity(forward.facts), "rows": store.rows, "seen": store.seen, "places": places}
-    metadata = {KEY: json.dumps(facts, allow_nan=False), **{f"{NOTE}{name}": text for name, text in notes.items()}}
-    try:
-        files.write_by(file, lambda part: save_file(tensors, part, metadata), "document")
-    except SafetensorError as error:
-        raise ValueError(f"{str(file)!r} could not be written ({error}); free some space or name another file") from error
-
-
-def facts(file: Path, max_bytes: int = LARGEST_FILE) -> dict[str, Any]:
-    """What a file says about itself: `method` as JSON, `context`, `model`, `library`, `seen`."""
-    with _opened(file, max_bytes) as opened:
-        return _facts(file, opened)
+            tensors[f"layers.{index}.{form}.{part}"] = tensor
+    state = secrets.token_hex(16)
+    places = [{"firsts": p.firsts, "ends": p.ends, "sealed": sealing.horizon(p)} for p in store.placements.values()]
+    said = {**identity(forward.facts), "rows": store.rows, "seen": store.seen, "places": places, "block": sealed.BLOCK, "state": state}
+    said = json.loads(json.dumps(said))
+    metadata = {KEY: "tail", **{f"{NOTE}{name}": text for name, text in notes.items()}}
+    with _folder(file) as folder:
+        before = _counting(folder)
+        written = sealing.append(store, folder, before, None if before is None else _same(before.facts, said))
+        try:
+            tail = sealed.tail(folder, lambda part: save_file(tensors, part, metadata))
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} could not be written ({error}); free some space or name another folder") from error
+        sealed.commit(folder, Manifest(written, tail, said))
+    own.filed = Filed(state, [*store.lengths])
 
 
 def load(forward: Forward, file: Path, max_bytes: int) -> Document:
-    with _opened(file, max_bytes) as opened:
-        found = _facts(file, opened)
-        _check_identity(forward, found, str(file))
+    found = _manifest(file)
+    folder = Path(os.path.realpath(file))
+    with files.held(folder, shared=True):
+        found = sealed.read(folder)
+        if found.nbytes > max_bytes:
+            raise ValueError(f"{str(file)!r} has {found.nbytes} bytes, more than the limit of {max_bytes}; pass max_bytes={found.nbytes} if you trust it")
+        check(forward.facts, found.facts, str(file))
+        if found.tail is None:
+            raise ValueError(f"{str(file)!r} holds blocks but no document; {AGAIN}")
+        log, tail = Log(folder, found.blocks), sealed.verified(folder, found.tail)
         try:
-            store, ids = _read(forward, opened, found)
-        except (_Damaged, LookupError, TypeError, AttributeError, OverflowError, RuntimeError, SafetensorError) as error:
+            with safe_open(tail, framework="pt") as opened:
+                store, ids = _read(forward, opened, log, found.facts)
+                notes = {name.removeprefix(NOTE): text for name, text in (opened.metadata() or {}).items() if name.startswith(NOTE)}
+        except (_Contradiction, LookupError, TypeError, AttributeError, OverflowError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{str(file)!r} contradicts itself ({error or type(error).__name__}), so it is damaged or forged; {AGAIN}") from error
-        notes = {name.removeprefix(NOTE): text for name, text in opened.metadata().items() if name.startswith(NOTE)}
     device = device_of(forward.facts.model)
     ids, mask = (None if tensor is None else tensor.long().to(device) for tensor in (ids, store.real))
     return Document(_placed(forward, store), ids, mask, notes)
@@ -132,146 +162,130 @@ def _checked_ids(ids: Any, store: Store) -> torch.Tensor:
     return found.long().contiguous()
 
 
-def _buffers(store: Store) -> Iterator[tuple[int, str, Buffer]]:
-    """-> layer, name, buffer."""
-    for index, layer in enumerate(store.layers):
-        for number, buffer in enumerate((layer.whole, *layer.tails.values())):
-            yield index, f"layers.{index}.values.{number}", buffer
-        for number, buffer in enumerate(layer.keys.values()):
-            yield index, f"layers.{index}.keys.{number}", buffer
-
-
-# -- identity -----------------------------------------------------------------------------------------------------------------------
-
-
-def _identity(facts: Facts) -> dict[str, Any]:
-    """Everything that has to be the same where the document is used again, as plain JSON."""
-    rotaries: dict[int, tuple[int, Rotary]] = {}
-    layers = []
-    for layer, entry in zip(facts.layers, facts.reading.entries, strict=True):
-        number = None if layer.rotary is None else rotaries.setdefault(id(layer.rotary), (len(rotaries), layer.rotary))[0]
-        forms = [[repr(positions), kept.head, kept.tail] for positions, kept in layer.forms.items()]
-        layers.append({"heads": entry.heads, "widths": [entry.key_width, entry.value_width], "rotary": number, "forms": forms})
-    found = {
-        "format": FORMAT,
-        "library": __version__,
-        "method": facts.chosen.method.to_json(),
-        "context": facts.chosen.context,
-        "model": {"architecture": type(facts.model).__name__, "layers": layers, "weights": fingerprint(facts.base)},
-        "dtype": sorted({str(entry.dtype).removeprefix("torch.") for entry in facts.reading.entries}),
-        "rotaries": [[r.scaling, r.pairing, r.start, r.sign, r.inverse_frequencies.tolist()] for _, r in rotaries.values()],
-    }
-    return dict(json.loads(json.dumps(found)))
-
-
-def _check_identity(forward: Forward, found: dict[str, Any], file: str) -> None:
-    from longreach.methods import from_json
-
-    own = _identity(forward.facts)
-    shape = lambda model: (model["architecture"], [(layer["heads"], layer["widths"]) for layer in model["layers"]])  # noqa: E731
+def _counting(folder: Path) -> Manifest | None:
+    """What a folder holds now, if it can be read."""
     try:
-        same_shape = shape(found["model"]) == shape(own["model"])
-        forms = [[layer[name] for name in ("rotary", "forms")] for layer in found["model"]["layers"]]
-        method, context = from_json(found["method"]), found["context"]
-        described = f"{found['model']['architecture']} of {len(found['model']['layers'])} layers"
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file!r} does not say what it was read with ({error}); {AGAIN} with this version of Longreach") from error
-    attach = f"longreach.extend(model, longreach.from_json({json.dumps(found['method'])}), context={context})"
-    if not same_shape:
-        mine = f"{own['model']['architecture']} of {len(own['model']['layers'])} layers"
-        raise ValueError(f"{file!r} was read with another model ({described}; this is {mine}, or their keys differ in shape); load that one, or {AGAIN}")
-    if found.get("dtype") != own["dtype"]:
-        raise ValueError(f"{file!r} was read in {found.get('dtype')} and this model computes in {own['dtype']}; load it with that dtype, or {AGAIN}")
-    if found["method"] != own["method"]:
-        raise ValueError(f"{file!r} was read with {method}, not with {forward.facts.chosen.method}; attach that: {attach}")
-    if context != own["context"]:
-        raise ValueError(f"{file!r} was read for a context of {context} tokens, not of {own['context']}; attach it so: {attach}")
-    if forms != [[layer[name] for name in ("rotary", "forms")] for layer in own["model"]["layers"]]:
-        raise ValueError(f"{file!r} keeps keys in other forms than this extension (version {found.get('library')}, or backend='reference'); {AGAIN}")
-    if not _same_rotaries(found.get("rotaries"), own["rotaries"]):
-        raise ValueError(f"the keys in {file!r} are rotated by other frequencies than this extension's; pass the trained_window it was read with, or {AGAIN}")
-    if found["model"].get("weights") != own["model"]["weights"]:
-        raise ValueError(f"{file!r} was read with other weights (or adapters) of the same architecture; load the checkpoint it was read with, or {AGAIN}")
+        return sealed.read(folder)
+    except ValueError:
+        return None
 
 
-def _same_rotaries(found: Any, own: list[Any]) -> bool:
-    """Frequencies may differ by rounding between devices."""
-    try:
-        return len(found) == len(own) and all(
-            a[1:4] == b[1:4] and len(a[4]) == len(b[4]) and all(abs(x - y) <= 1e-5 * abs(y) for x, y in zip([a[0], *a[4]], [b[0], *b[4]], strict=True))
-            for a, b in zip(found, own, strict=True)
-        )
-    except (TypeError, IndexError, KeyError):
-        return False
-
-
-# -- reading --------------------------------------------------------------------------------------------------------------------------
+def _same(before: Mapping[str, Any], said: Mapping[str, Any]) -> str | None:
+    """The state of a document that was read with what this one was."""
+    changing = {name: said[name] for name in ("library", "seen", "places", "state")}
+    return before.get("state") if {**before, **changing} == said else None
 
 
 @contextmanager
-def _opened(file: Path, max_bytes: int) -> Iterator[Any]:
-    if not file.is_file():
-        raise ValueError(f"there is no document {str(file)!r}; save one first: extension.save(cache, file, ids), or longreach run --save-document FILE")
-    if (size := file.stat().st_size) > max_bytes:
-        raise ValueError(f"{str(file)!r} has {size} bytes, more than the limit of {max_bytes}; pass max_bytes={size} if you trust it")
+def _folder(file: Path) -> Iterator[Path]:
+    """A folder to write to; what is unfinished or replaced goes, whatever happens inside."""
+    made = not os.path.lexists(file)
+    folder = files.folder(file, "document")
     try:
-        opened = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{str(file)!r} is no whole safetensors file ({error}); copy it again, or {AGAIN}") from error
-    with opened as inside:
-        yield inside
+        with files.held(folder), files.said(file):
+            sealed.writable(folder)
+            sealed.recover(folder)
+            if made:
+                files.sync(folder.parent)
+            try:
+                yield folder
+            except BaseException:
+                with suppress(OSError):
+                    sealed.recover(folder)
+                raise
+            sealed.recover(folder)
+    except BaseException:
+        if made and not os.listdir(folder):
+            folder.rmdir()
+        raise
 
 
-def _facts(file: Path, opened: Any) -> dict[str, Any]:
+# -- reading ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _manifest(file: Path) -> Manifest:
+    if file.is_file():
+        raise ValueError(_earlier(file))
+    if not os.path.lexists(file / sealed.MANIFEST):
+        there = f"{str(file)!r} is a folder, but no document of Longreach" if file.is_dir() else f"there is no document {str(file)!r}"
+        raise ValueError(f"{there}; save one first: extension.save(cache, folder, ids), or longreach run --save-document FOLDER")
+    return sealed.read(file)
+
+
+def _earlier(file: Path) -> str:
+    """What to do with a file where a folder is expected: it may be a document of an earlier format."""
     try:
-        found = json.loads((opened.metadata() or {})[KEY])
-        version = found["format"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{str(file)!r} is a safetensors file but no document of Longreach; pass one that extension.save or --save-document wrote") from None
-    if version != FORMAT:
-        raise ValueError(f"{str(file)!r} has format {version!r} and this version of Longreach reads {FORMAT}; install the version that wrote it, or {AGAIN}")
-    return dict(found)
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            version = json.loads(metadata[KEY])["format"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
+        return f"{str(file)!r} is a file and no document of Longreach, which is a folder; pass one that extension.save or --save-document wrote"
+    text = ""
+    if f"{NOTE}document" in metadata:
+        text = f"; its text is in the file: safetensors.safe_open(FILE, 'pt').metadata()[{NOTE + 'document'!r}]"
+    return (
+        f"{str(file)!r} is a document of format {version!r}, a single file, and this version of Longreach reads folders of format {sealed.FORMAT}; "
+        f"read its text again and save it: longreach run --file TEXT --context N --save-document FOLDER, or extension.save(cache, folder, ids){text}"
+    )
 
 
-def _read(forward: Forward, opened: Any, found: dict[str, Any]) -> tuple[Store, torch.Tensor | None]:
+def _read(forward: Forward, opened: Any, log: Log, found: dict[str, Any]) -> tuple[Store, torch.Tensor | None]:
     names = set(opened.keys())
-    rows, seen = found["rows"], found["seen"]
-    _require(_count(rows) and rows > 0 and _count(seen) and seen > 0, "rows and slots are no counts")
+    rows, seen, block = found["rows"], found["seen"], found["block"]
+    _require(_count(rows) and rows > 0 and _count(seen) and seen > 0 and _count(block) and block > 0, "rows and slots are no counts")
     mask = opened.get_tensor("mask") if "mask" in names else None
     _require(mask is None or (mask.dtype == torch.bool and list(mask.shape) == [rows, seen]), "the mask has another shape")
     ids = opened.get_tensor("ids") if "ids" in names else None
     _require(ids is None or (ids.dtype == torch.int64 and list(ids.shape) == [rows, seen]), "the ids have another shape")
     vocabulary = forward.facts.model.get_input_embeddings().weight.shape[0]
     _require(ids is None or (int(ids.min()) >= 0 and int(ids.max()) < vocabulary), "an id is not in the vocabulary")
-    _require(rows <= max(opened.get_slice(name).get_shape()[0] for name in names), "no tensor has that many rows")
+    _require(rows <= max((opened.get_slice(name).get_shape()[0] for name in names), default=0), "no tensor has that many rows")
     store = forward.new_store()
     store.restore([seen] * rows if mask is None else mask.sum(1).tolist(), seen, mask)
     places = found["places"]
     _require(isinstance(places, list) and len(places) == len(store.placements), "its places are not those of the method")
-    for where, placement in zip(places, store.placements.values(), strict=True):
-        _place(placement, where, store.lengths)
+    ahead = {id(p): _place(p, where, store.lengths, block) for where, p in zip(places, store.placements.values(), strict=True)}
     used = {"mask", "ids"} & names
-    for index, name, buffer in _buffers(store):
+    blocks = dict(log.index)
+    for index, form, buffer in sealing.buffers(store):
+        _require(_complete(blocks, Key(index, 0, form, 0), ahead[id(buffer.placement)], block), f"blocks of layers.{index}.{form} are missing")
+    _require(not blocks, "it holds blocks that belong nowhere")
+    buffers: dict[tuple[int, str], Buffer] = {}
+    kinds: dict[tuple[int, str], tuple[Any, ...]] = {}
+    for index, form, buffer in sealing.buffers(store):
         entry = forward.facts.reading.entries[index]._replace(device=forward.facts.device_of_layer(index))
-        width = entry.value_width if ".values." in name else entry.key_width
-        used |= _fill(opened, name, buffer, (entry.heads, width), entry)
+        width = entry.value_width if form.startswith("values.") else entry.key_width * sealing.widths(store, index, form)
+        buffers[index, form], kinds[index, form] = buffer, ((entry.heads, block, width), entry.dtype)
+        used |= _fill(opened, f"layers.{index}.{form}", buffer, (entry.heads, width), entry, ahead[id(buffer.placement)])
     _require(used == names, "it holds tensors that belong nowhere")
+    _require(all((record.shape, record.dtype) == kinds[key.layer, key.form] for key, (_, record) in log.index.items()), "a block has another shape or dtype")
+    for key in log.index:  # in the order of the files, so that each is mapped once
+        buffers[key.layer, key.form].view(slice(key.row, key.row + 1), key.first, key.first + block)[0].copy_(log.read(key))
+    store.filed = Filed(str(found["state"]), [*store.lengths])
     return store, ids
 
 
-def _place(placement: Placement, where: dict[str, Any], lengths: list[int]) -> None:
-    """Restore one placement. What it keeps has to be what its tail needs at these lengths."""
-    firsts, ends, tail = where["firsts"], where["ends"], placement.tail
-    _require(all(isinstance(x, list) and len(x) == len(lengths) and all(map(_count, x)) for x in (firsts, ends)), "there are no places for its rows")
-    for first, end, length in zip(firsts, ends, lengths, strict=True):
+def _place(placement: Placement, where: dict[str, Any], lengths: list[int], block: int) -> list[int]:
+    """Restore one placement -> the entries of every row that are in blocks. What it keeps has to be what its tail needs at these lengths."""
+    firsts, ends, ahead, tail = where["firsts"], where["ends"], where["sealed"], placement.tail
+    _require(all(isinstance(x, list) and len(x) == len(lengths) and all(map(_count, x)) for x in (firsts, ends, ahead)), "there are no places for its rows")
+    for first, end, stop, length in zip(firsts, ends, ahead, map(placement.kept.entries, lengths), strict=True):
         _require(end == length and (tail == 0 or first <= (0 if tail is None else max(0, length - tail + 1))), "it keeps other last tokens")
+        _require(stop == 0 or (tail is None and stop < end and stop % block == 0), "its blocks are not of tokens that it keeps")
     placement.restore(firsts, ends)
+    return list(ahead)
 
 
-def _fill(opened: Any, name: str, buffer: Buffer, heads_width: tuple[int, int], entry: Entry) -> set[str]:
-    """Restore one buffer -> the names of its tensors."""
+def _complete(blocks: dict[Key, Any], of: Key, ahead: list[int], block: int) -> bool:
+    """Take the blocks of one form out of `blocks` -> whether all are there."""
+    return all(blocks.pop(of._replace(row=row, first=first), None) is not None for row, stop in enumerate(ahead) for first in range(0, stop, block))
+
+
+def _fill(opened: Any, name: str, buffer: Buffer, heads_width: tuple[int, int], entry: Entry, ahead: list[int]) -> set[str]:
+    """Restore one buffer but for its blocks -> the names of its tensors."""
     placement = buffer.placement
-    longest = 0 if placement.tail == 0 else max(end - first for first, end in zip(placement.places.firsts, placement.ends, strict=True))
+    starts = [max(first, stop) for first, stop in zip(placement.places.firsts, ahead, strict=True)]
+    longest = 0 if placement.tail == 0 else max(end - start for start, end in zip(starts, placement.ends, strict=True))
     found = {}
     for part, length in (("head", buffer.first), ("body", longest)):
         if length:
@@ -279,7 +293,7 @@ def _fill(opened: Any, name: str, buffer: Buffer, heads_width: tuple[int, int], 
             _require(list(opened.get_slice(f"{name}.{part}").get_shape()) == shape, f"{name}.{part} has another shape than {shape}")
             found[part] = opened.get_tensor(f"{name}.{part}").to(entry.device, copy=True)
             _require(found[part].dtype == entry.dtype, f"{name}.{part} has another dtype")
-    buffer.restore(found.get("head"), found.get("body"))
+    buffer.restore(found.get("head"), found.get("body"), ahead)
     return {f"{name}.{part}" for part in found}
 
 
@@ -289,8 +303,8 @@ def _count(value: Any) -> bool:
 
 def _require(condition: bool, what: str) -> None:
     if not condition:
-        raise _Damaged(what)
+        raise _Contradiction(what)
 
 
-class _Damaged(Exception):
-    """What a file says does not hold together."""
+class _Contradiction(Exception):
+    """What a document says does not hold together."""

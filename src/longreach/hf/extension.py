@@ -195,11 +195,12 @@ class Extension:
     # -- documents ----------------------------------------------------------------------------------------------------------------
 
     def save(self, cache: Any, file: str | Path, ids: Any = None, *, notes: Mapping[str, str] | None = None) -> None:
-        """Write what `cache` has read to one safetensors file, all of it or nothing; see `documents.save`."""
+        """Write what `cache` has read to a folder, all of it or nothing. Saved there again when it has grown, only what is new is written; see
+        `documents.save`."""
         documents.save(self.forward, cache, Path(file), ids, notes or {})
 
-    def load(self, file: str | Path, *, max_bytes: int = documents.LARGEST_FILE) -> Document:
-        """What was saved: its cache, ids and mask. Raises ValueError, with the fix, if the file does not belong to this extension."""
+    def load(self, file: str | Path, *, max_bytes: int = documents.LARGEST) -> Document:
+        """What was saved: its cache, ids and mask. Raises ValueError, with the fix, if the document does not belong to this extension."""
         return documents.load(self.forward, Path(file), max_bytes)
 
     def fork(self, cache: Any) -> DynamicCache:

@@ -97,13 +97,6 @@ class Buffer:
         """What is kept of the rows of a shelf, from the first entry of each on: [n, H, room, D]. Columns that hold nothing yet are finite."""
         return self.bodies[shelf.bucket][shelf.slots]
 
-    def side_by_side(self, rows: list[int], stop: int) -> torch.Tensor | None:
-        """The first `stop` entries of rows of any lengths [n, H, stop, D], where they lie so; None where they do not. Those behind an end are finite."""
-        buckets, slots, firsts = ([of[row] for row in rows] for of in (self.places.buckets, self.places.slots, self.places.firsts))
-        if buckets.count(buckets[0]) < len(rows) or any(firsts) or slots != list(range(slots[0], slots[0] + len(rows))):
-            return None
-        return self.bodies[buckets[0]][slots[0] : slots[0] + len(rows), :, :stop]
-
     def base(self, shelf: BaseShelf) -> torch.Tensor:
         """What the rows of a shelf share with others: [slots, H, C, D]."""
         return part(self.bases[shelf.base].entries, shelf.slots, 0, max(b - a for a, b in zip(shelf.firsts, shelf.stops)))
@@ -207,12 +200,16 @@ class Buffer:
         other.sharers = self.sharers
         return other
 
-    def entries(self) -> dict[str, torch.Tensor]:
-        """What is kept, on the CPU and without room to grow: "head", and "body" [rows, H, longest, D]; zeros where a row keeps nothing, whatever lay there."""
+    def entries(self, sealed: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What is kept, on the CPU and without room to grow: "head", and "body" [rows, H, longest, D]; zeros where a row keeps nothing, whatever lay there.
+
+        sealed  entries of each row that are left out: somebody has them already, or reads them by `view`.
+        """
         if self.bodies:
             self._arrange(next(iter(self.bodies.values())))
         found: dict[str, torch.Tensor] = {}
-        ends, firsts = self.placement.ends, self.placement.firsts
+        ends = self.placement.ends
+        firsts = [max(a, b) for a, b in zip(self.placement.firsts, sealed, strict=True)]
         if self.head is not None:
             found["head"] = self.head.detach().to("cpu", copy=True).contiguous()
             for row, end in enumerate(ends):
@@ -221,20 +218,21 @@ class Buffer:
             like = next(iter(self.bodies.values()))
             body = torch.zeros((len(ends), like.shape[1], length, like.shape[3]), dtype=like.dtype)
             for row, (first, end) in enumerate(zip(firsts, ends, strict=True)):
-                for start, entries in self.parts(slice(row, row + 1), first, end) if first < end else ():
-                    body[row, :, start - first : start - first + entries.shape[2]] = entries[0]
+                if first < end:
+                    body[row, :, : end - first] = self.view(slice(row, row + 1), first, end)[0]
             found["body"] = body
         return found
 
-    def restore(self, head: torch.Tensor | None, body: torch.Tensor | None) -> None:
-        """The inverse of `entries`, once the placement is restored."""
+    def restore(self, head: torch.Tensor | None, body: torch.Tensor | None, sealed: Sequence[int]) -> None:
+        """The inverse of `entries`, once the placement is restored. The caller copies what was left out into `view`."""
         self._leave()
         self.head, self.bodies, self.bases, self.places = head, {}, {}, self.placement.places
         if body is not None:
             for bucket, rows in self.places.members.items():
-                self.bodies[bucket] = self._made(body, len(rows), self.places.rooms[bucket])
-                length = min(body.shape[2], self.places.rooms[bucket])
-                self.bodies[bucket][:, :, :length] = body[list(rows), :, :length]
+                self.bodies[bucket] = made = self._made(body, len(rows), self.places.rooms[bucket])
+                for slot, row in enumerate(rows):
+                    start, stop = (max(sealed[row], first := self.places.firsts[row]) - first, self.placement.ends[row] - first)
+                    made[slot, :, start:stop] = body[row, :, : stop - start]
 
     def take_over(self, longer: Buffer) -> None:
         """Copy what is to be kept from a buffer that keeps more of the same tokens."""

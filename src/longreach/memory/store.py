@@ -29,6 +29,14 @@ class Past:
     hidden: tuple[Stretch, ...] = ()
 
 
+@dataclass
+class Filed:
+    """A log on disk holds the beginning of every row: the state of the log, as it was read or written, and the tokens of each row that are the same since."""
+
+    state: str
+    lengths: list[int]
+
+
 class Store:
     """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts."""
 
@@ -46,6 +54,7 @@ class Store:
         self.forked = False  # others may read the same memory
         self.offsets: list[int] = []  # per row, what a caller's position ids were ahead of the indices at the first call
         self.changes = 0  # a forward is of the store as it was when it began: it goes on only while this is the same
+        self.filed: Filed | None = None
         self._finishing: tuple[list[int], Slots, list[int]] | None = None
 
     @property
@@ -88,6 +97,7 @@ class Store:
 
     def _begin(self, rows: int) -> None:
         self.lengths, self.offsets = [0] * rows, [0] * rows
+        self.filed = None
         self.slots = Slots.empty(rows)
         self.placements = {kept.place: Placement(replace(kept, head=0), rows, self.joins) for forms in self.forms for kept in forms.values()}
         self.layers = [Contiguous(self.placements, forms) for forms in self.forms]
@@ -142,6 +152,7 @@ class Store:
         So is a lack of memory: the forward has succeeded, and would be taken for one that changed nothing if it raised.
         """
         starts = self.lengths if past is None else [p.start for p in past]
+        self._unfile(starts)
         slots = self.slots.copy()
         if counts is not None:  # of a flat forward
             self._finish([start + count for start, count in zip(starts, counts, strict=True)], slots, [])
@@ -174,6 +185,11 @@ class Store:
         self._finishing = lengths, slots, shorter
         with suppress(RuntimeError, MemoryError):
             self.settle()
+
+    def _unfile(self, lengths: list[int]) -> None:
+        """Of every row no more than so many tokens are those that were filed."""
+        if self.filed is not None:
+            self.filed.lengths = [min(a, b) for a, b in zip(self.filed.lengths, lengths, strict=True)]
 
     def _change(self) -> None:
         """Before anything that a forward under way cannot go on after."""
@@ -216,6 +232,7 @@ class Store:
                     f"cannot go back to token {length} of row {row}: of its {self.lengths[row]} tokens the last {self.lengths[row] - floor} can be forgotten "
                     f"(at least {ROLLBACK} behind the farthest one that was read); crop less or start a new cache"
                 )
+        self._unfile(lengths)
         for placement in self.placements.values():
             for row, length in enumerate(lengths):
                 placement.rewind(row, length)
@@ -237,6 +254,7 @@ class Store:
         other.placements = {place: placement.fork() for place, placement in self.placements.items()}
         other.layers = [layer.fork(other.placements) for layer in self.layers]
         other.lengths, other.offsets, other.slots, other.record_past = [*self.lengths], [*self.offsets], self.slots.copy(), self.record_past
+        other.filed = None if self.filed is None else Filed(self.filed.state, [*self.filed.lengths])
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Store:
@@ -255,6 +273,7 @@ class Store:
     def join(self) -> int:
         """One more row, which is empty -> its number."""
         self._change()
+        self.filed = None
         if not self.layers:
             self._begin(0)
         for placement in self.placements.values():
@@ -274,9 +293,11 @@ class Store:
                 f"cannot go back to token {length}: of {self.lengths[row]} tokens the last {self.lengths[row] - least} can be forgotten; crop less, or join() "
                 "and read the text again"
             )
+        lengths = [*self.lengths[:row], min(self.lengths[row], length), *self.lengths[row + 1 :]]
+        self._unfile(lengths)
         for placement in self.placements.values():
             placement.rewind(row, length)
-        self.lengths[row] = min(self.lengths[row], length)
+        self.lengths = lengths
 
     def select(self, index: torch.Tensor) -> None:
         """Rows become rows `index`; of none, the store is empty again. What a row holds that becomes several is frozen where it is long, and they share it."""
@@ -293,11 +314,13 @@ class Store:
             placement.select(index.tolist())
         for layer in self.layers:
             layer.select(index)
+        self.filed = None
         self.lengths, self.offsets = ([each[row] for row in index.tolist()] for each in (self.lengths, self.offsets))
         self.slots.select(index.tolist())
 
     def reset(self) -> None:
         self.changes += 1
+        self.filed = None
         self.placements, self.layers, self.lengths, self.slots, self._finishing, self.since_crop = {}, [], [], Slots.empty(0), None, 0
         self.forked = False
 

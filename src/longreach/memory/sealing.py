@@ -1,0 +1,83 @@
+"""Sealing: which entries of a store are blocks of a log, and how a log goes on with a store that it holds the beginning of.
+
+Knows stores, their buffers and logs; not models, methods or what else a document says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from longreach.core.segments import Summary
+from longreach.memory import sealed
+from longreach.memory.buffer import Buffer
+from longreach.memory.placement import ROLLBACK, Placement
+from longreach.memory.records import Key, Record
+from longreach.memory.sealed import Blocks, Log, Manifest
+from longreach.memory.store import Store
+
+
+def buffers(store: Store) -> Iterator[tuple[int, str, Buffer]]:
+    """-> layer, the name of the form in it, buffer."""
+    for index, layer in enumerate(store.layers):
+        for number, buffer in enumerate((layer.whole, *layer.tails.values())):
+            yield index, f"values.{number}", buffer
+        for number, buffer in enumerate(layer.keys.values()):
+            yield index, f"keys.{number}", buffer
+
+
+def widths(store: Store, index: int, form: str) -> int:
+    """How many times a key's width an entry of a form of keys has; of a summary, what its index says."""
+    found = list(store.layers[index].keys)[int(form.removeprefix("keys."))]
+    return found.index.width if isinstance(found, Summary) else 1
+
+
+def horizon(placement: Placement) -> list[int]:
+    """Entries of every row that are sealed: whole blocks that no crop is expected to reach. Bounded forms move, and are small."""
+    return [0 if placement.tail is not None else max(0, end - ROLLBACK) // sealed.BLOCK * sealed.BLOCK for end in placement.ends]
+
+
+def append(store: Store, folder: Path, manifest: Manifest | None, state: str | None) -> tuple[Blocks, ...]:
+    """Write the blocks of a store that the log in a folder does not hold yet -> the log, which nothing names so far. Raises OSError.
+
+    manifest  what counts in the folder; None: nothing that can be read.
+    state     of the log there, if it is of the same model and method; None: it is not, so everything is written anew.
+
+    The store knows by the state of a log that it was saved there or comes from there, and how many tokens are the same since. Ids alone would not do: the
+    same text read in other chunks is rounded otherwise. A crop takes blocks from the end of the log; what is left of the one that it cuts is in the tail.
+    """
+    wanted = dict(_blocks(store))
+    counted = () if manifest is None else manifest.blocks
+    beginning, have = _held(store, folder, counted, wanted) if store.filed is not None and store.filed.state == state else ((), set())
+    with sealed.Writer(folder, beginning, counted) as log:
+        for key, buffer in wanted.items():
+            if key not in have:
+                log.append(key, buffer.view(slice(key.row, key.row + 1), key.first, key.first + sealed.BLOCK)[0])
+        return log.finish()
+
+
+def _blocks(store: Store) -> Iterator[tuple[Key, Buffer]]:
+    """All that are to be sealed, those of the same tokens together, so that what a crop cuts off is at the end of the log."""
+    horizons = {id(placement): horizon(placement) for placement in store.placements.values()}
+    for first in range(0, max(map(max, horizons.values())), sealed.BLOCK):
+        for layer, form, buffer in buffers(store):
+            for row, stop in enumerate(horizons[id(buffer.placement)]):
+                if first < stop:
+                    yield Key(layer, row, form, first), buffer
+
+
+def _held(store: Store, folder: Path, counted: tuple[Blocks, ...], wanted: Mapping[Key, Buffer]) -> tuple[tuple[Blocks, ...], set[Key]]:
+    """-> the beginning of the log that the store goes on from, and its blocks."""
+    try:
+        log = Log(folder, counted)
+    except ValueError:  # damaged: the store has everything, and writes it anew
+        return (), set()
+    lengths = [0] * store.rows if store.filed is None else store.filed.lengths
+
+    def kept(record: Record) -> bool:
+        buffer = wanted.get(record.key)
+        return buffer is not None and record.last <= buffer.placement.kept.entries(lengths[record.key.row])
+
+    beginning = log.beginning(kept)
+    ends = {file.number: file.bytes for file in beginning}
+    return beginning, {key for key, (file, record) in log.index.items() if record.stop <= ends.get(file.number, 0)}
