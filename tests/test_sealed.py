@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as t
 
+import histories
 import longreach
 from blocks import BLOCK, HORIZON
 from families import build, tokens
@@ -514,3 +515,43 @@ def test_a_batch_that_lost_its_rows_is_saved(method, tmp_path):
         extension.save(cache, tmp_path / "d", ids[[2, 0], :290])
         ends = (extension.load(tmp_path / "d").cache, cache)
         assert torch.equal(*(more(extension.model, each, ids[[2, 0]], mask[[2, 0]], 300) for each in ends))
+
+
+@pytest.mark.parametrize("first", [0, 6])
+def test_histories_of_documents_that_are_saved_again_and_again(first, monkeypatch, tmp_path):
+    """Random histories (`histories.py`), saved into two folders in turn after half of what changes a cache: what is loaded is what was saved, to the bit."""
+    for module, name, value in ((sealed, "BLOCK", 4), (sealed, "SEALED", 6000), (sealing, "ROLLBACK", 3)):
+        monkeypatch.setattr(module, name, value)
+    appended = 0
+
+    def save(self: Any) -> None:
+        nonlocal appended
+        if not any(self.talk.model.rows):
+            return
+        folder = tmp_path / f"{id(self)}-{self.rng.randrange(2)}"
+        before = {file.name for file in folder.glob("blocks-*")}
+        self.pair.extension.save(self.talk.cache, folder)
+        appended += bool(before & {file.name for file in folder.glob("blocks-*")})
+        found = self.pair.extension.load(folder).cache
+        own, other = store_of(self.talk.cache).fork(), store_of(found)
+        for (_, _, a), (_, _, b) in zip(sealing.buffers(own), sealing.buffers(other), strict=True):
+            one, two = (each.entries([0] * own.rows) for each in (a, b))
+            assert one.keys() == two.keys() and all(torch.equal(one[part], two[part]) for part in one)
+        if self.rng.random() < 0.7:
+            self.talk.cache = found
+
+    def saving(change: Callable[[Any], None]) -> Callable[[Any], None]:
+        def changed(self: Any) -> None:
+            change(self)
+            if self.rng.random() < 0.5:
+                self.save()
+
+        return changed
+
+    for name in ("append", "decode", "crop", "select", "fork"):
+        monkeypatch.setattr(histories.History, name, saving(getattr(histories.History, name)))
+    monkeypatch.setattr(histories.History, "save", save)
+    for seed in range(60_000 + 2 * first, 60_000 + 2 * first + 12):
+        found = histories.run(seed)
+        assert "error" not in found, found
+    assert appended
