@@ -66,6 +66,7 @@ def _held(store: Store, folder: Path, counted: tuple[Blocks, ...], wanted: Mappi
     except ValueError:  # damaged: the store has everything, and writes it anew
         return (), set()
     lengths = [0] * store.rows if store.filed is None else store.filed.lengths
+    assert all(buffer.placement.ends == store.lengths for buffer in wanted.values()), "what is filed is counted in tokens"
 
     def kept(record: Record) -> bool:
         return record.key in wanted and record.last <= lengths[record.key.row]
