@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import longreach
+from blocks import content
 from commands import Run, refused
 from families import build, tokens
 from longreach import LMInfinite, SelfExtend, StreamingLLM
@@ -350,10 +351,6 @@ def test_what_cannot_be_saved_is_refused_and_an_old_file_survives(extension_of_s
     with pytest.raises(ValueError, match="disk full"):
         extension.save(cache, tmp_path / "new", ids)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def fresh_cache(extension: Any, tokens_left: int = 0) -> Any:

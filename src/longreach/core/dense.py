@@ -20,7 +20,7 @@ class Dense:
 
     q       [B, H, T, D] of the new tokens, un-rotated, times their factor; k [B, H, N, D] of all tokens, those of a group repeated. Both fp64.
     layer   its number, from 0.
-    barred  [N] keys that a mask hides from all queries, whatever the method says.
+    barred  [N] keys that a mask hides from all queries, whatever the method says, or [..., T, N] from each of them.
     """
 
     q: torch.Tensor
@@ -46,8 +46,8 @@ class Dense:
 
     @property
     def seen(self) -> torch.Tensor:
-        """[1, N] keys that no mask hides."""
-        return torch.ones_like(self.j, dtype=torch.bool) if self.barred is None else ~self.barred[None]
+        """[1, N] or [..., T, N] keys that no mask hides."""
+        return torch.ones_like(self.j, dtype=torch.bool) if self.barred is None else ~self.barred if self.barred.dim() > 1 else ~self.barred[None]
 
     def logits(self, distance: torch.Tensor) -> torch.Tensor:
         """distance [..., T, N] -> [B, H, T, N], scaled and capped."""

@@ -161,7 +161,7 @@ class _Layer:
 
     def counts(self, seen: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """[n, 1], made once for all layers."""
-        made, key = self.singles.made, (seen, device)
+        made, key = self.singles.made, ("seen", seen, device)
         if key not in made:
             made[key] = torch.tensor(seen, device=device)[:, None]
         return made[key]

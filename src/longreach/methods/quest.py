@@ -99,7 +99,7 @@ class Quest(Method):
         keys = k[:, :, : full * size].unflatten(2, (full, size))
         low, high = (q[:, :, :, None] * extreme[:, :, None] for extreme in (keys.amin(3), keys.amax(3)))
         whole = (torch.arange(full, device=i.device) + 1) * size <= i + 1  # [T, pages]
-        whole &= seen[:, : full * size].unflatten(1, (full, size)).any(-1)
+        whole = whole & seen[..., : full * size].unflatten(-1, (full, size)).any(-1)
         bound = torch.maximum(low, high).sum(-1).masked_fill(~whole, -torch.inf)
         place = bound.argsort(-1, descending=True).argsort(-1)  # 0 for the best
         chosen = whole & (place < self.pages - ((i + 1) % size > 0).long())
