@@ -313,10 +313,13 @@ class History:
         self.talk.model.append(ids, new, self.number)
         self.talk.model.append(made[:, :-1], torch.ones_like(made[:, :-1]), self.number)
         self.log.append(f"generate {count} after {new.sum(1).tolist()}")
-        for row, wanted in zip(made, self.truth(self.talk.model, count), strict=True):
+        for r, (row, wanted) in enumerate(zip(made, self.truth(self.talk.model, count), strict=True)):
             top = wanted.topk(2).values
             clear = (top[:, 0] - top[:, 1]) > 1e-3 * wanted.abs().max()
             if not torch.equal(row[clear], wanted.argmax(-1)[clear]):
+                if self.rounding_decides(self.talk.model, r, count, 2e-2):
+                    self.undecided += 1
+                    continue
                 raise Mismatch(f"generate made {row.tolist()}, the truth {wanted.argmax(-1).tolist()}")
 
     def draft(self) -> None:
@@ -645,13 +648,14 @@ class History:
                 raise Mismatch(f"row {r} is off by {difference:.1e}")
 
     def rounding_decides(self, model: Model, row: int, count: int, difference: float) -> bool:
-        """Whether the dense truth itself moves as far if its embeddings are off by 1e-6, as where two experts of a router are equally good."""
+        """Whether the dense truth itself moves as far if its embeddings are off by 1e-6, as where two experts of a router are equally good, or where all keys
+        are, for the token whose embedding is zero."""
         alone = Model([model.rows[row]], model.seen, [set()], [0])
         (before,) = self.truth(alone, count)
         embeddings, moved = self.pair.dense.model.get_input_embeddings(), 0.0
         for seed in range(10):
             noise = torch.Generator().manual_seed(seed)
-            hook = embeddings.register_forward_hook(lambda module, args, out, noise=noise: out * (1 + 1e-6 * torch.randn(out.shape, generator=noise)))
+            hook = embeddings.register_forward_hook(lambda module, args, out, noise=noise: out + 1e-6 * out.std() * torch.randn(out.shape, generator=noise))
             (after,) = self.truth(alone, count)
             hook.remove()
             moved = max(moved, ((after - before).abs().max() / before.abs().max()).item())
