@@ -307,7 +307,8 @@ def test_self_tests_of_the_card_do_not_pass_nan(part, monkeypatch):
     assert selftest.difference(cuda.CudaTiles(), CPU, torch.float32) < 1e-4
     monkeypatch.setattr(cuda, "operator", broken)
     assert selftest.difference(cuda.CudaTiles(), CPU, torch.float32) == INF
-    with pytest.raises(ValueError, match="no CUDA attention of this PyTorch passes the self-test"):
-        cuda.cuda_kernel.__wrapped__(CPU, torch.float32)
+    monkeypatch.setattr("longreach.kernels.cpu.kernels", lambda device, dtype: [cuda.CudaTiles()])
+    with pytest.raises(ValueError, match=r"no attention of this PyTorch passes the self-test on cpu \(cuda: fused attention, tiled: differs by inf"):
+        kernel_for.__wrapped__(CPU, torch.float32)
     with pytest.raises(ValueError, match="off by inf"):
         cuda.require_bias.__wrapped__(CPU, torch.float32)

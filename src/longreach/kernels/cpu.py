@@ -11,7 +11,7 @@ import torch
 
 from longreach.kernels import biased, spans, tiles
 from longreach.kernels.biased import Bias
-from longreach.kernels.protocol import KV, Chosen, Spans
+from longreach.kernels.protocol import KV, Chosen, Kernel, Spans
 from longreach.kernels.tiles import Band
 
 FOLDED_ROWS = 32  # up to this many rows, the query heads of a group become rows of one call and share each key that is read
@@ -28,6 +28,10 @@ class CpuKernel:
         if isinstance(work, Chosen):
             return spans.chosen(operator, q, kv, work, scale, softcap)
         return biased.dispatch(operator, q, kv.k, kv.v, work, scale, softcap, bias)
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> list[Kernel]:
+    return [CpuKernel()]
 
 
 def operator(

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from longreach.core.differences import largest
-from longreach.kernels import biased, selftest, spans, tiles
+from longreach.kernels import biased, spans, tiles
 from longreach.kernels.biased import Bias
-from longreach.kernels.protocol import KV, Chosen, Spans
+from longreach.kernels.protocol import KV, Chosen, Kernel, Spans
 from longreach.kernels.tiles import Band
 
 
@@ -96,15 +96,8 @@ def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, wi
     return out.transpose(1, 2)[..., :width], lse.float()
 
 
-@functools.cache
-def cuda_kernel(device: torch.device, dtype: torch.dtype) -> CudaTiles:
-    """The fastest kernel that reproduces a dense computation on this device. Raises if none does."""
-    failures = []
-    for kernel in (CudaWindow(), CudaTiles()) if dtype != torch.float32 else (CudaTiles(),):
-        if (failure := selftest.failure(kernel, device, dtype)) is None:
-            return kernel
-        failures.append(f"{kernel.name}: {failure}")
-    raise ValueError(f"no CUDA attention of this PyTorch passes the self-test ({'; '.join(failures)}); move the model to 'cpu' or update PyTorch")
+def kernels(device: torch.device, dtype: torch.dtype) -> list[Kernel]:
+    return [CudaWindow(), CudaTiles()] if dtype != torch.float32 else [CudaTiles()]
 
 
 @functools.cache
