@@ -68,7 +68,7 @@ class Talk:
 
 def bodies(cache: Any) -> set[int]:
     """Where all lies that is kept of every token, own tails left out."""
-    buffers = [b for b in store_of(cache).buffers if b.placement.tail is None]
+    buffers = [b for layer in store_of(cache).layers for b in layer.buffers if b.placement.tail is None]
     return {f.entries.data_ptr() for b in buffers for f in b.bases.values()} or {body.data_ptr() for b in buffers for body in b.bodies.values()}
 
 

@@ -191,7 +191,7 @@ def test_a_cache_filled_under_autocast_goes_on_outside_and_the_other_way_round(f
         for inside in (False, True):
             with autocast(torch.bfloat16) if inside else nullcontext():
                 cache = model(IDS[:, :40], use_cache=True).past_key_values
-            assert {body.dtype for buffer in store_of(cache).buffers for body in buffer.bodies.values()} == {torch.float32}
+            assert {body.dtype for layer in store_of(cache).layers for buffer in layer.buffers for body in buffer.bodies.values()} == {torch.float32}
             with nullcontext() if inside else autocast(torch.bfloat16):
                 rest = torch.cat([model(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(40, 50)], 1)
             assert rest.dtype == (torch.float32 if inside else torch.bfloat16)

@@ -30,6 +30,8 @@ from longreach.hf.placement import device_of
 from longreach.hf.standard import StandardSeam
 from longreach.hf.verify import verify
 from longreach.kernels import kernel_for
+from longreach.memory.contiguous import Contiguous
+from longreach.memory.layer import Memory
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planning import dial
@@ -48,6 +50,7 @@ def extend(
     trained_window: int | str | None = None,
     profile: Profile | str | Path | None = None,
     backend: str = "auto",
+    memory: Memory = Contiguous,
 ) -> Extension:
     """Make `model` usable at a longer context, without training.
 
@@ -57,6 +60,7 @@ def extend(
     profile         what `longreach tune` found for this model, or the file of it: it chooses the method where the context is beyond the trained window.
                     None: the dial's rule chooses; no profile is looked for.
     backend         "auto", or "reference" for the dense truth: slow, for checking.
+    memory          makes the memory of a layer, of the protocol `longreach.memory.layer.LayerMemory`.
 
     Raises ValueError, with the fix, if the method cannot apply to this model or context, or the profile is of other weights or another trained
     window, does not reach the context, or stands beside a method. A model may be wrapped by torch.compile or PEFT,
@@ -87,7 +91,7 @@ def extend(
         facts = verify(seam, chosen, dense=backend == "reference")
         if facts.remark:
             warnings.warn(facts.remark, stacklevel=2)
-        extension = Extension(facts, Attachment(seam, Forward(facts)))
+        extension = Extension(facts, Attachment(seam, Forward(facts, memory)))
     except BaseException:  # an interrupt may have broken off what cleans up
         seam.remove()
         registration.unregister(name)

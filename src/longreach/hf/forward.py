@@ -24,6 +24,8 @@ from longreach.hf.calls import Calls
 from longreach.hf.checks import check_positions
 from longreach.hf.facts import Facts
 from longreach.kernels import kernel_for
+from longreach.memory.contiguous import Contiguous
+from longreach.memory.layer import Memory
 from longreach.memory.placement import ROLLBACK
 from longreach.memory.store import Store
 
@@ -34,8 +36,8 @@ Kwargs = dict[str, Any]
 class Forward:
     """The forwards of one model under one method. The hooks of the model hold it, so that it lives as long as the model."""
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    def __init__(self, facts: Facts, memory: Memory = Contiguous) -> None:
+        self.facts, self.memory = facts, memory
         self.calls = Calls()
         self.modules = facts.reading.modules  # the attention layers; none after the method was taken off
         self._arguments = list(inspect.signature(facts.base.forward).parameters)
@@ -43,7 +45,7 @@ class Forward:
         self.flat_checked = False
 
     def new_store(self, joins: bool = False) -> Store:
-        return Store([layer.kept for layer in self.facts.layers], joins)
+        return Store([layer.kept for layer in self.facts.layers], joins, self.memory)
 
     def end(self) -> None:
         """The method is taken off: no layer and no cache is served any more."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
 from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
 from longreach.kernels.protocol import KV
 from longreach.kernels.tiles import between
-from longreach.memory.bases import BaseShelf
+from longreach.memory.bases import Base, BaseShelf
 from longreach.memory.buffer import Buffer
 from longreach.memory.placement import Placement
 from longreach.memory.steps import Shelf, Step
@@ -50,8 +50,29 @@ class Contiguous:
         return [self.whole, *self.tails.values(), *self.keys.values()]
 
     @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
+    def tensors(self) -> dict[int, torch.Tensor]:
+        return {key: tensor for buffer in self.buffers for key, tensor in buffer.tensors.items()}
+
+    @property
+    def shared(self) -> set[Place]:
+        return {buffer.placement.kept.place for buffer in self.buffers if buffer.shared}
+
+    def settle(self) -> None:
+        for buffer in self.buffers:
+            buffer.settle()
+
+    def discard(self) -> None:
+        for buffer in self.buffers:
+            buffer.discard()
+
+    def join(self) -> None:
+        for buffer in self.buffers:
+            buffer.join()
+
+    def freeze(self, place: Place, bases: Collection[Base]) -> None:
+        for buffer in self.buffers:
+            if buffer.placement.kept.place == place:
+                buffer.freeze(bases)
 
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         for positions, new in keys.items():
@@ -118,7 +139,6 @@ class Contiguous:
             buffer.release()
 
     def select(self, index: torch.Tensor) -> None:
-        """Rows become the rows `index` of before, after the placements' have."""
         had = bool(self.tails)
         if not self.whole.placement.shared:
             self.tails = {}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
-from longreach.core.segments import PositionMap, Summary
+from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
 from longreach.kernels.protocol import KV
-from longreach.memory.bases import BaseShelf
+from longreach.memory.bases import Base, BaseShelf
+from longreach.memory.placement import Placement
 from longreach.memory.steps import Shelf, Step
 
 
@@ -42,7 +43,44 @@ class Shown(Protocol):
 
 
 class LayerMemory(Shown, Protocol):
-    """One that stores, so that rows go on from what they have read."""
+    """One that stores, so that rows go on from what they have read.
+
+    What a forward has appended counts once the placements have committed: `settle`. A forward that failed leaves the memory as it was: `discard`.
+    """
+
+    @property
+    def tensors(self) -> Mapping[int, torch.Tensor]:
+        """All that is held, by id: what forks share is the same tensor."""
+        ...
+
+    @property
+    def shared(self) -> Collection[Place]:
+        """Which forms, by their places, somebody else reads too who does not know that they may be frozen."""
+        ...
+
+    def settle(self) -> None:
+        """The placements have committed. May be called again where it was interrupted."""
+        ...
+
+    def discard(self) -> None:
+        """The forward failed."""
+        ...
+
+    def join(self) -> None:
+        """One more row, which is empty, after the placements have it."""
+        ...
+
+    def select(self, index: torch.Tensor) -> None:
+        """Rows become the rows `index` of before, after the placements' have."""
+        ...
+
+    def freeze(self, place: Place, bases: Collection[Base]) -> None:
+        """What lies in new bases of the forms of one place is not written to any more. The placement adopts them next."""
+        ...
+
+    def fork(self, placements: Mapping[Place, Placement]) -> LayerMemory:
+        """The same for another store to go on from."""
+        ...
 
     def append_step(self, step: Step, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         """One new token for each of some rows, which may be of any lengths: keys [n, G, D] in every form, values [n, G, E]."""
@@ -63,6 +101,9 @@ class LayerMemory(Shown, Protocol):
     def first_tokens(self, positions: PositionMap, step: Step) -> KV:
         """The first tokens that a form keeps of every row of a step, columns from index 0 on."""
         ...
+
+
+Memory = Callable[[Mapping[Place, Placement], Mapping[Form, Retention]], LayerMemory]  # makes that of a layer, which keeps forms of keys and the values
 
 
 def joined(parts: Sequence[KV], rows: int) -> KV:

@@ -11,6 +11,7 @@ from pathlib import Path
 from longreach.core.segments import Summary
 from longreach.memory import sealed
 from longreach.memory.buffer import Buffer
+from longreach.memory.contiguous import Contiguous
 from longreach.memory.placement import ROLLBACK, Placement
 from longreach.memory.records import Key, Record
 from longreach.memory.sealed import Blocks, Log, Manifest
@@ -18,8 +19,10 @@ from longreach.memory.store import Store
 
 
 def buffers(store: Store) -> Iterator[tuple[int, str, Buffer]]:
-    """-> layer, the name of the form in it, buffer."""
+    """-> layer, the name of the form in it, buffer. Raises ValueError for a memory that has none."""
     for index, layer in enumerate(store.layers):
+        if not isinstance(layer, Contiguous):
+            raise ValueError(f"{type(layer).__name__} cannot be saved to a document or loaded from one; leave out memory=")
         for number, buffer in enumerate((layer.whole, *layer.tails.values())):
             yield index, f"values.{number}", buffer
         for number, buffer in enumerate(layer.keys.values()):
@@ -28,7 +31,9 @@ def buffers(store: Store) -> Iterator[tuple[int, str, Buffer]]:
 
 def widths(store: Store, index: int, form: str) -> int:
     """How many times a key's width an entry of a form of keys has; of a summary, what its index says."""
-    found = list(store.layers[index].keys)[int(form.removeprefix("keys."))]
+    layer = store.layers[index]
+    assert isinstance(layer, Contiguous)
+    found = list(layer.keys)[int(form.removeprefix("keys."))]
     return found.index.width if isinstance(found, Summary) else 1
 
 

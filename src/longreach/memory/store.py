@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from longreach.core.segments import Form, Place, Retention
-from longreach.memory.buffer import Buffer
 from longreach.memory.contiguous import Contiguous
+from longreach.memory.layer import LayerMemory, Memory
 from longreach.memory.placement import ROLLBACK, Placement, alike
 from longreach.memory.slots import Slots, Stretch, runs
 
@@ -40,12 +40,13 @@ class Filed:
 class Store:
     """All layers of one cache, the length of every row, and the slots (columns, pads included) that Transformers counts."""
 
-    def __init__(self, forms: list[dict[Form, Retention]], joins: bool = False) -> None:
+    def __init__(self, forms: list[dict[Form, Retention]], joins: bool = False, memory: Memory = Contiguous) -> None:
         self.forms = forms  # of every layer
+        self.memory = memory
         self.joins = joins  # rows are requests, which come and go: no columns are counted
         self.asked: list[tuple[int, int]] | None = None  # (row, tokens) of a flat forward that is about to begin
         self.placements: dict[Place, Placement] = {}
-        self.layers: list[Contiguous] = []
+        self.layers: list[LayerMemory] = []
         self.lengths: list[int] = []
         self.slots = Slots.empty(0)
         self.announced = 0  # tokens that a crop may undo after this forward, where somebody has said so
@@ -76,10 +77,6 @@ class Store:
         return max(ROLLBACK, self.announced)
 
     @property
-    def buffers(self) -> Iterator[Buffer]:
-        return (buffer for layer in self.layers for buffer in layer.buffers)
-
-    @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values. What rows share counts once; what other stores read too counts here as well: see `nbytes_of`."""
         return nbytes_of([self])
@@ -100,7 +97,7 @@ class Store:
         self.filed = None
         self.slots = Slots.empty(rows)
         self.placements = {kept.place: Placement(replace(kept, head=0), rows, self.joins) for forms in self.forms for kept in forms.values()}
-        self.layers = [Contiguous(self.placements, forms) for forms in self.forms]
+        self.layers = [self.memory(self.placements, forms) for forms in self.forms]
 
     def past(self, mask: torch.Tensor | None) -> list[Past]:
         """What a mask [B, seen] of the slots so far leaves visible; None: all tokens.
@@ -168,17 +165,16 @@ class Store:
     def _part(self) -> None:
         """Before anything is written: what is long and others read too is frozen, and all rows go on in tails of their own."""
         if self.forked:
-            shared = [buffer for buffer in self.buffers if buffer.shared]
-            self._freeze(range(self.rows), {id(buffer.placement) for buffer in shared})
+            shared = {place for layer in self.layers for place in layer.shared}
+            self._freeze(range(self.rows), shared)
             self.forked = bool(shared)
 
-    def _freeze(self, rows: Collection[int], which: Collection[int] | None = None) -> None:
-        """What rows hold where it is long, in the placements that are named by their ids."""
-        for placement in self.placements.values():
-            if (which is None or id(placement) in which) and (cut := placement.cut(rows)) is not None:
-                for buffer in self.buffers:
-                    if buffer.placement is placement:
-                        buffer.freeze(cut.bases)
+    def _freeze(self, rows: Collection[int], which: Collection[Place] | None = None) -> None:
+        """What rows hold where it is long, in these places."""
+        for place, placement in self.placements.items():
+            if (which is None or place in which) and (cut := placement.cut(rows)) is not None:
+                for layer in self.layers:
+                    layer.freeze(place, cut.bases)
                 placement.adopt(cut)
 
     def _finish(self, lengths: list[int], slots: Slots, shorter: list[int]) -> None:
@@ -200,16 +196,16 @@ class Store:
         """What a finished forward added counts, what one that failed has added is gone."""
         counts = self._finishing is not None
         if self._finishing is None:
-            for buffer in self.buffers:
-                buffer.discard()
+            for layer in self.layers:
+                layer.discard()
         else:
             lengths, slots, shorter = self._finishing
             for placement in self.placements.values():
                 placement.commit()
                 for row in shorter:  # one that read nothing but pads has added nothing that would say so
                     placement.rewind(row, lengths[row])
-            for buffer in self.buffers:
-                buffer.settle()
+            for layer in self.layers:
+                layer.settle()
             self.lengths, self.slots, self._finishing = lengths, slots, None
         for placement in self.placements.values():
             placement.finish(counts)
@@ -249,7 +245,7 @@ class Store:
         """
         if self._finishing is not None:
             self.settle()
-        other = Store(self.forms, self.joins)
+        other = Store(self.forms, self.joins, self.memory)
         self.forked = other.forked = True
         other.placements = {place: placement.fork() for place, placement in self.placements.items()}
         other.layers = [layer.fork(other.placements) for layer in self.layers]
@@ -278,8 +274,8 @@ class Store:
             self._begin(0)
         for placement in self.placements.values():
             placement.join()
-        for buffer in self.buffers:
-            buffer.join()
+        for layer in self.layers:
+            layer.join()
         self.lengths.append(0)
         self.offsets.append(0)
         self.slots.pads.append([])
@@ -329,6 +325,6 @@ def nbytes_of(stores: Iterable[Store]) -> int:
     """Bytes that several stores hold. What forks share counts once."""
     tensors: dict[int, torch.Tensor] = {}
     for store in stores:
-        for buffer in store.buffers:
-            tensors.update(buffer.tensors)
+        for layer in store.layers:
+            tensors.update(layer.tensors)
     return sum(t.numel() * t.element_size() for t in tensors.values())
