@@ -290,11 +290,14 @@ def test_a_file_of_the_user_is_refused_before_the_work(
         target.write_text("mine")
     elif what == "folder":
         target.mkdir()
+        (target / "mine").write_text("mine")  # a document may be saved to an empty one
     elif what == "device":
         target.symlink_to("/dev/null")
     else:
         target = tmp_path / "none" / "mine.png"
     says = {"text": "pass --force to overwrite it", "folder": "is a folder; name a file", "device": "is not an ordinary file", "nowhere": "create it first"}
+    if option == "--save-document":
+        says |= {"text": "a document is a folder; name another one", "folder": "is no document that Longreach wrote; name another folder", "device": "is a file"}
     refused(run, *arguments, option, target, says=says[what])
     assert what != "text" or target.read_text() == "mine"
 
@@ -318,18 +321,17 @@ def test_ours_is_replaced_and_force_replaces_anything(run: Run, tmp_path: Path) 
 
 
 def test_a_document_is_replaced_by_a_document_only(run: Run, folders: dict[str, str], book: Path, tmp_path: Path) -> None:
-    file = tmp_path / "d"
-    arguments = ["run", "--model", folders["llama"], "--file", book, "--context", 400, "--save-document", file]
+    folder = tmp_path / "d"
+    arguments = ["run", "--model", folders["llama"], "--file", book, "--context", 400, "--save-document", folder]
     assert run(*arguments).code == 0
     found = run(*arguments, "--prompt", "and?")
     assert found.code == 0 and "is a document that Longreach wrote, and will be replaced" in found.err
-    from safetensors.torch import save_file
-
-    save_file({"weights": torch.ones(2)}, file)
-    weights = file.read_bytes()
-    refused(run, *arguments, says="is no document that Longreach wrote")
-    assert file.read_bytes() == weights
-    assert run(*arguments, "--force").code == 0 and file.read_bytes() != weights
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "weights").write_text("mine")
+    for more in ((), ("--force",)):  # a folder of somebody else is never emptied
+        refused(run, *arguments[:-1], mine, *more, says="name a new folder" if more else "name another folder")
+        assert [file.name for file in mine.iterdir()] == ["weights"] and (mine / "weights").read_text() == "mine"
 
 
 def test_a_folder_of_somebody_else_takes_no_run(run: Run, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def refuse(path: Path, kind: Kind, force: bool | None) -> None:
         return
     if there and not force and not kind.ours(path):
         another = "name another folder" if kind.folder else "name another file"
-        fix = another if force is None else f"{another}, or pass --force to overwrite it"
+        fix = another if force is None or kind.folder else f"{another}, or pass --force to overwrite it"
         raise ValueError(f"{str(path)!r} exists and is no {kind.name} that Longreach wrote; {fix}")
 
 
