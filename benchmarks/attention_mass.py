@@ -4,76 +4,47 @@
     python benchmarks/attention_mass.py --model FILE.gguf --dtype bfloat16 --length 12k --method selfextend --group-size 16 --window 256
 
 A document of `passkeys` is read once, and each of its questions is asked after it (one of `passkey` has one question). For the last token of a prompt,
-whose attention writes the first digit of the answer, the softmax over all earlier tokens is computed in fp64 from the un-rotated queries and keys of every
-layer and the distances of the method's definition (`longreach.engine.reference`). A head's mass on a key is the sum over the tokens of its statement, on
-the number over those of its digits. The answer itself comes from the fast path. Results: results/attention-mass.json, one entry per setting, and a line
-per question on the screen.
+whose attention writes the first digit of the answer, `extension.watching` says what every head of every layer pays to each token. A head's mass on a key is
+the sum over the tokens of its statement, on the number over those of its digits. Results: results/attention-mass.json, one entry per setting, and a line per
+question on the screen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from common import ROOT, device_of, facts, markdown, write_json, write_section
 
 import longreach
 from longreach.cli import parameters
-from longreach.engine import reference
-from longreach.engine.layer import Layer
 from longreach.evals import tasks
-from longreach.evals.harness.model_engine import attached
+from longreach.evals.harness.model_engine import ModelEngine, attached
 from longreach.evals.samples import budget, haystack
 from longreach.evals.samples.base import Sample, Settings
 from longreach.evals.tasks.passkeys import WORDING
-from longreach.hf import forward
 from longreach.quantities import token_count
 from longreach.running import prompts
+from longreach.running.reading import stream
 
 FIRST = 4  # tokens that count as the beginning of the text
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-class Recorder:
-    """The un-rotated keys of every layer as they were read, and the last query of each."""
-
-    def __init__(self) -> None:
-        self.keys: dict[int, list[torch.Tensor]] = {}
-        self.last: dict[int, tuple[Layer, torch.Tensor, Any]] = {}
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        inner = forward.execute
-
-        def execute(layer: Layer, batch: Any, store: Any, backend: Any, q: Any, k: Any, v: Any, inputs: Any) -> torch.Tensor:
-            if batch.groups[0].start == 0:
-                self.keys[layer.index] = []
-            seen = sum(part.shape[2] for part in self.keys[layer.index])
-            parts = torch.cat(self.keys[layer.index], 2)[:, :, : batch.groups[0].start] if seen > batch.groups[0].start else None  # a question was taken back
-            self.keys[layer.index] = [*([parts] if parts is not None else self.keys[layer.index]), k.detach().clone()]
-            if q.shape[2] == 1 and layer.index not in self.last:
-                self.last[layer.index] = (layer, q[:, :, -1:].detach().clone(), inputs)
-            return inner(layer, batch, store, backend, q, k, v, inputs)
-
-        with mock.patch.object(forward, "execute", execute):
-            yield
-
-    def weights(self, index: int, tokens: int) -> torch.Tensor:
-        """[H, tokens]: the attention of the token `tokens - 1` on all tokens up to it."""
-        layer, q, inputs = self.last[index]
-        k = torch.cat(self.keys[index], 2)[:, :, :tokens]
-        i, j = torch.tensor([[tokens - 1]]), torch.arange(tokens)[None]
-        distance = layer.method.distances(i, j)
-        if (scale := layer.method.query_scale()) is not None:
-            q = q.double() * scale(i[0]).double()[:, None]
-        logits = reference.scores(q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1), distance.nan_to_num(0.0), layer.rotary, inputs.scale)
-        return logits.masked_fill(distance.isnan(), -torch.inf).softmax(-1)[0, :, 0]
+def paid(engine: ModelEngine, ids: list[int]) -> dict[int, torch.Tensor]:
+    """layer -> [H, tokens]: the attention of the last token of a prompt on all tokens up to it."""
+    assert engine.extension is not None
+    cache, held = engine._prefix.resume(ids[:-1])
+    if held < len(ids) - 1:
+        for _ in stream(engine.extension, torch.tensor(ids[held:-1]), chunk_size=engine.chunk_size, losses=False, cache=cache):
+            pass
+    with engine.extension.watching(queries=1) as watch:
+        engine.extension.model(torch.tensor([ids[-1:]]), past_key_values=cache)
+    engine._prefix.keep(cache, ids)
+    return {layer: mass[0] for layer, mass in sorted(watch.mass.items())}
 
 
 def block_of(tokenizer: Any, prompt: budget.Prompt, special: bool, statement: str, key: str = "") -> list[int]:
@@ -96,15 +67,9 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any, method: Any) -
     special = args.chat == "off" or not prompts.has_template(tokenizer)
     rows: list[dict[str, Any]] = []
     samples = list(task.samples(tokenizer, Settings(lengths=(length,), depths=args.depths, samples=args.documents, seed=args.seed)))
-    recorder = Recorder()
-    with recorder.listening(), attached(model, tokenizer, method, length, chunk_size=1024) as engine:
-        assert engine.extension is not None
+    with attached(model, tokenizer, method, length, chunk_size=1024) as engine:
         for sample in samples:
             prompt = budget.encode(tokenizer, sample, args.chat)
-            recorder.last.clear()
-            if not engine._warm:
-                engine.answer(prompt)  # reads the document; the question is asked again below
-                recorder.last.clear()
             reply = engine.answer(prompt)
             others = [s for s in samples if s.parts.document == sample.parts.document]
             places = {other.meta["depth"]: block_of(tokenizer, prompt, special, statement_of(other)) for other in others}
@@ -112,8 +77,7 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any, method: Any) -
             digits = block_of(tokenizer, prompt, special, statement_of(sample), sample.references[0])
             here, elsewhere = places[sample.meta["depth"]], [n for depth, found in places.items() if depth != sample.meta["depth"] for n in found]
             mass, kept = [], []  # [layers, heads, 4]; [layers, heads, tokens of the statement]
-            for index in sorted(recorder.last):
-                weights = recorder.weights(index, tokens)
+            for weights in paid(engine, prompt.ids).values():
                 parts = [weights[:, here], weights[:, elsewhere], weights[:, :FIRST], weights[:, digits]]
                 mass.append(torch.stack([part.sum(-1) for part in parts], -1).tolist())
                 kept.append(weights[:, here])

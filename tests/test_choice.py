@@ -222,7 +222,7 @@ def test_a_crop_into_a_block_makes_its_summary_anew():
 def test_thirty_rows_choose_in_few_calls(monkeypatch):
     model, lengths = build("llama"), [20 + 3 * row for row in range(10)] + [300 + row for row in range(10)] + [450 + row for row in range(10)]
     texts, calls, real = [tokens(1, n + 2, seed=n)[0] for n in lengths], [], chosen.attend
-    monkeypatch.setattr(chosen, "attend", lambda *a: calls.append(a[5].shape[0]) or real(*a))
+    monkeypatch.setattr(chosen, "attend", lambda *a: calls.append(a[0].columns.shape[0]) or real(*a))
     with longreach.extend(model, DECODED) as extension:
         flat = extension.flat()
         names = [flat.join() for _ in texts]
@@ -241,7 +241,7 @@ def test_long_prompts_choose_in_parts(monkeypatch):
     with longreach.extend(model, Quest(12, 4, 0, "all")):
         want = model(ids, use_cache=False).logits
         sizes, real = [], chosen.attend
-        monkeypatch.setattr(chosen, "attend", lambda *a: sizes.append(a[5].shape[2]) or real(*a))
+        monkeypatch.setattr(chosen, "attend", lambda *a: sizes.append(a[0].columns.shape[2]) or real(*a))
         monkeypatch.setattr(chosen, "AT_ONCE", 2**17)
         assert difference(model(ids, use_cache=False).logits, want) <= 1e-6
     assert len(sizes) > 2 * model.config.num_hidden_layers and sum(sizes) == 75 * model.config.num_hidden_layers

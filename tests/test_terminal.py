@@ -296,7 +296,7 @@ def test_a_file_of_the_user_is_refused_before_the_work(
         target = tmp_path / "none" / "mine.png"
     says = {"text": "pass --force to overwrite it", "folder": "is a folder; name a file", "device": "is not an ordinary file", "nowhere": "create it first"}
     if option == "--save-document":
-        says |= {"text": "a document is a folder; name another one", "folder": "is no document that Longreach wrote; name another folder", "device": "is a file"}
+        says |= {"text": "a document is a folder; name another one", "folder": "no document that Longreach wrote; name another folder", "device": "a file"}
     refused(run, *arguments, option, target, says=says[what])
     assert what != "text" or target.read_text() == "mine"
 

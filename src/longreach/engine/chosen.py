@@ -66,22 +66,36 @@ class Source:
     barred: torch.Tensor | None = None
 
 
-def attend(
-    layer: Layer, segment: Segment, source: Source, kernel: Kernel, inputs: Inputs, q: torch.Tensor, asking: torch.Tensor, visible: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [R, H, T, D], encoded, that see `visible` [R or 1, T] keys; `asking`: the same in the frame of the index -> out [R, H, T, E], lse [R, H, T]."""
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The call of a kernel that queries make who have chosen.
+
+    q        [R C T, H / C, 1, D]; kv and work are of as many rows.
+    columns  [R, C, T, n] of the keys, counted from the first of the segment.
+    """
+
+    q: torch.Tensor
+    kv: KV
+    work: Chosen
+    columns: torch.Tensor
+
+    def unfolded(self, x: torch.Tensor) -> torch.Tensor:
+        """x [R C T, H / C, 1, ...] -> [R, H, T, ...]."""
+        rows, _, queries, _ = self.columns.shape
+        return x[:, :, 0].unflatten(0, (rows, -1, queries)).transpose(2, 3).flatten(1, 2)
+
+
+def ask(layer: Layer, segment: Segment, source: Source, q: torch.Tensor, asking: torch.Tensor, visible: torch.Tensor) -> Asked:
+    """q [R, H, T, D], encoded, that see `visible` [R or 1, T] keys; `asking`: the same in the frame of the index."""
     choice, ranked, alibi = segment.choice, segment.key_positions, layer.alibi
     assert choice is not None
     columns, seen = _columns(choice, source, asking, visible, isinstance(ranked, Rank))
-    rows, heads, queries = q.shape[:3]
     kv = gather(source.parts, source.first, columns)
     if isinstance(ranked, Rank):
         places = ranked.among(seen).expand(*columns.shape).flatten(0, 2)
         if layer.rotary is not None:
             kv = KV(_turned(kv.k, layer.rotary, places), kv.v)
-    apart = columns.shape[1] if columns.shape[1] > 1 else 1
-    folded = q.unflatten(1, (apart, -1)).transpose(2, 3).flatten(0, 2)[:, :, None]  # [R C T, H / C, 1, D]
-    bias = None
+    bias, apart = None, columns.shape[1]
     if alibi is not None:
         exact = exact_device(q.device)
         i = (visible + (segment.visible.low - 1 + source.first)).to(exact)
@@ -89,9 +103,14 @@ def attend(
         behind = segment.query_positions(i)[:, None, :, None] - at
         slope = alibi.on(exact).view(1, apart, -1, 1, 1)
         bias = -(slope * behind[:, :, None]).transpose(2, 3).flatten(0, 2)[:, :, None].to(q.device, torch.float32)
-    out, lse = kernel.attend(folded, kv, Chosen(seen.expand(rows, apart, queries, -1).flatten(0, 2), bias), inputs.scale, inputs.softcap)
-    shape = rows, apart, queries, heads // apart
-    return out.reshape(*shape, -1).transpose(2, 3).flatten(1, 2), lse.reshape(shape).transpose(2, 3).flatten(1, 2)
+    folded = q.unflatten(1, (apart, -1)).transpose(2, 3).flatten(0, 2)[:, :, None]
+    return Asked(folded, kv, Chosen(seen.expand(*columns.shape).flatten(0, 2), bias), columns)
+
+
+def attend(asked: Asked, kernel: Kernel, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [R, H, T, E], lse [R, H, T]."""
+    out, lse = kernel.attend(asked.q, asked.kv, asked.work, inputs.scale, inputs.softcap)
+    return asked.unfolded(out), asked.unfolded(lse)
 
 
 def _turned(k: torch.Tensor, rotary: Rotary, positions: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from longreach.core.segments import Piece, PositionMap, Segment, Visible, summar
 from longreach.engine import chosen, reference, step
 from longreach.engine.batch import Batch, Rows
 from longreach.engine.layer import RAW, Inputs, Layer
+from longreach.engine.watch import Watch
+from longreach.kernels import mass
 from longreach.kernels.biased import Bias
 from longreach.kernels.protocol import KV, Kernel
 from longreach.kernels.tiles import Band
@@ -27,16 +29,19 @@ QUERIES_AT_ONCE = 4096  # bounds the memory for rotated queries and partial resu
 
 
 def execute(
-    layer: Layer, batch: Batch, memory: LayerMemory | None, kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs
+    layer: Layer, batch: Batch, memory: LayerMemory | None, kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads.
 
     memory  of the layer; None: nothing is stored, and nothing was.
+    watch   what is to be told how much attention every token gets; rows are then computed one after the other.
     """
     shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
     out: torch.Tensor | None = None
     shown: Shown = Passing() if memory is None else memory
-    together = batch.singles if layer.joins else None
+    watch = watch if watch is not None and watch.wants(layer.index) else None
+    together = batch.singles if layer.joins and watch is None else None
     if together is not None:
         assert memory is not None
         out = q.new_zeros(shape)
@@ -51,7 +56,7 @@ def execute(
             if layer.dense:
                 merged = _dense(layer, block, block.take(q), shown, inputs)
             else:
-                merged = _Call(layer, batch, block, kernel, inputs, shown, v.shape[3], (rows.start, rows.start + rows.count)).run(block.take(q))
+                merged = _Call(layer, batch, block, kernel, inputs, shown, v.shape[3], (rows.start, rows.start + rows.count), watch).run(block.take(q))
             merged = merged.transpose(1, 2).to(q.dtype)
             if block.whole(q.shape[0], q.shape[2]):
                 shown.release()
@@ -97,6 +102,7 @@ class _Call:
     memory: Shown
     width: int  # of a value
     forward: tuple[int, int]  # the queries of the whole forward, of which these are some
+    watch: Watch | None = None
 
     def run(self, q: torch.Tensor) -> torch.Tensor:
         """q [b, H, t, D] -> [b, H, t, E], fp32 if it is merged from parts."""
@@ -108,7 +114,10 @@ class _Call:
             merge.add(q.new_zeros((*q.shape[:3], self.width)), q.new_full(q.shape[:3], NEGATIVE_INFINITY))
         if self.inputs.sink is not None:
             merge.sink(self.inputs.sink)
-        return merge.result()[0]
+        out, lse = merge.result()
+        if self.watch is not None:
+            self.watched(self.watch, q, lse, rotated)
+        return out
 
     def query(self, positions: PositionMap, segment: Segment, q: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> torch.Tensor:
         """The queries at some positions, scaled as the segment says; kept in `rotated` for other segments."""
@@ -119,22 +128,57 @@ class _Call:
         return rotated[key]
 
     def segment(self, segment: Segment, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
-        start, visible, pinned = self.rows.start, segment.visible, segment.visible.last_key is not None
-        if segment.choice is not None:
-            first, choosing = segment.choice.of(*self.forward)
-            visible = replace(visible, first_query=max(first, visible.first_query))
-            if choosing:
-                self.chosen(segment, visible, q, merge, rotated)
-                return
+        start = self.rows.start
+        visible, choosing = self.visible(segment)
+        if choosing:
+            for a, asked, _ in self.chosen(segment, visible, q, rotated):
+                out, lse = chosen.attend(asked, self.kernel, self.inputs)
+                merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, a - start)
+            return
         for piece in self.pieces(visible):
             turned = self.query(segment.query_positions, segment, q, rotated)[:, :, piece.first - start : piece.last - start]
-            for kv in self.memory.view(self.layer.form_of(segment.kept), self.rows.rows, piece.from_key, piece.to_key, pinned):
-                band, bias = Band(piece.first - kv.index, piece.low, piece.high), self.bias(segment, piece, kv, q.device)
+            for kv, band, bias in self.views(segment, piece, q.device):
                 if kv.k.shape[0] == turned.shape[0]:
                     out, lse = self.kernel.attend(turned, kv, band, self.inputs.scale, self.inputs.softcap, bias)
                 else:
                     out, lse = self.of_one(turned, kv, band, bias)
                 merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, piece.first - start)
+
+    def visible(self, segment: Segment) -> tuple[Visible, bool]:
+        """What these queries may see of a segment, and whether they choose among it."""
+        if segment.choice is None:
+            return segment.visible, False
+        first, choosing = segment.choice.of(*self.forward)
+        return replace(segment.visible, first_query=max(first, segment.visible.first_query)), choosing
+
+    def views(self, segment: Segment, piece: Piece, device: torch.device) -> Iterator[tuple[KV, Band, Bias | None]]:
+        """The parts in which the keys of a piece lie, which queries see them, and with what bias."""
+        pinned = segment.visible.last_key is not None
+        for kv in self.memory.view(self.layer.form_of(segment.kept), self.rows.rows, piece.from_key, piece.to_key, pinned):
+            yield kv, Band(piece.first - kv.index, piece.low, piece.high), self.bias(segment, piece, kv, device)
+
+    def watched(self, watch: Watch, q: torch.Tensor, lse: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> None:
+        """A second pass, with the log-sum-exp [b, H, t] that is known now: what is paid to every key."""
+        start, index, rows = self.rows.start, self.layer.index, self.rows.rows
+        least = watch.first(*self.forward)
+        for segment in self.layer.layout.segments:
+            visible, choosing = self.visible(segment)
+            visible, share = replace(visible, first_query=max(least, visible.first_query)), lse - segment.lse_bias
+            if choosing:
+                for a, asked, first in self.chosen(segment, visible, q, rotated):
+                    _, apart, queries, _ = asked.columns.shape
+                    folded = share[:, :, a - start : a - start + queries].unflatten(1, (apart, -1)).transpose(2, 3).flatten(0, 2)[:, :, None]
+                    paid = mass.paid(asked.q, asked.kv.k, folded, asked.work, self.inputs.scale, self.inputs.softcap)
+                    paid = asked.unfolded(paid[:, :, None])  # [R, H, T, n]
+                    tokens = (asked.columns + first).repeat_interleave(paid.shape[1] // apart, 1)
+                    watch.scatter(index, rows, tokens.flatten(2), paid.flatten(2))
+                continue
+            for piece in self.pieces(visible):
+                stretch = slice(piece.first - start, piece.last - start)
+                turned = self.query(segment.query_positions, segment, q, rotated)[:, :, stretch]
+                for kv, band, bias in self.views(segment, piece, q.device):
+                    paid = mass.paid(turned, kv.k, share[:, :, stretch], band, self.inputs.scale, self.inputs.softcap, bias)
+                    watch.add(index, rows, kv.index, paid)
 
     def of_one(self, q: torch.Tensor, kv: KV, band: Band, bias: Bias | None) -> tuple[torch.Tensor, torch.Tensor]:
         """q [b, H, t, D] -> what rows see of a part that all of them share."""
@@ -143,8 +187,8 @@ class _Call:
             return self.kernel.attend(q, kv, band, self.inputs.scale, self.inputs.softcap, bias)
         return step.folded(self.kernel, q, kv, band.seen_by_first(kv.k.shape[2]), self.inputs)
 
-    def chosen(self, segment: Segment, visible: Visible, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
-        """What the queries see of a segment whose keys an index chooses."""
+    def chosen(self, segment: Segment, visible: Visible, q: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> Iterator[tuple[int, chosen.Asked, int]]:
+        """What the queries choose of a segment, some of them at a time: (the first of them, the call, index of the segment's first key)."""
         start, choice, rows = self.rows.start, segment.choice, self.rows.rows
         assert choice is not None
         for piece in visible.pieces(start, start + self.rows.count):
@@ -162,8 +206,7 @@ class _Call:
             for a, b in chosen.stretches(piece.first, piece.last, size):
                 seen = torch.arange(visible.keys_of(a), visible.keys_of(b), device=q.device)[None]
                 queries, askers = (x[:, :, a - start : b - start] for x in (turned, asking))
-                out, lse = chosen.attend(self.layer, segment, source, self.kernel, self.inputs, queries, askers, seen)
-                merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, a - start)
+                yield a, chosen.ask(self.layer, segment, source, queries, askers, seen), piece.from_key
 
     def pieces(self, visible: Visible) -> Iterator[Piece]:
         """What the queries see of a segment; keys that the mask of this forward hides cut a piece in two."""

@@ -133,8 +133,8 @@ class _Layer:
         parts: list[tuple[tuple[int, ...], Part]] = []
         for members, source in self.sources(segment):
             index, seen = self.singles.index(members, q.device), tuple(visible.keys_of(starts[n]) for n in members)
-            given = self.layer, segment, source, self.kernel, self.inputs, q[index], asking[index], self.counts(seen, q.device)
-            parts.append((members, chosen.attend(*given)))
+            asked = chosen.ask(self.layer, segment, source, q[index], asking[index], self.counts(seen, q.device))
+            parts.append((members, chosen.attend(asked, self.kernel, self.inputs)))
         if parts:
             yield self.whole(parts)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from longreach import configs
 from longreach.core.encodings import exact_device
 from longreach.engine.layer import Layer
+from longreach.engine.watch import Watch
 from longreach.hf import documents, flat_check, frequencies, legacy, registration
 from longreach.hf.attach import Attachment
 from longreach.hf.checks import configs_of, find_base
@@ -223,6 +225,29 @@ class Extension:
         found = Flat(self.forward)
         flat_check.require_exact(self.forward)
         return found
+
+    @contextmanager
+    def watching(self, layers: Collection[int] | None = None, queries: int | None = None) -> Iterator[Watch]:
+        """Inside, forwards of the model also say how much attention every token gets, in a second pass over the keys of a layer.
+
+            with extension.watching(queries=1) as watch:
+                model(ids)
+            watch.mass[layer]     # [B, H, N]: of the last token of every row, in every head of a layer; see `Watch`
+
+        Raises ValueError for layers that do not exist, fewer than one query, a dense reference, and inside another.
+        """
+        count = len(self.facts.layers)
+        if layers is not None and not all(0 <= layer < count for layer in layers):
+            raise ValueError(f"layers {sorted(layers)} are not all among the {count} of this model; pass numbers from 0 to {count - 1}")
+        if queries is not None and queries < 1:
+            raise ValueError(f"at least one query counts, not {queries}; pass queries=None for all")
+        if self.facts.layers[0].dense or self.forward.watch is not None:
+            raise ValueError("neither a dense reference nor a model that is watched already can be watched; extend() without backend, or leave the other first")
+        self.forward.watch = Watch(None if layers is None else frozenset(layers), queries)
+        try:
+            yield self.forward.watch
+        finally:
+            self.forward.watch = None
 
     # -- people -----------------------------------------------------------------------------------------------------------------
 

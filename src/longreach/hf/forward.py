@@ -18,6 +18,7 @@ from torch import nn
 from longreach.engine.batch import Batch
 from longreach.engine.executor import execute
 from longreach.engine.layer import Inputs
+from longreach.engine.watch import Watch
 from longreach.hf import layer_kinds
 from longreach.hf.cache import place
 from longreach.hf.calls import Calls
@@ -43,6 +44,7 @@ class Forward:
         self._arguments = list(inspect.signature(facts.base.forward).parameters)
         self._warned = False
         self.flat_checked = False
+        self.watch: Watch | None = None
 
     def new_store(self, joins: bool = False) -> Store:
         return Store([layer.kept for layer in self.facts.layers], joins, self.memory)
@@ -180,11 +182,11 @@ class Forward:
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if not autocast:
-                return execute(layer, batch, memory, kernel, q, k, v, inputs)
+                return execute(layer, batch, memory, kernel, q, k, v, inputs, self.watch)
             # A cache is of one dtype, whether its tokens were read under autocast or not, and exact: that of the weights, as stock's keys have it.
             # Attention computes in it too, for what is stored would have to be cast anew for every token; the result is what stock's kernel gives.
             with torch.autocast(kind, enabled=False):
-                out = execute(layer, batch, memory, kernel, q.to(own), k.to(own), v.to(own), inputs)
+                out = execute(layer, batch, memory, kernel, q.to(own), k.to(own), v.to(own), inputs, self.watch)
             return out.to(torch.get_autocast_dtype(kind))
 
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):

@@ -1,0 +1,40 @@
+"""What queries pay to keys: the sums of final probabilities over the queries, from the log-sum-exp that is known once all parts are merged.
+
+A second, light pass: products of queries and keys once more, no values, any device. Knows tensors; not positions, methods or memories.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from longreach.core.merge import NEGATIVE_INFINITY
+from longreach.kernels.biased import Bias
+from longreach.kernels.protocol import Chosen
+from longreach.kernels.tiles import Band
+
+LOGITS_AT_ONCE = 2**24  # fp32 entries: 64 MiB
+
+
+def paid(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, work: Band | Chosen, scale: float, softcap: float | None = None, bias: Bias | None = None
+) -> torch.Tensor:
+    """q [R, H, T, D], k [R or 1, G, C, D], lse [R, H, T] of all that the queries see -> sum over t of exp(logit - lse) [R, H, C] fp32."""
+    rows, heads, queries = q.shape[:3]
+    keys, groups = k.float()[:, :, None].transpose(-1, -2), heads // k.shape[1]
+    column = torch.arange(k.shape[2], device=q.device)
+    total = torch.zeros(rows, heads, k.shape[2], device=q.device)
+    step = max(1, LOGITS_AT_ONCE // max(1, rows * heads * k.shape[2]))
+    for a in range(0, queries, step):
+        b = min(queries, a + step)
+        logits = (q[:, :, a:b].float().unflatten(1, (-1, groups)) @ keys).flatten(1, 2) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if isinstance(work, Chosen):
+            seen = work.seen[:, None, None]
+            logits = logits if work.bias is None else logits + work.bias
+        else:
+            behind = work.offset + torch.arange(a, b, device=q.device)[:, None] - column
+            seen = (behind >= work.low) & (behind < work.high) if work.high is not None else behind >= work.low
+            logits = logits if bias is None else logits + bias.of_each(a, b, 0, len(column))
+        total += torch.exp(logits.masked_fill(~seen, NEGATIVE_INFINITY) - lse[:, :, a:b, None]).nan_to_num(0.0).sum(2)
+    return total
