@@ -169,7 +169,7 @@ class Visible:
             to_key = part.to_key if self.last_key is None else min(part.to_key, self.last_key)
             from_key = max(part.from_key, self.first_key)
             if from_key < to_key:
-                yield replace(part, from_key=from_key, to_key=to_key)
+                yield part if part.from_key == from_key and part.to_key == to_key else replace(part, from_key=from_key, to_key=to_key)
 
     def _of_chunk(self, number: int, first: int, last: int) -> Piece:
         """The queries of one chunk see whole chunks before it, and of their own what causality leaves."""

@@ -5,13 +5,13 @@ Knows a batch, a layout and tensors; not where they come from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from longreach.core.encodings import exact_device
+from longreach.core.encodings import Alibi, exact_device
 from longreach.core.merge import NEGATIVE_INFINITY, Merge
 from longreach.core.segments import Piece, PositionMap, Segment, Visible, summary
 from longreach.engine import chosen, reference, step
@@ -129,7 +129,7 @@ class _Call:
 
     def segment(self, segment: Segment, q: torch.Tensor, merge: Merge, rotated: dict[Any, torch.Tensor]) -> None:
         start = self.rows.start
-        visible, choosing = self.visible(segment)
+        visible, choosing = (segment.visible, False) if segment.choice is None else self.visible(segment)
         if choosing:
             for a, asked, _ in self.chosen(segment, visible, q, rotated):
                 out, lse = chosen.attend(asked, self.kernel, self.inputs)
@@ -137,7 +137,9 @@ class _Call:
             return
         for piece in self.pieces(visible):
             turned = self.query(segment.query_positions, segment, q, rotated)[:, :, piece.first - start : piece.last - start]
-            for kv, band, bias in self.views(segment, piece, q.device):
+            for kv in self.view(segment, piece):
+                band = Band(piece.first - kv.index, piece.low, piece.high)
+                bias = None if self.layer.alibi is None else self.bias(self.layer.alibi, segment, piece, kv, q.device)
                 if kv.k.shape[0] == turned.shape[0]:
                     out, lse = self.kernel.attend(turned, kv, band, self.inputs.scale, self.inputs.softcap, bias)
                 else:
@@ -151,11 +153,9 @@ class _Call:
         first, choosing = segment.choice.of(*self.forward)
         return replace(segment.visible, first_query=max(first, segment.visible.first_query)), choosing
 
-    def views(self, segment: Segment, piece: Piece, device: torch.device) -> Iterator[tuple[KV, Band, Bias | None]]:
-        """The parts in which the keys of a piece lie, which queries see them, and with what bias."""
-        pinned = segment.visible.last_key is not None
-        for kv in self.memory.view(self.layer.form_of(segment.kept), self.rows.rows, piece.from_key, piece.to_key, pinned):
-            yield kv, Band(piece.first - kv.index, piece.low, piece.high), self.bias(segment, piece, kv, device)
+    def view(self, segment: Segment, piece: Piece) -> Sequence[KV]:
+        """The parts in which the keys of a piece lie."""
+        return self.memory.view(self.layer.form_of(segment.kept), self.rows.rows, piece.from_key, piece.to_key, segment.visible.last_key is not None)
 
     def watched(self, watch: Watch, q: torch.Tensor, lse: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> None:
         """A second pass, with the log-sum-exp [b, H, t] that is known now: what is paid to every key."""
@@ -176,7 +176,9 @@ class _Call:
             for piece in self.pieces(visible):
                 stretch = slice(piece.first - start, piece.last - start)
                 turned = self.query(segment.query_positions, segment, q, rotated)[:, :, stretch]
-                for kv, band, bias in self.views(segment, piece, q.device):
+                for kv in self.view(segment, piece):
+                    band = Band(piece.first - kv.index, piece.low, piece.high)
+                    bias = None if self.layer.alibi is None else self.bias(self.layer.alibi, segment, piece, kv, q.device)
                     paid = mass.paid(turned, kv.k, share[:, :, stretch], band, self.inputs.scale, self.inputs.softcap, bias)
                     watch.add(index, rows, kv.index, paid)
 
@@ -216,11 +218,9 @@ class _Call:
             else:
                 yield from (replace(piece, from_key=a, to_key=b) for a, b in self.rows.seen(piece.from_key, piece.to_key))
 
-    def bias(self, segment: Segment, piece: Piece, kv: KV, device: torch.device) -> Bias | None:
+    def bias(self, alibi: Alibi, segment: Segment, piece: Piece, kv: KV, device: torch.device) -> Bias:
         """What ALiBi adds to the logits of a part of a piece, from the positions of its queries and keys."""
-        if self.layer.alibi is None:
-            return None
         exact = exact_device(device)
         rows = segment.query_positions(torch.arange(piece.first, piece.last, device=exact))
         columns = segment.key_positions(torch.arange(kv.index, kv.index + kv.k.shape[2], device=exact))
-        return Bias(self.layer.alibi.on(exact), rows, columns, device)
+        return Bias(alibi.on(exact), rows, columns, device)
