@@ -18,6 +18,7 @@ from longreach.core.dense import Dense
 from longreach.core.segments import Affine, Constant, Identity, Layout, Rank, Segment, Visible
 from longreach.engine import chosen
 from longreach.methods.base import Method
+from longreach.running.prefix import Prefix
 from test_matrix import chunked, difference
 
 DECODED = Quest(16, 4, 0)
@@ -265,3 +266,49 @@ def test_what_cannot_be_said_is_refused():
 def test_a_choice_that_sees_all_is_everything():
     assert Stock().layout(3).choosing is None and Quest().layout(1).choosing is None and Quest().layout(2).choosing is not None
     assert Quest(16, 16).pages == 3  # at least three
+
+
+@torch.no_grad()
+def test_a_request_that_joins_with_one_token_while_others_decode():
+    """No page is completed in that forward, so nothing is written to the summaries."""
+    model, texts = build("llama"), [tokens(1, n, seed=n)[0] for n in (21, 21, 1)]
+    with longreach.extend(model, Quest(48, 16, 0)) as extension:
+        flat = extension.flat()
+        a, b = flat.join(), flat.join()
+        flat.read({a: texts[0][:20], b: texts[1][:20]}, "none")
+        c = flat.join()
+        found = flat.read({a: texts[0][20:], b: texts[1][20:], c: texts[2]})
+        for name, text, cuts in ((a, texts[0], [20, 1]), (b, texts[1], [20, 1]), (c, texts[2], [1])):
+            assert difference(found[name], chunked(model, text[None], cuts)[0, -1]) <= 1e-5
+        prompts = [text.tolist() for text in (tokens(1, 21)[0], tokens(1, 22)[0], tokens(1, 20)[0], texts[2])]
+        assert longreach.generate(extension, prompts, 9, at_once=2) == longreach.generate(extension, prompts, 9, at_once=1)
+
+
+def counted(model: Any, lengths: list[int]) -> Any:
+    return model.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+
+
+@torch.no_grad()
+def test_readers_never_read_one_token_of_a_prompt_alone():
+    """From the beginning and from any cache, whatever the chunk: parts begin at multiples of the cut, and the last is not shorter than it."""
+    model, ids = build("llama"), tokens(1, 64)[0]
+    with longreach.extend(model, DECODED) as extension:
+        for held in (0, 1, 2, 7, 20):
+            for length in range(held + 2, held + 14):
+                for chunk in (1, 2, 3, 4, 5):
+                    lengths: list[int] = []
+                    cache = DynamicCache()
+                    if held:
+                        model(ids[None, :held], past_key_values=cache)
+                    hook = counted(model, lengths)
+                    list(longreach.stream(extension, ids[held:length], chunk_size=chunk, losses=False, cache=cache))
+                    hook.remove()
+                    ends = [held + sum(lengths[: n + 1]) for n in range(len(lengths))]
+                    assert ends[-1] == length and min(lengths) >= 2 and all(end % 2 == 0 for end in ends[:-1]), (held, length, chunk, lengths)
+        prefix = Prefix()
+        prefix.read(extension, ids[:41].tolist())
+        lengths.clear()
+        hook = counted(model, lengths)
+        assert prefix.read(extension, ids[:42].tolist()) == 40 and lengths == [2]
+        assert prefix.read(extension, ids[:42].tolist()) == 42 and lengths == [2]
+        hook.remove()

@@ -30,6 +30,7 @@ from longreach.running.loading import shipped_book
 ITSELF, ROTATION, ROTATION_HALF, HALF_RATIO = 1e-4, 1e-4, 2e-2, selfcheck.RATIO
 TEXTS = 4  # places of the book
 CHARACTERS = 8  # of the book for a token, to begin with
+DEEP = 16  # a layer that chooses, in a method that does so from some layer on
 DECODED = 8  # last tokens that are decoded one by one
 SHORTER_BY = 37  # the padded row of the batch; odd, so that no border falls together
 
@@ -90,7 +91,10 @@ def definition(model: Any) -> AbstractContextManager[None]:
 
 
 def reaches_beyond_plain(method: Method, tokens: int) -> bool:
-    """Whether `tokens` tokens are enough to show more than plain causal attention."""
+    """Whether `tokens` tokens are enough to show more than plain causal attention: other distances, or fewer keys for a token that chooses."""
+    choosing = method.layout(DEEP).choosing
+    if choosing is not None and choosing.choice is not None and choosing.choice.shown(tokens) < tokens:
+        return True
     i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
     plain = torch.where(j <= i, (i - j).double(), torch.nan)
     return not torch.equal(method.distances(i, j).nan_to_num(-1), plain.nan_to_num(-1))
@@ -161,27 +165,35 @@ def consistency(model: Any, method: Method, ids: torch.Tensor, context: int | No
     declared = max(context or 0, ids.shape[1]) if method.needs_context else None
     with extend(model, method, context=declared, backend="reference"):
         dense = logits(model, ids)
+        stepped = None if method.cut == 1 else decoded(model, ids)
     with extend(model, method, context=declared):
         fast = logits(model, ids)
         found = [Measurement(f"fast path against the dense truth, {ids.shape[1]} tokens", difference(fast, dense), FAST)]
         if method.cut == 1:
             found += [decode(model, ids, fast), chunks(model, ids, fast)]
         else:
-            found += [Measurement(name, None, ITSELF, "this method depends on how a prompt is cut") for name in (DECODE, CHUNKS)]
+            assert stepped is not None
+            found.append(Measurement(f"{DECODE_DENSE}, {DECODED} tokens", difference(decoded(model, ids), stepped), FAST))
+            found.append(Measurement(CHUNKS, None, ITSELF, "this method depends on how a prompt is cut"))
         found.append(padding(model, ids, fast))
     return found
 
 
+DECODE_DENSE = "decoding against the dense truth, cut in the same way"
 DECODE, CHUNKS, PADDING = "decoding token by token against one forward", "chunked prefill against one forward", "left-padded batch against single rows"
 
 
 def decode(model: Any, ids: torch.Tensor, whole: torch.Tensor) -> Measurement:
+    return Measurement(DECODE, difference(decoded(model, ids), whole[:, ids.shape[1] - DECODED :]), ITSELF)
+
+
+def decoded(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the last tokens, read one by one after all others in one forward."""
     from transformers import DynamicCache
 
     cache, before = DynamicCache(), ids.shape[1] - DECODED
     logits(model, ids[:, :before], cache=cache)
-    last = torch.cat([logits(model, ids[:, t : t + 1], cache=cache) for t in range(before, ids.shape[1])], dim=1)
-    return Measurement(DECODE, difference(last, whole[:, before:]), ITSELF)
+    return torch.cat([logits(model, ids[:, t : t + 1], cache=cache) for t in range(before, ids.shape[1])], dim=1)
 
 
 def chunks(model: Any, ids: torch.Tensor, whole: torch.Tensor) -> Measurement:

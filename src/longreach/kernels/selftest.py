@@ -59,12 +59,18 @@ def _of_spans(kernel: Kernel, q: torch.Tensor, kv: KV) -> float:
 
 
 def _of_chosen(kernel: Kernel, q: torch.Tensor, kv: KV) -> float:
-    """Any columns; one row sees none."""
+    """Any columns, with and without a bias; one row sees none. Heads that share keys, and each its own."""
     seen = (torch.arange(150, device=q.device) % 7 > 2).expand(2, -1).clone()
     seen[1] = False
-    out, lse = kernel.attend(q, kv, Chosen(seen), q.shape[3] ** -0.5)
-    k, v = kv.k[:1, :, seen[0]].float(), kv.v[:1, :, seen[0]].float()
-    want, want_lse = tiles.capped(q[:1].float(), k, v, Band(k.shape[2] - 1), q.shape[3] ** -0.5, softcap=1e6)
-    if not bool(lse[1:].isneginf().all()) or bool(out[1:].any()):
-        return float("inf")
-    return max(largest(out[:1].float() - want), largest(lse[:1] - want_lse))
+    worst, scale = 0.0, q.shape[3] ** -0.5
+    bias = torch.linspace(-1, 0, 150, device=q.device) * torch.arange(1, 5, device=q.device)[None, :, None, None]
+    for queries, own in ((q, kv), (q[:, :1], KV(kv.k[:, :1], kv.v[:, :1]))):
+        for added in (None, bias[:, : queries.shape[1]].expand(2, -1, -1, -1).contiguous()):
+            out, lse = kernel.attend(queries, own, Chosen(seen, added), scale)
+            groups = queries.shape[1] // own.k.shape[1]
+            k, v = (x[:1, :, seen[0]].float().repeat_interleave(groups, 1) for x in (own.k, own.v))
+            logits = queries[:1].float() @ k.transpose(-1, -2) * scale + (0.0 if added is None else added[:1, :, :, seen[0]])
+            if not bool(lse[1:].isneginf().all()) or bool(out[1:].any()):
+                return float("inf")
+            worst = max(worst, largest(out[:1].float() - logits.softmax(-1) @ v), largest(lse[:1] - logits.logsumexp(-1)))
+    return worst

@@ -130,6 +130,11 @@ class Buffer:
         found = [tensor.expand(rows.stop - rows.start, -1, -1, -1) for _, tensor in self.parts(rows, start, stop)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
+    def arrange(self) -> None:
+        """Lie as the placement says, also where nothing was written since that changed."""
+        if self.bodies:
+            self._arrange(next(iter(self.bodies.values())))
+
     def pinned(self, rows: slice, start: int, stop: int) -> torch.Tensor:
         """First tokens start .. stop."""
         assert self.head is not None
@@ -148,8 +153,7 @@ class Buffer:
             stop = self.placement.ends[row] - self.places.firsts[row]
             body = self.bodies[self.places.buckets[row]]
             part(body, self.places.side_by_side(waiting.rows), stop - waiting.new.shape[2], stop).copy_(waiting.new)
-        if self.bodies:
-            self._arrange(next(iter(self.bodies.values())))
+        self.arrange()
         self._waiting, self._head_before = [], None
         if len(self.bases) > len(self.placement.bases):
             self._drop()
@@ -183,7 +187,7 @@ class Buffer:
         """Before the placement adopts them: the entries of new bases, where they lay or copied. Then bodies of tails take the place of those that were."""
         if not self.bodies:
             return
-        self._arrange(next(iter(self.bodies.values())))
+        self.arrange()
         for base in bases:
             body = self.bodies[base.bucket]
             with torch.inference_mode(False):
@@ -205,8 +209,7 @@ class Buffer:
 
         sealed  entries of each row that are left out: somebody has them already, or reads them by `view`.
         """
-        if self.bodies:
-            self._arrange(next(iter(self.bodies.values())))
+        self.arrange()
         found: dict[str, torch.Tensor] = {}
         ends = self.placement.ends
         firsts = [max(a, b) for a, b in zip(self.placement.firsts, sealed, strict=True)]

@@ -124,6 +124,7 @@ class Contiguous:
 
     def shelf_of_summaries(self, form: Summary, step: Step, shelf: Shelf, stop: int) -> torch.Tensor:
         rows, buffer = [step.rows[n] for n in shelf.members], self.keys[form]
+        buffer.arrange()  # a row may have joined since blocks were completed
         buckets, slots, firsts = ([of[row] for row in rows] for of in (buffer.places.buckets, buffer.places.slots, buffer.places.firsts))
         if buckets.count(buckets[0]) == len(rows) and not any(firsts) and slots == list(range(slots[0], slots[0] + len(rows))):
             return buffer.bodies[buckets[0]][slots[0] : slots[0] + len(rows), :, :stop]

@@ -11,7 +11,7 @@ process, as with every mapping; `files.held` keeps our own processes apart.
 
 A record holds BLOCK entries of one form of one layer of one row, because keys and values are wanted apart later. 256 entries of 8 heads of 128 in bf16 are
 512 KiB: enough that a header, a checksum and a call cost nothing beside it, while it is still in the processor's cache for the second look; few enough that
-the unfinished block, which is written again with every save, is small; and a multiple of every block that kernels and indices count in.
+the unfinished block, which is written again with every save, is small; and a multiple of the usual blocks of kernels and indices.
 
 Knows files, rows, layers and forms as names; not lengths, horizons, methods or models.
 """

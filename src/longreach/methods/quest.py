@@ -50,7 +50,7 @@ class Quest(Method):
     budget       keys that a head reads, a multiple of page_size.
     page_size    keys of a page; the paper uses 16.
     dense_layers  first layers that read every key; the paper uses 2.
-    queries      "decoded": only the token of a forward of one, prompts are read densely, as in the paper; "all": every token.
+    queries      "decoded": only the token of a forward of one, so prompts (and drafts) are read densely, as in the paper; "all": every token.
 
     Raises ValueError for parameters out of range.
     """

@@ -92,7 +92,7 @@ def answer(
     if known >= len(ids):
         raise ValueError(f"the cache holds {known} tokens and the sequence only {len(ids)}; pass the whole sequence with something new at its end")
     early = known if extension is None else extension.method.apart(len(ids))  # the rest is left for generate, which needs the last token's logits
-    if extension is not None and known < early:
+    if extension is not None and early - known >= (extension.method.cut or 1):
         for chunk in stream(extension, prompt[0, known:early], chunk_size=chunk_size, losses=False, cache=cache):
             progress(min(chunk.start + chunk_size, early))
             if stopped is not None and stopped():

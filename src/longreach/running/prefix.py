@@ -45,7 +45,8 @@ class Prefix:
 
     def read(self, extension: Extension, ids: list[int], *, chunk_size: int = CHUNK_SIZE, progress: Callable[[int], None] = lambda done: None) -> int:
         """Hold exactly `ids`, read in chunks -> how many of them were held already. `progress` gets the number read so far."""
-        cache, held = self.resume(ids)
+        same, cut = common(self.ids, ids), extension.method.cut or 1
+        cache, held = self.resume(ids if same == len(ids) else ids[: max(0, min(same, len(ids) - cut))])  # what is read has at least `cut` tokens
         if held < len(ids):
             for chunk in stream(extension, torch.tensor(ids[held:]), chunk_size=chunk_size, losses=False, cache=cache):
                 progress(min(chunk.start + chunk_size, len(ids)))

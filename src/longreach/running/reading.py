@@ -65,7 +65,7 @@ def stream(
     start = cache.get_seq_length()
     last: torch.Tensor | None = None  # logits [V] that predict the next chunk's first token
     cut = extension.method.cut or 1 if isinstance(extension, Extension) else 1
-    tokens = _chunks(ids, max(cut, chunk_size // cut * cut), cut)
+    tokens = _chunks(ids, max(cut, chunk_size // cut * cut), cut, -start % cut)
     for chunk in tokens:
         chunk = chunk.to(device)
         with torch.no_grad():
@@ -98,10 +98,10 @@ def require_finite(losses: torch.Tensor, start: int = 0) -> None:
         )
 
 
-def _chunks(ids: torch.Tensor | Iterable[int], size: int, least: int) -> Iterator[torch.Tensor]:
-    """Parts of `size` tokens; what is left at the end goes with the part before it where it is shorter than `least`."""
+def _chunks(ids: torch.Tensor | Iterable[int], size: int, least: int, more: int) -> Iterator[torch.Tensor]:
+    """Parts of `size` tokens, the first of them `more` longer; what is left at the end goes with the part before it where it is shorter than `least`."""
     before: torch.Tensor | None = None
-    for part in _parts(ids, size):
+    for part in _parts(ids, size, more):
         if least == 1:
             yield part
         elif before is None:
@@ -115,10 +115,11 @@ def _chunks(ids: torch.Tensor | Iterable[int], size: int, least: int) -> Iterato
         yield before
 
 
-def _parts(ids: torch.Tensor | Iterable[int], size: int) -> Iterator[torch.Tensor]:
+def _parts(ids: torch.Tensor | Iterable[int], size: int, more: int) -> Iterator[torch.Tensor]:
     if isinstance(ids, torch.Tensor):
-        yield from ids.split(size)
+        yield from (part for part in (ids[: size + more], *ids[size + more :].split(size)) if part.numel())
         return
     iterator = iter(ids)
-    while part := list(islice(iterator, size)):
+    while part := list(islice(iterator, size + more)):
         yield torch.tensor(part, dtype=torch.long)
+        more = 0
