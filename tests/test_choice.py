@@ -249,9 +249,9 @@ def test_long_prompts_choose_in_parts(monkeypatch):
 
 
 def test_what_cannot_be_said_is_refused():
-    index = Quest(16, 4, 0).layout(0).choosing.choice.index
+    index = Quest(16, 4, 0).layout(0).choice.index
     with pytest.raises(ValueError, match="index without summaries has blocks of one key"):
-        Choice(LMInfinite(9, 3, top_k=2).layout(9).choosing.choice.index, 2, 4)
+        Choice(LMInfinite(9, 3, top_k=2).layout(9).choice.index, 2, 4)
     for band in (Visible(0, 9), Visible(last_key=4), Visible(chunk=3), Visible(last_query=9)):
         with pytest.raises(ValueError, match="among all keys from first_key on"):
             Segment(Identity(), Identity(), band, choice=Choice(index, 2, 4))
@@ -264,7 +264,7 @@ def test_what_cannot_be_said_is_refused():
 
 
 def test_a_choice_that_sees_all_is_everything():
-    assert Stock().layout(3).choosing is None and Quest().layout(1).choosing is None and Quest().layout(2).choosing is not None
+    assert Stock().layout(3).choice is None and Quest().layout(1).choice is None and Quest().layout(2).choice is not None
     assert Quest(16, 16).pages == 3  # at least three
 
 

@@ -141,7 +141,7 @@ def test_pairs_are_those_of_the_matrix(method):
 
 
 def test_a_query_that_chooses_sees_full_blocks_and_the_last_one():
-    choice = Quest(12, 4, 0, "all").layout(0).choosing.choice
+    choice = Quest(12, 4, 0, "all").layout(0).choice
     assert [choice.shown(n) for n in (1, 4, 7, 12, 13, 15, 16, 17)] == [1, 4, 7, 12, 9, 11, 12, 9]
     assert work.count(Quest(12, 4, 0).layout(0), 15, 16) == work.Counts(12, 2 * 4, 1, 12)
     assert work.count(Quest(12, 4, 0).layout(0), 14, 16) == work.Counts(31, 0, 1)  # a forward of two reads every key

@@ -30,7 +30,6 @@ from longreach.running.loading import shipped_book
 ITSELF, ROTATION, ROTATION_HALF, HALF_RATIO = 1e-4, 1e-4, 2e-2, selfcheck.RATIO
 TEXTS = 4  # places of the book
 CHARACTERS = 8  # of the book for a token, to begin with
-DEEP = 16  # a layer that chooses, in a method that does so from some layer on
 DECODED = 8  # last tokens that are decoded one by one
 SHORTER_BY = 37  # the padded row of the batch; odd, so that no border falls together
 
@@ -92,8 +91,7 @@ def definition(model: Any) -> AbstractContextManager[None]:
 
 def reaches_beyond_plain(method: Method, tokens: int) -> bool:
     """Whether `tokens` tokens are enough to show more than plain causal attention: other distances, or fewer keys for a token that chooses."""
-    choosing = method.layout(DEEP).choosing
-    if choosing is not None and choosing.choice is not None and choosing.choice.shown(tokens) < tokens:
+    if method.choice is not None and method.choice.shown(tokens) < tokens:
         return True
     i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
     plain = torch.where(j <= i, (i - j).double(), torch.nan)

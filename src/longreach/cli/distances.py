@@ -90,11 +90,10 @@ def pairs_of(method: Method, window: int, context: int, base: float, dims: int) 
 
 
 def note_choice(out: Output, method: Method) -> None:
-    choosing = [(layer, segment) for layer in range(LAYERS_SEARCHED) if (segment := method.layout(layer).choosing) is not None]
-    if choosing:
-        layer, segment = choosing[0]
-        assert segment.choice is not None
-        kept = segment.choice.keep * segment.choice.block
+    found = next(((layer, choice) for layer in range(LAYERS_SEARCHED) if (choice := method.layout(layer).choice) is not None), None)
+    if found is not None:
+        layer, choice = found
+        kept = choice.keep * choice.block
         out.note(f"note: from layer {layer} on, {method.name} chooses keys by content, at most {kept} for a query; there (--layer) all that may be are drawn")
 
 

@@ -17,7 +17,7 @@ from longreach.cli.distances import pairs_of
 from longreach.core.segments import Retention, forms, matrices
 from longreach.drawing import distances
 from longreach.methods import registry
-from longreach.methods.base import Method
+from longreach.methods.base import DEEP, Method
 from longreach.methods.combined import Combined
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.longrope import LongRoPE
@@ -26,7 +26,6 @@ from longreach.planning import dial
 from longreach.planning.work import count as count_of
 
 FOLDER = "pictures"  # beside the page
-DEEP = 16  # a layer that chooses, in a method that does so from some layer on
 COLUMNS = 3  # of the gallery
 DIMS = 64  # rotated dims of a head, and rope_theta, of the pictures of frequency methods: nano's
 BASE = 1e4
@@ -137,11 +136,10 @@ def cost_sentence(kind: type[Method]) -> str:
     method = example(kind).method if kind in (Combined, LongRoPE) else dial.recommended(kind, window, tokens)
     found = cost(method, tokens)
     growth = "and stops growing" if method.bounded else "and grows with the text"
-    choosing = method.layout(DEEP).choosing
     chosen = ""
-    if choosing is not None and choosing.choice is not None:
-        blocks, width = tokens // choosing.choice.block, choosing.choice.index.width
-        chosen = f", which each {choosing.choice.heads} chooses by summaries of {blocks} blocks, as large as {blocks * width} keys and kept too"
+    if (choice := method.choice) is not None:
+        blocks, width = tokens // choice.block, choice.index.width
+        chosen = f", which each {choice.heads} chooses by summaries of {blocks} blocks, as large as {blocks * width} keys and kept too"
     work = f"a new token attends to {found.read} keys{chosen}; the KV cache holds {found.keys} keys and {found.values} values {growth}"
     setting = f"`{method.brief()}`" if kind is not LongRoPE else "any lists"
     trained = "" if kind in (Combined, LongRoPE) else f" on a trained window of {window.tokens}"

@@ -236,9 +236,9 @@ class Layout:
             raise ValueError("only one segment of a layout may choose; choose among the keys of both in one index")
 
     @property
-    def choosing(self) -> Segment | None:
-        """The segment that chooses."""
-        return next((segment for segment in self.segments if segment.choice is not None), None)
+    def choice(self) -> Choice | None:
+        """That of the segment that chooses."""
+        return next((segment.choice for segment in self.segments if segment.choice is not None), None)
 
 
 PLAIN = Segment(Identity(), Identity(), Visible())

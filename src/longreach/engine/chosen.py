@@ -79,10 +79,19 @@ class Asked:
     work: Chosen
     columns: torch.Tensor
 
+    def folded(self, x: torch.Tensor) -> torch.Tensor:
+        """x [R, H, T, ...] -> [R C T, H / C, 1, ...]."""
+        return folded(x, self.columns.shape[1])
+
     def unfolded(self, x: torch.Tensor) -> torch.Tensor:
         """x [R C T, H / C, 1, ...] -> [R, H, T, ...]."""
         rows, _, queries, _ = self.columns.shape
         return x[:, :, 0].unflatten(0, (rows, -1, queries)).transpose(2, 3).flatten(1, 2)
+
+
+def folded(x: torch.Tensor, apart: int) -> torch.Tensor:
+    """x [R, H, T, ...] -> [R C T, H / C, 1, ...]: whoever chooses apart is a row."""
+    return x.unflatten(1, (apart, -1)).transpose(2, 3).flatten(0, 2)[:, :, None]
 
 
 def ask(layer: Layer, segment: Segment, source: Source, q: torch.Tensor, asking: torch.Tensor, visible: torch.Tensor) -> Asked:
@@ -103,8 +112,7 @@ def ask(layer: Layer, segment: Segment, source: Source, q: torch.Tensor, asking:
         behind = segment.query_positions(i)[:, None, :, None] - at
         slope = alibi.on(exact).view(1, apart, -1, 1, 1)
         bias = -(slope * behind[:, :, None]).transpose(2, 3).flatten(0, 2)[:, :, None].to(q.device, torch.float32)
-    folded = q.unflatten(1, (apart, -1)).transpose(2, 3).flatten(0, 2)[:, :, None]
-    return Asked(folded, kv, Chosen(seen.expand(*columns.shape).flatten(0, 2), bias), columns)
+    return Asked(folded(q, apart), kv, Chosen(seen.expand(*columns.shape).flatten(0, 2), bias), columns)
 
 
 def attend(asked: Asked, kernel: Kernel, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

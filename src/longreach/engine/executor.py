@@ -167,8 +167,8 @@ class _Call:
             if choosing:
                 for a, asked, first in self.chosen(segment, visible, q, rotated):
                     _, apart, queries, _ = asked.columns.shape
-                    folded = share[:, :, a - start : a - start + queries].unflatten(1, (apart, -1)).transpose(2, 3).flatten(0, 2)[:, :, None]
-                    paid = mass.paid(asked.q, asked.kv.k, folded, asked.work, self.inputs.scale, self.inputs.softcap)
+                    known = asked.folded(share[:, :, a - start : a - start + queries])
+                    paid = mass.paid(asked.q, asked.kv.k, known, asked.work, self.inputs.scale, self.inputs.softcap)
                     paid = asked.unfolded(paid[:, :, None])  # [R, H, T, n]
                     tokens = (asked.columns + first).repeat_interleave(paid.shape[1] // apart, 1)
                     watch.scatter(index, rows, tokens.flatten(2), paid.flatten(2))
@@ -185,8 +185,7 @@ class _Call:
     def of_one(self, q: torch.Tensor, kv: KV, band: Band, bias: Bias | None) -> tuple[torch.Tensor, torch.Tensor]:
         """q [b, H, t, D] -> what rows see of a part that all of them share."""
         if q.shape[2] > 1 or bias is not None:
-            kv = KV(kv.k.expand(q.shape[0], -1, -1, -1), kv.v.expand(q.shape[0], -1, -1, -1))
-            return self.kernel.attend(q, kv, band, self.inputs.scale, self.inputs.softcap, bias)
+            return self.kernel.attend(q, kv.of_rows(q.shape[0]), band, self.inputs.scale, self.inputs.softcap, bias)
         return step.folded(self.kernel, q, kv, band.seen_by_first(kv.k.shape[2]), self.inputs)
 
     def chosen(self, segment: Segment, visible: Visible, q: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> Iterator[tuple[int, chosen.Asked, int]]:

@@ -169,10 +169,7 @@ class _Layer:
     def call(self, q: torch.Tensor, call: Call) -> Part:
         if call.together is not None:
             return folded(self.kernel, q, call.kv, call.together, self.inputs)
-        kv = call.kv
-        if kv.k.shape[0] < len(call.members):
-            kv = KV(kv.k.expand(len(call.members), -1, -1, -1), kv.v.expand(len(call.members), -1, -1, -1))
-        return self.kernel.attend(q, kv, call.work, self.inputs.scale, self.inputs.softcap)
+        return self.kernel.attend(q, call.kv.of_rows(len(call.members)), call.work, self.inputs.scale, self.inputs.softcap)
 
     def spans(self, visible: Visible, members: tuple[int, ...], firsts: tuple[int, ...]) -> Spans:
         """The columns that rows see, of buffers that begin with the entries `firsts`."""

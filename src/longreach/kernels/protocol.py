@@ -28,6 +28,12 @@ class KV:
     v: torch.Tensor
     index: int = 0
 
+    def of_rows(self, rows: int) -> KV:
+        """The same for so many rows: what one row has, all of them see."""
+        if self.k.shape[0] == self.v.shape[0] == rows:
+            return self
+        return KV(self.k.expand(rows, -1, -1, -1), self.v.expand(rows, -1, -1, -1), self.index)
+
 
 def gather(parts: Sequence[KV], first: int, columns: torch.Tensor) -> KV:
     """Of parts that follow each other, one of which may be of one row that all share: the keys and values at columns [R, C, T, n], counted from the index

@@ -166,8 +166,7 @@ def _of(parts: Sequence[tuple[int, torch.Tensor]], start: int, stop: int) -> tor
 
 def _together(k: torch.Tensor, v: torch.Tensor, index: int) -> KV:
     """Where rows share one of the two only, it is seen once for each of them."""
-    rows = max(k.shape[0], v.shape[0])
-    return KV(k, v, index) if k.shape[0] == v.shape[0] else KV(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), index)
+    return KV(k, v, index).of_rows(max(k.shape[0], v.shape[0]))
 
 
 class Passing:

@@ -12,9 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from longreach.core.choice import Choice
 from longreach.core.dense import Dense
 from longreach.core.encodings import Frequencies, Rope
 from longreach.core.segments import PLAIN, Layout, LogScale
+
+DEEP = 16  # a layer that chooses, in a method that does so from some layer on
 
 
 class Method(ABC):
@@ -91,6 +94,11 @@ class Method(ABC):
     def apart(self, tokens: int) -> int:
         """How many tokens of a prompt can be read before the rest of it."""
         return 0 if self.cut is None else max(0, (tokens - self.cut) // self.cut * self.cut)
+
+    @property
+    def choice(self) -> Choice | None:
+        """That of a deep layer: some methods choose from some layer on."""
+        return self.layout(DEEP).choice
 
     @classmethod
     def suggest(cls, window: int, context: int) -> Method | None:

@@ -134,8 +134,8 @@ def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int
     for kept, size in buffers(layer, layout, schedule):
         if kept.tail and t > SLACK and schedule.chunked > kept.tail + t:
             total += (kept.tail + t) * size // entries(kept, schedule) * b  # a long chunk is attended from a copy
-    if layout.choosing is not None and layout.choosing.choice is not None:
-        choice, numbers, seen = layout.choosing.choice, layer.key_width + layer.value_width, schedule.stored
+    if layout.choice is not None:
+        choice, numbers, seen = layout.choice, layer.key_width + layer.value_width, schedule.stored
         queries = {"every": at_once, "last": 1, "single": 1}[choice.who]
         queries = min(queries, chosen.queries_at_once(choice, 1, layer.heads, layer.kv_heads, numbers, seen, b))
         total += chosen.nbytes(choice, layer.heads, layer.kv_heads, numbers, layer.key_width, seen, queries, b)

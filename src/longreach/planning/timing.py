@@ -66,7 +66,7 @@ def prefill(architecture: Architecture, method: Method, schedule: Schedule, spee
 
 def read_counts(layout: Layout, schedule: Schedule) -> Counts:
     """Of the whole prompt. Pairs do not depend on where it is cut; what is chosen by score may, and then every forward is looked at."""
-    if layout.choosing is not None and layout.choosing.choice is not None and layout.choosing.choice.who == "last":
+    if layout.choice is not None and layout.choice.who == "last":
         return sum((count(layout, start, start + new) for start, new in schedule.reads()), Counts(0, 0, 0))
     forwards = -(-schedule.chunked // schedule.step) + (not schedule.whole)
     middle = schedule.prompt // 2
@@ -80,8 +80,8 @@ def token(architecture: Architecture, method: Method, index: int, speeds: Speeds
     for (layer, layout), n in layouts(architecture, method).items():
         seen = count(layout, index, index + 1)
         numbers = layer.kv_heads * ((seen.pairs - seen.chosen) * (layer.key_width + layer.value_width) + seen.scored * layer.key_width)
-        if layout.choosing is not None and layout.choosing.choice is not None:  # what is chosen is read, written side by side, and read again
-            numbers += 3 * layout.choosing.choice.count(layer.heads, layer.kv_heads) * seen.chosen * (layer.key_width + layer.value_width)
+        if layout.choice is not None:  # what is chosen is read, written side by side, and read again
+            numbers += 3 * layout.choice.count(layer.heads, layer.kv_heads) * seen.chosen * (layer.key_width + layer.value_width)
         steps = elementwise_bytes(architecture, layer, layout)
         read = rows * (numbers * architecture.itemsize / speeds.keys + steps / speeds.elementwise)
         total += Seconds(bandwidth=read, overhead=max(0, seen.calls - 1) * speeds.call_seconds) * n

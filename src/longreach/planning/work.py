@@ -113,9 +113,9 @@ def recall(architecture: Decoder, method: Method, window: int, tokens: int, new_
         return "untrained", f"nothing is certain: distances beyond {capacity} tokens were never trained"
     full = [layout for layer, layout in layouts(architecture, method) if layer.reach is None] or [layout for _, layout in layouts(architecture, method)]
     seen = [joined(sorted(spans(layout, tokens - 1))) for layout in full]
-    if any(layout.choosing is None and ranges == [(0, tokens)] for layout, ranges in zip(full, seen)):
+    if any(layout.choice is None and ranges == [(0, tokens)] for layout, ranges in zip(full, seen)):
         return "everything", method.recalls
-    if any(layout.choosing is not None for layout in full):
+    if any(layout.choice is not None for layout in full):
         return "what is retrieved", f"{method.recalls}, and what its scores choose"
     last = min(first for ranges in seen for first, stop in ranges if stop == tokens)
     first = max((stop for ranges in seen for begin, stop in ranges if begin == 0 and stop < tokens), default=0)
