@@ -43,16 +43,16 @@ class Bench:
             self.alone(text, self.caches[-1])
         self.extra, self.cache = 0, DynamicCache()
         self.round = 0
+        self.ones: list[list[torch.Tensor]] = []  # of the next two forwards that decode
+        self.chunked, self.long = ids(CHUNK, 6, self.vocabulary), ids(REQUESTS - 1 + CHUNK, 5, self.vocabulary)
 
     @torch.no_grad()
-    def alone(self, text: torch.Tensor, cache: Any) -> torch.Tensor:
-        return self.model(text[None].to(self.device), past_key_values=cache, logits_to_keep=1).logits[0, -1]
-
-    def one(self, n: int) -> torch.Tensor:
-        return ids(1, 1000 * n + self.round, self.vocabulary)
+    def alone(self, text: torch.Tensor, cache: Any, logits: int = 1) -> torch.Tensor:
+        return self.model(text[None].to(self.device), past_key_values=cache, logits_to_keep=logits).logits[0, -1]
 
     def prepare(self) -> None:
         self.round += 1
+        self.ones = [[ids(1, 2000 * n + 2 * self.round + turn, self.vocabulary) for n in range(REQUESTS)] for turn in range(2)]
         if self.extra:
             self.flat.leave(self.extra)
         self.extra = self.flat.join()
@@ -63,26 +63,24 @@ class Bench:
     # -- contestants ---------------------------------------------------------------------------------------------------------------
 
     def separately(self) -> list[torch.Tensor]:
-        return [self.alone(self.one(n), cache) for n, cache in enumerate(self.caches)]
+        return [self.alone(one, cache) for one, cache in zip(self.ones[0], self.caches)]
 
     def together(self) -> list[torch.Tensor]:
-        found = self.flat.read({name: self.one(n) for n, name in enumerate(self.names)})
+        found = self.flat.read(dict(zip(self.names, self.ones[0])))
         return [found[name] for name in self.names]
 
     def chunk(self) -> torch.Tensor:
-        """As many tokens of one request."""
-        return self.alone(ids(REQUESTS - 1 + CHUNK, 5, self.vocabulary), self.cache)
+        """As many tokens of one request, and logits of as many."""
+        return self.alone(self.long, self.cache, REQUESTS)
 
     def mixed(self) -> torch.Tensor:
-        self.round += 1
-        new = {name: self.one(n) for n, name in enumerate(self.names[1:])}
-        return self.flat.read({**new, self.extra: ids(CHUNK, 6, self.vocabulary)})[self.extra]
+        return self.flat.read({**dict(zip(self.names[1:], self.ones[1][1:])), self.extra: self.chunked})[self.extra]
 
     def gate(self) -> float:
         self.prepare()
         worst = max(relative_error(a, b) for a, b in zip(self.together(), self.separately()))
         mixed = self.mixed()
-        return max(worst, relative_error(mixed, self.alone(torch.cat([self.texts[0], ids(CHUNK, 6, self.vocabulary)]), DynamicCache())))
+        return max(worst, relative_error(mixed, self.alone(torch.cat([self.texts[0], self.chunked]), DynamicCache())))
 
 
 def main() -> None:

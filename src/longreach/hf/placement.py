@@ -5,6 +5,7 @@ Knows modules and accelerate's hooks; not what a model computes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -18,7 +19,7 @@ from longreach.hf.interfaces import CausalLM
 def device_of(model: nn.Module | CausalLM) -> torch.device:
     """The device that a model takes its input on."""
     embeddings = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    for tensor in (*(embeddings.parameters() if isinstance(embeddings, nn.Module) else ()), *model.parameters()):
+    for tensor in itertools.chain(embeddings.parameters() if isinstance(embeddings, nn.Module) else (), model.parameters()):  # asked before every forward
         if not tensor.is_meta:
             return tensor.device
     for module in model.modules():
