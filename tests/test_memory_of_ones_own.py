@@ -13,7 +13,7 @@ import longreach
 from families import build, tokens
 from longreach import Combined, DualChunk, LMInfinite, Quest, SelfExtend, StreamingLLM, YaRN
 from longreach.hf.cache import store_of
-from longreach.kernels.protocol import KV
+from longreach.kernels.protocol import KV, gather
 from longreach.memory.steps import Shelf
 from test_matrix import chunked, difference
 
@@ -55,6 +55,12 @@ class Ledger:
     def view(self, positions: Any, rows: slice, start: int, stop: int, pinned: bool) -> list[KV]:
         k, v = (torch.stack([self.of(row, form)[:, start:stop] for row in range(rows.start, rows.stop)]) for form in (positions, "values"))
         return [KV(k, v, start)]
+
+    def gather(self, positions: Any, rows: slice, start: int, stop: int, columns: torch.Tensor) -> KV:
+        return gather(self.view(positions, rows, start, stop, False), start, columns)
+
+    def keys_of(self, positions: Any, rows: slice, start: int, stop: int) -> torch.Tensor:
+        return self.view(positions, rows, start, stop, False)[0].k
 
     def shelves(self, positions: Any, step: Any) -> Iterator[tuple[Shelf, KV]]:
         for n, (row, start) in enumerate(zip(step.rows, step.starts)):

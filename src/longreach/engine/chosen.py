@@ -5,7 +5,7 @@ Knows a segment and tensors; not where keys are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +14,8 @@ from longreach.core.choice import Choice, Past
 from longreach.core.encodings import Rotary, Table, exact_device
 from longreach.core.segments import Rank, Segment
 from longreach.engine.layer import Inputs, Layer
-from longreach.kernels.protocol import KV, Chosen, Kernel, gather
-from longreach.memory.layer import Shown, joined
+from longreach.kernels.protocol import KV, Chosen, Kernel
+from longreach.memory.layer import Shown
 
 AT_ONCE = 2**26  # bytes of gathered keys and values, and of scores in fp32, of one call
 
@@ -26,8 +26,7 @@ def summarise(layer: Layer, memory: Shown, rows: slice, start: int, stop: int) -
     for form, kept in layer.summaries.items():
         before, now = kept.entries(start), kept.entries(stop)
         if before < now:
-            parts = memory.view(layer.form_of(form.positions), rows, form.first + before * form.block, form.first + now * form.block, False)
-            k = joined(parts, rows.stop - rows.start).k
+            k = memory.keys_of(layer.form_of(form.positions), rows, form.first + before * form.block, form.first + now * form.block)
             made[form] = form.index.summarise(k.unflatten(2, (now - before, form.block)))
     if made:
         memory.append_summaries(rows, start, made)
@@ -52,14 +51,14 @@ def nbytes(choice: Choice, heads: int, groups: int, numbers: int, key: int, visi
 class Source:
     """What R rows may choose from; key 0 is the first key of the segment.
 
-    parts      keys and values, one after the other, of which one that all rows share has one row.
+    gather     columns [R, C, T, n] of the keys, counted from key 0 -> their keys and values, as `kernels.protocol.gather` has them.
     compared   [R, G, N, S] the summaries of complete blocks, or the keys; None: there is no complete block.
     keys       of each row at most.
     first      index of the segment's first key.
     barred     [keys] keys that a mask hides; None: none.
     """
 
-    parts: Sequence[KV]
+    gather: Callable[[torch.Tensor], KV]
     compared: torch.Tensor | None
     keys: int
     first: int
@@ -99,7 +98,7 @@ def ask(layer: Layer, segment: Segment, source: Source, q: torch.Tensor, asking:
     choice, ranked, alibi = segment.choice, segment.key_positions, layer.alibi
     assert choice is not None
     columns, seen = _columns(choice, source, asking, visible, isinstance(ranked, Rank))
-    kv = gather(source.parts, source.first, columns)
+    kv = source.gather(columns)
     if isinstance(ranked, Rank):
         places = ranked.among(seen).expand(*columns.shape).flatten(0, 2)
         if layer.rotary is not None:

@@ -5,7 +5,8 @@ Knows a batch, a layout and tensors; not where they come from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +57,8 @@ def execute(
             if layer.dense:
                 merged = _dense(layer, block, block.take(q), shown, inputs)
             else:
-                merged = _Call(layer, batch, block, kernel, inputs, shown, v.shape[3], (rows.start, rows.start + rows.count), watch).run(block.take(q))
+                whole = rows.start, rows.start + rows.count
+                merged = _Call(layer, batch, block, kernel, inputs, shown, v.shape[3], v.shape[1], whole, watch).run(block.take(q))
             merged = merged.transpose(1, 2).to(q.dtype)
             if block.whole(q.shape[0], q.shape[2]):
                 shown.release()
@@ -101,6 +103,7 @@ class _Call:
     inputs: Inputs
     memory: Shown
     width: int  # of a value
+    groups: int  # heads of keys
     forward: tuple[int, int]  # the queries of the whole forward, of which these are some
     watch: Watch | None = None
 
@@ -153,7 +156,7 @@ class _Call:
         first, choosing = segment.choice.of(*self.forward)
         return replace(segment.visible, first_query=max(first, segment.visible.first_query)), choosing
 
-    def view(self, segment: Segment, piece: Piece) -> Sequence[KV]:
+    def view(self, segment: Segment, piece: Piece) -> Iterable[KV]:
         """The parts in which the keys of a piece lie."""
         return self.memory.view(self.layer.form_of(segment.kept), self.rows.rows, piece.from_key, piece.to_key, segment.visible.last_key is not None)
 
@@ -196,14 +199,14 @@ class _Call:
             asking, turned = (self.query(positions, segment, q, rotated) for positions in (segment.compared[0], segment.query_positions))
             keys = piece.to_key - piece.from_key
             kept_at, compared_at = (self.layer.form_of(positions) for positions in (segment.kept, segment.compared[1]))
-            parts = self.memory.view(kept_at, rows, piece.from_key, piece.to_key, False)
+            gather = functools.partial(self.memory.gather, kept_at, rows, piece.from_key, piece.to_key)
             compared: torch.Tensor | None
             if (kept := summary(segment)) is not None:
                 compared = self.memory.summaries(kept, rows, keys // choice.block) if keys >= choice.block else None
             else:
-                compared = joined(self.memory.view(compared_at, rows, piece.from_key, piece.to_key, False), q.shape[0]).k
-            source = chosen.Source(parts, compared, keys, piece.from_key, self.rows.barred(piece.from_key, piece.to_key, q.device))
-            size = chosen.queries_at_once(choice, q.shape[0], q.shape[1], parts[0].k.shape[1], q.shape[3] + self.width, keys, q.element_size())
+                compared = self.memory.keys_of(compared_at, rows, piece.from_key, piece.to_key)
+            source = chosen.Source(gather, compared, keys, piece.from_key, self.rows.barred(piece.from_key, piece.to_key, q.device))
+            size = chosen.queries_at_once(choice, q.shape[0], q.shape[1], self.groups, q.shape[3] + self.width, keys, q.element_size())
             for a, b in chosen.stretches(piece.first, piece.last, size):
                 seen = torch.arange(visible.keys_of(a), visible.keys_of(b), device=q.device)[None]
                 queries, askers = (x[:, :, a - start : b - start] for x in (turned, asking))

@@ -6,6 +6,7 @@ where they come from.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,10 +17,10 @@ from longreach.core.segments import PositionMap, Segment, Visible, summary
 from longreach.engine import chosen
 from longreach.engine.batch import Batch, Singles
 from longreach.engine.layer import Inputs, Layer
-from longreach.kernels.protocol import KV, Kernel, Spans
+from longreach.kernels.protocol import KV, Kernel, Spans, gather
 from longreach.kernels.tiles import Band, between, empty
 from longreach.memory.bases import BaseShelf
-from longreach.memory.layer import LayerMemory, joined
+from longreach.memory.layer import LayerMemory
 from longreach.memory.slots import Stretch
 
 
@@ -150,14 +151,14 @@ class _Layer:
                     continue
                 row, blocks = slice(step.rows[members[0]], step.rows[members[0]] + 1), keys // choice.block
                 if any(shelf.firsts):
-                    parts, compares = (memory.view(form, row, first, first + keys, False) for form in forms)
-                    compared = joined(compares, 1).k if kept is None else memory.summaries(kept, row, blocks) if blocks else None
+                    source = functools.partial(memory.gather, forms[0], row, first, first + keys)
+                    compared = memory.keys_of(forms[1], row, first, first + keys) if kept is None else memory.summaries(kept, row, blocks) if blocks else None
                 else:
-                    parts = (KV(between(kv.k, first, first + keys), between(kv.v, first, first + keys), first),)
+                    source = functools.partial(gather, (KV(between(kv.k, first, first + keys), between(kv.v, first, first + keys), first),), first)
                     compared = between(other.k, first, first + keys)
                     if kept is not None:
                         compared = memory.shelf_of_summaries(kept, step, shelf, blocks) if blocks else None
-                yield members, chosen.Source(parts, compared, keys, first)
+                yield members, chosen.Source(source, compared, keys, first)
 
     def counts(self, seen: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """[n, 1], made once for all layers."""

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 
 from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
-from longreach.kernels.protocol import KV
+from longreach.kernels.protocol import KV, gather
 from longreach.kernels.tiles import between
 from longreach.memory.bases import Base, BaseShelf
 from longreach.memory.buffer import Buffer
@@ -89,6 +89,12 @@ class Contiguous:
             return (_together(keys[0][1], values[0][1], start),)
         cuts = [*sorted({first for first, _ in (*keys, *values)}), stop]  # a tail of keys may lie in one part where the values lie in two
         return [_together(_of(keys, a, b), _of(values, a, b), a) for a, b in itertools.pairwise(cuts)]
+
+    def gather(self, positions: PositionMap, rows: slice, start: int, stop: int, columns: torch.Tensor) -> KV:
+        return gather(self.view(positions, rows, start, stop, False), start, columns)
+
+    def keys_of(self, positions: PositionMap, rows: slice, start: int, stop: int) -> torch.Tensor:
+        return self.keys[positions].view(rows, start, stop)
 
     def append_step(self, step: Step, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         for positions, new in keys.items():
@@ -178,6 +184,12 @@ class Passing:
     def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
         assert rows == self._rows
         return (KV(between(self._keys[positions], start, stop), between(self._values, start, stop), start),)
+
+    def gather(self, positions: PositionMap, rows: slice, start: int, stop: int, columns: torch.Tensor) -> KV:
+        return gather(self.view(positions, rows, start, stop, False), start, columns)
+
+    def keys_of(self, positions: PositionMap, rows: slice, start: int, stop: int) -> torch.Tensor:
+        return between(self._keys[positions], start, stop)
 
     def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
         self._summaries: Mapping[Summary, torch.Tensor] = new

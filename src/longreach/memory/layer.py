@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -24,9 +24,18 @@ class Shown(Protocol):
         """New tokens from index `start` on: keys [n, G, T, D] in every form, values [n, G, T, E]. Of a form that keeps first tokens only, fewer may come."""
         ...
 
-    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
-        """Tokens start .. stop in a form, in the parts in which they lie, of which there is one but for forks; `pinned`: they are among the first tokens that
-        the form keeps. A part that all rows share has one row."""
+    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Iterable[KV]:
+        """Tokens start .. stop in a form, in the parts in which they lie, one after the other: one but for forks, and some at a time where not all are at hand.
+        `pinned`: they are among the first tokens that the form keeps. A part that all rows share has one row."""
+        ...
+
+    def gather(self, positions: PositionMap, rows: slice, start: int, stop: int, columns: torch.Tensor) -> KV:
+        """Of the tokens start .. stop in a form, those at `columns` [R, C, T, n], counted from `start`; shapes as `kernels.protocol.gather` has them. Nothing
+        else has to be at hand."""
+        ...
+
+    def keys_of(self, positions: PositionMap, rows: slice, start: int, stop: int) -> torch.Tensor:
+        """The keys of tokens start .. stop in a form, without their values: [R, G, stop - start, D]."""
         ...
 
     def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
@@ -106,8 +115,9 @@ class LayerMemory(Shown, Protocol):
 Memory = Callable[[Mapping[Place, Placement], Mapping[Form, Retention]], LayerMemory]  # makes that of a layer, which keeps forms of keys and the values
 
 
-def joined(parts: Sequence[KV], rows: int) -> KV:
+def joined(parts: Iterable[KV], rows: int) -> KV:
     """One KV of what is viewed in parts: a copy where there are several."""
+    parts = tuple(parts)
     if len(parts) == 1 and parts[0].k.shape[0] == rows:
         return parts[0]
     k, v = (torch.cat([x.expand(rows, -1, -1, -1) for x in each], dim=2) for each in zip(*((kv.k, kv.v) for kv in parts)))
