@@ -19,7 +19,7 @@ from attention import Shape, random_qkv, relative_error, rotary_of, stock_attent
 from common import DTYPES, ROOT, Ratio, alternate, device_of, facts, read_bandwidth, table, write_json
 
 from longreach import Quest, Stock
-from longreach.engine import chosen, reference
+from longreach.engine import reference, summaries
 from longreach.engine.batch import Batch
 from longreach.engine.executor import execute
 from longreach.engine.layer import Inputs, Layer
@@ -41,7 +41,7 @@ class Decoding:
         rows = batch.groups[0]
         keys = {positions: batch.turned(self.k, self.layer.rotary, positions, 0, tokens) for positions in self.layer.forms}
         memory.append(rows.rows, 0, keys, self.v)
-        chosen.summarise(self.layer, memory, rows.rows, 0, tokens)
+        summaries.summarise(self.layer, batch, memory, rows.rows, 0, tokens, Inputs(self.shape.width**-0.5))
         memory.release()
         self.store.advance(None, tokens)
 

@@ -16,7 +16,7 @@ from longreach import Combined, LMInfinite, Quest, Stock, YaRN
 from longreach.core.choice import Choice, Index, Past
 from longreach.core.dense import Dense
 from longreach.core.segments import Affine, Constant, Identity, Layout, Rank, Segment, Visible
-from longreach.engine import chosen
+from longreach.engine import chosen, executor
 from longreach.methods.base import Method
 from longreach.running.prefix import Prefix
 from test_matrix import chunked, difference
@@ -43,7 +43,7 @@ class Odd(Index):
         fits = past.candidates[:, None] & ((number + head) % 2 == 1)
         best = torch.where(fits, number, -1).sort(-1, descending=True).values[..., : self.keep]
         best[..., self.keep - 1 :].masked_fill_(past.open[:, None], -1)
-        return best.expand(q.shape[0], -1, q.shape[2], -1)
+        return best.expand(q.shape[0], -1, past.candidates.shape[1], -1)
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,15 @@ class Toy(Method):
     near: int = 7
     first: int = 2
     align: Any = None  # "left", "right": chosen keys get their place as position
+    queries: int = 1  # that choose together
+    lag: int = 0
 
     name: ClassVar[str] = "toy"
     paper: ClassVar[str] = "none"
     recalls: ClassVar[str] = "some"
 
     def layout(self, layer: int = 0) -> Layout:
-        choice = Choice((Odd if self.align is None else Raw)(self.keep, self.count), self.keep, self.block, self.heads)
+        choice = Choice((Odd if self.align is None else Raw)(self.keep, self.count), self.keep, self.block, self.heads, queries=self.queries, lag=self.lag)
         far = Segment(Affine(0.5), Affine(0.5), Visible(self.near, first_key=self.first), choice=choice)
         if self.align is not None:
             far = replace(far, query_positions=Constant(40), key_positions=Rank(5, self.align))
@@ -82,11 +84,13 @@ class Toy(Method):
         i, j, heads = dense.i, dense.j, dense.q.shape[1]
         head = torch.arange(self.count).repeat_interleave(heads // self.count)[:, None, None]
         block, last = (j - self.first) // self.block, i - self.near  # the last key that may be seen
-        full = (last + 1 - self.first) // self.block  # blocks
-        open_ = (last + 1 - self.first) % self.block > 0
+        chooser = (i // self.queries * self.queries).clamp(min=max(int(i[0]), self.near + self.first))  # the first of its group that sees any
+        keys = torch.where(i < chooser, last, chooser - self.near) + 1 - self.first
+        full = (keys - self.lag).clamp_min(0) // self.block  # blocks
+        open_ = keys > full * self.block
         latest = torch.where((full - 1 + head) % 2 == 1, full - 1, full - 2)
         among = (block <= latest) & ((block + head) % 2 == 1) & (block > latest - 2 * (self.keep - open_.long()))
-        shown = (j >= self.first) & (j <= last) & (among | (block == full))
+        shown = (j >= self.first) & (j <= last) & (among | (block >= full))
         if self.align is not None:
             shown = shown.expand(heads, *shown.shape[-2:]) & dense.seen
             place = (shown.long().cumsum(-1) - 1) if self.align == "left" else -shown.long().flip(-1).cumsum(-1).flip(-1) + 1
@@ -96,6 +100,10 @@ class Toy(Method):
 
 
 TOYS = [Toy(), Toy("head", 4, 2, 2), Toy("layer", 1, 5, 1, 1, 0), Toy("group", 2, 1, 4, 3, 1), Toy(align="left"), Toy("head", 4, 2, 4, align="right")]
+TOGETHER = [
+    Toy(queries=5), Toy("head", 4, 2, 2, queries=4, lag=3), Toy("layer", 1, 5, 1, 1, 0, queries=16, lag=1), Toy(first=1, queries=3, align="left", lag=1),
+    Toy("layer", 1, 2, 3, queries=200), Toy(lag=4),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("toy", TOYS, ids=str)
@@ -117,6 +125,44 @@ def test_any_index_shows_what_it_chooses_and_the_last_block(family, toy):
         padded = chunked(model, ids, [40, 5, *[1] * 30], mask)
         assert difference(padded[:1], truth[:1]) <= 1e-5
         assert difference(padded[1:, 11:], model(ids[1:, 11:], use_cache=False).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("toy", TOGETHER, ids=str)
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma2", "gpt-oss"])
+@torch.no_grad()
+def test_queries_that_choose_together_see_what_was_complete_for_the_first(family, toy):
+    """Whole, cut anywhere (a forward has a piece of a group), decoded, padded, rows of unequal lengths that decode together."""
+    if family == "bloom":
+        toy = replace(toy, heads="layer", count=1)
+    model, ids = build(family), tokens(2, 75)
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    cuts = [23, 1, 1, 9, 8, 1, 17, *[1] * 15]
+    found = []
+    for backend in ("reference", "auto"):
+        with longreach.extend(model, toy, backend=backend):
+            found.append([model(ids, use_cache=False).logits, chunked(model, ids, cuts), chunked(model, ids, [60, *[1] * 15], mask)])
+            alone = chunked(model, ids[1:, 11:], [49, *[1] * 15])
+            assert difference(found[-1][2][1:, 11:], alone) <= 1e-5
+    whole, cut = found[0][:2]
+    assert (difference(whole, cut) > 1e-3) == (toy.queries > 1)
+    for ours, truth in zip(found[1], found[0]):
+        assert difference(ours[:1], truth[:1]) <= 1e-5 and difference(ours[1:, 11:], truth[1:, 11:]) <= 1e-5
+
+
+@torch.no_grad()
+def test_prompts_of_queries_that_choose_together_may_be_cut_between_them(monkeypatch):
+    """At multiples of the group, by the caller and by the engine; the choice is made once for all of them."""
+    model, ids = build("llama"), tokens(1, 75)
+    toy, calls, real = Toy(queries=8), [], chosen.attend
+    with longreach.extend(model, toy):
+        whole = model(ids, use_cache=False).logits
+        for cuts in ([8] * 8 + [11], [16, 40, 19], [64, 11]):
+            assert difference(chunked(model, ids, cuts), whole) <= 1e-5
+        monkeypatch.setattr(executor, "QUERIES_AT_ONCE", 13)
+        monkeypatch.setattr(chosen, "attend", lambda *a: calls.append((a[0].columns.shape[2], a[0].q.shape[2])) or real(*a))
+        assert difference(model(ids, use_cache=False).logits, whole) <= 1e-5
+    assert calls == [(1, n) for n in (7, *[8] * 7, 3)] * model.config.num_hidden_layers  # the first token sees nothing of it, nor do the next 8
 
 
 @pytest.mark.parametrize("method", [DECODED, Combined(YaRN(2.0), DECODED), LMInfinite(9, 3, top_k=2, top_k_from_layer=0)], ids=str)
@@ -255,6 +301,11 @@ def test_what_cannot_be_said_is_refused():
     for band in (Visible(0, 9), Visible(last_key=4), Visible(chunk=3), Visible(last_query=9)):
         with pytest.raises(ValueError, match="among all keys from first_key on"):
             Segment(Identity(), Identity(), band, choice=Choice(index, 2, 4))
+    for wrong in (dict(queries=0), dict(lag=-1), dict(queries=2, who="single")):
+        with pytest.raises(ValueError, match="leave out who, or queries"):
+            Choice(index, 2, 4, **wrong)
+    with pytest.raises(ValueError, match="align them to the left"):
+        Toy(align="right", queries=2).layout()
     one = Segment(Identity(), Identity(), Visible(), choice=Choice(index, 2, 4))
     with pytest.raises(ValueError, match="only one segment of a layout may choose"):
         Layout((one, one))

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from families import BASE, FAMILIES, build, rope, tokens
 from longreach import DualChunk, LMInfinite, Quest, SelfExtend, Stock, StreamingLLM, extend, stream
-from longreach.core.segments import Retention, matrices
+from longreach.core.matrices import matrices
+from longreach.core.segments import Retention
 from longreach.memory.buffer import Buffer
 from longreach.memory.placement import ROLLBACK, Placement
 from longreach.planning import devices, hardware, theory, timing, work
@@ -22,6 +23,7 @@ from longreach.planning.hardware import CARDS, Curve
 from longreach.planning.memory import Budget, Schedule, entries, kv_bytes, largest, temporary_bytes
 from longreach.planning.theory import GIB, SpeContext
 from methods_matrix import METHODS
+from test_choice import TOGETHER
 
 # -- the published models -----------------------------------------------------------------------------------------------------------
 
@@ -121,7 +123,7 @@ def test_the_thresholds_of_specontext():
 # -- pairs --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", [*METHODS, *(toy for toy in TOGETHER if toy.align is None)], ids=str)
 def test_pairs_are_those_of_the_matrix(method):
     layout = method.layout(4)
     owner = matrices(layout.segments, 70).segment
@@ -131,7 +133,12 @@ def test_pairs_are_those_of_the_matrix(method):
             first, choosing = (start, False) if segment.choice is None else segment.choice.of(start, stop)
             keys = (owner[first:stop] == number).sum(1).tolist()
             if segment.choice is not None and choosing:
-                keys, blocks = [segment.choice.shown(n) for n in keys], [n // segment.choice.block for n in keys]
+                seen = {i: n for i, n in zip(range(first, stop), keys) if n}
+                groups: dict[int, list[int]] = {}
+                for i in seen:
+                    groups.setdefault(i // segment.choice.queries, []).append(i)
+                blocks = [segment.choice.complete(seen[group[0]]) for group in groups.values()]
+                keys = [segment.choice.shown(seen[i], seen[group[0]]) for group in groups.values() for i in group]
                 chosen, compared = chosen + sum(keys), compared + sum(blocks) * max(1, segment.choice.index.width)
             pairs += sum(keys)
         assert (found.pairs, found.chosen, found.scored) == (pairs, chosen, compared), (start, stop)

@@ -10,7 +10,8 @@ import torch
 from families import build, tokens
 from longreach import LogisticSelfExtend, SelfExtend, extend
 from longreach.core import growing_groups
-from longreach.core.segments import GrowingGroups, Identity, Retention, forms, matrices
+from longreach.core.matrices import matrices
+from longreach.core.segments import GrowingGroups, Identity, Retention, forms
 
 SETTINGS = [(0.02, 33), (0.3, 6), (0.1, 17), (1.5, 100), (9.9, 33), (0.05, 3), (0.004, 12), (0.0, 9), (0.02, 1), (0.5, 2)]
 

@@ -42,8 +42,8 @@ class Ledger:
             for n, row in enumerate(range(rows.start, rows.stop)):
                 self.put(row, form, start, entries[n])
 
-    def append_step(self, step: Any, keys: Any, values: torch.Tensor) -> None:
-        for form, entries in [*keys.items(), ("values", values)]:
+    def append_step(self, step: Any, keys: Any, values: torch.Tensor | None) -> None:
+        for form, entries in [*keys.items(), *([] if values is None else [("values", values)])]:
             for n, (row, start) in enumerate(zip(step.rows, step.starts)):
                 self.put(row, form, start, entries[n][:, None])
 
@@ -77,8 +77,8 @@ class Ledger:
             found.append(torch.stack([torch.nn.functional.pad(x, (0, 0, 0, head - x.shape[1])) for x in each]))
         return KV(*found)
 
-    def summaries(self, form: Any, rows: slice, stop: int) -> torch.Tensor:
-        return torch.stack([self.of(row, form)[:, :stop] for row in range(rows.start, rows.stop)])
+    def summaries(self, form: Any, rows: slice, stop: int, start: int = 0) -> torch.Tensor:
+        return torch.stack([self.of(row, form)[:, start:stop] for row in range(rows.start, rows.stop)])
 
     def shelf_of_summaries(self, form: Any, step: Any, shelf: Shelf, stop: int) -> torch.Tensor:
         return self.of(step.rows[shelf.members[0]], form)[None, :, :stop]

@@ -12,7 +12,7 @@ import pytest
 import longreach
 from longreach import configs
 from longreach.cli import methods_page
-from longreach.core.segments import matrices
+from longreach.core.matrices import matrices
 from longreach.drawing import canvas, distances
 from longreach.hf import frequencies
 from longreach.methods import registry

@@ -178,7 +178,7 @@ class Whole:
         logits = q.double() @ k.transpose(-1, -2) * scale
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         if isinstance(work, Chosen):
-            seen = work.seen[:, None, None]
+            seen = work.seen[:, None]
             logits = logits if work.bias is None else logits + work.bias
         elif isinstance(work, Spans):
             start, stop = (torch.tensor(x)[:, None, None, None] for x in (work.starts, work.stops))

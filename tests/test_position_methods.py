@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from longreach import STRING, BlockSelfExtend, DualChunk, LeakyReRoPE, LogisticSelfExtend, ReRoPE, StreamingLLM
-from longreach.core.segments import Affine, Chunked, Constant, Grouped, Identity, Retention, forms, matrices
+from longreach.core.matrices import matrices
+from longreach.core.segments import Affine, Chunked, Constant, Grouped, Identity, Retention, forms
 from oracles import BLOCK_SELFEXTEND_2_4, DUAL_CHUNK_7_4, STREAMING_3_2
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from longreach import LMInfinite, SelfExtend, Stock, from_json
-from longreach.core.segments import Chunked, Grouped, Identity, Layout, Piece, Retention, Segment, Visible, forms, matrices
+from longreach.core.matrices import matrices
+from longreach.core.segments import Chunked, Grouped, Identity, Layout, Piece, Retention, Segment, Visible, forms
 from longreach.methods import registry
 from methods_matrix import METHODS
 from oracles import LM_INFINITE_4_2, SELFEXTEND_2_4, SELFEXTEND_3_4

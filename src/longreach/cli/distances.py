@@ -52,7 +52,7 @@ def command(
         check_picture(out, png, force)
         if png is None and trained_window is not None:
             raise ValueError("--trained-window marks a picture; add --png FILE")
-        from longreach.core.segments import matrices
+        from longreach.core.matrices import matrices
 
         chosen = method_of(context, method)
         assert chosen is not None

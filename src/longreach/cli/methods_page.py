@@ -14,7 +14,8 @@ from pathlib import Path
 from longreach import configs, files
 from longreach.cli import parameters
 from longreach.cli.distances import pairs_of
-from longreach.core.segments import Retention, forms, matrices
+from longreach.core.matrices import matrices
+from longreach.core.segments import Retention, forms
 from longreach.drawing import distances
 from longreach.methods import registry
 from longreach.methods.base import DEEP, Method

@@ -6,8 +6,9 @@ Knows tensors of queries and of what is kept of keys; not where they are kept, l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -15,6 +16,8 @@ import torch
 @dataclass(frozen=True, eq=False)
 class Past:
     """What R rows with T queries each choose from. A block is `block` visible keys; `N` of them are complete for some query.
+
+    Of queries that choose together, the first says what is complete: T is 1 here for all of them.
 
     compared    [R, G, N, S]: what the index made of every complete block; of an index without summaries, the keys [R, G, N, D] themselves.
     candidates  [R or 1, T, N]: whether a query may choose a block: it is complete, wholly visible to the query, and a mask hides not all of it.
@@ -30,32 +33,62 @@ class Index(ABC):
     """How blocks of keys are told apart. A frozen dataclass in the file of its method.
 
     width   numbers that a summary has, in widths of a key; 0: there is none, the keys themselves are compared (blocks of one key).
+    each    "group": there is one for every group of heads that share keys; "head": one for every query head.
     frame   "segment": queries and keys are compared at the positions of the segment; "raw": un-rotated.
+    needs   what `summarise` gets beside the keys: "q", the queries of the block's own tokens, un-rotated, and "v", the values.
+    mass    not 0: and "mass", what the queries that are less than so many tokens ahead have paid to every key.
     """
 
     width: ClassVar[int] = 0
+    each: ClassVar[Literal["group", "head"]] = "group"
     frame: ClassVar[Literal["segment", "raw"]] = "segment"
+    needs: ClassVar[tuple[Literal["q", "v"], ...]] = ()
 
-    def summarise(self, k: torch.Tensor) -> torch.Tensor:
-        """k [R, G, N, block, D], the keys of complete blocks in the frame -> [R, G, N, width * D], in their dtype.
+    @property
+    def mass(self) -> int:
+        return 0
 
-        Asked once for every block, when its last key has come. After a crop into a block it is asked again.
+    def summarise(self, k: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """k [R, G, N, block, D], the keys of complete blocks in the frame -> [R, G, N, S], in their dtype, S being `numbers` widths of a key.
+
+        By name come what it `needs`, q [R, H, N, block, D] and v [R, G, N, block, E]; and mass [R, H, N, block] fp32, the sum of the final probabilities. A
+        query from which a mask hides keys pays nothing.
+
+        Asked once for every block, when its last key has come, or the last query that pays to it. After a crop behind that it is asked again.
         """
         raise NotImplementedError(f"{type(self).__name__} has summaries of width {self.width} but no summarise()")
 
     @abstractmethod
     def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
         """q [R, H, T, D] in the frame, times the factor of the segment -> [R, C, T, n] numbers of blocks in any order, -1 for none; C as the choice says, n at
-        most `keep`."""
+        most `keep`. Queries that choose together come all of them, and get one answer: [R, C, 1, n]."""
+
+    def numbers(self, group: int) -> int:
+        """Of a summary beside each other for `group` query heads that share keys, in widths of a key."""
+        return self.width * (group if self.each == "head" else 1)
+
+
+@dataclass(frozen=True)
+class OfQueries:
+    """The form of what is kept of the queries of some last tokens, for summaries that are still to be made.
+
+    q    as they came, un-rotated.
+    lse  the log-sum-exp of all that each has seen, [.., 1] fp32.
+    """
+
+    what: Literal["q", "lse"]
 
 
 @dataclass(frozen=True)
 class Choice:
     """At most `keep` blocks of `block` keys, one that is not complete among them, for each query and each ...
 
-    heads   "head": query head, "group": group of heads that share keys and values, "layer".
-    who     "every": every query chooses. "single": the only query of a forward does, those of longer forwards see all that is visible. "last": the last
-            query of a forward does, the others see nothing of the segment.
+    heads    "head": query head, "group": group of heads that share keys and values, "layer".
+    who      "every": every query chooses. "single": the only query of a forward does, those of longer forwards see all that is visible. "last": the last
+             query of a forward does, the others see nothing of the segment.
+    queries  so many choose together: those of a forward whose index is in one block [n queries, (n + 1) queries) and who see any key. What was complete for
+             the first of them is chosen from; all that has come since is shown, as far as each query sees it.
+    lag      a block is complete for a query once so many keys are visible behind it. The latest `lag` keys are always shown.
     """
 
     index: Index
@@ -63,10 +96,14 @@ class Choice:
     block: int = 1
     heads: Literal["head", "group", "layer"] = "head"
     who: Literal["every", "single", "last"] = "every"
+    queries: int = 1
+    lag: int = 0
 
     def __post_init__(self) -> None:
         if self.keep < 1 or self.block < 1 or (self.block > 1 and not self.index.width):
             raise ValueError("a choice keeps at least one block of at least one key, and an index without summaries has blocks of one key")
+        if self.queries < 1 or self.lag < 0 or (self.queries > 1 and self.who != "every"):
+            raise ValueError("at least one query makes a choice, and where several do together every query takes part: leave out who, or queries")
 
     def of(self, start: int, stop: int) -> tuple[int, bool]:
         """Of a forward of the queries start .. stop -> (the first that takes part, whether they choose)."""
@@ -74,9 +111,21 @@ class Choice:
             return stop - 1, True
         return start, self.who == "every" or stop - start == 1
 
-    def shown(self, keys: int) -> int:
-        """How many of `keys` visible keys a query sees that chooses."""
-        return keys if keys <= self.keep * self.block else (self.keep - 1) * self.block + (keys - 1) % self.block + 1
+    def together(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The queries first .. last of a forward, in stretches that choose together."""
+        while first < last:
+            stop = min(last, first // self.queries * self.queries + self.queries)
+            yield first, stop
+            first = stop
+
+    def complete(self, keys: int) -> int:
+        """Blocks that are complete for a query that sees so many keys."""
+        return max(0, keys - self.lag) // self.block
+
+    def shown(self, keys: int, first: int | None = None) -> int:
+        """How many of `keys` visible keys a query sees that chooses, `first` being visible to the first of those that choose together."""
+        hidden = ((keys if first is None else first) - max(1, self.lag)) // self.block - self.keep + 1  # where a block is open it counts, else all are complete
+        return keys - max(0, hidden) * self.block
 
     def count(self, heads: int, groups: int) -> int:
         """How many choices a query makes in a layer."""

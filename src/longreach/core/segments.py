@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from longreach.core import growing_groups
-from longreach.core.choice import Choice, Index
+from longreach.core.choice import Choice, Index, OfQueries
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,8 @@ class Segment:
             raise ValueError("a segment chooses among all keys from first_key on; leave out high, last_key, last_query and chunk, or the choice")
         if isinstance(self.key_positions, Rank) and (self.choice is None or self.choice.index.frame != "raw" or self.choice.who == "single"):
             raise ValueError("keys have a place only where they are chosen: give the segment a choice by every or the last query, and an index of raw keys")
+        if isinstance(self.key_positions, Rank) and self.key_positions.align == "right" and self.choice is not None and self.choice.queries > 1:
+            raise ValueError("queries that choose together see the same keys at the same places: align them to the left")
 
     @property
     def kept(self) -> PositionMap:
@@ -234,6 +236,18 @@ class Layout:
             raise ValueError("a layout needs at least one segment")
         if sum(segment.choice is not None for segment in self.segments) > 1:
             raise ValueError("only one segment of a layout may choose; choose among the keys of both in one index")
+        for segment in self.segments:
+            if segment.choice is not None and (mass := segment.choice.index.mass):
+                bands = [paying.visible for paying, _ in self.paying(mass)]
+                plain = all(band == Visible(band.low, band.high) for band in bands)
+                if not plain or segment.choice.index.frame != "raw" or segment.visible.low + segment.choice.lag < mass:
+                    raise ValueError("masses are counted of raw keys, in bands of tokens without any other limit, before a block of them can be chosen")
+
+    def paying(self, mass: int) -> Iterator[tuple[Segment, int | None]]:
+        """The segments in which queries less than `mass` tokens ahead pay to a key, and where that ends."""
+        for segment in self.segments:
+            if segment.choice is None and segment.visible.low < mass:
+                yield segment, mass if segment.visible.high is None else min(mass, segment.visible.high)
 
     @property
     def choice(self) -> Choice | None:
@@ -281,22 +295,24 @@ def retention(visible: Visible) -> Retention:
 
 @dataclass(frozen=True)
 class Summary:
-    """The form of what an index keeps of every complete block of the keys at `positions`."""
+    """The form of what an index keeps of every complete block of the keys at `positions`, made `wait` tokens after the last of them."""
 
     index: Index
     positions: PositionMap
     block: int
     first: int
+    wait: int = 0
 
 
-Form = PositionMap | Summary
+Form = PositionMap | Summary | OfQueries
 
 
 def summary(segment: Segment) -> Summary | None:
     """What is kept for a segment to choose by; None where it does not choose, or compares the keys themselves."""
     if segment.choice is None or not segment.choice.index.width:
         return None
-    return Summary(segment.choice.index, segment.compared[1], segment.choice.block, segment.visible.first_key)
+    index = segment.choice.index
+    return Summary(index, segment.compared[1], segment.choice.block, segment.visible.first_key, max(0, index.mass - 1))
 
 
 def forms(layout: Layout) -> dict[PositionMap, Retention]:
@@ -311,28 +327,15 @@ def forms(layout: Layout) -> dict[PositionMap, Retention]:
 def summaries(layout: Layout) -> dict[Summary, Retention]:
     """What is kept of blocks beside the keys."""
     found = [kept for segment in layout.segments if (kept := summary(segment)) is not None]
-    return {kept: Retention(tail=None, block=kept.block, first=kept.first) for kept in found}
+    return {kept: Retention(tail=None, block=kept.block, first=kept.first + kept.wait) for kept in found}
 
 
-@dataclass(frozen=True)
-class Matrices:
-    """Dense description of a layout: distance [Q, K] (NaN where hidden), and which segment shows the pair (-1: none)."""
-
-    distance: torch.Tensor
-    segment: torch.Tensor = field(repr=False)
-
-
-def matrices(segments: tuple[Segment, ...], n: int) -> Matrices:
-    """Distances that the segments give to every pair of `n` tokens. Raises if two segments show the same pair."""
-    i = torch.arange(n)[:, None]
-    j = torch.arange(n)[None, :]
-    distance = torch.full((n, n), math.nan, dtype=torch.float64)
-    owner = torch.full((n, n), -1)
-    for number, segment in enumerate(segments):
-        seen = segment.visible(i, j) & (j <= i)
-        if bool((seen & (owner >= 0)).any()):
-            raise AssertionError(f"segment {number} shows a pair that another segment shows already")
-        d = segment.query_positions(i) - segment.key_positions(j)
-        distance = torch.where(seen, d, distance)
-        owner = torch.where(seen, number, owner)
-    return Matrices(distance, owner)
+def queries(layout: Layout) -> dict[OfQueries, Retention]:
+    """What is kept of queries until the blocks of their tokens, and of those whom they pay to, are complete."""
+    found: dict[OfQueries, Retention] = {}
+    for kept in summaries(layout):
+        if kept.index.mass or "q" in kept.index.needs:
+            found[OfQueries("q")] = Retention(tail=kept.wait + kept.block)
+        if kept.index.mass:
+            found[OfQueries("lse")] = found[OfQueries("q")]
+    return found

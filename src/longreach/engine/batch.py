@@ -50,10 +50,11 @@ class Rows:
         """The columns, to index a tensor of a layer that may lie on another device than the tokens."""
         return self.columns if isinstance(self.columns, slice) else self.columns.to(device)
 
-    def blocks(self, size: int) -> Iterator[Rows]:
-        """The same rows in stretches of at most `size` tokens."""
-        for a in range(0, self.count, size):
-            b = min(self.count, a + size)
+    def blocks(self, size: int, multiple: int = 1) -> Iterator[Rows]:
+        """The same rows in stretches of at most `size` tokens, or of `multiple`, which end at multiples of it."""
+        b, step = 0, max(multiple, size // multiple * multiple)
+        while b < self.count:
+            a, b = b, min(self.count, b + step - (self.start + b) % multiple)
             columns = self.columns[a:b] if isinstance(self.columns, torch.Tensor) else slice(self.columns.start + a, self.columns.start + b)
             yield Rows(self.rows, columns, self.start + a, b - a, self.hidden, self.flat)
 

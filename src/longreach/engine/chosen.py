@@ -15,21 +15,8 @@ from longreach.core.encodings import Rotary, Table, exact_device
 from longreach.core.segments import Rank, Segment
 from longreach.engine.layer import Inputs, Layer
 from longreach.kernels.protocol import KV, Chosen, Kernel
-from longreach.memory.layer import Shown
 
 AT_ONCE = 2**26  # bytes of gathered keys and values, and of scores in fp32, of one call
-
-
-def summarise(layer: Layer, memory: Shown, rows: slice, start: int, stop: int) -> None:
-    """What is to be kept of the blocks that the tokens start .. stop have completed."""
-    made = {}
-    for form, kept in layer.summaries.items():
-        before, now = kept.entries(start), kept.entries(stop)
-        if before < now:
-            k = memory.keys_of(layer.form_of(form.positions), rows, form.first + before * form.block, form.first + now * form.block)
-            made[form] = form.index.summarise(k.unflatten(2, (now - before, form.block)))
-    if made:
-        memory.append_summaries(rows, start, made)
 
 
 def queries_at_once(choice: Choice, rows: int, heads: int, groups: int, numbers: int, visible: int, itemsize: int) -> int:
@@ -41,10 +28,12 @@ def queries_at_once(choice: Choice, rows: int, heads: int, groups: int, numbers:
 
 def nbytes(choice: Choice, heads: int, groups: int, numbers: int, key: int, visible: int, queries: int, itemsize: int) -> int:
     """What `queries` queries of a row hold while they choose, beside what the layer holds anyway; `key`: the width of one."""
-    blocks = visible // choice.block
-    columns = choice.count(heads, groups) * min(visible, choice.keep * choice.block + choice.block)
+    blocks, choices = choice.complete(visible), queries
+    columns = choice.count(heads, groups) * min(visible, choice.keep * choice.block + choice.block + choice.lag + choice.queries - 1)
+    if choice.queries > 1:  # one choice and one copy for all of them, but each sees its own part
+        choices, queries = 1, min(queries, choice.queries)
     compared = 0 if choice.index.width else 4 * groups * key * blocks  # keys are compared in fp32
-    return queries * (columns * (numbers * itemsize + 4 * 8) + heads * blocks * 3 * 4) + compared
+    return choices * (columns * (numbers * itemsize + 4 * 8)) + queries * (heads * blocks * 3 * 4 + (queries > 1) * columns * 8) + compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,28 +58,29 @@ class Source:
 class Asked:
     """The call of a kernel that queries make who have chosen.
 
-    q        [R C T, H / C, 1, D]; kv and work are of as many rows.
-    columns  [R, C, T, n] of the keys, counted from the first of the segment.
+    q        [R C T, H / C, 1, D], or [R C, H / C, T, D] of queries that choose together; kv and work are of as many rows.
+    columns  [R, C, T or 1, n] of the keys, counted from the first of the segment.
     """
 
     q: torch.Tensor
     kv: KV
     work: Chosen
     columns: torch.Tensor
+    queries: int
 
     def folded(self, x: torch.Tensor) -> torch.Tensor:
-        """x [R, H, T, ...] -> [R C T, H / C, 1, ...]."""
-        return folded(x, self.columns.shape[1])
+        """x [R, H, T, ...] as q is."""
+        return folded(x, self.columns.shape)
 
     def unfolded(self, x: torch.Tensor) -> torch.Tensor:
-        """x [R C T, H / C, 1, ...] -> [R, H, T, ...]."""
-        rows, _, queries, _ = self.columns.shape
-        return x[:, :, 0].unflatten(0, (rows, -1, queries)).transpose(2, 3).flatten(1, 2)
+        """x as q is -> [R, H, T, ...]."""
+        rows, _, choices, _ = self.columns.shape
+        return x.unflatten(0, (rows, -1, choices)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def folded(x: torch.Tensor, apart: int) -> torch.Tensor:
-    """x [R, H, T, ...] -> [R C T, H / C, 1, ...]: whoever chooses apart is a row."""
-    return x.unflatten(1, (apart, -1)).transpose(2, 3).flatten(0, 2)[:, :, None]
+def folded(x: torch.Tensor, columns: torch.Size) -> torch.Tensor:
+    """x [R, H, T, ...] -> [R C T, H / C, 1, ...] or [R C, H / C, T, ...]: whoever chooses apart, as `columns` [R, C, T or 1, n] are chosen, is a row."""
+    return x.unflatten(2, (columns[2], -1)).unflatten(1, (columns[1], -1)).transpose(2, 3).flatten(0, 2)
 
 
 def ask(layer: Layer, segment: Segment, source: Source, q: torch.Tensor, asking: torch.Tensor, visible: torch.Tensor) -> Asked:
@@ -100,18 +90,19 @@ def ask(layer: Layer, segment: Segment, source: Source, q: torch.Tensor, asking:
     columns, seen = _columns(choice, source, asking, visible, isinstance(ranked, Rank))
     kv = source.gather(columns)
     if isinstance(ranked, Rank):
-        places = ranked.among(seen).expand(*columns.shape).flatten(0, 2)
+        places = ranked.among(seen[:, :, -1:] if choice.queries > 1 else seen).expand(*columns.shape).flatten(0, 2)
         if layer.rotary is not None:
             kv = KV(_turned(kv.k, layer.rotary, places), kv.v)
-    bias, apart = None, columns.shape[1]
+    bias = None
     if alibi is not None:
         exact = exact_device(q.device)
         i = (visible + (segment.visible.low - 1 + source.first)).to(exact)
         at = ranked.among(seen).to(exact) if isinstance(ranked, Rank) else ranked(columns.to(exact) + source.first)
         behind = segment.query_positions(i)[:, None, :, None] - at
-        slope = alibi.on(exact).view(1, apart, -1, 1, 1)
-        bias = -(slope * behind[:, :, None]).transpose(2, 3).flatten(0, 2)[:, :, None].to(q.device, torch.float32)
-    return Asked(folded(q, apart), kv, Chosen(seen.expand(*columns.shape).flatten(0, 2), bias), columns)
+        slope = alibi.on(exact).view(1, columns.shape[1], -1, 1, 1)
+        bias = folded(-(slope * behind[:, :, None]).flatten(1, 2), columns.shape).to(q.device, torch.float32)
+    shown = folded(seen.expand(*columns.shape[:2], *seen.shape[2:]), columns.shape)[:, 0]
+    return Asked(folded(q, columns.shape), kv, Chosen(shown, bias), columns, q.shape[2])
 
 
 def attend(asked: Asked, kernel: Kernel, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,9 +123,11 @@ def _turned(k: torch.Tensor, rotary: Rotary, positions: torch.Tensor) -> torch.T
 
 
 def _columns(choice: Choice, source: Source, q: torch.Tensor, visible: torch.Tensor, in_order: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which keys the queries see: columns [R, C, T, n] that can be read, and whether they are seen. `visible` [R or 1, T] keys are to choose from."""
-    block, rows, queries = choice.block, q.shape[0], q.shape[2]
-    complete, open_ = visible // block, (visible % block > 0)[..., None]
+    """Which keys the queries see: columns [R, C, T or 1, n] that can be read, and whether each query sees them [R or 1, C, T, n]. `visible` [R or 1, T] keys
+    are to choose from; what is complete for the first of those that choose together is."""
+    block, rows = choice.block, q.shape[0]
+    choosing = visible[:, :1] if choice.queries > 1 else visible
+    complete = (choosing - choice.lag).clamp_min(0) // block
     parts = []
     if source.compared is not None:
         number = torch.arange(source.compared.shape[2], device=q.device)
@@ -142,17 +135,16 @@ def _columns(choice: Choice, source: Source, q: torch.Tensor, visible: torch.Ten
         if source.barred is not None:
             hidden = source.barred[: len(number) * block].unflatten(0, (-1, block)).all(-1)
             candidates = candidates & ~hidden
-        ids = choice.index.choose(q, Past(source.compared, candidates, open_))
+        ids = choice.index.choose(q, Past(source.compared, candidates, (choosing > complete * block)[..., None]))
         if in_order:
             ids = ids.sort(-1).values
         token = (ids[..., None] * block + torch.arange(block, device=q.device)).flatten(-2)
         parts.append(token.masked_fill_((ids < 0).repeat_interleave(block, -1), source.keys))
-    if block > 1:
-        last = complete[..., None] * block + torch.arange(block, device=q.device)
-        last = last.masked_fill(last >= visible[..., None], source.keys)[:, None]
-        parts.append(last.expand(rows, parts[0].shape[1] if parts else 1, queries, -1))
-    columns = torch.cat(parts, -1) if parts else visible.new_empty(rows, 1, queries, 0)
-    seen = columns < source.keys
+    if latest := block - 1 + choice.lag + visible.shape[1] - choosing.shape[1]:
+        last = complete[:, None, :, None] * block + torch.arange(latest, device=q.device)
+        parts.append(last.expand(rows, parts[0].shape[1] if parts else 1, -1, -1))
+    columns = torch.cat(parts, -1) if parts else visible.new_empty(rows, 1, choosing.shape[1], 0)
+    seen = columns < visible[:, None, :, None]
     columns = columns.clamp_max(max(0, source.keys - 1))
     if source.barred is not None:
         seen = seen & ~source.barred[columns]

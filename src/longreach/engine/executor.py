@@ -15,9 +15,9 @@ import torch
 from longreach.core.encodings import Alibi, exact_device
 from longreach.core.merge import NEGATIVE_INFINITY, Merge
 from longreach.core.segments import Piece, PositionMap, Segment, Visible, summary
-from longreach.engine import chosen, reference, step
+from longreach.engine import chosen, reference, step, summaries
 from longreach.engine.batch import Batch, Rows
-from longreach.engine.layer import RAW, Inputs, Layer
+from longreach.engine.layer import LSE, QUERY, RAW, Inputs, Layer
 from longreach.engine.watch import Watch
 from longreach.kernels import mass
 from longreach.kernels.biased import Bias
@@ -50,10 +50,12 @@ def execute(
     for rows in batch.groups if together is None else batch.others:
         new_k = rows.take(k)
         shown.append(rows.rows, rows.start, {positions: _encoded(layer, batch, rows, positions, new_k) for positions in layer.forms}, rows.take(v))
-        if layer.summaries:
-            chosen.summarise(layer, shown, rows.rows, rows.start, rows.start + rows.count)
-        at_once = rows.count if layer.dense else QUERIES_AT_ONCE
-        for block in rows.blocks(at_once):
+        if QUERY in layer.queries:
+            shown.append_summaries(rows.rows, rows.start, {QUERY: rows.take(q)})
+        if layer.summaries and LSE not in layer.queries:
+            summaries.summarise(layer, batch, shown, rows.rows, rows.start, rows.start + rows.count, inputs)
+        at_once = rows.count if layer.dense else 1 if LSE in layer.queries else QUERIES_AT_ONCE
+        for block in rows.blocks(at_once, 1 if layer.dense else layer.together):
             if layer.dense:
                 merged = _dense(layer, block, block.take(q), shown, inputs)
             else:
@@ -88,7 +90,12 @@ def _dense(layer: Layer, rows: Rows, q: torch.Tensor, memory: Shown, inputs: Inp
     dense = reference.forward(
         q, kv.k, layer.rotary, inputs.scale, layer=layer.index, alibi=layer.alibi, query_scale=factor, softcap=inputs.softcap, barred=barred
     )
-    out, _ = reference.softmax(dense, layer.method.truth(dense), kv.v, inputs.sink)
+    if LSE in layer.queries:
+        earlier = [memory.summaries(of, rows.rows, rows.start).double() for of in (QUERY, LSE)] if rows.start else []
+        dense = replace(dense, sink=inputs.sink, earlier=tuple(earlier))
+    out, lse = reference.softmax(dense, layer.method.truth(dense), kv.v, inputs.sink)
+    if LSE in layer.queries:
+        memory.append_summaries(rows.rows, rows.start, {LSE: summaries.paying(rows, lse)})
     return out
 
 
@@ -120,6 +127,10 @@ class _Call:
         out, lse = merge.result()
         if self.watch is not None:
             self.watched(self.watch, q, lse, rotated)
+        if LSE in self.layer.queries:
+            rows, start = self.rows.rows, self.rows.start
+            self.memory.append_summaries(rows, start, {LSE: summaries.paying(self.rows, lse)})
+            summaries.summarise(self.layer, self.batch, self.memory, rows, start, start + self.rows.count, self.inputs)
         return out
 
     def query(self, positions: PositionMap, segment: Segment, q: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> torch.Tensor:
@@ -169,10 +180,10 @@ class _Call:
             visible, share = replace(visible, first_query=max(least, visible.first_query)), lse - segment.lse_bias
             if choosing:
                 for a, asked, first in self.chosen(segment, visible, q, rotated):
-                    _, apart, queries, _ = asked.columns.shape
-                    known = asked.folded(share[:, :, a - start : a - start + queries])
+                    apart = asked.columns.shape[1]
+                    known = asked.folded(share[:, :, a - start : a - start + asked.queries])
                     paid = mass.paid(asked.q, asked.kv.k, known, asked.work, self.inputs.scale, self.inputs.softcap)
-                    paid = asked.unfolded(paid[:, :, None])  # [R, H, T, n]
+                    paid = asked.unfolded(paid[:, :, None])  # [R, H, T or 1, n]
                     tokens = (asked.columns + first).repeat_interleave(paid.shape[1] // apart, 1)
                     watch.scatter(index, rows, tokens.flatten(2), paid.flatten(2))
                 continue
@@ -191,26 +202,34 @@ class _Call:
             return self.kernel.attend(q, kv.of_rows(q.shape[0]), band, self.inputs.scale, self.inputs.softcap, bias)
         return step.folded(self.kernel, q, kv, band.seen_by_first(kv.k.shape[2]), self.inputs)
 
+    def source(self, segment: Segment, from_key: int, to_key: int, blocks: int, q: torch.Tensor) -> chosen.Source:
+        """What queries choose from for whom the first `blocks` of these keys are complete."""
+        rows, (kept_at, compared_at) = self.rows.rows, (self.layer.form_of(positions) for positions in (segment.kept, segment.compared[1]))
+        gather = functools.partial(self.memory.gather, kept_at, rows, from_key, to_key)
+        if (kept := summary(segment)) is not None:
+            compared = self.memory.summaries(kept, rows, blocks) if blocks else None
+        else:
+            compared = self.memory.keys_of(compared_at, rows, from_key, from_key + blocks) if blocks else None
+        return chosen.Source(gather, compared, to_key - from_key, from_key, self.rows.barred(from_key, to_key, q.device))
+
     def chosen(self, segment: Segment, visible: Visible, q: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> Iterator[tuple[int, chosen.Asked, int]]:
         """What the queries choose of a segment, some of them at a time: (the first of them, the call, index of the segment's first key)."""
-        start, choice, rows = self.rows.start, segment.choice, self.rows.rows
+        start, choice = self.rows.start, segment.choice
         assert choice is not None
         for piece in visible.pieces(start, start + self.rows.count):
             asking, turned = (self.query(positions, segment, q, rotated) for positions in (segment.compared[0], segment.query_positions))
-            keys = piece.to_key - piece.from_key
-            kept_at, compared_at = (self.layer.form_of(positions) for positions in (segment.kept, segment.compared[1]))
-            gather = functools.partial(self.memory.gather, kept_at, rows, piece.from_key, piece.to_key)
-            compared: torch.Tensor | None
-            if (kept := summary(segment)) is not None:
-                compared = self.memory.summaries(kept, rows, keys // choice.block) if keys >= choice.block else None
+            if choice.queries > 1:
+                stretches, source = choice.together(piece.first, piece.last), None
             else:
-                compared = self.memory.keys_of(compared_at, rows, piece.from_key, piece.to_key)
-            source = chosen.Source(gather, compared, keys, piece.from_key, self.rows.barred(piece.from_key, piece.to_key, q.device))
-            size = chosen.queries_at_once(choice, q.shape[0], q.shape[1], self.groups, q.shape[3] + self.width, keys, q.element_size())
-            for a, b in chosen.stretches(piece.first, piece.last, size):
+                source = self.source(segment, piece.from_key, piece.to_key, choice.complete(piece.to_key - piece.from_key), q)
+                numbers = q.shape[3] + self.width
+                size = chosen.queries_at_once(choice, q.shape[0], q.shape[1], self.groups, numbers, source.keys, q.element_size())
+                stretches = chosen.stretches(piece.first, piece.last, size)
+            for a, b in stretches:
                 seen = torch.arange(visible.keys_of(a), visible.keys_of(b), device=q.device)[None]
                 queries, askers = (x[:, :, a - start : b - start] for x in (turned, asking))
-                yield a, chosen.ask(self.layer, segment, source, queries, askers, seen), piece.from_key
+                own = source or self.source(segment, piece.from_key, b - visible.low, choice.complete(visible.keys_of(a)), q)
+                yield a, chosen.ask(self.layer, segment, own, queries, askers, seen), piece.from_key
 
     def pieces(self, visible: Visible) -> Iterator[Piece]:
         """What the queries see of a segment; keys that the mask of this forward hides cut a piece in two."""

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from longreach.core.choice import OfQueries
 from longreach.core.encodings import Alibi, Rotary
-from longreach.core.segments import Constant, Form, Layout, PositionMap, Retention, Summary, forms, summaries
+from longreach.core.segments import Constant, Form, Layout, PositionMap, Retention, Summary, forms, queries, summaries
 from longreach.methods.base import Method
 
 RAW = Constant(0)
+QUERY, LSE = OfQueries("q"), OfQueries("lse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class Layer:
     layout: Layout = field(init=False)
     forms: dict[PositionMap, Retention] = field(init=False)  # the key forms its store holds
     summaries: dict[Summary, Retention] = field(init=False)  # and what it holds of blocks of keys
+    queries: dict[OfQueries, Retention] = field(init=False)  # and of queries
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", self.method.layout(self.index))
@@ -35,11 +38,18 @@ class Layer:
             kept = {RAW: functools.reduce(operator.or_, kept.values())}
         object.__setattr__(self, "forms", kept)
         object.__setattr__(self, "summaries", {} if self.dense else summaries(self.layout))
+        of_queries = queries(self.layout)
+        object.__setattr__(self, "queries", dict.fromkeys(of_queries, Retention(tail=None)) if self.dense else of_queries)
 
     @property
     def kept(self) -> dict[Form, Retention]:
         """All that its store holds, beside the values."""
-        return dict([*self.forms.items(), *self.summaries.items()])
+        return dict([*self.forms.items(), *self.summaries.items(), *self.queries.items()])
+
+    @property
+    def together(self) -> int:
+        """Queries that choose together."""
+        return 1 if self.layout.choice is None else self.layout.choice.queries
 
     @property
     def joins(self) -> bool:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from longreach.core.choice import OfQueries
 from longreach.core.merge import NEGATIVE_INFINITY, Merge
 from longreach.core.segments import PositionMap, Segment, Visible, summary
-from longreach.engine import chosen
+from longreach.engine import chosen, summaries
 from longreach.engine.batch import Batch, Singles
-from longreach.engine.layer import Inputs, Layer
+from longreach.engine.layer import LSE, QUERY, Inputs, Layer
 from longreach.kernels.protocol import KV, Kernel, Spans, gather
 from longreach.kernels.tiles import Band, between, empty
 from longreach.memory.bases import BaseShelf
@@ -30,10 +31,16 @@ def run(
     """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the forward -> [n, H, E] of the rows with one token, in q's dtype."""
     call = _Layer(layer, batch, singles, kernel, memory, inputs)
     new = singles.take(k)
-    memory.append_step(singles.step, {positions: call.encoded(positions, new) for positions in layer.forms}, singles.take(v))
-    for row, start in zip(singles.step.rows, singles.step.starts) if layer.summaries else ():
-        chosen.summarise(layer, memory, slice(row, row + 1), start, start + 1)
-    return call.attend(singles.take(q), v.shape[3]).to(q.dtype)
+    forms: dict[PositionMap | OfQueries, torch.Tensor] = {positions: call.encoded(positions, new) for positions in layer.forms}
+    asking, step = singles.take(q), singles.step
+    memory.append_step(step, {**forms, QUERY: asking} if layer.queries else forms, singles.take(v))
+    if layer.summaries and LSE not in layer.queries:
+        call.summarise()
+    out, lse = call.attend(asking, v.shape[3])
+    if LSE in layer.queries:
+        memory.append_step(step, {LSE: lse.float()}, None)
+        call.summarise()
+    return out.to(q.dtype)
 
 
 Part = tuple[torch.Tensor, torch.Tensor]  # out and lse
@@ -72,8 +79,12 @@ class _Layer:
             return new
         return self.turned(new, positions)
 
-    def attend(self, q: torch.Tensor, width: int) -> torch.Tensor:
-        """q [n, H, D] -> [n, H, E]."""
+    def summarise(self) -> None:
+        for row, start in zip(self.singles.step.rows, self.starts):
+            summaries.summarise(self.layer, self.batch, self.memory, slice(row, row + 1), start, start + 1, self.inputs)
+
+    def attend(self, q: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [n, H, D] -> out [n, H, E], lse [n, H, 1]."""
         merge = Merge(1)
         rotated: dict[object, torch.Tensor] = {}
         for segment in self.layer.layout.segments:
@@ -88,7 +99,8 @@ class _Layer:
             merge.add(q.new_zeros((*q.shape[:2], 1, width)), torch.full((*q.shape[:2], 1), NEGATIVE_INFINITY, device=q.device))
         if self.inputs.sink is not None:
             merge.sink(self.inputs.sink)
-        return merge.result()[0][:, :, 0]
+        out, lse = merge.result()
+        return out[:, :, 0], lse
 
     def query(self, positions: PositionMap, segment: Segment, q: torch.Tensor, rotated: dict[object, torch.Tensor]) -> torch.Tensor:
         """q [n, H, D] -> [n, H, 1, D] at some positions, scaled as the segment says; kept in `rotated` for other segments."""
@@ -149,7 +161,7 @@ class _Layer:
             for members in [(n,) for n in shelf.members] if any(shelf.firsts) else [shelf.members]:
                 if not (keys := max(visible.keys_of(self.starts[n]) for n in members)):
                     continue
-                row, blocks = slice(step.rows[members[0]], step.rows[members[0]] + 1), keys // choice.block
+                row, blocks = slice(step.rows[members[0]], step.rows[members[0]] + 1), choice.complete(keys)
                 if any(shelf.firsts):
                     source = functools.partial(memory.gather, forms[0], row, first, first + keys)
                     compared = memory.keys_of(forms[1], row, first, first + keys) if kept is None else memory.summaries(kept, row, blocks) if blocks else None

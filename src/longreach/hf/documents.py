@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from longreach import files
+from longreach.core.choice import OfQueries
+from longreach.core.segments import Form, Summary
 from longreach.hf.cache import place, store_of
 from longreach.hf.facts import Entry
 from longreach.hf.forward import Forward
@@ -253,16 +255,27 @@ def _read(forward: Forward, opened: Any, log: Log, found: dict[str, Any]) -> tup
     buffers: dict[tuple[int, str], Buffer] = {}
     kinds: dict[tuple[int, str], tuple[Any, ...]] = {}
     for index, form, buffer in sealing.buffers(store):
-        entry = forward.facts.reading.entries[index]._replace(device=forward.facts.device_of_layer(index))
-        width = entry.value_width if form.startswith("values.") else entry.key_width * sealing.widths(store, index, form)
-        buffers[index, form], kinds[index, form] = buffer, ((entry.heads, block, width), entry.dtype)
-        used |= _fill(opened, f"layers.{index}.{form}", buffer, (entry.heads, width), entry, ahead[id(buffer.placement)])
+        entry = forward.facts.reading.entries[index]
+        heads, width, dtype = _kind(entry, sealing.form_of(store, index, form))
+        entry = entry._replace(heads=heads, dtype=dtype, device=forward.facts.device_of_layer(index))
+        buffers[index, form], kinds[index, form] = buffer, ((heads, block, width), dtype)
+        used |= _fill(opened, f"layers.{index}.{form}", buffer, (heads, width), entry, ahead[id(buffer.placement)])
     _require(used == names, "it holds tensors that belong nowhere")
     _require(all((record.shape, record.dtype) == kinds[key.layer, key.form] for key, (_, record) in log.index.items()), "a block has another shape or dtype")
     for key in log.index:  # in the order of the files, so that each is mapped once
         buffers[key.layer, key.form].view(slice(key.row, key.row + 1), key.first, key.first + block)[0].copy_(log.read(key))
     store.filed = Filed(str(found["state"]), [*store.lengths])
     return store, ids
+
+
+def _kind(entry: Entry, form: Form | None) -> tuple[int, int, torch.dtype]:
+    """Heads, width and dtype of what is kept in a form; None: of values."""
+    if form is None:
+        return entry.heads, entry.value_width, entry.dtype
+    if isinstance(form, OfQueries):
+        return (entry.queries, entry.key_width, entry.dtype) if form.what == "q" else (entry.queries, 1, torch.float32)
+    times = form.index.numbers(entry.queries // entry.heads) if isinstance(form, Summary) else 1
+    return entry.heads, entry.key_width * times, entry.dtype
 
 
 def _place(placement: Placement, where: dict[str, Any], lengths: list[int], block: int) -> list[int]:

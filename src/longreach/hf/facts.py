@@ -26,13 +26,14 @@ PROBE_POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21, 30, 34, 41, 55)
 
 
 class Entry(NamedTuple):
-    """What one layer stores of a token."""
+    """What one layer stores of a token, and its query heads."""
 
     heads: int
     key_width: int
     value_width: int
     dtype: torch.dtype
     device: torch.device
+    queries: int
 
 
 @dataclass(frozen=True)

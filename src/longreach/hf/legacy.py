@@ -233,7 +233,7 @@ class LegacySeam:
         embedded = self.base.get_input_embeddings()(ids[:, :1])
         weights = [next(module.parameters()) for module in self.modules]  # accelerate moves the input of a module whose weights are not at hand
         made = [self.family.project(m, embedded if weight.is_meta else embedded.to(weight.device)) for m, weight in zip(self.modules, weights)]
-        entries = [Entry(k.shape[1], k.shape[-1], v.shape[-1], k.dtype, k.device) for _, k, v in made]
+        entries = [Entry(k.shape[1], k.shape[-1], v.shape[-1], k.dtype, k.device, q.shape[1]) for q, k, v in made]
         n = len(self.modules)
         return Reading(self.modules, [None] * n, [rotary] * n, alibi, [Stock()] * n, entries, embedded.dtype)
 

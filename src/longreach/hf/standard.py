@@ -85,7 +85,7 @@ class StandardSeam:
         if all(found is None for found in rotaries):
             raise ValueError(f"no layer of {name} rotates its keys, so there are no positions to extend; use it as it is")
         trained = [layer_kinds.as_trained(config, index, seen) for index, seen in enumerate(raw)]
-        entries = [Entry(seen.k.shape[1], seen.k.shape[-1], seen.v.shape[-1], seen.k.dtype, seen.k.device) for seen in raw]
+        entries = [Entry(seen.k.shape[1], seen.k.shape[-1], seen.v.shape[-1], seen.k.dtype, seen.k.device, seen.q.shape[1]) for seen in raw]
         return Reading([seen.module for seen in raw], keys, rotaries, None, trained, entries, dtype, worst)
 
     def _listen(self, inputs: dict[str, Any], keep_original: bool) -> tuple[list[Seen], dict[Key, tuple[torch.Tensor, torch.Tensor]]]:

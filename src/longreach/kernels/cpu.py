@@ -46,6 +46,7 @@ def operator(
     fold = groups > 1 and rows <= FOLDED_ROWS and not causal and (mask is None or own)
     if fold:
         q = q.unflatten(1, (-1, groups)).flatten(2, 3)
+        mask = mask.repeat(1, 1, groups, 1) if mask is not None and mask.shape[2] > 1 else mask
     if mask is not None and mask.dim() == 4:
         mask = mask.expand(*q.shape[:3], -1)  # the operator reads what rows share through a stride of 0
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)

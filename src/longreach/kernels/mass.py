@@ -30,8 +30,8 @@ def paid(
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         if isinstance(work, Chosen):
-            seen = work.seen[:, None, None]
-            logits = logits if work.bias is None else logits + work.bias
+            seen = work.seen[:, None, a:b] if work.seen.shape[1] > 1 else work.seen[:, None]
+            logits = logits if work.bias is None else logits + work.bias[:, :, a:b]
         else:
             behind = work.offset + torch.arange(a, b, device=q.device)[:, None] - column
             seen = (behind >= work.low) & (behind < work.high) if work.high is not None else behind >= work.low

@@ -35,7 +35,7 @@ def operator(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B, H, T, D], k [B, G, C, D], v [B, G, C, E] -> out [B, H, T, E] in q's dtype, lse [B, H, T] fp32.
 
-    A mask is [T, C], [1, H, T or 1, C] or [B, 1, 1, C]."""
+    A mask is [T, C], [1, H, T or 1, C] or [B, 1, T, C]."""
     groups, rows = q.shape[1] // k.shape[1], q.shape[2]
     if mask is not None:
         mask = mask.expand(mask.shape[0] if mask.dim() == 4 else 1, q.shape[1], rows, -1).unflatten(1, (-1, groups))

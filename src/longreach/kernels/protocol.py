@@ -107,22 +107,22 @@ class Spans:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Rows with one query each, which sees the columns where `seen` [R, C] is true. `bias` [R, H, 1, C] fp32 is added to the logits."""
+    """Queries that see the columns where `seen` [R, T, C] is true. `bias` [R, H, T, C] fp32 is added to the logits."""
 
     seen: torch.Tensor
     bias: torch.Tensor | None = None
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """[R, 1 or H, 1, C] additive; a row that sees nothing is not masked at all, see `empty`."""
-        hidden = (~self.seen & self.seen.any(-1, keepdim=True))[:, None, None]
+        """[R, 1 or H, T, C] additive; a query that sees nothing is not masked at all, see `empty`."""
+        hidden = (~self.seen & self.seen.any(-1, keepdim=True))[:, None]
         if self.bias is not None:
             return self.bias.masked_fill(hidden, NEGATIVE_INFINITY)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, NEGATIVE_INFINITY)
 
     @property
     def empty(self) -> torch.Tensor:
-        """[R] which rows see nothing."""
-        return ~self.seen.any(-1)
+        """[R, 1, T] which queries see nothing."""
+        return ~self.seen.any(-1)[:, None]
 
 
 class Kernel(Protocol):
@@ -133,7 +133,7 @@ class Kernel(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q [R, H, T, D] -> out [R, H, T, E], lse [R, H, T] fp32, natural logarithm.
 
-        work  a band, the same for all rows, or what the one query of each row sees: a stretch of columns, or any columns.
+        work  a band, the same for all rows; a stretch of columns for the one query of each row; or any columns for each query.
 
         G divides H; groups are not expanded by the caller. A row that sees no key has out = 0 and lse = -inf.
         A bias comes without a soft-cap, and with a band only.

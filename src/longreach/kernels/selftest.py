@@ -39,7 +39,8 @@ def difference(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> floa
                 return float("inf")
             worst = max(worst, largest(out.float() - want), largest((lse - want_lse)[seen]))
         if rows == 1:
-            worst = max(worst, _of_spans(kernel, q, KV(k, v)), _of_chosen(kernel, q, KV(k, v)))
+            worst = max(worst, _of_spans(kernel, q, KV(k, v)))
+        worst = max(worst, _of_chosen(kernel, q, KV(k, v)))
     return worst
 
 
@@ -59,18 +60,23 @@ def _of_spans(kernel: Kernel, q: torch.Tensor, kv: KV) -> float:
 
 
 def _of_chosen(kernel: Kernel, q: torch.Tensor, kv: KV) -> float:
-    """Any columns, with and without a bias; one row sees none. Heads that share keys, and each its own."""
-    seen = (torch.arange(150, device=q.device) % 7 > 2).expand(2, -1).clone()
+    """Any columns, with and without a bias; each query others, one and all of a row none. Heads that share keys, and each its own."""
+    rows, columns = q.shape[2], torch.arange(150, device=q.device)
+    seen = ((columns % 7 > 2) & (columns < 150 - torch.arange(rows, device=q.device)[:, None])).expand(2, -1, -1).clone()
     seen[1] = False
+    if rows > 1:
+        seen[0, 1] = False
+    some = seen[0].any(-1)
     worst, scale = 0.0, q.shape[3] ** -0.5
     bias = torch.linspace(-1, 0, 150, device=q.device) * torch.arange(1, 5, device=q.device)[None, :, None, None]
     for queries, own in ((q, kv), (q[:, :1], KV(kv.k[:, :1], kv.v[:, :1]))):
-        for added in (None, bias[:, : queries.shape[1]].expand(2, -1, -1, -1).contiguous()):
+        for added in (None, bias[:, : queries.shape[1]].expand(2, -1, rows, -1).contiguous()):
             out, lse = kernel.attend(queries, own, Chosen(seen, added), scale)
             groups = queries.shape[1] // own.k.shape[1]
-            k, v = (x[:1, :, seen[0]].float().repeat_interleave(groups, 1) for x in (own.k, own.v))
-            logits = queries[:1].float() @ k.transpose(-1, -2) * scale + (0.0 if added is None else added[:1, :, :, seen[0]])
-            if not bool(lse[1:].isneginf().all()) or bool(out[1:].any()):
+            k, v = (x[:1].float().repeat_interleave(groups, 1) for x in (own.k, own.v))
+            logits = queries[:1].float() @ k.transpose(-1, -2) * scale + (0.0 if added is None else added[:1])
+            logits = logits.masked_fill(~seen[:1, None], float("-inf"))[:, :, some]
+            if not bool(lse[1:].isneginf().all()) or bool(out[1:].any()) or not bool(lse[:, :, ~some].isneginf().all()) or bool(out[:, :, ~some].any()):
                 return float("inf")
-            worst = max(worst, largest(out[:1].float() - logits.softmax(-1) @ v), largest(lse[:1] - logits.logsumexp(-1)))
+            worst = max(worst, largest(out[:1, :, some].float() - logits.softmax(-1) @ v), largest(lse[:1, :, some] - logits.logsumexp(-1)))
     return worst

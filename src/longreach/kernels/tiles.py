@@ -44,7 +44,7 @@ class Operator(Protocol):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of non-empty q to non-empty k. `causal` comes with squares only. `mask` is additive, [T, C] in q's dtype, or with a
-        bias fp32 and [1, H, T or 1, C]; [B, 1, 1, C] comes with one query per row."""
+        bias fp32 and [1, H, T or 1, C]; or [B, 1, T, C]."""
         ...
 
 

@@ -59,10 +59,8 @@ class Buffer:
     # -- a forward ------------------------------------------------------------------------------------------------------------
 
     def write(self, rows: slice, start: int, new: torch.Tensor, shown: bool = True) -> None:
-        """`new` [n, H, T, D] goes to indices start .. start + T of consecutive rows that lie alike. The placement has made room for them.
-
-        shown  whether it will be viewed in the forward under way.
-        """
+        """`new` [n, H, T, D] goes to indices start .. start + T of consecutive rows that lie alike. The placement has made room for them. It may come in parts,
+        one after the other. `shown`: whether it will be viewed in the forward under way."""
         self._own()
         if self.first > start:
             self._pin(rows, start, new)
@@ -75,10 +73,12 @@ class Buffer:
             assert body is not None
             part(body, slots, start - first, stop - first).copy_(new)
             return
-        tail = self.placement.tail
-        seen = min(first, start) if tail is None else max(first, start - tail)
+        kept = new[:, :, max(0, write.first - start) :]
+        if (before := next((each for each in self._waiting if each.rows == rows), None)) is not None:
+            return before.add(new, kept)
+        seen = min(first, start) if (tail := self.placement.tail) is None else max(first, start - tail)
         run = new[:, :, :0] if not shown else new if seen == start or body is None else torch.cat([part(body, slots, seen - first, start - first), new], dim=2)
-        self._waiting.append(Waiting(rows, seen, run, new[:, :, max(0, write.first - start) :].clone()))
+        self._waiting.append(Waiting(rows, seen, run, kept.clone()))
 
     def write_step(self, step: Step, new: torch.Tensor) -> None:
         """`new` [n, H, D]: the token of each row of a step. The placement has made room for them."""

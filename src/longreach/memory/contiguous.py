@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
+from longreach.core.choice import OfQueries
 from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
 from longreach.kernels.protocol import KV, gather
 from longreach.kernels.tiles import between
@@ -37,7 +38,7 @@ class Contiguous:
     def __init__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention]) -> None:
         self.placements, self.forms = placements, dict(forms)
         self.keys: dict[Form, Buffer] = {form: Buffer(placements[kept.place], kept.head) for form, kept in forms.items()}
-        self.of_keys: dict[PositionMap, Retention] = {form: kept for form, kept in forms.items() if not isinstance(form, Summary)}
+        self.of_keys: dict[PositionMap, Retention] = {form: kept for form, kept in forms.items() if not isinstance(form, Summary | OfQueries)}
         (longest,) = values_kept(self.of_keys, shared=False)
         self.whole = Buffer(placements[longest.tail], longest.head)  # the values
         self.tails = self._tails() if self.whole.placement.shared else {}  # values once more, for the forms that keep fewer than `whole`
@@ -96,11 +97,12 @@ class Contiguous:
     def keys_of(self, positions: PositionMap, rows: slice, start: int, stop: int) -> torch.Tensor:
         return self.keys[positions].view(rows, start, stop)
 
-    def append_step(self, step: Step, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
+    def append_step(self, step: Step, keys: Mapping[PositionMap | OfQueries, torch.Tensor], values: torch.Tensor | None) -> None:
         for positions, new in keys.items():
             self.keys[positions].write_step(step, new)
-        for buffer in (self.whole, *self.tails.values()):
-            buffer.write_step(step, values)
+        if values is not None:
+            for buffer in (self.whole, *self.tails.values()):
+                buffer.write_step(step, values)
 
     def shelves(self, positions: PositionMap, step: Step) -> Iterator[tuple[Shelf, KV]]:
         keys = self.keys[positions]
@@ -121,12 +123,12 @@ class Contiguous:
             found = [x.index_select(0, members) for x in found]
         return KV(found[0], found[1])
 
-    def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
+    def append_summaries(self, rows: slice, start: int, new: Mapping[Summary | OfQueries, torch.Tensor]) -> None:
         for form, made in new.items():
             self.keys[form].write(rows, self.forms[form].entries(start), made)
 
-    def summaries(self, form: Summary, rows: slice, stop: int) -> torch.Tensor:
-        return self.keys[form].view(rows, 0, stop)
+    def summaries(self, form: Summary | OfQueries, rows: slice, stop: int, start: int = 0) -> torch.Tensor:
+        return self.keys[form].view(rows, start, stop)
 
     def shelf_of_summaries(self, form: Summary, step: Step, shelf: Shelf, stop: int) -> torch.Tensor:
         rows, buffer = [step.rows[n] for n in shelf.members], self.keys[form]
@@ -180,6 +182,7 @@ class Passing:
 
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         self._rows, self._keys, self._values = rows, keys, values
+        self._beside: dict[Summary | OfQueries, torch.Tensor] = {}
 
     def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
         assert rows == self._rows
@@ -191,11 +194,12 @@ class Passing:
     def keys_of(self, positions: PositionMap, rows: slice, start: int, stop: int) -> torch.Tensor:
         return between(self._keys[positions], start, stop)
 
-    def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
-        self._summaries: Mapping[Summary, torch.Tensor] = new
+    def append_summaries(self, rows: slice, start: int, new: Mapping[Summary | OfQueries, torch.Tensor]) -> None:
+        for form, made in new.items():
+            self._beside[form] = torch.cat([self._beside[form], made], 2) if form in self._beside else made
 
-    def summaries(self, form: Summary, rows: slice, stop: int) -> torch.Tensor:
-        return between(self._summaries[form], 0, stop)
+    def summaries(self, form: Summary | OfQueries, rows: slice, stop: int, start: int = 0) -> torch.Tensor:
+        return between(self._beside[form], start, stop)
 
     def release(self) -> None:
         del self._keys, self._values

@@ -14,7 +14,7 @@ def part(x: torch.Tensor, rows: slice, start: int, stop: int) -> torch.Tensor:
     return between(x if rows == slice(0, x.shape[0]) else x[rows], start, stop)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Waiting:
     """New entries of some rows that have no place yet. `run` is what their own queries read, from index `first` on; `new` are the last of them."""
 
@@ -22,6 +22,10 @@ class Waiting:
     first: int
     run: torch.Tensor
     new: torch.Tensor
+
+    def add(self, run: torch.Tensor, new: torch.Tensor) -> None:
+        """A part that has come later in the same forward."""
+        self.run, self.new = torch.cat([self.run, run], dim=2), torch.cat([self.new, new], dim=2)
 
 
 class Reader:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from longreach.core.choice import OfQueries
 from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
 from longreach.kernels.protocol import KV
 from longreach.memory.bases import Base, BaseShelf
@@ -38,12 +39,13 @@ class Shown(Protocol):
         """The keys of tokens start .. stop in a form, without their values: [R, G, stop - start, D]."""
         ...
 
-    def append_summaries(self, rows: slice, start: int, new: Mapping[Summary, torch.Tensor]) -> None:
-        """What is kept of the blocks [n, G, blocks, S] that the new tokens have completed, those from token `start` on."""
+    def append_summaries(self, rows: slice, start: int, new: Mapping[Summary | OfQueries, torch.Tensor]) -> None:
+        """What is kept of the blocks [n, G, blocks, S] that tokens have completed, those from token `start` on, or of their queries [n, H, T, D or 1]. It may
+        come in parts, one after the other, in one forward."""
         ...
 
-    def summaries(self, form: Summary, rows: slice, stop: int) -> torch.Tensor:
-        """Of the first `stop` blocks, more than none: [n, G, stop, S]."""
+    def summaries(self, form: Summary | OfQueries, rows: slice, stop: int, start: int = 0) -> torch.Tensor:
+        """Of the blocks start .. stop, more than none, or the queries of these tokens: [n, G or H, stop - start, S]."""
         ...
 
     def release(self) -> None:
@@ -91,8 +93,9 @@ class LayerMemory(Shown, Protocol):
         """The same for another store to go on from."""
         ...
 
-    def append_step(self, step: Step, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
-        """One new token for each of some rows, which may be of any lengths: keys [n, G, D] in every form, values [n, G, E]."""
+    def append_step(self, step: Step, keys: Mapping[PositionMap | OfQueries, torch.Tensor], values: torch.Tensor | None) -> None:
+        """One new token for each of some rows, which may be of any lengths: keys [n, G, D] in every form, values [n, G, E], and of queries [n, H, D or 1],
+        which may come later by themselves."""
         ...
 
     def shelves(self, positions: PositionMap, step: Step) -> Iterator[tuple[Shelf, KV]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from longreach.core.segments import Summary
+from longreach.core.segments import Form
 from longreach.memory import sealed
 from longreach.memory.buffer import Buffer
 from longreach.memory.contiguous import Contiguous
@@ -29,12 +29,11 @@ def buffers(store: Store) -> Iterator[tuple[int, str, Buffer]]:
             yield index, f"keys.{number}", buffer
 
 
-def widths(store: Store, index: int, form: str) -> int:
-    """How many times a key's width an entry of a form of keys has; of a summary, what its index says."""
+def form_of(store: Store, index: int, name: str) -> Form | None:
+    """The form that has a name in `buffers`; None: values."""
     layer = store.layers[index]
     assert isinstance(layer, Contiguous)
-    found = list(layer.keys)[int(form.removeprefix("keys."))]
-    return found.index.width if isinstance(found, Summary) else 1
+    return None if name.startswith("values.") else list(layer.keys)[int(name.removeprefix("keys."))]
 
 
 def horizon(placement: Placement) -> list[int]:

@@ -90,7 +90,7 @@ def buffers(layer: Attention, layout: Layout, schedule: Schedule, rows: int = 1)
     for kept in values_kept(kept_forms, shared=rows > 1):
         yield kept, entries(kept, schedule) * layer.kv_heads * layer.value_width
     for form, kept in summaries(layout).items():
-        yield kept, entries(kept, schedule) * layer.kv_heads * layer.key_width * form.index.width
+        yield kept, entries(kept, schedule) * layer.kv_heads * layer.key_width * form.index.numbers(layer.heads // layer.kv_heads)
 
 
 def kv_bytes(architecture: Decoder, method: Method, schedule: Schedule, rows: int = 1) -> int:
@@ -137,7 +137,8 @@ def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int
     if layout.choice is not None:
         choice, numbers, seen = layout.choice, layer.key_width + layer.value_width, schedule.stored
         queries = {"every": at_once, "last": 1, "single": 1}[choice.who]
-        queries = min(queries, chosen.queries_at_once(choice, 1, layer.heads, layer.kv_heads, numbers, seen, b))
+        if choice.queries == 1:
+            queries = min(queries, chosen.queries_at_once(choice, 1, layer.heads, layer.kv_heads, numbers, seen, b))
         total += chosen.nbytes(choice, layer.heads, layer.kv_heads, numbers, layer.key_width, seen, queries, b)
     if expands_groups and layer.heads > layer.kv_heads:
         total += schedule.stored * layer.heads * (layer.key_width + layer.value_width) * b

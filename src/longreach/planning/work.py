@@ -48,7 +48,10 @@ def count(layout: Layout, start: int, stop: int) -> Counts:
             first, choosing = segment.choice.of(start, stop)
             visible = replace(visible, first_query=max(first, visible.first_query))
         for piece in visible.pieces(start, stop):
-            if choosing and segment.choice is not None:
+            if choosing and segment.choice is not None and segment.choice.queries > 1:
+                for a, b in segment.choice.together(piece.first, piece.last):
+                    total += together(segment.choice, visible.keys_of(a), visible.keys_of(b - 1))
+            elif choosing and segment.choice is not None:
                 total += chosen(segment.choice, visible.keys_of(piece.first), visible.keys_of(piece.last - 1))
             else:
                 total += Counts(pairs_of(piece), 0, 1)
@@ -57,24 +60,22 @@ def count(layout: Layout, start: int, stop: int) -> Counts:
 
 def chosen(choice: Choice, first: int, last: int) -> Counts:
     """Queries that see first, first + 1, ... last keys, and choose among them."""
-    most, block = choice.keep * choice.block, choice.block
-    few = ramp(min(last, most)) - ramp(min(first - 1, most))
-    n = max(0, last - max(first - 1, most))  # queries that see more keys than they may choose
-    phase = max(first, most + 1) - 1  # keys of the first of them, less one
-    within = periodic(phase + n, block) - periodic(phase, block)
-    pairs = few + n * ((choice.keep - 1) * block + 1) + within
-    blocks = sum_of_quotients(last + 1, block) - sum_of_quotients(first, block)
+    block, lag = choice.block, choice.lag
+    least = max(1, lag) + (choice.keep - 1) * block  # who sees fewer than a block more sees all
+    pairs = ramp(last) - ramp(first - 1) - block * (sum_of_quotients(last + 1 - least, block) - sum_of_quotients(first - least, block))
+    blocks = sum_of_quotients(last + 1 - lag, block) - sum_of_quotients(first - lag, block)
     return Counts(pairs, blocks * max(1, choice.index.width), 1, pairs)
 
 
-def periodic(x: int, block: int) -> int:
-    """Sum of n mod block over 0 <= n < x."""
-    return x // block * ramp(block - 1) + ramp(x % block - 1)
+def together(choice: Choice, first: int, last: int) -> Counts:
+    """The same of queries that choose together, as the first of them does; one comparison with what is complete for it is counted."""
+    pairs = ramp(last) - ramp(first - 1) - (last - first + 1) * (first - choice.shown(first))
+    return Counts(pairs, choice.complete(first) * max(1, choice.index.width), 1, pairs)
 
 
 def sum_of_quotients(x: int, block: int) -> int:
     """Sum of floor(n / block) over 0 <= n < x."""
-    return block * ramp(x // block - 1) + x // block * (x % block)
+    return block * ramp(x // block - 1) + x // block * (x % block) if x > 0 else 0
 
 
 def ramp(x: int) -> int:
