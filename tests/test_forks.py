@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 import longreach
 from families import build, tokens
-from longreach import LMInfinite, SelfExtend, Stock
+from longreach import LMInfinite, Quest, SelfExtend, Stock
+from longreach.engine import chosen
 from longreach.hf.cache import cache_bytes, store_of
 from longreach.kernels.cpu import CpuKernel
 from longreach.kernels.protocol import Spans
@@ -326,6 +327,32 @@ def test_requests_that_fork_are_as_if_alone(method):
         del requests.texts[document]
         for _ in range(15):
             requests.step()
+
+
+def test_forks_of_one_document_choose_in_one_go(monkeypatch):
+    """A fork of a fork holds more that is shared, so it chooses apart."""
+    real, members = chosen.ask, []
+
+    def ask(layer: Any, segment: Any, source: Any, q: torch.Tensor, *more: Any) -> Any:
+        members.append(q.shape[0])
+        return real(layer, segment, source, q, *more)
+
+    with longreach.extend(build("llama"), Quest(48, 16, 0, "all"), trained_window=4096) as extension:
+        requests = Requests(extension, seed=3)
+        document = requests.join()
+        requests.read({document: 650})
+        forks = [requests.flat.fork(document) for _ in range(5)]
+        requests.texts |= {fork: requests.texts[document].clone() for fork in forks}
+        requests.read(dict(zip(forks, (1, 2, 5, 1, 40))))
+        monkeypatch.setattr(chosen, "ask", ask)
+        layers = len(extension.layers)
+        requests.flat.read(new := {fork: requests.fresh(1) for fork in forks})
+        assert members == [5] * layers
+        requests.texts |= {fork: torch.cat([requests.texts[fork], new[fork]]) for fork in forks}
+        requests.read(dict.fromkeys(forks, 1))
+        grown = requests.flat.fork(forks[4])
+        requests.texts[grown] = requests.texts[forks[4]].clone()
+        requests.read(dict.fromkeys((*forks, grown), 1))
 
 
 @pytest.mark.parametrize("method", [SelfExtend(3, 8), Stock()], ids=str)

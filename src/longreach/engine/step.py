@@ -23,6 +23,7 @@ from longreach.kernels.tiles import Band, between, empty
 from longreach.memory.bases import BaseShelf
 from longreach.memory.layer import LayerMemory
 from longreach.memory.slots import Stretch
+from longreach.memory.steps import Shelf
 
 
 def run(
@@ -152,25 +153,36 @@ class _Layer:
             yield self.whole(parts)
 
     def sources(self, segment: Segment) -> Iterator[tuple[tuple[int, ...], chosen.Source]]:
-        """Rows, by their numbers, that choose in one go, and from what. Those that share a base with others do so one by one."""
+        """Rows, by their numbers, that choose in one go, and from what. Forks do where they share all that is not their own, and compare summaries."""
         memory, step, visible, kept = self.memory, self.singles.step, segment.visible, summary(segment)
         choice, first, forms = segment.choice, segment.visible.first_key, [self.layer.form_of(positions) for positions in (segment.kept, segment.compared[1])]
         assert choice is not None
         compared: torch.Tensor | None
         for (shelf, kv), (_, other) in zip(*(memory.shelves(form, step) for form in forms)):  # the same shelves: both forms keep every token
-            for members in [(n,) for n in shelf.members] if any(shelf.firsts) else [shelf.members]:
+            parts = self.parts(forms[0], shelf, kv) if kept is not None or not any(shelf.firsts) else None
+            for members in [(n,) for n in shelf.members] if parts is None else [shelf.members]:
                 if not (keys := max(visible.keys_of(self.starts[n]) for n in members)):
                     continue
                 row, blocks = slice(step.rows[members[0]], step.rows[members[0]] + 1), choice.complete(keys)
-                if any(shelf.firsts):
-                    source = functools.partial(memory.gather, forms[0], row, first, first + keys)
-                    compared = memory.keys_of(forms[1], row, first, first + keys) if kept is None else memory.summaries(kept, row, blocks) if blocks else None
+                source = functools.partial(memory.gather, forms[0], row, first, first + keys) if parts is None else functools.partial(gather, parts, first)
+                if kept is None:
+                    compared = memory.keys_of(forms[1], row, first, first + keys) if parts is None else between(other.k, first, first + keys)
                 else:
-                    source = functools.partial(gather, (KV(between(kv.k, first, first + keys), between(kv.v, first, first + keys), first),), first)
-                    compared = between(other.k, first, first + keys)
-                    if kept is not None:
-                        compared = memory.shelf_of_summaries(kept, step, shelf, blocks) if blocks else None
+                    compared = (memory.summaries(kept, row, blocks) if parts is None else memory.shelf_of_summaries(kept, step, shelf, blocks)) if blocks else None
                 yield members, chosen.Source(source, compared, keys, first)
+
+    def parts(self, form: PositionMap, shelf: Shelf, kv: KV) -> tuple[KV, ...] | None:
+        """What the rows of a shelf hold: the bases that all of them read, and a tail for each. None where they do not all read the same."""
+        members, found = set(shelf.members), []
+        for base, entries in self.memory.bases(form, self.singles.step) if any(shelf.firsts) else ():
+            if reading := [(n, ends) for n, *ends in zip(base.members, base.firsts, base.stops) if n in members]:
+                start, stop = reading[0][1]
+                if len(reading) < len(members) or not base.same or any(ends != [start, stop] for _, ends in reading):
+                    return None
+                found.append(KV(between(entries.k, 0, stop - start), between(entries.v, 0, stop - start), start))
+        if shelf.firsts.count(shelf.firsts[0]) < len(members):
+            return None
+        return (*sorted(found, key=lambda part: part.index), KV(kv.k, kv.v, shelf.firsts[0]))
 
     def counts(self, seen: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """[n, 1], made once for all layers."""

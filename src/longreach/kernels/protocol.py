@@ -38,28 +38,32 @@ class KV:
 def gather(parts: Sequence[KV], first: int, columns: torch.Tensor) -> KV:
     """Of parts that follow each other, one of which may be of one row that all share: the keys and values at columns [R, C, T, n], counted from the index
     `first`; C = G or a multiple of it: those of each row, head and query as rows of one head [R C T, 1, n, D]. C = 1: of all heads the same, [R T, G, n, D]."""
-    found: KV | None = None
-    for part in parts:
-        at = columns + (first - part.index) if first != part.index else columns
-        if len(parts) == 1:
-            return _gathered(part, at)
-        inside = (at >= 0) & (at < part.k.shape[2])
-        here = _gathered(part, at.clamp(0, part.k.shape[2] - 1))
-        mine = inside.flatten(0, 2)[:, None, :, None]
-        found = here if found is None else KV(torch.where(mine, here.k, found.k), torch.where(mine, here.v, found.v))
+    together = columns.shape[1] == 1
+    k, v = (_gathered([getattr(part, name) for part in parts], [part.index - first for part in parts], columns, together) for name in ("k", "v"))
+    if together:
+        return KV(k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1).transpose(1, 2))
+    return KV(k.flatten(0, 2)[:, None], v.flatten(0, 2)[:, None])
+
+
+def _gathered(parts: Sequence[torch.Tensor], firsts: Sequence[int], columns: torch.Tensor, together: bool) -> torch.Tensor:
+    """Entries of parts that begin at the columns `firsts`: [R, C, T, n, D], or [R, T, n, G, D] of all heads together. Most lie in the first part, so that what
+    lies in others is written over it."""
+    rows, heads = columns.shape[:2]
+    row, group = torch.arange(rows, device=columns.device), torch.arange(heads, device=columns.device) * parts[0].shape[1] // heads
+    if together:
+        columns = columns[:, 0]
+    found: torch.Tensor | None = None
+    for part, start in zip(parts, firsts):
+        own = row if part.shape[0] > 1 else torch.zeros_like(row)
+        at = columns - start if start else columns
+        source = part.transpose(1, 2) if together else part
+        if found is None:
+            at = at if len(parts) == 1 else at.clamp(0, part.shape[2] - 1)
+            found = source[own[:, None, None], at] if together else source[own[:, None, None, None], group[:, None, None], at]
+        elif len((where := ((at >= 0) & (at < part.shape[2])).nonzero(as_tuple=True))[0]):
+            found[where] = source[own[where[0]], at[where]] if together else source[own[where[0]], group[where[1]], at[where]]
     assert found is not None
     return found
-
-
-def _gathered(kv: KV, columns: torch.Tensor) -> KV:
-    heads, groups, rows = columns.shape[1], kv.k.shape[1], columns.shape[0]
-    row = (torch.arange(rows, device=columns.device) if kv.k.shape[0] > 1 else torch.zeros(rows, dtype=torch.long, device=columns.device))[:, None, None, None]
-    if heads == 1:
-        k, v = (x.transpose(1, 2)[row[:, 0], columns[:, 0]].flatten(0, 1).transpose(1, 2) for x in (kv.k, kv.v))
-        return KV(k, v)
-    group = (torch.arange(heads, device=columns.device) * groups // heads)[:, None, None]
-    k, v = (x[row, group, columns].flatten(0, 2)[:, None] for x in (kv.k, kv.v))
-    return KV(k, v)
 
 
 @dataclass(frozen=True, eq=False)
