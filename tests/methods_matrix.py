@@ -16,6 +16,7 @@ from longreach import (  # fmt: skip
     DualChunk,
     DynamicNTK,
     DynamicYaRN,
+    InfLLM,
     LeakyReRoPE,
     LMInfinite,
     LogisticSelfExtend,
@@ -75,6 +76,9 @@ METHODS = [
     Quest(12, 4, 1, "all"),
     Quest(16, 4, 0),
     Combined(YaRN(2.0), Quest(18, 3, 0, "all")),
+    InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8),
+    InfLLM(7, 0, 3, 3, repr_topk=1, exc_block_size=1),
+    Combined(YaRN(2.0), InfLLM(16, 2, 5, 1, repr_topk=5, exc_block_size=3)),
 ]
 
 # What makes each method plain attention on up to 60 tokens.
@@ -103,6 +107,8 @@ NEUTRAL = [
     LogisticSelfExtend(7, growth=0.0),
     Quest(64, dense_layers=0, queries="all"),
     Quest(64, 8, 0),
+    InfLLM(60),
+    InfLLM(60, 3, 4, 2, exc_block_size=8),
 ]
 
 PRIMARY = (SelfExtend, LMInfinite, Stock)

@@ -12,7 +12,7 @@ import transformers as t
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import BASE, FAMILIES, build, rope, tokens
-from longreach import DualChunk, LMInfinite, Quest, SelfExtend, Stock, StreamingLLM, extend, stream
+from longreach import DualChunk, InfLLM, LMInfinite, Quest, SelfExtend, Stock, StreamingLLM, extend, stream
 from longreach.core.matrices import matrices
 from longreach.core.segments import Retention
 from longreach.memory.buffer import Buffer
@@ -152,6 +152,8 @@ def test_a_query_that_chooses_sees_full_blocks_and_the_last_one():
     assert [choice.shown(n) for n in (1, 4, 7, 12, 13, 15, 16, 17)] == [1, 4, 7, 12, 9, 11, 12, 9]
     assert work.count(Quest(12, 4, 0).layout(0), 15, 16) == work.Counts(12, 2 * 4, 1, 12)
     assert work.count(Quest(12, 4, 0).layout(0), 14, 16) == work.Counts(31, 0, 1)  # a forward of two reads every key
+    assert work.count(InfLLM(4, 2, 2, 1, repr_topk=1, exc_block_size=2).layout(), 12, 13) == work.Counts(4 + 3 + 2, 3, 3, 3, 4)  # [8] and one of three blocks
+    assert work.count(InfLLM(4, 2, 2, 1, repr_topk=1, exc_block_size=2).layout(), 12, 15) == work.Counts(9 + 10 + 9, 7, 6, 10, 12)
     late = LMInfinite(9, 3, top_k=2, top_k_from_layer=0)
     assert work.count(late.layout(0), 0, 50).scored == 49 - 9 - 3 + 1 and work.count(late.layout(0), 0, 50).chosen == 2
 
@@ -196,7 +198,10 @@ def stored(model, method, schedule) -> int:
 
 # Every kind of retention on grouped heads and on layers that slide in part; and the other features that change bytes: all layers slide, experts,
 # wide heads, latents.
-RETENTIONS = [Stock(), SelfExtend(3, 8), LMInfinite(9, 3), LMInfinite(9, 3, top_k=2, top_k_from_layer=1), StreamingLLM(9, 3), DualChunk(24), Quest(16, 4, 1)]
+RETENTIONS = [
+    Stock(), SelfExtend(3, 8), LMInfinite(9, 3), LMInfinite(9, 3, top_k=2, top_k_from_layer=1), StreamingLLM(9, 3), DualChunk(24), Quest(16, 4, 1),
+    InfLLM(9, 3, 4, 2, exc_block_size=8),
+]  # fmt: skip
 CELLS = [(family, m) for family in ("llama", "gemma2") for m in RETENTIONS] + [
     (family, m) for family in ("mistral-sliding", "gpt-oss", "qwen3-moe", "phi") for m in (Stock(), SelfExtend(3, 8))
 ]

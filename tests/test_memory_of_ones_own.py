@@ -11,14 +11,14 @@ from transformers import DynamicCache
 
 import longreach
 from families import build, tokens
-from longreach import Combined, DualChunk, LMInfinite, Quest, SelfExtend, StreamingLLM, YaRN
+from longreach import Combined, DualChunk, InfLLM, LMInfinite, Quest, SelfExtend, StreamingLLM, YaRN
 from longreach.hf.cache import store_of
 from longreach.kernels.protocol import KV, gather
 from longreach.memory.steps import Shelf
 from test_matrix import chunked, difference
 
 METHODS = [
-    SelfExtend(3, 8), LMInfinite(9, 3), StreamingLLM(9, 3), DualChunk(24), Quest(12, 4, 1, "all"),
+    SelfExtend(3, 8), LMInfinite(9, 3), StreamingLLM(9, 3), DualChunk(24), Quest(12, 4, 1, "all"), InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=1),
     Combined(YaRN(2.0), LMInfinite(9, 3, distance_limit=14, top_k=2, top_k_from_layer=0, top_k_rows="all")),
 ]  # fmt: skip
 
@@ -34,7 +34,7 @@ class Ledger:
         return self.new.get((row, form), self.rows[row].get(form))
 
     def put(self, row: int, form: Any, start: int, new: torch.Tensor) -> None:
-        before = self.rows[row].get(form)
+        before = self.of(row, form)
         self.new[row, form] = new if before is None else torch.cat([before[:, :start], new], 1)
 
     def append(self, rows: slice, start: int, keys: Any, values: torch.Tensor) -> None:

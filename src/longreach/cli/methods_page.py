@@ -15,7 +15,7 @@ from longreach import configs, files
 from longreach.cli import parameters
 from longreach.cli.distances import pairs_of
 from longreach.core.matrices import matrices
-from longreach.core.segments import Retention, forms
+from longreach.core.segments import Retention, forms, queries
 from longreach.drawing import distances
 from longreach.methods import registry
 from longreach.methods.base import DEEP, Method
@@ -139,8 +139,11 @@ def cost_sentence(kind: type[Method]) -> str:
     growth = "and stops growing" if method.bounded else "and grows with the text"
     chosen = ""
     if (choice := method.choice) is not None:
-        blocks, width = tokens // choice.block, choice.index.width
-        chosen = f", which each {choice.heads} chooses by summaries of {blocks} blocks, as large as {blocks * width} keys and kept too"
+        blocks, width, each = tokens // choice.block, choice.index.width, " for every query head" if choice.index.each == "head" else ""
+        who = f"each {choice.heads}" if choice.heads != "layer" else "the layer" if choice.queries == 1 else f"the layer, for {choice.queries} together of a prompt,"
+        chosen = f", which {who} chooses by summaries of {blocks} blocks, as large as {blocks * width} keys{each} and kept too"
+        if kept := queries(method.layout(DEEP)):
+            chosen += f", with the last {max(of.tail or 0 for of in kept.values())} queries"
     work = f"a new token attends to {found.read} keys{chosen}; the KV cache holds {found.keys} keys and {found.values} values {growth}"
     setting = f"`{method.brief()}`" if kind is not LongRoPE else "any lists"
     trained = "" if kind in (Combined, LongRoPE) else f" on a trained window of {window.tokens}"

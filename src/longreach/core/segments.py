@@ -240,7 +240,7 @@ class Layout:
             if segment.choice is not None and (mass := segment.choice.index.mass):
                 bands = [paying.visible for paying, _ in self.paying(mass)]
                 plain = all(band == Visible(band.low, band.high) for band in bands)
-                if not plain or segment.choice.index.frame != "raw" or segment.visible.low + segment.choice.lag < mass:
+                if not plain or segment.compared[1] != Constant(0) or segment.visible.low + segment.choice.lag < mass:
                     raise ValueError("masses are counted of raw keys, in bands of tokens without any other limit, before a block of them can be chosen")
 
     def paying(self, mass: int) -> Iterator[tuple[Segment, int | None]]:

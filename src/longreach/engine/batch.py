@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from longreach.core.encodings import Rotary, Table, exact_device
-from longreach.core.segments import Constant, PositionMap
+from longreach.core.segments import Constant, PositionMap, Retention
 from longreach.memory.slots import Stretch
 from longreach.memory.steps import Step
 from longreach.memory.store import Past, Store
@@ -89,6 +89,13 @@ class Singles:
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, T, D] -> [n, H, D]."""
         return x[self.rows.to(x.device), :, self.columns.to(x.device)]
+
+    def completing(self, forms: tuple[Retention, ...]) -> list[tuple[int, int]]:
+        """(row, index of its token) of those whose token completes a block of one of these forms."""
+        if forms not in self.made:
+            pairs = zip(self.step.rows, self.step.starts)
+            self.made[forms] = [(row, start) for row, start in pairs if any(kept.entries(start) < kept.entries(start + 1) for kept in forms)]
+        return self.made[forms]
 
     def index(self, members: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """Some of them, to index a tensor of any layer with."""

@@ -6,7 +6,7 @@ Knows a segment and tensors; not where keys are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -91,8 +91,8 @@ def ask(layer: Layer, segment: Segment, source: Source, q: torch.Tensor, asking:
     kv = source.gather(columns)
     if isinstance(ranked, Rank):
         places = ranked.among(seen[:, :, -1:] if choice.queries > 1 else seen).expand(*columns.shape).flatten(0, 2)
-        if layer.rotary is not None:
-            kv = KV(_turned(kv.k, layer.rotary, places), kv.v)
+        if layer.rest is not None:
+            kv = KV(_turned(kv.k, layer.rest, places), kv.v)
     bias = None
     if alibi is not None:
         exact = exact_device(q.device)
@@ -112,8 +112,7 @@ def attend(asked: Asked, kernel: Kernel, inputs: Inputs) -> tuple[torch.Tensor, 
 
 
 def _turned(k: torch.Tensor, rotary: Rotary, positions: torch.Tensor) -> torch.Tensor:
-    """k [R, G, n, D] at positions [R, n], the same for all heads; the factor of the rotary is in k already."""
-    rotary = replace(rotary, scaling=1.0)
+    """k [R, G, n, D] at positions [R, n], the same for all heads."""
     exact = positions.to(exact_device(k.device))
     least = exact.min()
     table = rotary.table(torch.arange(int(exact.max() - least) + 1, device=exact.device) + least).to(k.device)

@@ -177,8 +177,10 @@ class _Call:
         least = watch.first(*self.forward)
         for segment in self.layer.layout.segments:
             visible, choosing = self.visible(segment)
-            visible, share = replace(visible, first_query=max(least, visible.first_query)), lse - segment.lse_bias
+            counts, share = least // self.layer.together * self.layer.together if choosing else least, lse - segment.lse_bias
+            visible = replace(visible, first_query=max(counts, visible.first_query))
             if choosing:
+                share[:, :, : max(0, least - start)] = float("inf")  # who chooses together with those that count
                 for a, asked, first in self.chosen(segment, visible, q, rotated):
                     apart = asked.columns.shape[1]
                     known = asked.folded(share[:, :, a - start : a - start + asked.queries])

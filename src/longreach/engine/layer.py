@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,6 +30,7 @@ class Layer:
     forms: dict[PositionMap, Retention] = field(init=False)  # the key forms its store holds
     summaries: dict[Summary, Retention] = field(init=False)  # and what it holds of blocks of keys
     queries: dict[OfQueries, Retention] = field(init=False)  # and of queries
+    rest: Rotary | None = field(init=False)  # what turns keys that are kept at position 0: the factor of the rotary is in them already
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", self.method.layout(self.index))
@@ -38,6 +39,8 @@ class Layer:
             kept = {RAW: functools.reduce(operator.or_, kept.values())}
         object.__setattr__(self, "forms", kept)
         object.__setattr__(self, "summaries", {} if self.dense else summaries(self.layout))
+        scaled = self.rotary is not None and self.rotary.scaling != 1.0
+        object.__setattr__(self, "rest", replace(self.rotary, scaling=1.0) if scaled and self.rotary is not None else self.rotary)
         of_queries = queries(self.layout)
         object.__setattr__(self, "queries", dict.fromkeys(of_queries, Retention(tail=None)) if self.dense else of_queries)
 

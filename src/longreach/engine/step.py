@@ -81,7 +81,7 @@ class _Layer:
         return self.turned(new, positions)
 
     def summarise(self) -> None:
-        for row, start in zip(self.singles.step.rows, self.starts):
+        for row, start in self.singles.completing(tuple(self.layer.summaries.values())):
             summaries.summarise(self.layer, self.batch, self.memory, slice(row, row + 1), start, start + 1, self.inputs)
 
     def attend(self, q: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

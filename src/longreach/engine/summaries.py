@@ -39,7 +39,7 @@ def summarise(layer: Layer, batch: Batch, memory: Shown, rows: slice, start: int
 
 
 def masses(layer: Layer, batch: Batch, memory: Shown, rows: slice, form: Summary, k: torch.Tensor, first: int, inputs: Inputs) -> torch.Tensor:
-    """k [n, G, T, D], un-rotated, from token `first` on -> what was paid to them [n, H, T] fp32."""
+    """k [n, G, T, D] at position 0, from token `first` on -> what was paid to them [n, H, T] fp32."""
     count, reach = k.shape[2], form.index.mass
     asking = count + reach - 1
     q, lse = (memory.summaries(of, rows, first + asking, first) for of in (QUERY, LSE))
@@ -47,7 +47,7 @@ def masses(layer: Layer, batch: Batch, memory: Shown, rows: slice, form: Summary
     for segment, high in layer.layout.paying(reach):
         scale = None if segment.query_scale is None else batch.scale(segment.query_scale, first, asking, q.device)
         turned = batch.turned(q, layer.rotary, segment.query_positions, first, asking, scale)
-        keys = batch.turned(k, layer.rotary, segment.key_positions, first, count)
+        keys = batch.turned(k, layer.rest, segment.key_positions, first, count)
         bias = None
         if layer.alibi is not None:
             exact = exact_device(q.device)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from longreach.configs import Attention, Decoder
-from longreach.core.segments import Layout, Retention, forms, summaries
+from longreach.core.segments import Layout, Retention, forms, queries, summaries
 from longreach.engine import chosen
 from longreach.engine.executor import QUERIES_AT_ONCE
 from longreach.memory import placement
@@ -81,22 +81,24 @@ def entries(kept: Retention, schedule: Schedule) -> int:
     return placement.allocated(kept, schedule.forwards(), schedule.chunked, schedule.step, schedule.prompt, schedule.stored)
 
 
-def buffers(layer: Attention, layout: Layout, schedule: Schedule, rows: int = 1) -> Iterator[tuple[Retention, int]]:
-    """What is kept, and how many numbers are allocated, for every key form and the values of one layer and row. `rows`: of the batch; where there are several,
-    values are kept once more for every shorter tail."""
-    kept_forms = forms(layout)
+def buffers(layer: Attention, layout: Layout, schedule: Schedule, itemsize: int, rows: int = 1) -> Iterator[tuple[Retention, int]]:
+    """What is kept, and how many bytes are allocated, for every key form and the values of one layer and row, and beside them. `rows`: of the batch; where
+    there are several, values are kept once more for every shorter tail."""
+    kept_forms, key = forms(layout), layer.kv_heads * layer.key_width * itemsize
     for kept in kept_forms.values():
-        yield kept, entries(kept, schedule) * layer.kv_heads * layer.key_width
+        yield kept, entries(kept, schedule) * key
     for kept in values_kept(kept_forms, shared=rows > 1):
-        yield kept, entries(kept, schedule) * layer.kv_heads * layer.value_width
+        yield kept, entries(kept, schedule) * layer.kv_heads * layer.value_width * itemsize
     for form, kept in summaries(layout).items():
-        yield kept, entries(kept, schedule) * layer.kv_heads * layer.key_width * form.index.numbers(layer.heads // layer.kv_heads)
+        yield kept, entries(kept, schedule) * key * form.index.numbers(layer.heads // layer.kv_heads)
+    for of, kept in queries(layout).items():
+        yield kept, entries(kept, schedule) * layer.heads * (layer.key_width * itemsize if of.what == "q" else 4)
 
 
 def kv_bytes(architecture: Decoder, method: Method, schedule: Schedule, rows: int = 1) -> int:
     """Bytes that the store has allocated when the schedule ends; equal to `Store.nbytes`."""
-    numbers = sum(n * size for (layer, layout), n in layouts(architecture, method).items() for _, size in buffers(layer, layout, schedule, rows))
-    return numbers * architecture.itemsize * rows
+    kinds, itemsize = layouts(architecture, method), architecture.itemsize
+    return rows * sum(n * size for (layer, layout), n in kinds.items() for _, size in buffers(layer, layout, schedule, itemsize, rows))
 
 
 def store_forms(architecture: Decoder, method: Method, schedule: Schedule) -> list[dict[str, object]]:
@@ -104,8 +106,9 @@ def store_forms(architecture: Decoder, method: Method, schedule: Schedule) -> li
     found = []
     for (layer, layout), count in layouts(architecture, method).items():
         names = [*(f"keys at {positions}" for positions in forms(layout)), "values", *(f"summaries of {form.block} keys" for form in summaries(layout))]
-        for name, (kept, size) in zip(names, buffers(layer, layout, schedule)):
-            form = {"layers": count, "form": name, "first": kept.head, "last": kept.tail, "tier": "device", "bytes": size * architecture.itemsize * count}
+        names += ["queries" if of.what == "q" else "log-sum-exps" for of in queries(layout)]
+        for name, (kept, size) in zip(names, buffers(layer, layout, schedule, architecture.itemsize), strict=True):
+            form = {"layers": count, "form": name, "first": kept.head, "last": kept.tail, "tier": "device", "bytes": size * count}
             found.append(form)
     return found
 
@@ -120,8 +123,8 @@ def temporary_bytes(architecture: Decoder, method: Method, schedule: Schedule, r
     feed_forward = t * (stream + 3 * architecture.intermediate * b)
     attention = max(attention_bytes(layer, layout, schedule, b, expands_groups) for layer, layout in layouts(architecture, method)) + t * stream
     logits = architecture.vocabulary * (b + 8)
-    growth = max(growing(layer, layout, schedule) for layer, layout in layouts(architecture, method)) * b
-    waiting = sum(n * added(layer, layout, schedule) for (layer, layout), n in layouts(architecture, method).items()) * b
+    growth = max(growing(layer, layout, schedule, b) for layer, layout in layouts(architecture, method))
+    waiting = sum(n * added(layer, layout, schedule, b) for (layer, layout), n in layouts(architecture, method).items())
     return rows * (max(feed_forward, attention, logits, growth) + waiting)
 
 
@@ -131,9 +134,9 @@ def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int
     total = t * (q + layer.entry + o) * b + t * k * 4 * 2  # what arrives and leaves; a key form is rotated in fp32
     rotations = len({(segment.query_positions, segment.query_scale) for segment in layout.segments})
     total += at_once * (q * (rotations * b + 8) + o * (b + 8))  # rotated queries; the sum, and one part in both precisions
-    for kept, size in buffers(layer, layout, schedule):
+    for kept, size in buffers(layer, layout, schedule, b):
         if kept.tail and t > SLACK and schedule.chunked > kept.tail + t:
-            total += (kept.tail + t) * size // entries(kept, schedule) * b  # a long chunk is attended from a copy
+            total += (kept.tail + t) * size // entries(kept, schedule)  # a long chunk is attended from a copy
     if layout.choice is not None:
         choice, numbers, seen = layout.choice, layer.key_width + layer.value_width, schedule.stored
         queries = {"every": at_once, "last": 1, "single": 1}[choice.who]
@@ -145,18 +148,18 @@ def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int
     return total
 
 
-def added(layer: Attention, layout: Layout, schedule: Schedule) -> int:
-    """Numbers that wait in a copy until the whole forward has succeeded: those of a long chunk for which a bounded buffer has no room."""
+def added(layer: Attention, layout: Layout, schedule: Schedule, b: int) -> int:
+    """Bytes that wait in a copy until the whole forward has succeeded: those of a long chunk for which a bounded buffer has no room."""
     found = 0
-    for kept, size in buffers(layer, layout, schedule):
+    for kept, size in buffers(layer, layout, schedule, b):
         if kept.tail and schedule.chunked > kept.tail + ROLLBACK + SLACK and schedule.step > SLACK:
             found += min(schedule.step, kept.tail + ROLLBACK) * size // entries(kept, schedule)
     return found
 
 
-def growing(layer: Attention, layout: Layout, schedule: Schedule) -> int:
+def growing(layer: Attention, layout: Layout, schedule: Schedule, b: int) -> int:
     """While the largest body grows, the old one is still there."""
-    sizes = [size for kept, size in buffers(layer, layout, schedule) if kept.tail is None]
+    sizes = [size for kept, size in buffers(layer, layout, schedule, b) if kept.tail is None]
     return max(sizes, default=0) * 8 // 9 if schedule.chunked > schedule.step else 0
 
 

@@ -6,7 +6,7 @@ A roofline per kind of operation: a matrix product takes the longer of its FLOP 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from longreach.configs import Attention
@@ -58,20 +58,21 @@ def prefill(architecture: Architecture, method: Method, schedule: Schedule, spee
     for (layer, layout), n in layouts(architecture, method).items():
         attended = read_counts(layout, schedule)
         calls = max(0, attended.calls - forwards)
-        flop = 2 * layer.heads * ((attended.pairs + square) * (layer.key_width + layer.value_width) + attended.scored * layer.key_width)
+        flop = 2 * layer.heads * ((attended.pairs + square) * (layer.key_width + layer.value_width) + (attended.scored + attended.massed) * layer.key_width)
         steps = elementwise_bytes(architecture, layer, layout) * schedule.prompt / speeds.elementwise
         total += Seconds(flop / speeds.attention(layer.key_width), steps, calls * speeds.call_seconds) * n
     return total + Seconds(overhead=forwards * (speeds.forward_seconds + len(architecture.layers) * speeds.layer_seconds))
 
 
 def read_counts(layout: Layout, schedule: Schedule) -> Counts:
-    """Of the whole prompt. Pairs do not depend on where it is cut; what is chosen by score may, and then every forward is looked at."""
+    """Of the whole prompt. What is attended to does not depend on where it is cut; what the last query of a forward chooses does, and then every forward is
+    looked at."""
     if layout.choice is not None and layout.choice.who == "last":
         return sum((count(layout, start, start + new) for start, new in schedule.reads()), Counts(0, 0, 0))
     forwards = -(-schedule.chunked // schedule.step) + (not schedule.whole)
     middle = schedule.prompt // 2
     calls = count(layout, middle, min(schedule.prompt, middle + schedule.step)).calls
-    return Counts(count(layout, 0, schedule.prompt).pairs, 0, forwards * calls)
+    return replace(count(layout, 0, schedule.prompt), calls=forwards * calls)
 
 
 def token(architecture: Architecture, method: Method, index: int, speeds: Speeds, rows: int = 1) -> Seconds:
@@ -79,9 +80,11 @@ def token(architecture: Architecture, method: Method, index: int, speeds: Speeds
     total = products(architecture, rows, speeds, rows)
     for (layer, layout), n in layouts(architecture, method).items():
         seen = count(layout, index, index + 1)
-        numbers = layer.kv_heads * ((seen.pairs - seen.chosen) * (layer.key_width + layer.value_width) + seen.scored * layer.key_width)
+        numbers: float = layer.kv_heads * ((seen.pairs - seen.chosen) * (layer.key_width + layer.value_width) + seen.scored * layer.key_width)
         if layout.choice is not None:  # what is chosen is read, written side by side, and read again
             numbers += 3 * layout.choice.count(layer.heads, layer.kv_heads) * seen.chosen * (layer.key_width + layer.value_width)
+            if mass := layout.choice.index.mass:  # once for the tokens of a block: its keys, and the queries that have paid to them
+                numbers += layer.heads * layer.key_width * (mass + layout.choice.block) / layout.choice.block
         steps = elementwise_bytes(architecture, layer, layout)
         read = rows * (numbers * architecture.itemsize / speeds.keys + steps / speeds.elementwise)
         total += Seconds(bandwidth=read, overhead=max(0, seen.calls - 1) * speeds.call_seconds) * n

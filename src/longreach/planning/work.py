@@ -27,9 +27,11 @@ class Counts:
     scored: int  # query and what it is compared with to choose, in widths of a key
     calls: int  # attention calls
     chosen: int = 0  # of the pairs, those whose key was chosen, and is gathered
+    massed: int = 0  # of the pairs, those whose probability is formed once more when a block is complete
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.pairs + other.pairs, self.scored + other.scored, self.calls + other.calls, self.chosen + other.chosen)
+        pairs, scored, calls = self.pairs + other.pairs, self.scored + other.scored, self.calls + other.calls
+        return Counts(pairs, scored, calls, self.chosen + other.chosen, self.massed + other.massed)
 
 
 @lru_cache(maxsize=512)
@@ -55,6 +57,11 @@ def count(layout: Layout, start: int, stop: int) -> Counts:
                 total += chosen(segment.choice, visible.keys_of(piece.first), visible.keys_of(piece.last - 1))
             else:
                 total += Counts(pairs_of(piece), 0, 1)
+    if layout.choice is not None and layout.choice.index.mass:  # queries that choose together go through all segments before the next ones do
+        bands = [replace(segment.visible, high=high) for segment, high in layout.paying(layout.choice.index.mass)]
+        massed = sum(pairs_of(piece) for band in bands for piece in band.pieces(start, stop))
+        groups = (stop - 1) // layout.choice.queries - start // layout.choice.queries + 1
+        total = replace(total, massed=massed, calls=groups * len(layout.segments))
     return total
 
 
