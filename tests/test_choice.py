@@ -363,3 +363,8 @@ def test_readers_never_read_one_token_of_a_prompt_alone():
         assert prefix.read(extension, ids[:42].tolist()) == 40 and lengths == [2]
         assert prefix.read(extension, ids[:42].tolist()) == 42 and lengths == [2]
         hook.remove()
+
+
+def test_what_it_recalls_depends_on_the_parameters():
+    assert LMInfinite(9, top_k=2, top_k_rows="all", top_k_from_layer=3).sees.endswith("and the 2 others that each query fits best in layers from 3 on")
+    assert LMInfinite(9).sees == LMInfinite.recalls == Combined(YaRN(2), LMInfinite(9)).sees

@@ -194,6 +194,7 @@ def test_an_option_without_effect_is_said(run: Run, folders: dict[str, str], mor
         (["--prompt", "x", "--method", "selfextend", "--group-size", 8, "--window", 8, "--wndow", 3], "did you mean --window?"),
         (["--prompt", "x", "--method", "lm-infinite", "--n-local", 100], "beyond the trained window of 64"),
         (["--prompt", "x", "--method", "selfextend", "--group-size", 2, "--window", 32, "--context", 5000], "exceeds the capacity of 96"),
+        (["--prompt", "x", "--method", "quest", "--context", 500], "--encoding 'yarn --factor 8'"),
         (["--prompt", "x", "--context", 100000], "100000 tokens"),
         (["--prompt", "x", "--dtype", "int3"], "unknown dtype"),
         (["--prompt", "x", "--device", "abacus"], "unknown device"),

@@ -76,6 +76,8 @@ def test_a_context_beyond_the_parameters(model):
         longreach.extend(model, SelfExtend(2, 28), context=101)
     with refuses("LMInfinite"):
         longreach.extend(model, context=10**6)
+    with refuses(r"Combined\(YaRN\(4\), Quest\(...\)\) \(--method combined --encoding 'yarn --factor 4' --positions 'quest ...'\)"):
+        longreach.extend(model, longreach.Quest(32), context=200, trained_window=60)
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def fit(
     if capacity is not None and declared is not None and declared > capacity:
         raise ValueError(
             f"the declared context of {declared} tokens exceeds the capacity of {capacity} of {method} on a trained window of {window}; "
-            f"pass --context {capacity}, other parameters, or leave out --method to have them chosen"
+            f"pass --context {capacity}, other parameters, or leave out --method to have them chosen{dial.combined(method, window, declared)}"
         )
     talk, question = Conversation(model, tokenizer, system=request.system, chunk_size=choice.chunk_size), request.user
     ids = talk.sequence(question)

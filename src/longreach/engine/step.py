@@ -167,8 +167,10 @@ class _Layer:
                 source = functools.partial(memory.gather, forms[0], row, first, first + keys) if parts is None else functools.partial(gather, parts, first)
                 if kept is None:
                     compared = memory.keys_of(forms[1], row, first, first + keys) if parts is None else between(other.k, first, first + keys)
+                elif not blocks:
+                    compared = None
                 else:
-                    compared = (memory.summaries(kept, row, blocks) if parts is None else memory.shelf_of_summaries(kept, step, shelf, blocks)) if blocks else None
+                    compared = memory.summaries(kept, row, blocks) if parts is None else memory.shelf_of_summaries(kept, step, shelf, blocks)
                 yield members, chosen.Source(source, compared, keys, first)
 
     def parts(self, form: PositionMap, shelf: Shelf, kv: KV) -> tuple[KV, ...] | None:

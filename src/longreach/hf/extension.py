@@ -135,7 +135,7 @@ def _chosen(model: Any, config: Any, method: Method | None, context: int | None,
     if context is not None and capacity is not None and context > capacity:
         raise ValueError(
             f"{method} reaches {capacity} tokens on a trained window of {window.tokens}, less than the declared context of "
-            f"{context}; use extend(model, context={context}) to have the parameters chosen"
+            f"{context}; use extend(model, context={context}) to have the parameters chosen{dial.combined(method, window.tokens, context)}"
         )
     return Chosen(method, window, context, capacity, choice)
 
@@ -270,7 +270,7 @@ class Extension:
             "reason": self.choice.reason if self.choice else "given",
             "profile": _origin(self.choice),
             "warning": facts.remark,
-            "recalls": self.method.recalls,
+            "recalls": self.method.sees,
             "layers": len(layers),
             "layers_with_method": ours,
             "encoding": "rotary" if reading.alibi is None else "alibi",

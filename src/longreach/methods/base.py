@@ -48,6 +48,11 @@ class Method(ABC):
         paper alone, without its index."""
         return self.distances(dense.i, dense.j)
 
+    @property
+    def sees(self) -> str:
+        """What it recalls with these parameters, in plain words."""
+        return self.recalls
+
     def query_scale(self) -> LogScale | None:
         """A factor on every query, or None."""
         return None

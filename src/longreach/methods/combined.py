@@ -52,6 +52,10 @@ class Combined(Method):
         )
 
     @property
+    def sees(self) -> str:
+        return self.positions.sees
+
+    @property
     def bounded(self) -> bool:  # type: ignore[override]
         return self.positions.bounded
 

@@ -63,6 +63,13 @@ class LMInfinite(Method):
     paper: ClassVar[str] = "arXiv 2308.16137"
     recalls: ClassVar[str] = "the last n_local tokens and the first few"
 
+    @property
+    def sees(self) -> str:
+        if not self.top_k:
+            return self.recalls
+        who = "each query" if self.top_k_rows == "all" else "the last query of a forward"
+        return f"{self.recalls}, and the {self.top_k} others that {who} fits best in layers from {self.top_k_from_layer} on"
+
     def __post_init__(self) -> None:
         require_integer("n_local", self.n_local, 1)
         require_integer("n_global", self.n_global, 0)

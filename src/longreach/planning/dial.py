@@ -84,6 +84,16 @@ def limit(method: Method | None, window: int) -> int | None:
     return reach
 
 
+def combined(method: Method, window: int, context: int) -> str:
+    """What else to do with a method that keeps true distances and shall read more than the window, to be added to a sentence; "" for others."""
+    if isinstance(method, Stock) or method.rescales or method.capacity(window) != window:
+        return ""
+    return (
+        f", or combine it with frequencies that reach so far: Combined(YaRN({-(-context // window)}), {type(method).__name__}(...)) "
+        f"(--method combined --encoding 'yarn --factor {-(-context // window)}' --positions '{method.name} ...')"
+    )
+
+
 def declare(method: Method | None, window: int, context: int | None) -> tuple[int | None, str | None]:
     """-> (the context to declare to `extend`, what to warn of). Plain attention may go beyond its window, for comparison; declared, it would be refused."""
     if context is None or not isinstance(method, Stock) or context <= window:
@@ -140,7 +150,7 @@ def frugal(choice: Choice, budget: Budget, profile: Profile | None = None) -> Ch
         method = kind.suggest(window.tokens, context)
         if method is None or not budget.fits(method, context):
             continue
-        warning = f"memory binds: {needs}; {method.brief()} fits and recalls {method.recalls}"
+        warning = f"memory binds: {needs}; {method.brief()} fits and recalls {method.sees}"
         fix = f"; a context of at most {most} fits without it" if most else ""
         return Choice(method, context, window, f"{choice.reason}; but {needs}: the first method that fits", warning + fix)
     fix = f"declare a context of at most {most}" if most else "load the model in bfloat16 or on a device with more memory"

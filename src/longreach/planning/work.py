@@ -122,9 +122,9 @@ def recall(architecture: Decoder, method: Method, window: int, tokens: int, new_
     full = [layout for layer, layout in layouts(architecture, method) if layer.reach is None] or [layout for _, layout in layouts(architecture, method)]
     seen = [joined(sorted(spans(layout, tokens - 1))) for layout in full]
     if any(layout.choice is None and ranges == [(0, tokens)] for layout, ranges in zip(full, seen)):
-        return "everything", method.recalls
+        return "everything", method.sees
     if any(layout.choice is not None for layout in full):
-        return "what is retrieved", f"{method.recalls}, and what its scores choose"
+        return "what is retrieved", method.sees
     last = min(first for ranges in seen for first, stop in ranges if stop == tokens)
     first = max((stop for ranges in seen for begin, stop in ranges if begin == 0 and stop < tokens), default=0)
     what = f"the last {tokens - last}" + (f" and the first {first}" if first else "") + " tokens"
