@@ -84,11 +84,21 @@ class Singles:
     step: Step
     rows: torch.Tensor  # [n] of the batch
     columns: torch.Tensor  # [n] where the token lies among the columns of this forward
+    stretch: tuple[int, int] | None = None  # the columns, where they follow each other in the only row of the tensors
     made: dict[Any, Any] = field(default_factory=dict)  # what all layers share
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, T, D] -> [n, H, D]."""
+        if self.stretch is not None:
+            return x[0, :, self.stretch[0] : self.stretch[1]].transpose(0, 1)
         return x[self.rows.to(x.device), :, self.columns.to(x.device)]
+
+    def put(self, x: torch.Tensor, found: torch.Tensor) -> None:
+        """found [n, H, E] to where their tokens are in x [B, T, H, E]."""
+        if self.stretch is not None:
+            x[0, self.stretch[0] : self.stretch[1]] = found
+        else:
+            x[self.rows.to(x.device), self.columns.to(x.device)] = found
 
     def completing(self, forms: tuple[Retention, ...]) -> list[tuple[int, int]]:
         """(row, index of its token) of those whose token completes a block of one of these forms."""
@@ -237,7 +247,8 @@ def _singles(groups: list[Rows], store: Store | None, device: torch.device) -> S
     columns = [g.columns.start if isinstance(g.columns, slice) else int(g.columns[0]) for _, g in each]
     step = Step(tuple(row for row, _ in each), tuple(g.start for _, g in each))
     at = (0,) * len(each) if found[0].flat else step.rows
-    return Singles(step, torch.tensor(at, device=device), torch.tensor(columns, device=device))
+    stretch = (columns[0], columns[-1] + 1) if found[0].flat and columns == [*range(columns[0], columns[0] + len(columns))] else None
+    return Singles(step, torch.tensor(at, device=device), torch.tensor(columns, device=device), stretch)
 
 
 def _checked(mask: torch.Tensor, rows: int, seen: int, columns: int) -> torch.Tensor:

@@ -45,8 +45,8 @@ def execute(
     together = batch.singles if layer.joins and watch is None else None
     if together is not None:
         assert memory is not None
-        out = q.new_zeros(shape)
-        out[together.rows.to(out.device), together.columns.to(out.device)] = step.run(layer, batch, together, kernel, q, k, v, memory, inputs)
+        out = q.new_empty(shape) if batch.real is None else q.new_zeros(shape)
+        together.put(out, step.run(layer, batch, together, kernel, q, k, v, memory, inputs))
     for rows in batch.groups if together is None else batch.others:
         new_k = rows.take(k)
         shown.append(rows.rows, rows.start, {positions: _encoded(layer, batch, rows, positions, new_k) for positions in layer.forms}, rows.take(v))

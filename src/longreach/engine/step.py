@@ -113,7 +113,7 @@ class _Layer:
     def segment(self, segment: Segment, q: torch.Tensor) -> Iterator[Part]:
         """q [n, H, 1, D] -> what the rows see of a segment, in parts that merge: of the bases that they share with others, and of their own."""
         positions, visible, step = self.layer.form_of(segment.kept), segment.visible, self.singles.step
-        every = tuple(range(len(self.starts)))
+        every = self.singles.step.all
         if visible.last_key is not None:
             calls = [Call(every, self.memory.first_tokens(positions, step), self.spans(visible, every, (0,) * len(every)))]
         else:
@@ -126,7 +126,7 @@ class _Layer:
 
     def spread(self, q: torch.Tensor, calls: list[Call]) -> Part:
         """What calls for some of the rows each give."""
-        if len(calls) == 1 and calls[0].members == tuple(range(len(self.starts))):
+        if len(calls) == 1 and calls[0].members == self.singles.step.all:
             return self.call(q, calls[0])
         return self.whole([(call.members, self.call(q[self.singles.index(call.members, q.device)], call)) for call in calls])
 

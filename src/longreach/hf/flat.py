@@ -105,7 +105,7 @@ class Flat:
         ids = {request: torch.as_tensor(tokens).reshape(-1).long() for request, tokens in new.items()}
         if not ids or any(not tokens.numel() for tokens in ids.values()):
             raise ValueError("a flat forward needs at least one request, and at least one new token of each")
-        order = sorted(ids, key=self._row)
+        order = sorted(ids, key=lambda request: (ids[request].numel() > 1, self._row(request)))  # single tokens side by side
         asked = [(self._row(request), ids[request].numel()) for request in order]
         ends = torch.tensor([count for _, count in asked]).cumsum(0)
         device = device_of(self._forward.facts.model)

@@ -91,7 +91,7 @@ class Buffer:
         self._arrange(new[:, :, None])
         for shelf in step.shelves(self.placement):
             members, slots, columns = shelf.index(new.device)
-            self.bodies[shelf.bucket][shelf.slots][slots, :, columns] = new[members]
+            self.bodies[shelf.bucket][shelf.slots][slots, :, columns] = new if shelf.members == step.all else new[members]
 
     def shelf(self, shelf: Shelf) -> torch.Tensor:
         """What is kept of the rows of a shelf, from the first entry of each on: [n, H, room, D]. Columns that hold nothing yet are finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,11 @@ class Step:
     starts: tuple[int, ...]
     _shelves: dict[int, list[Shelf]] = field(default_factory=dict)
     _bases: dict[int, list[BaseShelf]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def all(self) -> tuple[int, ...]:
+        """The numbers of the rows."""
+        return tuple(range(len(self.rows)))
 
     def shelves(self, placement: Placement) -> list[Shelf]:
         """Where the rows lie, but for what they share."""
