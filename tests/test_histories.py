@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import histories
+from longreach import Combined, InfLLM, YaRN
 from longreach.engine import batch
 from longreach.hf.flat import Flat
 from longreach.memory import buffer, store
@@ -28,6 +29,14 @@ def test_more_histories(block):
     for seed in range(1000 + block * 50, 1000 + block * 50 + 50):
         found = histories.run(seed)
         assert "error" not in found, "\n".join([found["error"], *found["log"], found["trace"]])
+
+
+def test_rows_that_come_to_lie_alike_before_anything_is_written(monkeypatch):
+    """Summaries of masses are read before the forward writes any; this history found rows that were read where they had been."""
+    small = [InfLLM(7, 0, 3, 3, repr_topk=1, exc_block_size=1), InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=1)]
+    monkeypatch.setattr(histories, "CUTTABLE", [*small, Combined(YaRN(2.0), InfLLM(16, 2, 5, 1, repr_topk=5, exc_block_size=1))])
+    found = histories.run(230)
+    assert found["family"] == "mistral-sliding" and found["method"] == str(small[1]) and "error" not in found, found
 
 
 def rows_that_meet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_presets_and_recommendations():
     assert (InfLLM(4096).blocks, InfLLM(4096, preset="repository").blocks, InfLLM(4096, topk=96).blocks) == (32, 16, 96)
     found = InfLLM.recommended(8192, 100_000)
     assert found == InfLLM(4096, repr_topk=4) and found.blocks == 32  # the tables' setting for Llama 3
-    assert InfLLM.recommended(512, 4096) == InfLLM(256, 8, 8, repr_topk=4, exc_block_size=32) and InfLLM.recommended(512, 4096).blocks == 32
+    assert InfLLM.recommended(512, 4096) == InfLLM(256, 16, 16, exc_block_size=64) and InfLLM.recommended(512, 4096).blocks == 16
     assert InfLLM.recommended(131072, 10**6).block_size == 128
     assert InfLLM(512).capacity(512) is None and InfLLM(513).capacity(512) == 0 and InfLLM(512).cut == 512 and not InfLLM.bounded
     assert InfLLM(4).distances(torch.tensor([[9]]), torch.arange(11)[None])[0].tolist()[4:10] == [3, 3, 3, 2, 1, 0]

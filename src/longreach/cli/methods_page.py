@@ -140,7 +140,7 @@ def cost_sentence(kind: type[Method]) -> str:
     chosen = ""
     if (choice := method.choice) is not None:
         blocks, width, each = tokens // choice.block, choice.index.width, " for every query head" if choice.index.each == "head" else ""
-        who = f"each {choice.heads}" if choice.heads != "layer" else "the layer" if choice.queries == 1 else f"the layer, for {choice.queries} together of a prompt,"
+        who = "the layer" if choice.heads == "layer" else f"each {choice.heads}"
         chosen = f", which {who} chooses by summaries of {blocks} blocks, as large as {blocks * width} keys{each} and kept too"
         if kept := queries(method.layout(DEEP)):
             chosen += f", with the last {max(of.tail or 0 for of in kept.values())} queries"

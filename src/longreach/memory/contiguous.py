@@ -128,11 +128,14 @@ class Contiguous:
             self.keys[form].write(rows, self.forms[form].entries(start), made)
 
     def summaries(self, form: Summary | OfQueries, rows: slice, stop: int, start: int = 0) -> torch.Tensor:
-        return self.keys[form].view(rows, start, stop)
+        buffer = self.keys[form]
+        if buffer.places is not buffer.placement.places:  # rows may lie alike since room was made for what is written later in this forward
+            buffer.arrange()
+        return buffer.view(rows, start, stop)
 
     def shelf_of_summaries(self, form: Summary, step: Step, shelf: Shelf, stop: int) -> torch.Tensor:
         rows, buffer = [step.rows[n] for n in shelf.members], self.keys[form]
-        buffer.arrange()  # a row may have joined since blocks were completed
+        buffer.arrange()  # the same, or a row has joined
         buckets, slots, firsts = ([of[row] for row in rows] for of in (buffer.places.buckets, buffer.places.slots, buffer.places.firsts))
         if buckets.count(buckets[0]) == len(rows) and not any(firsts) and slots == list(range(slots[0], slots[0] + len(rows))):
             return buffer.bodies[buckets[0]][slots[0] : slots[0] + len(rows), :, :stop]

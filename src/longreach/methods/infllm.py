@@ -92,7 +92,7 @@ class InfLLM(Method):
     @classmethod
     def recommended(cls, window: int, context: int) -> InfLLM:
         """Half of the trained window near and half retrieved, in the proportions that the paper has on Llama 3; blocks grow no further than there."""
-        block = max(1, min(128, window // 64))
+        block = max(1, min(128, window // 32))
         return cls(max(1, window // 2), block, block, repr_topk=min(4, block), exc_block_size=4 * block)
 
     @property
