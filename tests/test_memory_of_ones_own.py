@@ -87,8 +87,8 @@ class Ledger:
         pass
 
     @property
-    def tensors(self) -> dict[int, torch.Tensor]:
-        return {id(tensor): tensor for row in self.rows for tensor in row.values()}
+    def held(self) -> dict[int, int]:
+        return {id(tensor): tensor.nbytes for row in self.rows for tensor in row.values()}
 
     shared = ()
 

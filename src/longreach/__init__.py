@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from longreach.hf.extension import Extension as Extension
     from longreach.hf.extension import extend as extend
+    from longreach.memory.budgets import Tiered as Tiered
     from longreach.methods import from_json as from_json
     from longreach.methods.base import Method as Method
     from longreach.methods.block_selfextend import BlockSelfExtend as BlockSelfExtend
@@ -56,6 +57,7 @@ _HOMES = {
     "plan": "planning.sizing",
     "Plan": "planning.sizing",
     "Profile": "planning.profile",
+    "Tiered": "memory.budgets",
     "stream": "running.reading",
     "generate": "running.together",
     "Method": "methods.base",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from operator import index
 
 TIMES = {"s": 1, "m": 60, "h": 3600}
 MOST_SECONDS = 366 * 24 * 3600
 CHUNK_SIZE = 512  # tokens of one forward while a text is read, where nothing else is asked for; no result depends on it, only memory and speed
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MOST_BYTES = 2**60
 MOST_TOKENS = 2**32  # more than anything reads; beyond it a number is a slip of the keyboard
 
 
@@ -47,6 +51,22 @@ def seconds_of(given: str | float, name: str = "budget") -> float:
     if not 0 < found <= MOST_SECONDS:
         raise ValueError(f"{name} must be a time, such as 90s, 10m or 1.5h, not {given!r}")
     return found
+
+
+def byte_count(given: str | int, name: str) -> int:
+    """512, "512", "512MiB" or "1.5 GB" -> bytes; "MiB" stands for 2**20 and "MB" for 10**6.
+
+    Raises ValueError, naming what it is for, where that is no whole number of at least one byte.
+    """
+    found = 0.0
+    if isinstance(given, str) and (match := re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?B|)\s*", given.upper())):
+        with suppress(ValueError, KeyError):
+            found = float(match[1]) * UNITS[match[2] or "B"]
+    elif isinstance(given, int) and not isinstance(given, bool):
+        found = given
+    if not 1 <= found <= MOST_BYTES:
+        raise ValueError(f"{name} must be a size, such as 512MiB or 8GiB, not {given!r}")
+    return int(found)
 
 
 def counted(count: int, thing: str) -> str:

@@ -32,8 +32,10 @@ from longreach.hf.placement import device_of
 from longreach.hf.standard import StandardSeam
 from longreach.hf.verify import verify
 from longreach.kernels import kernel_for
+from longreach.memory.budgets import Tiered
 from longreach.memory.contiguous import Contiguous
 from longreach.memory.layer import Memory
+from longreach.memory.pooled import Stored, Tiers
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planning import dial
@@ -52,7 +54,7 @@ def extend(
     trained_window: int | str | None = None,
     profile: Profile | str | Path | None = None,
     backend: str = "auto",
-    memory: Memory = Contiguous,
+    memory: Memory | Tiered = Contiguous,
 ) -> Extension:
     """Make `model` usable at a longer context, without training.
 
@@ -62,7 +64,8 @@ def extend(
     profile         what `longreach tune` found for this model, or the file of it: it chooses the method where the context is beyond the trained window.
                     None: the dial's rule chooses; no profile is looked for.
     backend         "auto", or "reference" for the dense truth: slow, for checking.
-    memory          makes the memory of a layer, of the protocol `longreach.memory.layer.LayerMemory`.
+    memory          `longreach.Tiered(...)`, budgets for what is kept of every token: on the device, in the memory of the host and on disk. Or what makes the
+                    memory of a layer, of the protocol `longreach.memory.layer.LayerMemory`.
 
     Raises ValueError, with the fix, if the method cannot apply to this model or context, or the profile is of other weights or another trained
     window, does not reach the context, or stands beside a method. A model may be wrapped by torch.compile or PEFT,
@@ -93,7 +96,7 @@ def extend(
         facts = verify(seam, chosen, dense=backend == "reference")
         if facts.remark:
             warnings.warn(facts.remark, stacklevel=2)
-        extension = Extension(facts, Attachment(seam, Forward(facts, memory)))
+        extension = Extension(facts, Attachment(seam, Forward(facts, _tiers(memory, facts) if isinstance(memory, Tiered) else memory)))
     except BaseException:  # an interrupt may have broken off what cleans up
         seam.remove()
         registration.unregister(name)
@@ -102,6 +105,13 @@ def extend(
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", extension.describe())
     return extension
+
+
+def _tiers(given: Tiered, facts: Facts) -> Tiers:
+    found = []
+    for layer, entry in zip(facts.layers, facts.reading.entries, strict=True):
+        found.append(Stored(layer.kept, entry.heads, entry.key_width, entry.value_width, entry.dtype, facts.device_of_layer(layer.index)))
+    return Tiers(given, found)
 
 
 def _profile_of(base: Any, given: Profile | str | Path) -> Profile:
@@ -279,6 +289,7 @@ class Extension:
             "sliding_window_overridden": reading.trained[0].sliding_window is not None and 0 in ours and not isinstance(self.method, Stock),
             "backend": "dense reference" if layers[0].dense else kernel_for(device_of(self.model), dtype).name,
             "dtype": str(dtype).removeprefix("torch."),
+            "memory": self.forward.memory.report() if isinstance(self.forward.memory, Tiers) else None,
             "exactness": {name: getattr(self.exactness, name) for name in ("rotary", "logits", "layers", "stock_logits", "stock_layers")},
         }
 

@@ -25,6 +25,7 @@ from longreach.hf.calls import Calls
 from longreach.hf.checks import check_positions
 from longreach.hf.facts import Facts
 from longreach.kernels import kernel_for
+from longreach.memory.blocks import Blocked
 from longreach.memory.contiguous import Contiguous
 from longreach.memory.layer import Memory
 from longreach.memory.placement import ROLLBACK
@@ -53,6 +54,8 @@ class Forward:
         """The method is taken off: no layer and no cache is served any more."""
         self.modules = []
         self.calls.clear()
+        if isinstance(self.memory, Blocked):
+            self.memory.close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy of an extended model would share the extension, or be without."""

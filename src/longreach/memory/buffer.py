@@ -5,7 +5,6 @@ Knows tensors and where they lie, which a placement says; not positions, layers 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from weakref import WeakSet
 
@@ -13,13 +12,13 @@ import torch
 
 from longreach.kernels.tiles import between
 from longreach.memory.bases import Base, BaseShelf
+from longreach.memory.bodies import Bodies
 from longreach.memory.held import Frozen, Reader, Waiting, part, require_dtype
-from longreach.memory.moves import moves
-from longreach.memory.placement import Placement, Places
+from longreach.memory.placement import Placement
 from longreach.memory.steps import Shelf, Step
 
 
-class Buffer:
+class Buffer(Bodies):
     """The entries of one form, or values, of all rows: [slots, H, room, D] for every bucket, and the first `first` tokens [rows, H, first, D].
 
     Of rows that share bases with others, the bodies hold the tails only.
@@ -29,23 +28,19 @@ class Buffer:
     """
 
     def __init__(self, placement: Placement, first: int = 0) -> None:
-        self.placement = placement
+        super().__init__(placement)
         self.first = first
-        self.places: Places = placement.places  # as the bodies lie; the placement may be ahead
         self.head: torch.Tensor | None = None
-        self.bodies: dict[int, torch.Tensor] = {}
-        self.bases: dict[Base, Frozen] = {}
         self.reader = Reader()  # of head and bodies
         self.sharers: WeakSet[Reader] = WeakSet()  # who reads the same memory, this one among them; empty: nobody else
         self._waiting: list[Waiting] = []
-        self._moving: list[tuple[torch.Tensor, torch.Tensor]] = []  # places that are written over while entries move to the front, and what was there
         self._head_before: torch.Tensor | None = None  # of a forward that writes over first tokens
 
     @property
-    def tensors(self) -> dict[int, torch.Tensor]:
-        """All that is held, by id."""
+    def held(self) -> dict[int, int]:
+        """The bytes of all that is held, by id."""
         found = (self.head, *self.bodies.values(), *(frozen.entries for frozen in self.bases.values()))
-        return {id(t): t for t in found if t is not None}
+        return {id(t): t.numel() * t.element_size() for t in found if t is not None}
 
     @property
     def shared(self) -> bool:
@@ -54,7 +49,7 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(self.held.values())
 
     # -- a forward ------------------------------------------------------------------------------------------------------------
 
@@ -107,7 +102,7 @@ class Buffer:
         own = self.places.firsts[rows.start]
         if own <= start and not self._waiting:
             return ((start, part(self.bodies[self.places.buckets[rows.start]], self.places.side_by_side(rows), start - own, stop - own)),)
-        waiting = next((each for each in self._waiting if each.rows.start <= rows.start and rows.stop <= each.rows.stop), None)
+        waiting = self._waiting_of(rows)
         own = own if waiting is None else waiting.first
         found = []
         if start < own:
@@ -124,6 +119,14 @@ class Buffer:
             run = waiting.run if waiting.rows == rows else waiting.run[rows.start - waiting.rows.start : rows.stop - waiting.rows.start]
             return [*found, (first, between(run, first - own, stop - own))]
         return [*found, (first, part(self.bodies[self.places.buckets[rows.start]], self.places.side_by_side(rows), first - own, stop - own))]
+
+    def _waiting_of(self, rows: slice) -> Waiting | None:
+        return next((each for each in self._waiting if each.rows.start <= rows.start and rows.stop <= each.rows.stop), None)
+
+    def begins(self, rows: slice) -> int:
+        """The first entry that consecutive rows that lie alike do not share, the forward under way included."""
+        waiting = self._waiting_of(rows)
+        return self.places.firsts[rows.start] if waiting is None else waiting.first
 
     def view(self, rows: slice, start: int, stop: int) -> torch.Tensor:
         """The same [n, H, stop - start, D] as one tensor: copied where it lies in several parts."""
@@ -197,12 +200,15 @@ class Buffer:
     def fork(self, placement: Placement) -> Buffer:
         """The same entries for another to go on from, without those of a forward under way. Whoever writes takes a copy of what is not frozen."""
         self._undo()
-        other = Buffer(placement, self.first)
+        other = self._another(placement)
         other.head = self.head if self._head_before is None else self._head_before
         other.bodies, other.bases, other.places = dict(self.bodies), dict(self.bases), self.places
         self.sharers.update((self.reader, other.reader))
         other.sharers = self.sharers
         return other
+
+    def _another(self, placement: Placement) -> Buffer:
+        return Buffer(placement, self.first)
 
     def entries(self, sealed: Sequence[int]) -> dict[str, torch.Tensor]:
         """What is kept, on the CPU and without room to grow: "head", and "body" [rows, H, longest, D]; zeros where a row keeps nothing, whatever lay there.
@@ -250,7 +256,7 @@ class Buffer:
                 if first < end:
                     body[slot, :, : end - first] = longer.view(slice(row, row + 1), first, end)[0]
 
-    # -- memory: never a tensor of inference mode, which nobody could write to outside it ------------------------------------------
+    # -- memory -------------------------------------------------------------------------------------------------------------------
 
     def _own(self) -> None:
         """Before a write: memory that nobody else reads."""
@@ -279,72 +285,3 @@ class Buffer:
                 self.head, self._head_before = self.head.clone(), self.head
         stop = min(self.first, start + new.shape[2])
         self.head[rows, :, start:stop] = new[:, :, : stop - start]
-
-    def _arrange(self, like: torch.Tensor) -> None:
-        """Lie as the placement says."""
-        require_dtype(next(iter(self.bodies.values()), None), like)
-        places = self.placement.places
-        if self.places is not places or not self.bodies:
-            self._undo()
-            self.bodies, self.places, self._moving = self._copied(like, places), places, []  # in one statement: no interrupt comes between
-
-    def _copied(self, like: torch.Tensor, places: Places, source: list[int] | None = None, fresh: bool = False) -> dict[int, torch.Tensor]:
-        """The bodies at other places; `source`: the row of before that each row is now; `fresh`: in memory of their own, all of them."""
-        bodies, old, ends = {}, self.places, self.placement.ends
-        for bucket, rows in places.members.items():
-            size = places.rooms[bucket]
-            if not fresh and (kept := self._in_place(places, bucket, source)) is not None:
-                bodies[bucket] = kept
-                continue
-            grown = self._made(like, len(rows), size)
-            for slots, bucket_before, before, shift in moves(old, places, rows, source, ends) if self.bodies else ():
-                body = self.bodies[bucket_before]
-                length = min(size, body.shape[2] - shift, ends[row := rows[slots.start]] - places.firsts[row])
-                if length > 0 and shift >= 0:  # else the row was cut within its bases, and what comes is all new
-                    grown[slots, :, :length] = body[before, :, shift : shift + length]
-            bodies[bucket] = grown
-        return bodies
-
-    def _in_place(self, places: Places, bucket: int, source: list[int] | None) -> torch.Tensor | None:
-        """The body of rows that stay at their slots, their entries moved to the front; None where it has to be another one."""
-        now, old = places.members[bucket], self.places
-        rows = now if source is None else tuple(source[row] for row in now)
-        if rows[0] >= len(old.buckets):
-            return None
-        before = old.buckets[rows[0]]
-        body = self.bodies.get(before)
-        if places.age != old.age or old.members[before] != rows or body is None or body.shape[2] != places.rooms[bucket]:
-            return None
-        if any(body is frozen.entries for frozen in self.bases.values()):
-            return None
-        moved = [places.firsts[a] - old.firsts[b] for a, b in zip(now, rows)]
-        if not any(moved):
-            return body if source is None or not self.shared else None
-        if source is not None or self.shared:
-            return None
-        lengths = [self.placement.ends[row] - places.firsts[row] for row in now]
-        for (shift, length), stretch in itertools.groupby(range(len(now)), key=lambda slot: (moved[slot], lengths[slot])):
-            slots, kept = list(stretch), min(length, body.shape[2] - shift)
-            if shift > 0 and kept > 0:
-                self._to_front(body[slots[0] : slots[-1] + 1], shift, kept)
-        return body
-
-    def _to_front(self, rows: torch.Tensor, shift: int, kept: int) -> None:
-        """Move columns shift .. shift + kept of some rows to the front. What would be written over while it is read is kept until the buffer lies as it
-        should, so that an interrupted move can be undone: `_undo`."""
-        source = rows[:, :, shift : shift + kept]
-        if kept > shift:
-            self._moving.append((source, source.clone()))
-            source = self._moving[-1][1]
-        rows[:, :, :kept] = source
-
-    def _undo(self) -> None:
-        """Put back what an interrupted move has written over; the columns before it are of entries that nobody needs any more."""
-        for place, kept in self._moving:
-            place.copy_(kept)
-        self._moving = []
-
-    def _made(self, like: torch.Tensor, rows: int, size: int) -> torch.Tensor:
-        """A body. Where several rows are read in one call up to the end of the longest, what a mask hides is multiplied by zero: it must be finite."""
-        with torch.inference_mode(False):
-            return (like.new_zeros if self.placement.shared else like.new_empty)((rows, like.shape[1], size, like.shape[3]))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -35,24 +36,32 @@ def values_kept(forms: Mapping[PositionMap, Retention], shared: bool) -> list[Re
 class Contiguous:
     """The memory of one layer. Implements `memory.layer.LayerMemory`."""
 
+    apart: ClassVar[bool] = False  # whether forms that keep fewer tokens are always read with values of their own
+
     def __init__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention]) -> None:
         self.placements, self.forms = placements, dict(forms)
-        self.keys: dict[Form, Buffer] = {form: Buffer(placements[kept.place], kept.head) for form, kept in forms.items()}
+        self.keys: dict[Form, Buffer] = {form: self._buffer(placements[kept.place], kept.head) for form, kept in forms.items()}
         self.of_keys: dict[PositionMap, Retention] = {form: kept for form, kept in forms.items() if not isinstance(form, Summary | OfQueries)}
         (longest,) = values_kept(self.of_keys, shared=False)
-        self.whole = Buffer(placements[longest.tail], longest.head)  # the values
-        self.tails = self._tails() if self.whole.placement.shared else {}  # values once more, for the forms that keep fewer than `whole`
+        self.whole = self._buffer(placements[longest.tail], longest.head)  # the values
+        self.tails = self._tails() if self.apart or self.whole.placement.shared else {}  # values once more, for the forms that keep fewer than `whole`
 
-    def _tails(self) -> dict[int | None, Buffer]:
-        return {kept.tail: Buffer(self.placements[kept.tail]) for kept in values_kept(self.of_keys, shared=True)[1:]}
+    def _buffer(self, placement: Placement, first: int = 0) -> Buffer:
+        return Buffer(placement, first)
+
+    def _another(self, placements: Mapping[Place, Placement]) -> Contiguous:
+        return Contiguous(placements, self.forms)
+
+    def _tails(self) -> dict[Place, Buffer]:
+        return {kept.tail: self._buffer(self.placements[kept.tail]) for kept in values_kept(self.of_keys, shared=True)[1:]}
 
     @property
     def buffers(self) -> list[Buffer]:
         return [self.whole, *self.tails.values(), *self.keys.values()]
 
     @property
-    def tensors(self) -> dict[int, torch.Tensor]:
-        return {key: tensor for buffer in self.buffers for key, tensor in buffer.tensors.items()}
+    def held(self) -> dict[int, int]:
+        return {key: size for buffer in self.buffers for key, size in buffer.held.items()}
 
     @property
     def shared(self) -> set[Place]:
@@ -80,9 +89,9 @@ class Contiguous:
             self.keys[positions].write(rows, start, new)
         self.whole.write(rows, start, values)
         for buffer in self.tails.values():
-            buffer.write(rows, start, values, shown=False)
+            buffer.write(rows, start, values, shown=self.apart)
 
-    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
+    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Iterable[KV]:
         if pinned:
             return (KV(self.keys[positions].pinned(rows, start, stop), self.whole.pinned(rows, start, stop), start),)
         keys, values = self.keys[positions].parts(rows, start, stop), self.whole.parts(rows, start, stop)
@@ -92,7 +101,7 @@ class Contiguous:
         return [_together(_of(keys, a, b), _of(values, a, b), a) for a, b in itertools.pairwise(cuts)]
 
     def gather(self, positions: PositionMap, rows: slice, start: int, stop: int, columns: torch.Tensor) -> KV:
-        return gather(self.view(positions, rows, start, stop, False), start, columns)
+        return gather(tuple(self.view(positions, rows, start, stop, False)), start, columns)
 
     def keys_of(self, positions: PositionMap, rows: slice, start: int, stop: int) -> torch.Tensor:
         return self.keys[positions].view(rows, start, stop)
@@ -152,7 +161,7 @@ class Contiguous:
 
     def select(self, index: torch.Tensor) -> None:
         had = bool(self.tails)
-        if not self.whole.placement.shared:
+        if not self.apart and not self.whole.placement.shared:
             self.tails = {}
         for buffer in self.buffers:
             buffer.select(index)
@@ -162,7 +171,7 @@ class Contiguous:
                 buffer.take_over(self.whole)
 
     def fork(self, placements: Mapping[Place, Placement]) -> Contiguous:
-        other = Contiguous(placements, self.forms)
+        other = self._another(placements)
         other.keys = {form: buffer.fork(placements[buffer.placement.kept.place]) for form, buffer in self.keys.items()}
         other.whole = self.whole.fork(placements[self.whole.placement.tail])
         other.tails = {tail: buffer.fork(placements[tail]) for tail, buffer in self.tails.items()}

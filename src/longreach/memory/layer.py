@@ -60,8 +60,8 @@ class LayerMemory(Shown, Protocol):
     """
 
     @property
-    def tensors(self) -> Mapping[int, torch.Tensor]:
-        """All that is held, by id: what forks share is the same tensor."""
+    def held(self) -> Mapping[int, int]:
+        """The bytes of all that is held, by id: what forks share is the same."""
         ...
 
     @property

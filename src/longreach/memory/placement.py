@@ -95,13 +95,15 @@ class Placement:
     A bounded bucket has `tail + ROLLBACK + SLACK` columns: a row that has filled them moves its tail to the front, once in SLACK tokens. Others grow by an
     eighth of their size: a token then costs eight copied entries, little beside the whole length that attention reads for it.
 
-    Where all tokens are kept, the first ones of a row may be shares of bases: `places` are then of its own tail, which begins behind them.
+    Where all tokens are kept, the first ones of a row may be shares of bases: `places` are then of its own tail, which begins behind them. Where they go to
+    blocks of `unit` entries (`memory.blocks`), it begins with a block, and what is short is not frozen.
     """
 
-    def __init__(self, kept: Retention, rows: int, joins: bool = False) -> None:
+    def __init__(self, kept: Retention, rows: int, joins: bool = False, unit: int = 1) -> None:
         self.kept = kept
         self.tail = kept.tail
         self.joins = joins  # whether other rows may come and go
+        self.unit = unit
         self.ends = [0] * rows  # number of entries of a row: tokens, or of summaries the complete blocks of them
         self.places = Places.of([0] * rows, [0] * rows, {0: 0})
         self.shares: list[Shares] = [()] * rows
@@ -126,7 +128,7 @@ class Placement:
             if most is not None and tail is not None and start == self.ends[row] and stop - first > most >= stop - max(first, start - tail - rollback):
                 first = firsts[row] = max(first, start - tail - rollback)  # a few tokens more: what nobody can go back to makes room for them
             at_once = start == self.ends[row] and (most is None or stop - first <= most)
-            kept = first if at_once else min(first, start) if tail is None else max(first, stop - tail - rollback)
+            kept = first if at_once else self.begins(row, start) if tail is None else max(first, stop - tail - rollback)
             self.writes[row] = Write(start, stop, at_once, kept)
             if at_once:
                 needed[row] = stop - first
@@ -149,7 +151,7 @@ class Placement:
             self.places = Places.of(self.places.buckets, firsts, self.places.rooms, self.places.age)
         self._make_room(longest, None if tail is None else tail + ROLLBACK + SLACK)
         if tail is not None:
-            self._shrink(tail + ROLLBACK + SLACK)
+            self.shrink(tail + ROLLBACK + SLACK)
 
     def finish(self, counts: bool = True) -> None:
         """The forward is over, and what it has written counts or does not."""
@@ -187,8 +189,8 @@ class Placement:
         if buckets != list(old.buckets) or any(rooms[b] != old.rooms[b] for b in rooms):
             self.places = Places.of(buckets, old.firsts, rooms, old.age)
 
-    def _shrink(self, most: int) -> None:
-        """A bucket that a long rollback has made larger than `most` becomes small again, where no row needs its room."""
+    def shrink(self, most: int) -> None:
+        """A bucket that a long rollback or forward has made larger than `most` becomes small again, where no row needs its room."""
         old = self.places
         if max(old.rooms.values(), default=0) <= most:
             return
@@ -208,15 +210,19 @@ class Placement:
         """Entries of a row, those of the forward under way among them."""
         return self.writes[row].stop if row in self.writes else self.ends[row]
 
+    def begins(self, row: int, stop: int) -> int:
+        """Where all is kept: the first entry of its own that a row has when it has gone back to entry `stop`."""
+        return first if stop >= (first := self.places.firsts[row]) else stop // self.unit * self.unit
+
     def rewind(self, row: int, stop: int) -> None:
         """Forget what a row holds of token `stop` and later; not before `reaches`."""
         if (stop := self.kept.entries(stop)) < self.ends[row]:
             self.ends[row] = stop
             self._spoilt()
             if self.tail is None and stop < self.places.firsts[row]:
-                self._cut_off(row, stop)
+                self._cut_off(row, first := self.begins(row, stop))
                 places = self.places
-                self.places = replace(places, firsts=(*places.firsts[:row], stop, *places.firsts[row + 1 :]))
+                self.places = replace(places, firsts=(*places.firsts[:row], first, *places.firsts[row + 1 :]))
 
     def _share(self, shares: list[Shares]) -> None:
         self.shares, self.bases = shares, frozenset(share.base for own in shares for share in own)
@@ -234,7 +240,7 @@ class Placement:
     def cut(self, rows: Collection[int]) -> Cut | None:
         """What some rows have of their own is frozen where it is long, and they begin tails of their own. Of a bucket that loses all its rows, nothing is
         copied. None: there is nothing to freeze. Bounded forms are not frozen, for they are small, and what they hold moves."""
-        if self.tail is not None:
+        if self.tail is not None or self.unit > 1:
             return None
         places, ends = self.places, self.ends
         bases: list[Base] = []
@@ -275,7 +281,7 @@ class Placement:
 
     def fork(self) -> Placement:
         """Of a store with the same content, without the forward under way."""
-        other = Placement(self.kept, 0, self.joins)
+        other = Placement(self.kept, 0, self.joins, self.unit)
         other.ends, other.shares, other.bases, other.places = [*self.ends], [*self.shares], self.bases, self.places
         if self.writes:
             other._spoilt()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from longreach.core.segments import Form, Place, Retention
+from longreach.memory import blocks
+from longreach.memory.blocks import Blocked
 from longreach.memory.contiguous import Contiguous
 from longreach.memory.layer import LayerMemory, Memory
 from longreach.memory.placement import ROLLBACK, Placement, alike
@@ -43,6 +45,7 @@ class Store:
     def __init__(self, forms: list[dict[Form, Retention]], joins: bool = False, memory: Memory = Contiguous) -> None:
         self.forms = forms  # of every layer
         self.memory = memory
+        self.blocked = memory if isinstance(memory, Blocked) else None
         self.joins = joins  # rows are requests, which come and go: no columns are counted
         self.asked: list[tuple[int, int]] | None = None  # (row, tokens) of a flat forward that is about to begin
         self.placements: dict[Place, Placement] = {}
@@ -57,6 +60,7 @@ class Store:
         self.changes = 0  # a forward is of the store as it was when it began: it goes on only while this is the same
         self.filed: Filed | None = None
         self._finishing: tuple[list[int], Slots, list[int]] | None = None
+        self._back: list[Callable[[], None]] = []  # what puts into tails what is left of blocks that were cut
 
     @property
     def rows(self) -> int:
@@ -96,7 +100,9 @@ class Store:
         self.lengths, self.offsets = [0] * rows, [0] * rows
         self.filed = None
         self.slots = Slots.empty(rows)
-        self.placements = {kept.place: Placement(replace(kept, head=0), rows, self.joins) for forms in self.forms for kept in forms.values()}
+        unit = 1 if self.blocked is None else self.blocked.unit
+        every = dict.fromkeys(replace(kept, head=0) for forms in self.forms for kept in forms.values())
+        self.placements = {kept.place: Placement(kept, rows, self.joins, unit if kept.place is None else 1) for kept in every}
         self.layers = [self.memory(self.placements, forms) for forms in self.forms]
 
     def past(self, mask: torch.Tensor | None) -> list[Past]:
@@ -140,6 +146,8 @@ class Store:
             self._part()
         for placement in self.placements.values():
             placement.reserve(new, self.rollback)
+        if self.blocked is not None:
+            self.blocked.require(self.placements, self.layers)
         forgets = [p.start < length for p, length in zip(past, self.lengths, strict=True)]  # such a row is written to a copy, which others need not be
         return list(zip(alike(self.placements.values(), range(self.rows)), forgets, strict=True))
 
@@ -195,6 +203,7 @@ class Store:
     def settle(self) -> None:
         """What a finished forward added counts, what one that failed has added is gone."""
         counts = self._finishing is not None
+        self._put_back()
         if self._finishing is None:
             for layer in self.layers:
                 layer.discard()
@@ -202,13 +211,30 @@ class Store:
             lengths, slots, shorter = self._finishing
             for placement in self.placements.values():
                 placement.commit()
-                for row in shorter:  # one that read nothing but pads has added nothing that would say so
-                    placement.rewind(row, lengths[row])
+            self._rewind({row: lengths[row] for row in shorter})  # one that read nothing but pads has added nothing that would say so
             for layer in self.layers:
                 layer.settle()
             self.lengths, self.slots, self._finishing = lengths, slots, None
         for placement in self.placements.values():
             placement.finish(counts)
+        if self.blocked is not None and (place := self.placements.get(None)) is not None and (cut := blocks.cut(place)) is not None:
+            for layer in self.layers:
+                layer.freeze(None, cut.bases)
+            blocks.adopt(place, cut)
+
+    def _rewind(self, lengths: Mapping[int, int]) -> None:
+        """Rows forget what they hold at this index and later."""
+        if self.blocked is not None:
+            self._back += self.blocked.thaw(self.placements, self.layers, lengths)
+        for placement in self.placements.values():
+            for row, length in lengths.items():
+                placement.rewind(row, length)
+        self._put_back()
+
+    def _put_back(self) -> None:
+        while self._back:
+            self._back[-1]()
+            self._back.pop()
 
     # -- between forwards -----------------------------------------------------------------------------------------------------
 
@@ -229,9 +255,7 @@ class Store:
                     f"(at least {ROLLBACK} behind the farthest one that was read); crop less or start a new cache"
                 )
         self._unfile(lengths)
-        for placement in self.placements.values():
-            for row, length in enumerate(lengths):
-                placement.rewind(row, length)
+        self._rewind(dict(enumerate(lengths)))
         self.lengths, self.slots = lengths, left
         again = min(length - floor for length, floor in zip(lengths, least, strict=True))
         if warn and any(least) and again < slots and not self.announced:
@@ -291,8 +315,7 @@ class Store:
             )
         lengths = [*self.lengths[:row], min(self.lengths[row], length), *self.lengths[row + 1 :]]
         self._unfile(lengths)
-        for placement in self.placements.values():
-            placement.rewind(row, length)
+        self._rewind({row: length})
         self.lengths = lengths
 
     def select(self, index: torch.Tensor) -> None:
@@ -323,8 +346,8 @@ class Store:
 
 def nbytes_of(stores: Iterable[Store]) -> int:
     """Bytes that several stores hold. What forks share counts once."""
-    tensors: dict[int, torch.Tensor] = {}
+    held: dict[int, int] = {}
     for store in stores:
         for layer in store.layers:
-            tensors.update(layer.tensors)
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+            held.update(layer.held)
+    return sum(held.values())

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from longreach.planning import calibration as measured
-from longreach.planning.hardware import CARDS, TB, Hardware
-from longreach.planning.theory import GB, GIB
+from longreach.planning.hardware import CARDS, Hardware
+from longreach.planning.theory import GIB
+from longreach.quantities import UNITS
 
 DTYPES = ("bfloat16", "float16", "float32")
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": TB, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
 
 
 def find(name: str, calibration: Path | None = None) -> Hardware:

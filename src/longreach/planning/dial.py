@@ -84,9 +84,9 @@ def limit(method: Method | None, window: int) -> int | None:
     return reach
 
 
-def combined(method: Method, window: int, context: int) -> str:
+def combined(method: Method | None, window: int, context: int) -> str:
     """What else to do with a method that keeps true distances and shall read more than the window, to be added to a sentence; "" for others."""
-    if isinstance(method, Stock) or method.rescales or method.capacity(window) != window:
+    if method is None or isinstance(method, Stock) or method.rescales or method.capacity(window) != window:
         return ""
     return (
         f", or combine it with frequencies that reach so far: Combined(YaRN({-(-context // window)}), {type(method).__name__}(...)) "

@@ -1,0 +1,110 @@
+"""The tiers of an extension: what its layers store, the pool that all of them use, and what is reported of it. Knows layers' sizes; not models or methods."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longreach.core.segments import Form, Place, Retention, Summary
+from longreach.memory import blocks
+from longreach.memory.arenas import Kind
+from longreach.memory.block_buffer import BlockBuffer
+from longreach.memory.blocks import Blocked
+from longreach.memory.budgets import Tiered
+from longreach.memory.buffer import Buffer
+from longreach.memory.contiguous import Contiguous
+from longreach.memory.layer import LayerMemory
+from longreach.memory.placement import Placement
+from longreach.memory.tiered import TieredLayer
+from longreach.memory.tiers import Pool
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What one layer stores of a token, and how long."""
+
+    forms: Mapping[Form, Retention]
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def kinds(self, block: int) -> list[Kind]:
+        """Of the buffers whose entries go to blocks."""
+        widths = [self.key_width for form, kept in self.forms.items() if kept.place is None]
+        widths += [self.value_width] if widths else []
+        return [Kind((self.heads, block, width), self.dtype, self.device) for width in widths]
+
+    def summaries(self) -> dict[Summary, int]:
+        """Bytes of one entry of what an index keeps."""
+        return {form: self.heads * self.key_width * form.index.width * self.dtype.itemsize for form in self.forms if isinstance(form, Summary)}
+
+
+class Tiers(Blocked):
+    """The memories of all layers and caches of an extension, over one pool. Raises ValueError where a tier is too small for a block."""
+
+    def __init__(self, spec: Tiered, layers: Sequence[Stored]) -> None:
+        self.spec, self.unit = spec, spec.block
+        kinds = Counter(kind for layer in layers for kind in layer.kinds(spec.block))
+        self._entry = {form: size for layer in layers for form, size in layer.summaries().items()}
+        a_token = sum(kind.nbytes * count for kind, count in kinds.items()) / spec.block
+        kept = sum(size / form.block for layer in layers for form, size in layer.summaries().items())
+        self.pool = Pool(spec, kinds, kept / a_token if kept else 0.0)
+        self._living: weakref.WeakSet[TieredLayer] = weakref.WeakSet()
+
+    def __call__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention]) -> LayerMemory:
+        if all(kept.place is not None for kept in forms.values()):
+            return Contiguous(placements, forms)
+        return TieredLayer(placements, forms, self.pool, self._living)
+
+    def require(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory]) -> None:
+        if (place := placements.get(None)) is None:
+            return
+        self.pool.require(blocks.coming(place))
+        if self._entry:
+            own = [layer for layer in layers if isinstance(layer, TieredLayer)]
+            planned = sum(self._planned(form, buffer) for layer in own for form, buffer in layer.of_summaries.items())
+            self.pool.require_summaries(planned + self._summaries(set(self._living) - set(own)))
+
+    def _planned(self, form: Summary, buffer: Buffer) -> int:
+        """Bytes that the bodies of a buffer will have."""
+        places = buffer.placement.places
+        return self._entry[form] * sum(len(rows) * places.rooms[bucket] for bucket, rows in places.members.items())
+
+    @staticmethod
+    def _summaries(layers: Iterable[TieredLayer]) -> int:
+        held: dict[int, int] = {}
+        for layer in layers:
+            for buffer in layer.of_summaries.values():
+                held.update(buffer.held)
+        return sum(held.values())
+
+    def thaw(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], lengths: Mapping[int, int]) -> list[Callable[[], None]]:
+        place, found = placements.get(None), []
+        for row, length in lengths.items() if place is not None else ():
+            assert place is not None
+            if (first := place.begins(row, length)) < min(length, place.places.firsts[row]):
+                buffers = [buffer for layer in layers if isinstance(layer, TieredLayer) for buffer in layer.blocked]
+                found += [buffer.thaw(row, first, length) for buffer in buffers]
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """Plain data, in bytes: of every tier its budget, and what lies there and was asked of it; what comes on top of the budgets."""
+        found, held = self.pool.report(), {}
+        for layer in self._living:
+            for buffer in layer.buffers:
+                held.update(buffer.tail if isinstance(buffer, BlockBuffer) else buffer.held)
+        summaries = self._summaries(self._living)
+        found["tiers"]["device"]["summaries"] = summaries
+        found["apart"] = {"tails": sum(held.values()) - summaries, "staging": found.pop("most_staged")}
+        return found
+
+    def close(self) -> None:
+        """The extension is removed: the files are gone."""
+        self.pool.close()

@@ -1,0 +1,333 @@
+"""Tiers: blocks that nobody writes to any more, in the memory of the device, of the host, or on disk, within a budget for each.
+
+One pool serves all layers and caches of an extension. A block is there while somebody holds its `Block`; then its slots are free. It may lie in several tiers:
+what was written to disk once costs nothing to leave the tiers above it again. Keys and values are blocks of their own. Knows slots and policies; not rows,
+tokens or forms.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longreach.memory.arenas import Arena, InFile, InMemory, Kind, runs
+from longreach.memory.budgets import Tiered, size_text
+from longreach.memory.lane import Lane, Reading
+
+SUMMARIES = 0.5  # of the device's budget, at most
+GROWS = 64  # slots that a file gets at once
+
+
+@dataclass(eq=False)
+class Entry:
+    """Where a block lies: its slot in every tier, or None. `score` is the mass that it had at forward `step`."""
+
+    kind: Kind
+    slots: list[int | None]
+    score: float = 0.0
+    step: int = 0
+
+    @property
+    def tier(self) -> int:
+        """The fastest that has it."""
+        return next(tier for tier, slot in enumerate(self.slots) if slot is not None)
+
+
+class Block:
+    """A block, for as long as this is held."""
+
+    __slots__ = ("_gone", "entry")
+
+    def __init__(self, entry: Entry, gone: deque[Entry]) -> None:
+        self.entry, self._gone = entry, gone
+
+    def __del__(self) -> None:
+        self._gone.append(self.entry)  # whichever thread lets go of it; the pool looks at this when it needs room
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.kind.nbytes
+
+
+@dataclass(eq=False)
+class Shelf:
+    """The slots of one kind in one tier. `only`: blocks that no faster tier has, the one that was used longest ago first; `copies`: those that one has."""
+
+    tier: int
+    arena: Arena
+    only: OrderedDict[Entry, None] = field(default_factory=OrderedDict)
+    copies: OrderedDict[Entry, None] = field(default_factory=OrderedDict)
+    free: list[int] = field(default_factory=list)
+    begun: int = 0  # slots that were ever used
+
+    @property
+    def used(self) -> int:
+        return len(self.only) + len(self.copies)
+
+    def take(self) -> int | None:
+        """A slot that nothing lies in."""
+        if self.free:
+            return self.free.pop()
+        if self.begun == self.arena.capacity:
+            return None
+        try:
+            self.arena.grow(min(self.arena.capacity, -(-(self.begun + 1) // GROWS) * GROWS))
+        except ValueError:
+            if not self.copies:
+                raise
+            return None
+        self.begun += 1
+        return self.begun - 1
+
+
+class Pool:
+    """kinds    of every kind of block, how many buffers of all layers fill one with the same tokens.
+    summaries  bytes that an index keeps of blocks, for every byte of them. They are on the device: of its budget, at most half is for them.
+
+    Raises ValueError where a tier is too small.
+    """
+
+    def __init__(self, spec: Tiered, kinds: Mapping[Kind, int], summaries: float = 0.0) -> None:
+        self.spec, self.kinds = spec, dict(kinds)
+        self.names = list(spec.budgets)
+        self.step = 0  # forwards
+        self.fetched = dict.fromkeys(self.names, 0)  # blocks that were asked for, by the fastest tier that had them
+        self.evicted = dict.fromkeys(self.names, 0)
+        self.waited = 0.0  # seconds
+        self.summaries = int(min(spec.budgets["device"] * SUMMARIES, summaries * sum(spec.budgets.values())))  # bytes that these may take
+        self.most_staged = 0  # bytes
+        self._staged: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self._gone: deque[Entry] = deque()
+        self._lane = Lane()
+        unit = sum(kind.nbytes * count for kind, count in kinds.items())  # bytes of the same tokens in all layers
+        self._shelves: dict[Kind, list[Shelf]] = {kind: [] for kind in kinds}
+        for tier, (name, budget) in enumerate(spec.budgets.items()):
+            for kind, count in kinds.items():
+                slots = (budget - self.summaries if tier == 0 else budget) * count // unit
+                if slots < 1:
+                    raise ValueError(f"{name}={size_text(budget)} is too small for a block of each kind of keys and values; pass at least {size_text(unit)}")
+                folder = spec.folder if name == "disk" else None
+                device = kind.device if name == "device" else torch.device("cpu")
+                arena: Arena = InMemory(kind, slots, device) if folder is None else InFile(kind, slots, folder)
+                self._shelves[kind].append(Shelf(tier, arena))
+
+    # -- room -----------------------------------------------------------------------------------------------------------------
+
+    def require(self, count: int) -> None:
+        """Room for `count` blocks more of every buffer. Raises ValueError where there is none."""
+        self.step += 1
+        self._sweep()
+        for kind, shelves in self._shelves.items():
+            held, most, new = sum(len(shelf.only) for shelf in shelves), sum(shelf.arena.capacity for shelf in shelves), count * self.kinds[kind]
+            if held + new > most:
+                raise ValueError(self._full((held + new - most) * kind.nbytes))
+            below = sum(shelf.arena.capacity for shelf in shelves[:-1])
+            if self.names[-1] == "disk":
+                shelves[-1].arena.grow(min(shelves[-1].arena.capacity, max(0, held + new - below)))
+
+    def require_summaries(self, size: int) -> None:
+        if size > self.summaries:
+            raise ValueError(
+                f"what the method's index keeps would take {size_text(size)} and device={size_text(self.spec.budgets['device'])} has "
+                f"{size_text(self.summaries)} for it; pass a larger device budget, or begin a new cache"
+            )
+
+    def _full(self, missing: int) -> str:
+        said = ", ".join(f"{name} {size_text(found['bytes'])} of {size_text(found['budget'])}" for name, found in self.tiers().items())
+        larger = "disk='FOLDER:SIZE'" if "disk" not in self.names else "a larger disk budget"
+        return (
+            f"all tiers are full ({said}), and what is to be read needs at least {size_text(missing)} more; pass {larger} in memory=Tiered(...), or let go of "
+            "other caches of this extension, and read on: the cache is as it was"
+        )
+
+    def _sweep(self) -> None:
+        """Blocks that nobody holds any more."""
+        while self._gone:
+            entry = self._gone.popleft()
+            for shelf, slot in zip(self._shelves[entry.kind], entry.slots):
+                if slot is not None:
+                    shelf.free.append(slot)
+                    shelf.only.pop(entry, None)
+                    shelf.copies.pop(entry, None)
+            entry.slots = [None] * len(entry.slots)
+
+    # -- blocks ---------------------------------------------------------------------------------------------------------------
+
+    def put(self, kind: Kind, entries: torch.Tensor) -> Block:
+        """entries [G, tokens, width], for which `require` has found room -> a block, on the device."""
+        self._sweep()
+        entry = Entry(kind, [None] * len(self.names), step=self.step)
+        slot = self._slot(0, kind)
+        self._shelves[kind][0].arena.write(slot, entries)
+        entry.slots[0] = slot
+        self._shelves[kind][0].only[entry] = None
+        return Block(entry, self._gone)
+
+    def touch(self, blocks: Sequence[Block], mass: Sequence[float]) -> None:
+        """What blocks have got of the attention of the forward under way, for the policy "mass"."""
+        for block, more in zip(blocks, mass, strict=True):
+            entry = block.entry
+            entry.score, entry.step = self._score(entry) + more, self.step
+
+    def _score(self, entry: Entry) -> float:
+        return entry.score * self.spec.decay ** (self.step - entry.step)
+
+    def _slot(self, tier: int, kind: Kind, chosen: Collection[Entry] = ()) -> int:
+        """A slot for a block to come: one that is free, that of a block which a faster tier has too, or that of one which goes to the next tier."""
+        shelf = self._shelves[kind][tier]
+        if (slot := shelf.take()) is not None:
+            return slot
+        if shelf.copies:
+            entry, _ = shelf.copies.popitem(last=False)
+        else:
+            entry = self._victim(shelf, chosen)
+            self._lower(entry, tier)
+            del shelf.only[entry]
+            self.evicted[self.names[tier]] += 1
+        found, entry.slots[tier] = entry.slots[tier], None
+        assert found is not None
+        return found
+
+    def _victim(self, shelf: Shelf, chosen: Collection[Entry]) -> Entry:
+        left = (entry for entry in shelf.only if entry not in chosen)
+        if self.spec.policy == "mass":
+            return min(left, key=self._score)  # of several, the one that was used longest ago
+        return next(left)
+
+    def _lower(self, entry: Entry, tier: int) -> None:
+        """A block is about to leave a tier: it lies in one below."""
+        shelves = self._shelves[entry.kind]
+        below = next((shelf for shelf in shelves[tier + 1 :] if entry.slots[shelf.tier] is not None), None)
+        if below is None:
+            below, source, at = shelves[tier + 1], shelves[tier].arena, entry.slots[tier]
+            assert at is not None and isinstance(source, InMemory)
+            slot = self._slot(below.tier, entry.kind)
+            below.arena.write(slot, source.entries[at])
+            entry.slots[below.tier] = slot
+        below.copies.pop(entry, None)
+        below.only[entry] = None
+
+    # -- reading --------------------------------------------------------------------------------------------------------------
+
+    def fits(self, kinds: Iterable[Kind], count: int) -> bool:
+        """Whether `count` blocks of each of these kinds can be on the device together."""
+        return all(times * count <= self._shelves[kind][0].arena.capacity for kind, times in Counter(kinds).items())
+
+    def on_device(self, blocks: Sequence[Block]) -> list[int]:
+        """The slots of blocks, which fit, on the device: those that were not there are brought, and none of them makes room for another."""
+        self._sweep()
+        chosen = dict.fromkeys(block.entry for block in blocks)
+        missing: dict[Kind, list[Entry]] = {}
+        for entry in chosen:
+            self._used(entry)
+            if entry.slots[0] is None:
+                missing.setdefault(entry.kind, []).append(entry)
+        started = time.perf_counter()
+        for kind, entries in missing.items():
+            size = max(1, int(self.spec.staging) // kind.nbytes)
+            for a in range(0, len(entries), size):
+                self._bring(kind, entries[a : a + size], chosen)
+        self.waited += time.perf_counter() - started if missing else 0.0
+        return [slot for block in blocks if (slot := block.entry.slots[0]) is not None]
+
+    def _bring(self, kind: Kind, entries: Sequence[Entry], chosen: Collection[Entry]) -> None:
+        """Blocks come to the device, by way of a copy: those that make room for them may take the very slots in which they lay."""
+        staged = torch.empty((len(entries), *kind.shape), dtype=kind.dtype, device=kind.device)
+        self.stage(staged)
+        self._copy(self._plan(entries), staged)
+        shelves = self._shelves[kind]
+        for entry in entries:
+            before = shelves[entry.tier]
+            del before.only[entry]
+            before.copies[entry] = None
+            shelves[0].only[entry] = None
+        for number, entry in enumerate(entries):
+            slot = self._slot(0, kind, chosen)
+            shelves[0].arena.write(slot, staged[number])
+            entry.slots[0] = slot
+
+    def arena(self, kind: Kind) -> torch.Tensor:
+        """[slots, G, tokens, width] of the device."""
+        arena = self._shelves[kind][0].arena
+        assert isinstance(arena, InMemory)
+        return arena.entries
+
+    def read(self, wanted: Sequence[tuple[Sequence[Block], torch.Tensor]]) -> Reading:
+        """Begin to copy blocks into tensors [n, G, tokens, width], of any strides, from wherever they lie. They stay where they are."""
+        plans = []
+        for blocks, out in wanted:
+            for block in blocks:
+                self._used(block.entry)
+            plans.append((self._plan([block.entry for block in blocks]), out))
+        return self._lane.begin(lambda: [self._copy(plan, out) for plan, out in plans], [out for _, out in wanted])
+
+    def wait(self, reading: Reading) -> None:
+        """Until a reading is done."""
+        started = time.perf_counter()
+        reading.done()
+        self.waited += time.perf_counter() - started
+
+    def _used(self, entry: Entry) -> None:
+        self.fetched[self.names[entry.tier]] += 1
+        self._shelves[entry.kind][entry.tier].only.move_to_end(entry)
+
+    def _plan(self, entries: Sequence[Entry]) -> list[tuple[Arena, int, int, int]]:
+        """What is to be copied: from which slot of an arena, to the places first .. last + 1."""
+        found = []
+        tiers = [entry.tier for entry in entries]
+        slots = [entry.slots[tier] or 0 for entry, tier in zip(entries, tiers)]
+        far = [slot + tier * 2**40 for slot, tier in zip(slots, tiers)]  # slots of different tiers do not follow each other
+        for a, b in runs(far):
+            found.append((self._shelves[entries[a].kind][tiers[a]].arena, slots[a], a, b))
+        return found
+
+    @staticmethod
+    def _copy(plan: Sequence[tuple[Arena, int, int, int]], out: torch.Tensor) -> None:
+        for arena, slot, a, b in plan:
+            arena.read(slot, out[a:b])
+
+    def stage(self, *tensors: torch.Tensor) -> None:
+        """These hold blocks apart from the budgets, as long as they live."""
+        self._staged = [(found, size) for found, size in self._staged if found() is not None] + [(weakref.ref(x), x.nbytes) for x in tensors]
+        self.most_staged = max(self.most_staged, sum(size for _, size in self._staged))
+
+    # -- people ---------------------------------------------------------------------------------------------------------------
+
+    def tiers(self) -> dict[str, dict[str, int]]:
+        """Of every tier: bytes of its budget and of what lies there, blocks and what was asked of it."""
+        self._sweep()
+        found: dict[str, dict[str, int]] = {}
+        for tier, name in enumerate(self.names):
+            shelves = {kind: shelves[tier] for kind, shelves in self._shelves.items()}
+            found[name] = {
+                "budget": self.spec.budgets[name],
+                "bytes": sum(kind.nbytes * shelf.used for kind, shelf in shelves.items()),
+                "allocated": sum(shelf.arena.allocated for shelf in shelves.values()),
+                "blocks": sum(shelf.used for shelf in shelves.values()),
+                "fetched": self.fetched[name],
+                "evicted": self.evicted[name],
+            }
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """Plain data. `hit_rate`: of the blocks that were asked for, how many lay on the device; None before the first."""
+        asked = sum(self.fetched.values())
+        return {
+            "tiers": self.tiers(),
+            "hit_rate": self.fetched["device"] / asked if asked else None,
+            "seconds_waited": self.waited,
+            "most_staged": self.most_staged,
+        }
+
+    def close(self) -> None:
+        """Everything goes, the files too."""
+        self._lane.close()
+        for shelves in self._shelves.values():
+            for shelf in shelves:
+                shelf.arena.close()

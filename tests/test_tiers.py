@@ -1,0 +1,167 @@
+"""Tiered memory equals the contiguous one, keeps to its budgets, says when it is full, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import longreach
+from families import build, tokens
+from histories import constants
+from longreach import Quest, SelfExtend, Tiered
+from longreach.hf.cache import cache_bytes, store_of
+from longreach.memory.arenas import InMemory
+from longreach.methods.base import Method
+from methods_matrix import METHODS, context, refusal
+from test_matrix import chunked, difference
+
+LENGTH, BLOCK = 75, 4
+CUTTABLE = [method for method in METHODS if method.cut == 1 and not refusal("llama", method)]
+UNIT = 2 * 2 * BLOCK * 2 * 16 * 4  # bytes of 4 tokens of "llama" in fp32: 2 layers, a key and a value of 2 heads of 16
+
+
+@pytest.fixture(autouse=True)
+def small() -> Iterator[None]:
+    """A rollback of a few tokens, so that short texts reach the blocks."""
+    with constants(3, 4):
+        yield
+
+
+def budgets(folder: Any, device: float, host: float = 0, disk: float = 0, **more: Any) -> Tiered:
+    """Tiers for so many blocks of one form of keys and of the values."""
+    of = [int(n * UNIT) for n in (device, host, disk)]
+    return Tiered(of[0], of[1] or None, f"{folder}:{of[2]}" if disk else None, **{"block": BLOCK, "staging": 8 * UNIT, **more})
+
+
+def checked(extension: Any) -> dict[str, Any]:
+    """The report, which no budget is exceeded by; nor are the tensors behind it."""
+    found = extension.report()["memory"]
+    pool = extension.forward.memory.pool
+    for name, tier in found["tiers"].items():
+        assert tier["bytes"] + tier.get("summaries", 0) <= tier["budget"], (name, tier)
+        arenas = [shelf.arena for shelves in pool._shelves.values() for shelf in shelves if pool.names[shelf.tier] == name]
+        assert sum(arena.entries.nbytes if isinstance(arena, InMemory) else arena.allocated for arena in arenas) <= tier["budget"]
+    return found
+
+
+@pytest.mark.parametrize("policy", ["lru", "mass"])
+@pytest.mark.parametrize("method", CUTTABLE, ids=str)
+@torch.no_grad()
+def test_it_equals_the_contiguous_one(method: Method, policy: str, tmp_path):
+    """Odd chunks, decoded tokens, pads, a crop into a block, a fork, other rows: over a device that holds a few blocks, most are elsewhere."""
+    model, ids = build("llama"), tokens(2, LENGTH)
+    mask, found = torch.ones_like(ids), []
+    mask[1, :11] = 0
+    for memory in ({}, {"memory": budgets(tmp_path, 9, 6, 200, policy=policy)}):
+        with longreach.extend(model, method, context=context(method, LENGTH), **memory) as extension:
+            parts = [chunked(model, ids, [23, 1, 1, 9, 8, 1, 17, *[1] * 15]), chunked(model, ids, [40, 5, *[1] * 30], mask)[:, 11:]]
+            cache = DynamicCache()
+            model(ids[:, :60], past_key_values=cache)
+            if memory:
+                checked(extension)
+            twin = extension.fork(cache)
+            start = max(33, *map(store_of(cache)._reaches, range(2)))  # bounded forms do not go back farther
+            cache.crop(start)
+            for each, stop in ((cache, start), (twin, 60), (cache, start + 1)):
+                parts.append(model(ids[:, stop : stop + 1], past_key_values=each).logits)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache.batch_repeat_interleave(2)
+            parts.append(model(ids[[1, 1, 0, 0], start + 2 : start + 9], past_key_values=cache).logits)
+            parts.append(model(ids[[1, 0, 1, 0], start + 9 : start + 10], past_key_values=cache).logits)
+            if memory:
+                tiers = checked(extension)
+                if any(kept.place is None for layer in extension.layers for kept in layer.kept.values()):
+                    assert tiers["tiers"]["disk"]["fetched"] or isinstance(method, Quest) or tiers["tiers"]["disk"]["blocks"]
+            found.append(parts)
+    assert all(difference(theirs, ours) <= 1e-5 for ours, theirs in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def test_what_is_chosen_comes_to_the_device_and_nothing_else_is_fetched(tmp_path):
+    """Two blocks a token: the same keys in the same order, so the same bits."""
+    model, ids, found = build("llama"), tokens(1, LENGTH), []
+    method = Quest(12, 4, 0)
+    for memory in ({}, {"memory": budgets(tmp_path, 12, 0, 100)}):
+        with longreach.extend(model, method, context=LENGTH, **memory) as extension:
+            cache = DynamicCache()
+            model(ids[:, :60], past_key_values=cache)
+            before = extension.report()["memory"]
+            found.append(model(ids[:, 60:61], past_key_values=cache).logits)
+            after = extension.report()["memory"]
+    assert torch.equal(*found)
+    fetched = sum(after["tiers"][name]["fetched"] - before["tiers"][name]["fetched"] for name in after["tiers"])
+    assert 0 < fetched <= 2 * 2 * 2 * 3  # layers, keys and values, heads, blocks that each may choose
+    assert after["tiers"]["disk"]["fetched"] > before["tiers"]["disk"]["fetched"]
+
+
+@torch.no_grad()
+def test_it_says_when_all_tiers_are_full_and_the_cache_goes_on_as_it_was(tmp_path):
+    model, ids = build("llama"), tokens(1, LENGTH)
+    with longreach.extend(model, SelfExtend(1, 70), context=64) as extension:
+        alone = model(ids[:, :44], use_cache=False).logits[:, -1]
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 4, 2, 4)) as extension:
+        whole = model(ids[:, :44], use_cache=False).logits[:, -1]
+        cache = DynamicCache()
+        model(ids[:, :40], past_key_values=cache)
+        before = checked(extension)
+        assert [tier["blocks"] for tier in before["tiers"].values()] == [16, 8, 12]
+        with pytest.raises(ValueError, match=r"all tiers are full \(device 8KiB of 8KiB, host 4KiB of 4KiB, disk .*pass a larger disk budget"):
+            model(ids[:, 40:75], past_key_values=cache)
+        assert cache.get_seq_length() == 40 and checked(extension)["tiers"]["device"]["blocks"] == 16
+        assert difference(model(ids[:, 40:44], past_key_values=cache).logits[:, -1], whole) <= 1e-5
+        del cache
+        gc.collect()
+        assert [tier["blocks"] for tier in checked(extension)["tiers"].values()] == [0, 0, 0]
+        assert difference(model(ids[:, :44], use_cache=True).logits[:, -1], whole) <= 1e-5
+    assert alone.shape == whole.shape
+
+
+@torch.no_grad()
+def test_forks_share_blocks_and_count_them_once(tmp_path):
+    model, ids = build("llama"), tokens(1, LENGTH)
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 40)) as extension:
+        cache = DynamicCache()
+        model(ids[:, :60], past_key_values=cache)
+        blocks = checked(extension)["tiers"]["device"]["blocks"]
+        twins = [extension.fork(cache) for _ in range(3)]
+        for n, twin in enumerate(twins):
+            model(ids[:, 60 + n : 61 + n], past_key_values=twin)
+        assert checked(extension)["tiers"]["device"]["blocks"] == blocks
+        each = cache_bytes(cache)
+        assert each >= blocks * UNIT // 4
+        assert cache_bytes(cache, *twins) < each + 3 * each // 2
+        del cache, twins, twin
+        gc.collect()
+        assert checked(extension)["tiers"]["device"]["blocks"] == 0
+
+
+@torch.no_grad()
+def test_files_have_no_name_and_are_gone_in_the_end(tmp_path):
+    model, ids = build("llama"), tokens(1, LENGTH)
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 2, 0, 40)) as extension:
+        cache = DynamicCache()
+        model(ids, past_key_values=cache)
+        files = [shelf.arena._file for shelves in extension.forward.memory.pool._shelves.values() for shelf in shelves if shelf.tier == 1]
+        assert all(os.fstat(file.fileno()).st_size and not os.fstat(file.fileno()).st_nlink for file in files) and files
+        assert os.listdir(tmp_path) == []
+    assert all(file.closed for file in files)
+
+
+@torch.no_grad()
+def test_what_a_block_on_disk_was_written_for_once_is_not_written_again(tmp_path, monkeypatch):
+    model, ids = build("llama"), tokens(1, LENGTH)
+    with longreach.extend(model, Quest(12, 4, 0), context=LENGTH + 9, memory=budgets(tmp_path, 5, 0, 60)) as extension:
+        cache = DynamicCache()
+        model(ids, past_key_values=cache)
+        for token in range(5):
+            model(ids[:, token : token + 1], past_key_values=cache)
+        tiers, pool = checked(extension)["tiers"], extension.forward.memory.pool
+        disk = [shelf for shelves in pool._shelves.values() for shelf in shelves if shelf.tier == 1]
+        assert tiers["device"]["evicted"] > sum(shelf.begun for shelf in disk), "more left the device than were ever written"
+        assert store_of(cache).lengths == [LENGTH + 5]
