@@ -20,6 +20,7 @@ from longreach import (  # fmt: skip
     LeakyReRoPE,
     LMInfinite,
     LogisticSelfExtend,
+    LongHeads,
     LongRoPE,
     NTKByParts,
     Quest,
@@ -76,6 +77,9 @@ METHODS = [
     Quest(12, 4, 1, "all"),
     Quest(16, 4, 0),
     Combined(YaRN(2.0), Quest(18, 3, 0, "all")),
+    LongHeads(12, 10, 3),
+    LongHeads(16, 19, 4, together=2),
+    Combined(YaRN(2.0), LongHeads(9, 6, 3)),
     InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8),
     InfLLM(7, 0, 3, 3, repr_topk=1, exc_block_size=1),
     Combined(YaRN(2.0), InfLLM(16, 2, 5, 1, repr_topk=5, exc_block_size=3)),
@@ -107,6 +111,8 @@ NEUTRAL = [
     LogisticSelfExtend(7, growth=0.0),
     Quest(64, dense_layers=0, queries="all"),
     Quest(64, 8, 0),
+    LongHeads(6, 75, 2),
+    LongHeads(66, 60, 22),
     InfLLM(60),
     InfLLM(60, 3, 4, 2, exc_block_size=8),
 ]
@@ -142,6 +148,7 @@ def cells(methods: list[Method]) -> list[Any]:
 
 SCALED = {"llama3", "llama-yarn", "llama-linear", "llama-dynamic", "phi3-longrope", "gpt-oss", "deepseek-v3-yarn", "ministral3"}
 UNROTATED = {"llama4", "cohere2", "exaone4"}  # rotary in the sliding or chunked layers only
+NARROW = {"deepseek-v2", "deepseek-v3", "deepseek-v3-yarn"}  # values narrower than keys
 ALIBI = {"bloom", "mpt", "falcon-alibi", "falcon-alibi-groups"}
 # rotary pairs of a head; the other families have 8
 PAIRS = {
@@ -152,6 +159,8 @@ PAIRS = {
 
 def refusal(family: str, method: Method) -> str | None:
     """What `extend` says where the method cannot apply to the family; None where it has to be exact."""
+    if isinstance(method.positions if isinstance(method, Combined) else method, LongHeads) and family in NARROW:
+        return "compares keys of"
     if not method.rescales:
         return None
     if family in ALIBI:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from longreach.methods.leaky_rerope import LeakyReRoPE as LeakyReRoPE
     from longreach.methods.lm_infinite import LMInfinite as LMInfinite
     from longreach.methods.logistic_selfextend import LogisticSelfExtend as LogisticSelfExtend
+    from longreach.methods.longheads import LongHeads as LongHeads
     from longreach.methods.longrope import LongRoPE as LongRoPE
     from longreach.methods.ntk import NTK as NTK
     from longreach.methods.ntk_by_parts import NTKByParts as NTKByParts

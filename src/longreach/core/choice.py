@@ -34,14 +34,15 @@ class Index(ABC):
 
     width   numbers that a summary has, in widths of a key; 0: there is none, the keys themselves are compared (blocks of one key).
     each    "group": there is one for every group of heads that share keys; "head": one for every query head.
-    frame   "segment": queries and keys are compared at the positions of the segment; "raw": un-rotated.
-    needs   what `summarise` gets beside the keys: "q", the queries of the block's own tokens, un-rotated, and "v", the values.
+    frame   "segment": queries and keys are compared at the positions of the segment; "raw": un-rotated. "block": so are the queries who choose, and what is
+            summarised of a block is at positions that begin with 0 there.
+    needs   what `summarise` gets beside the keys: "q", the queries of the block's own tokens, and "v", the values.
     mass    not 0: and "mass", what the queries that are less than so many tokens ahead have paid to every key.
     """
 
     width: ClassVar[int] = 0
     each: ClassVar[Literal["group", "head"]] = "group"
-    frame: ClassVar[Literal["segment", "raw"]] = "segment"
+    frame: ClassVar[Literal["segment", "raw", "block"]] = "segment"
     needs: ClassVar[tuple[Literal["q", "v"], ...]] = ()
 
     @property
@@ -51,8 +52,8 @@ class Index(ABC):
     def summarise(self, k: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """k [R, G, N, block, D], the keys of complete blocks in the frame -> [R, G, N, S], in their dtype, S being `numbers` widths of a key.
 
-        By name come what it `needs`, q [R, H, N, block, D] and v [R, G, N, block, E]; and mass [R, H, N, block] fp32, the sum of the final probabilities. A
-        query from which a mask hides keys pays nothing.
+        By name come what it `needs`, q [R, H, N, block, D], un-rotated or of the block, with the `scale` of the layer's logits, and v [R, G, N, block, E];
+        and mass [R, H, N, block] fp32, the sum of the final probabilities. A query from which a mask hides keys pays nothing.
 
         Asked once for every block, when its last key has come, or the last query that pays to it. After a crop behind that it is asked again.
         """
@@ -62,6 +63,9 @@ class Index(ABC):
     def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
         """q [R, H, T, D] in the frame, times the factor of the segment -> [R, C, T, n] numbers of blocks in any order, -1 for none; C as the choice says, n at
         most `keep`. Queries that choose together come all of them, and get one answer: [R, C, 1, n]."""
+
+    def require_widths(self, key: int, value: int) -> None:
+        """Raises ValueError where keys and values of these widths cannot be summarised."""
 
     def numbers(self, group: int) -> int:
         """Of a summary beside each other for `group` query heads that share keys, in widths of a key."""

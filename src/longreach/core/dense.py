@@ -21,8 +21,9 @@ class Dense:
     q       [B, H, T, D] of the new tokens, un-rotated, times their factor; k [B, H, N, D] of all tokens, those of a group repeated. Both fp64.
     layer   its number, from 0.
     barred  [N] keys that a mask hides from all queries, whatever the method says, or [..., T, N] from each of them.
+    v       [B, H, N, E] fp64, of all tokens, where an index asks for it.
     sink    [H] learned logits in the denominator, and earlier: of the tokens before the new ones, q [B, H, n, D] as above and the log-sum-exp [B, H, n, 1] of
-            all that each has seen, infinite where a mask hid something from it. Both only for an index that asks for masses.
+            all that each has seen, infinite where a mask hid something from it, for an index that asks for masses; of one that asks for queries, only these.
     """
 
     q: torch.Tensor
@@ -36,6 +37,7 @@ class Dense:
     groups: int = 1  # query heads that share keys and values
     sink: torch.Tensor | None = None
     earlier: tuple[torch.Tensor, ...] = ()
+    v: torch.Tensor | None = None
 
     @property
     def i(self) -> torch.Tensor:

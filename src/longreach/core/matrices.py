@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from longreach.core.segments import Segment
+from longreach.core.segments import Rank, Segment
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """Dense description of a layout: distance [Q, K] (NaN where hidden), and which segment shows the pair (-1: none)."""
+    """Dense description of a layout: distance [Q, K] (NaN where hidden, or a place among chosen keys), and which segment shows the pair (-1: none)."""
 
     distance: torch.Tensor
     segment: torch.Tensor = field(repr=False)
@@ -28,7 +28,7 @@ def matrices(segments: tuple[Segment, ...], n: int) -> Matrices:
         seen = segment.visible(i, j) & (j <= i)
         if bool((seen & (owner >= 0)).any()):
             raise AssertionError(f"segment {number} shows a pair that another segment shows already")
-        d = segment.query_positions(i) - segment.key_positions(j)
-        distance = torch.where(seen, d, distance)
+        if not isinstance(segment.key_positions, Rank):  # those depend on what is chosen
+            distance = torch.where(seen, segment.query_positions(i) - segment.key_positions(j), distance)
         owner = torch.where(seen, number, owner)
     return Matrices(distance, owner)

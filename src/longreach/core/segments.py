@@ -208,7 +208,7 @@ class Segment:
         band = self.visible
         if self.choice is not None and (band.high is not None or band.last_key is not None or band.chunk != 1 or band.last_query is not None):
             raise ValueError("a segment chooses among all keys from first_key on; leave out high, last_key, last_query and chunk, or the choice")
-        if isinstance(self.key_positions, Rank) and (self.choice is None or self.choice.index.frame != "raw" or self.choice.who == "single"):
+        if isinstance(self.key_positions, Rank) and (self.choice is None or self.choice.index.frame == "segment" or self.choice.who == "single"):
             raise ValueError("keys have a place only where they are chosen: give the segment a choice by every or the last query, and an index of raw keys")
         if isinstance(self.key_positions, Rank) and self.key_positions.align == "right" and self.choice is not None and self.choice.queries > 1:
             raise ValueError("queries that choose together see the same keys at the same places: align them to the left")
@@ -221,7 +221,7 @@ class Segment:
     @property
     def compared(self) -> tuple[PositionMap, PositionMap]:
         """Positions of queries and of keys at which an index compares them."""
-        raw = self.choice is not None and self.choice.index.frame == "raw"
+        raw = self.choice is not None and self.choice.index.frame != "segment"
         return (Constant(0), Constant(0)) if raw else (self.query_positions, self.key_positions)
 
 

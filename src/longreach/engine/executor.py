@@ -90,9 +90,9 @@ def _dense(layer: Layer, rows: Rows, q: torch.Tensor, memory: Shown, inputs: Inp
     dense = reference.forward(
         q, kv.k, layer.rotary, inputs.scale, layer=layer.index, alibi=layer.alibi, query_scale=factor, softcap=inputs.softcap, barred=barred
     )
-    if LSE in layer.queries:
-        earlier = [memory.summaries(of, rows.rows, rows.start).double() for of in (QUERY, LSE)] if rows.start else []
-        dense = replace(dense, sink=inputs.sink, earlier=tuple(earlier))
+    if layer.queries:
+        earlier = [memory.summaries(of, rows.rows, rows.start).double() for of in (QUERY, LSE) if of in layer.queries] if rows.start else []
+        dense = replace(dense, sink=inputs.sink, earlier=tuple(earlier), v=kv.v.double().repeat_interleave(dense.groups, dim=1))
     out, lse = reference.softmax(dense, layer.method.truth(dense), kv.v, inputs.sink)
     if LSE in layer.queries:
         memory.append_summaries(rows.rows, rows.start, {LSE: summaries.paying(rows, lse)})

@@ -6,11 +6,13 @@ come, and the sums are formed then in one pass, so that they are a function of t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from longreach.core.choice import OfQueries
 from longreach.core.encodings import exact_device
-from longreach.core.segments import Summary
+from longreach.core.segments import Chunked, Summary
 from longreach.engine.batch import Batch, Rows
 from longreach.engine.layer import LSE, QUERY, Inputs, Layer
 from longreach.kernels import mass
@@ -31,9 +33,16 @@ def summarise(layer: Layer, batch: Batch, memory: Shown, rows: slice, start: int
                 given["v"] = joined(memory.view(layer.form_of(form.positions), rows, a, b, False), rows.stop - rows.start).v
             if "q" in form.index.needs:
                 given["q"] = memory.summaries(QUERY, rows, b, a)
+            if form.index.frame == "block":
+                place = Chunked(form.block, shift=-form.first % form.block)  # of an index in its block, which begins with `first`
+                k = batch.turned(k, layer.rest, place, a, b - a)
+                given |= {name: batch.turned(x, layer.rotary, place, a, b - a) for name, x in given.items() if name == "q"}
             if form.index.mass:
                 given["mass"] = masses(layer, batch, memory, rows, form, k, a, inputs)
-            made[form] = form.index.summarise(k.unflatten(2, shape), **{name: x.unflatten(2, shape) for name, x in given.items()})
+            found: dict[str, Any] = {name: x.unflatten(2, shape) for name, x in given.items()}
+            if "q" in form.index.needs:
+                found["scale"] = inputs.scale
+            made[form] = form.index.summarise(k.unflatten(2, shape), **found)
     if made:
         memory.append_summaries(rows, start, made)
 

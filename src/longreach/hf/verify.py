@@ -43,6 +43,9 @@ def verify(seam: Seam, chosen: Chosen, dense: bool = False) -> Facts:
                 "the positions of this model are the biases of ALiBi, so there are no rotary frequencies to change; use a method of positions, such as "
                 "SelfExtend or LMInfinite"
             )
+        if (choice := chosen.method.choice) is not None:
+            for entry in reading.entries:
+                choice.index.require_widths(entry.key_width, entry.value_width)
         logits = _logits_of(seam, ids)
         stock = selfcheck.stock_runs(seam.model, reading.modules, logits, seam.kernels(reading), seam.stock, reading.dtype)
         chosen, methods, remark = _settle(seam.base, chosen, reading)
