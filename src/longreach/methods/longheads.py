@@ -1,4 +1,4 @@
-"""LongHeads (Lu et al., EMNLP 2024, arXiv 2402.10685): every head reads few chunks of its own choice, renumbered to follow each other."""
+"""LongHeads (Lu et al., 2024, arXiv 2402.10685): every head reads few chunks of its own choice, renumbered to follow each other."""
 
 from __future__ import annotations
 
