@@ -217,10 +217,8 @@ class Store:
             self.lengths, self.slots, self._finishing = lengths, slots, None
         for placement in self.placements.values():
             placement.finish(counts)
-        if self.blocked is not None and (place := self.placements.get(None)) is not None and (cut := blocks.cut(place)) is not None:
-            for layer in self.layers:
-                layer.freeze(None, cut.bases)
-            blocks.adopt(place, cut)
+        if self.blocked is not None and (place := self.placements.get(None)) is not None:
+            blocks.seal(place, self.layers)
 
     def _rewind(self, lengths: Mapping[int, int]) -> None:
         """Rows forget what they hold at this index and later."""
@@ -326,6 +324,8 @@ class Store:
             return self.reset()
         if any(not -self.rows <= row < self.rows for row in rows):
             raise ValueError(f"rows {rows} are not all among the {self.rows} of this cache; pass indices from 0 to {self.rows - 1}")
+        if self.blocked is not None:
+            self.blocked.require(self.placements, self.layers, len(rows) / self.rows)
         index = index % self.rows
         self._part()
         self._freeze([row for row, times in Counter(index.tolist()).items() if times > 1])
@@ -346,8 +346,4 @@ class Store:
 
 def nbytes_of(stores: Iterable[Store]) -> int:
     """Bytes that several stores hold. What forks share counts once."""
-    held: dict[int, int] = {}
-    for store in stores:
-        for layer in store.layers:
-            held.update(layer.held)
-    return sum(held.values())
+    return sum({key: size for store in stores for layer in store.layers for key, size in layer.held.items()}.values())
