@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from longreach.core.segments import Form, Place, Retention
@@ -99,3 +99,16 @@ class Blocked(ABC):
     @abstractmethod
     def close(self) -> None:
         """Nothing will be kept or read any more."""
+
+
+def allocated(unit: int, forwards: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Entries of a row that are in blocks after these forwards, (start, tokens), and columns of the body that holds the others."""
+    first, size, most = 0, 0, placements.ROLLBACK + 2 * unit + placements.SLACK
+    for start, new in forwards:
+        stop = start + new
+        size = placements.room(size, stop - first, None)
+        horizon = max(0, stop - placements.ROLLBACK) // unit * unit
+        if horizon > first:
+            first = horizon
+            size = most if size > most >= stop - first else size
+    return first, size

@@ -17,10 +17,9 @@ from longreach.memory.block_buffer import BlockBuffer
 from longreach.memory.blocks import Blocked
 from longreach.memory.budgets import Tiered, size_text
 from longreach.memory.buffer import Buffer
-from longreach.memory.contiguous import Contiguous
 from longreach.memory.layer import LayerMemory
 from longreach.memory.placement import Placement
-from longreach.memory.tiered import TieredLayer
+from longreach.memory.tiered import Counted, TieredLayer
 from longreach.memory.tiers import Pool
 from longreach.quantities import counted
 
@@ -57,11 +56,11 @@ class Tiers(Blocked):
         a_token = sum(kind.nbytes * count for kind, count in kinds.items()) / spec.block
         kept = sum(size / form.block for layer in layers for form, size in layer.summaries().items())
         self.pool = Pool(spec, kinds, kept / a_token if kept else 0.0)
-        self._living: weakref.WeakSet[TieredLayer] = weakref.WeakSet()
+        self._living: weakref.WeakSet[Counted] = weakref.WeakSet()
 
     def __call__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention]) -> LayerMemory:
         if all(kept.place is not None for kept in forms.values()):
-            return Contiguous(placements, forms)
+            return Counted(placements, forms, self._living)
         return TieredLayer(placements, forms, self.pool, self._living)
 
     def require(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], times: float = 1.0, more: int = 0) -> None:
@@ -79,7 +78,7 @@ class Tiers(Blocked):
         return self._entry[form] * sum(len(rows) * places.rooms[bucket] for bucket, rows in places.members.items())
 
     @staticmethod
-    def _summaries(layers: Iterable[TieredLayer], frozen: Iterable[TieredLayer] = ()) -> int:
+    def _summaries(layers: Iterable[Counted], frozen: Iterable[Counted] = ()) -> int:
         """Bytes of what an index keeps in some layers; of those in `frozen`, only of what nobody writes to any more."""
         held: dict[int, int] = {}
         for layer in layers:

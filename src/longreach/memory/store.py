@@ -203,7 +203,8 @@ class Store:
     def settle(self) -> None:
         """What a finished forward added counts, what one that failed has added is gone."""
         counts = self._finishing is not None
-        self._put_back()
+        if self._back:
+            self._put_back()
         if self._finishing is None:
             for layer in self.layers:
                 layer.discard()
@@ -211,7 +212,8 @@ class Store:
             lengths, slots, shorter = self._finishing
             for placement in self.placements.values():
                 placement.commit()
-            self._rewind({row: lengths[row] for row in shorter})  # one that read nothing but pads has added nothing that would say so
+            if shorter:  # one that read nothing but pads has added nothing that would say so
+                self._rewind({row: lengths[row] for row in shorter})
             for layer in self.layers:
                 layer.settle()
             self.lengths, self.slots, self._finishing = lengths, slots, None
