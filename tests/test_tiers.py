@@ -192,3 +192,42 @@ def test_it_is_saved_and_loaded_whatever_memory_it_had_before(tmp_path):
                     del document
                     assert model(ids[:, 299:], past_key_values=extension.load(tmp_path / "c").cache).logits.isfinite().all()
     assert all(difference(each, found[0]) <= 1e-5 for each in found)
+
+
+@torch.no_grad()
+def test_many_requests_are_read_together_from_it(tmp_path):
+    model, texts = build("llama"), [tokens(1, n, seed=n)[0].tolist() for n in (9, 30, 50, 62)]
+    with longreach.extend(model, SelfExtend(3, 8)) as extension:
+        alone = longreach.generate(extension, texts, 9, at_once=1)
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 2, 3, 99)) as extension:
+        assert longreach.generate(extension, texts, 9) == alone
+        assert checked(extension)["tiers"]["disk"]["fetched"]
+        flat = extension.flat()
+        a = flat.join()
+        flat.read({a: texts[3][:50]}, "none")
+        b = flat.fork(a)
+        found = flat.read({a: texts[3][50:], b: texts[3][50:51]})
+        whole = model(torch.tensor([texts[3]]), use_cache=False).logits[0]
+        assert difference(found[a], whole[-1]) <= 1e-5 and difference(found[b], whole[50]) <= 1e-5
+
+
+def test_the_command_line_says_what_lay_where(run, folders, book, tmp_path):
+    options = ["--model", folders["llama"], "--file", book, "--truncate", "right", "--context", 700, "--method", "selfextend", "--group-size", 32, "--window", 32]
+    options += ["--max-new-tokens", 4, "--json"]
+    with constants(128, 64):
+        found = run("run", *options, "--memory", f"device=64KiB,host=32KiB,disk={tmp_path}:64MiB,staging=64KiB").json
+        plain = run("run", *options).json
+    assert found["answer"] == plain["answer"] and plain["extension"]["memory"] is None
+    memory = found["extension"]["memory"]
+    assert list(memory["tiers"]) == ["device", "host", "disk"] and memory["tiers"]["disk"]["fetched"] > 0 < memory["apart"]["staging"] <= 2**16
+    assert 0 < memory["hit_rate"] < 1 and memory["seconds_waited"] > 0
+    assert run("run", *options, "--memory", "512MiB").code == 2
+
+
+@torch.no_grad()
+def test_it_is_described(tmp_path):
+    model = build("llama")
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 2, 3, 99)) as extension:
+        model(tokens(1, LENGTH), past_key_values=DynamicCache())
+        words = extension.describe()
+    assert "memory      device 0B of 2KiB, 0 blocks" in words and "apart from the budgets" in words

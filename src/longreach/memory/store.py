@@ -264,7 +264,6 @@ class Store:
     def fork(self) -> Store:
         """A store of the same content that goes on by itself. Keys and values are shared until one side writes: what it has read then stays frozen for all
         that read it, where every token is kept, and what it reads goes to a tail of its own. Bounded forms are copied then, and what is short.
-
         A forward that is under way, which may ask for a fork in a hook, goes on undisturbed.
         """
         if self._finishing is not None:
