@@ -212,14 +212,15 @@ def test_many_requests_are_read_together_from_it(tmp_path):
 
 
 def test_the_command_line_says_what_lay_where(run, folders, book, tmp_path):
-    options = ["--model", folders["llama"], "--file", book, "--truncate", "right", "--context", 700, "--method", "selfextend", "--group-size", 32, "--window", 32]
-    options += ["--max-new-tokens", 4, "--json"]
+    (tmp_path / "text").write_text(book.read_text() * 40)
+    options = ["--model", folders["llama"], "--file", tmp_path / "text", "--truncate", "right", "--context", 900, "--max-new-tokens", 4, "--json"]
+    options += ["--method", "selfextend", "--group-size", 32, "--window", 32]
     with constants(128, 64):
-        found = run("run", *options, "--memory", f"device=64KiB,host=32KiB,disk={tmp_path}:64MiB,staging=64KiB").json
+        found = run("run", *options, "--memory", f"device=64KiB,host=32KiB,disk={tmp_path}:64MiB,staging=256KiB").json
         plain = run("run", *options).json
     assert found["answer"] == plain["answer"] and plain["extension"]["memory"] is None
     memory = found["extension"]["memory"]
-    assert list(memory["tiers"]) == ["device", "host", "disk"] and memory["tiers"]["disk"]["fetched"] > 0 < memory["apart"]["staging"] <= 2**16
+    assert list(memory["tiers"]) == ["device", "host", "disk"] and memory["tiers"]["disk"]["fetched"] > 0 < memory["apart"]["staging"] <= 2**18
     assert 0 < memory["hit_rate"] < 1 and memory["seconds_waited"] > 0
     assert run("run", *options, "--memory", "512MiB").code == 2
 
