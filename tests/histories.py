@@ -31,6 +31,7 @@ from transformers import DynamicCache
 
 import longreach
 from families import WINDOW, build
+from longreach import Tiered
 from longreach.engine import batch
 from longreach.hf.cache import store_of
 from longreach.memory import buffer, placement, store
@@ -130,12 +131,12 @@ class Pair:
 
 
 @functools.lru_cache(maxsize=4)
-def pair(family: str, method: Method) -> Pair:
+def pair(family: str, method: Method, tiers: Tiered | None = None) -> Pair:
     model = build(family, eos_token_id=None)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = NEVER, 0
     twin = copy.deepcopy(model)
     arguments: dict[str, Any] = dict(context=context(method, LONGEST), trained_window=WINDOW)
-    extension, dense = longreach.extend(model, method, **arguments), longreach.extend(twin, method, backend="reference", **arguments)
+    extension, dense = longreach.extend(model, method, **arguments, memory=tiers), longreach.extend(twin, method, backend="reference", **arguments)
     try:
         extension.flat()
     except ValueError as error:
@@ -180,6 +181,18 @@ def drawn(number: int) -> tuple[str, Method]:
             return family, method
 
 
+def tiered(number: int) -> Tiered | None:
+    """Every third pair has blocks, few of them on the device."""
+    rng = random.Random(f"tiers {number}")
+    if rng.random() > 1 / 3:
+        return None
+    device, host, disk = rng.choice([(96, None, 64), (128, 64, 64), (2**16, None, None), (2**13, 256, None)])  # KiB, and MiB on disk
+    return Tiered(
+        f"{device}KiB", None if host is None else f"{host}KiB", None if disk is None else f"{tempfile.gettempdir()}:{disk}MiB", block=rng.choice([2, 4, 16]),
+        policy=rng.choice(["lru", "mass"]), staging=f"{rng.choice([1, 16, 4096])}KiB",
+    )  # fmt: skip
+
+
 class Failure(Exception):
     """Raised inside a forward on purpose."""
 
@@ -192,10 +205,10 @@ class History:
         self.rollback, self.slack = (rng.choice([3, 8, 20]), rng.choice([1, 4, 9])) if self.small else (placement.ROLLBACK, placement.SLACK)
         self.longest_chunk = rng.choice([4, 12, 40]) if self.small else rng.choice([80, 260])
         self.most = 100 if self.small else 400
-        self.pair = pair(self.family, self.method)
+        self.pair = pair(self.family, self.method, tiered(seed // SHARING))
         self.extended = self.pair.extension.model
         self.numbers = 0
-        self.log: list[str] = [f"{self.family} {self.method} rollback={self.rollback} slack={self.slack}"]
+        self.log: list[str] = [f"{self.family} {self.method} rollback={self.rollback} slack={self.slack} memory={tiered(seed // SHARING)}"]
         rows = rng.choice([1, 1, 2, 2, 3, 4])
         self.talks = [Talk(DynamicCache(), Model.empty(rows))]
         self.flat: Any = None

@@ -12,7 +12,7 @@ import transformers as t
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import BASE, FAMILIES, build, rope, tokens
-from longreach import DualChunk, InfLLM, LMInfinite, Quest, SelfExtend, Stock, StreamingLLM, extend, stream
+from longreach import DualChunk, InfLLM, LMInfinite, Quest, SelfExtend, Stock, StreamingLLM, Tiered, extend, stream
 from longreach.core.matrices import matrices
 from longreach.core.segments import Retention
 from longreach.memory.buffer import Buffer
@@ -20,7 +20,7 @@ from longreach.memory.placement import ROLLBACK, Placement
 from longreach.planning import devices, hardware, theory, timing, work
 from longreach.planning.architecture import read
 from longreach.planning.hardware import CARDS, Curve
-from longreach.planning.memory import Budget, Schedule, entries, kv_bytes, largest, temporary_bytes
+from longreach.planning.memory import Budget, Schedule, entries, kv_bytes, largest, temporary_bytes, tier_bytes
 from longreach.planning.theory import GIB, SpeContext
 from methods_matrix import METHODS
 from test_choice import TOGETHER
@@ -375,3 +375,22 @@ def test_unknown_hardware():
 def test_rope_is_not_part_of_the_cost():
     plain, scaled = (read(t.LlamaConfig(**{**BASE, **more}), torch.float32) for more in ({}, rope("linear", factor=2.0)))
     assert plain == scaled
+
+
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize("method", RETENTIONS, ids=str)
+@torch.no_grad()
+def test_bytes_in_tiers_are_those_of_a_real_store(method, block):
+    model = build("llama")
+    schedule = Schedule.of(method, 420, 30, 128)
+    expected = tier_bytes(read(model.config, torch.float32), method, schedule, block)
+    with extend(model, method, memory=Tiered("64MiB", block=block)) as extension:
+        cache, ids = t.DynamicCache(), tokens(1, schedule.stored)
+        for start, new in schedule.forwards():
+            model(ids[:, start : start + new], past_key_values=cache)
+        found = extension.report()["memory"]
+    if any(kept.place is None for layer in extension.layers for kept in layer.kept.values()):
+        device = found["tiers"]["device"]
+        assert {"blocks": device["bytes"], "summaries": device["summaries"], "apart": found["apart"]["tails"]} == expected
+    else:
+        assert expected["blocks"] == expected["summaries"] == 0 < expected["apart"] and found["tiers"]["device"]["bytes"] == 0

@@ -23,7 +23,7 @@ from test_matrix import chunked, difference
 
 LENGTH, BLOCK = 75, 4
 CUTTABLE = [method for method in METHODS if method.cut == 1 and not refusal("llama", method)]
-UNIT = 2 * 2 * BLOCK * 2 * 16 * 4  # bytes of 4 tokens of "llama" in fp32: 2 layers, a key and a value of 2 heads of 16
+UNIT = 2 * 2 * BLOCK * 16 * 4  # bytes of 4 tokens of "llama" in fp32: 2 layers, a key and a value of one head of 16
 
 
 @pytest.fixture(autouse=True)
@@ -50,15 +50,18 @@ def checked(extension: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("policy", ["lru", "mass"])
-@pytest.mark.parametrize("method", CUTTABLE, ids=str)
+CASES = [*((method, "lru") for method in CUTTABLE), (SelfExtend(3, 8), "mass"), (Quest(12, 4, 1, "all"), "mass")]
+
+
+@pytest.mark.parametrize(("method", "policy"), CASES, ids=str)
 @torch.no_grad()
 def test_it_equals_the_contiguous_one(method: Method, policy: str, tmp_path):
     """Odd chunks, decoded tokens, pads, a crop into a block, a fork, other rows: over a device that holds a few blocks, most are elsewhere."""
     model, ids = build("llama"), tokens(2, LENGTH)
     mask, found = torch.ones_like(ids), []
     mask[1, :11] = 0
-    for memory in ({}, {"memory": budgets(tmp_path, 9, 6, 200, policy=policy)}):
+    device = 64 if "page_size=3" in str(method) else 36 if "Quest" in str(method) else 4  # half of it is for what an index keeps
+    for memory in ({}, {"memory": budgets(tmp_path, device, 2, 200, policy=policy)}):
         with longreach.extend(model, method, context=context(method, LENGTH), **memory) as extension:
             parts = [chunked(model, ids, [23, 1, 1, 9, 8, 1, 17, *[1] * 15]), chunked(model, ids, [40, 5, *[1] * 30], mask)[:, 11:]]
             cache = DynamicCache()
@@ -71,13 +74,16 @@ def test_it_equals_the_contiguous_one(method: Method, policy: str, tmp_path):
             for each, stop in ((cache, start), (twin, 60), (cache, start + 1)):
                 parts.append(model(ids[:, stop : stop + 1], past_key_values=each).logits)
             cache.reorder_cache(torch.tensor([1, 0]))
-            cache.batch_repeat_interleave(2)
-            parts.append(model(ids[[1, 1, 0, 0], start + 2 : start + 9], past_key_values=cache).logits)
-            parts.append(model(ids[[1, 0, 1, 0], start + 9 : start + 10], past_key_values=cache).logits)
+            rows = [1, 0]
+            if "Quest" not in str(method):  # there what an index keeps would not fit
+                cache.batch_repeat_interleave(2)
+                rows = [1, 1, 0, 0]
+            parts.append(model(ids[rows, start + 2 : start + 9], past_key_values=cache).logits)
+            parts.append(model(ids[rows[::-1], start + 9 : start + 10], past_key_values=cache).logits)
             if memory:
                 tiers = checked(extension)
                 if any(kept.place is None for layer in extension.layers for kept in layer.kept.values()):
-                    assert tiers["tiers"]["disk"]["fetched"] or isinstance(method, Quest) or tiers["tiers"]["disk"]["blocks"]
+                    assert device > 60 or (tiers["tiers"]["disk"]["blocks"] and tiers["tiers"]["disk"]["fetched"])
             found.append(parts)
     assert all(difference(theirs, ours) <= 1e-5 for ours, theirs in zip(*found, strict=True))
 
@@ -88,7 +94,7 @@ def test_what_is_chosen_comes_to_the_device_and_nothing_else_is_fetched(tmp_path
     model, ids, found = build("llama"), tokens(1, LENGTH), []
     method = Quest(12, 4, 0)
     for memory in ({}, {"memory": budgets(tmp_path, 12, 0, 100)}):
-        with longreach.extend(model, method, context=LENGTH, **memory) as extension:
+        with longreach.extend(model, method, trained_window=128, **memory) as extension:
             cache = DynamicCache()
             model(ids[:, :60], past_key_values=cache)
             before = extension.report()["memory"]
@@ -103,15 +109,13 @@ def test_what_is_chosen_comes_to_the_device_and_nothing_else_is_fetched(tmp_path
 @torch.no_grad()
 def test_it_says_when_all_tiers_are_full_and_the_cache_goes_on_as_it_was(tmp_path):
     model, ids = build("llama"), tokens(1, LENGTH)
-    with longreach.extend(model, SelfExtend(1, 70), context=64) as extension:
-        alone = model(ids[:, :44], use_cache=False).logits[:, -1]
     with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 4, 2, 4)) as extension:
         whole = model(ids[:, :44], use_cache=False).logits[:, -1]
         cache = DynamicCache()
         model(ids[:, :40], past_key_values=cache)
         before = checked(extension)
         assert [tier["blocks"] for tier in before["tiers"].values()] == [16, 8, 12]
-        with pytest.raises(ValueError, match=r"all tiers are full \(device 8KiB of 8KiB, host 4KiB of 4KiB, disk .*pass a larger disk budget"):
+        with pytest.raises(ValueError, match=r"no room left \(device 4KiB of 4KiB, host 2KiB of 2KiB, disk 3KiB of 4KiB\).* 8KiB more; pass a larger disk"):
             model(ids[:, 40:75], past_key_values=cache)
         assert cache.get_seq_length() == 40 and checked(extension)["tiers"]["device"]["blocks"] == 16
         assert difference(model(ids[:, 40:44], past_key_values=cache).logits[:, -1], whole) <= 1e-5
@@ -119,7 +123,6 @@ def test_it_says_when_all_tiers_are_full_and_the_cache_goes_on_as_it_was(tmp_pat
         gc.collect()
         assert [tier["blocks"] for tier in checked(extension)["tiers"].values()] == [0, 0, 0]
         assert difference(model(ids[:, :44], use_cache=True).logits[:, -1], whole) <= 1e-5
-    assert alone.shape == whole.shape
 
 
 @torch.no_grad()
@@ -156,7 +159,7 @@ def test_files_have_no_name_and_are_gone_in_the_end(tmp_path):
 @torch.no_grad()
 def test_what_a_block_on_disk_was_written_for_once_is_not_written_again(tmp_path, monkeypatch):
     model, ids = build("llama"), tokens(1, LENGTH)
-    with longreach.extend(model, Quest(12, 4, 0), context=LENGTH + 9, memory=budgets(tmp_path, 5, 0, 60)) as extension:
+    with longreach.extend(model, Quest(12, 4, 0), trained_window=128, memory=budgets(tmp_path, 12, 0, 60)) as extension:
         cache = DynamicCache()
         model(ids, past_key_values=cache)
         for token in range(5):
@@ -165,3 +168,67 @@ def test_what_a_block_on_disk_was_written_for_once_is_not_written_again(tmp_path
         disk = [shelf for shelves in pool._shelves.values() for shelf in shelves if shelf.tier == 1]
         assert tiers["device"]["evicted"] > sum(shelf.begun for shelf in disk), "more left the device than were ever written"
         assert store_of(cache).lengths == [LENGTH + 5]
+
+
+@torch.no_grad()
+def test_it_is_saved_and_loaded_whatever_memory_it_had_before(tmp_path):
+    """Blocks come from the files of a document one by one."""
+    model, ids, found = build("llama"), tokens(2, 300), []
+    method, spec = SelfExtend(8, 40), budgets(tmp_path, 20, 10, 300)
+    for kind, memory in (("a", {}), ("b", {"memory": spec})):
+        with longreach.extend(model, method, **memory) as extension:
+            cache = DynamicCache()
+            model(ids[:, :290], past_key_values=cache)
+            extension.save(cache, tmp_path / kind)
+            found.append(model(ids[:, 290:], past_key_values=cache).logits)
+    for kind in "ab":
+        for memory in ({}, {"memory": spec}):
+            with longreach.extend(model, method, **memory) as extension:
+                document = extension.load(tmp_path / kind)
+                found.append(model(ids[:, 290:], past_key_values=document.cache).logits)
+                if memory:
+                    assert checked(extension)["tiers"]["disk"]["blocks"] > 0
+                    extension.save(document.cache, tmp_path / "c")
+                    del document
+                    assert model(ids[:, 299:], past_key_values=extension.load(tmp_path / "c").cache).logits.isfinite().all()
+    assert all(difference(each, found[0]) <= 1e-5 for each in found)
+
+
+@torch.no_grad()
+def test_many_requests_are_read_together_from_it(tmp_path):
+    model, texts = build("llama"), [tokens(1, n, seed=n)[0].tolist() for n in (9, 30, 50, 62)]
+    with longreach.extend(model, SelfExtend(3, 8)) as extension:
+        alone = longreach.generate(extension, texts, 9, at_once=1)
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 2, 3, 99)) as extension:
+        assert longreach.generate(extension, texts, 9) == alone
+        assert checked(extension)["tiers"]["disk"]["fetched"]
+        flat = extension.flat()
+        a = flat.join()
+        flat.read({a: texts[3][:50]}, "none")
+        b = flat.fork(a)
+        found = flat.read({a: texts[3][50:], b: texts[3][50:51]})
+        whole = model(torch.tensor([texts[3]]), use_cache=False).logits[0]
+        assert difference(found[a], whole[-1]) <= 1e-5 and difference(found[b], whole[50]) <= 1e-5
+
+
+def test_the_command_line_says_what_lay_where(run, folders, book, tmp_path):
+    (tmp_path / "text").write_text(book.read_text() * 40)
+    options = ["--model", folders["llama"], "--file", tmp_path / "text", "--truncate", "right", "--context", 900, "--max-new-tokens", 4, "--json"]
+    options += ["--method", "selfextend", "--group-size", 32, "--window", 32]
+    with constants(128, 64):
+        found = run("run", *options, "--memory", f"device=64KiB,host=32KiB,disk={tmp_path}:64MiB,staging=256KiB").json
+        plain = run("run", *options).json
+    assert found["answer"] == plain["answer"] and plain["extension"]["memory"] is None
+    memory = found["extension"]["memory"]
+    assert list(memory["tiers"]) == ["device", "host", "disk"] and memory["tiers"]["disk"]["fetched"] > 0 < memory["apart"]["staging"] <= 2**18
+    assert 0 < memory["hit_rate"] < 1 and memory["seconds_waited"] > 0
+    assert run("run", *options, "--memory", "512MiB").code == 2
+
+
+@torch.no_grad()
+def test_it_is_described(tmp_path):
+    model = build("llama")
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 2, 3, 99)) as extension:
+        model(tokens(1, LENGTH), past_key_values=DynamicCache())
+        words = extension.describe()
+    assert "memory      device 0B of 2KiB, 0 blocks" in words and "apart from the budgets" in words

@@ -59,6 +59,7 @@ def command(
     trained_window: common.TrainedWindow = None,
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
+    memory: common.Memory = None,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -88,7 +89,7 @@ def command(
             document, cut = fit(tokenizer, document, hide or [], declared, truncate)
             if cut is not None:
                 out.warn(str(cut))
-            session = Session(out, loaded, tokenizer, stored.Choice(chosen, declared, trained_window, chunk_size, by_profile), max_new_tokens)
+            session = Session(out, loaded, tokenizer, stored.Choice(chosen, declared, trained_window, chunk_size, by_profile, memory), max_new_tokens)
             session.begin(document, system)
             try:
                 read = session.read()

@@ -37,6 +37,16 @@ def tokens(text: str | int) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def budgets(text: str) -> Any:
+    """ "device=512MiB,host=1GiB" -> Tiered."""
+    from longreach.memory.budgets import Tiered
+
+    try:
+        return Tiered.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Context = Annotated[
     int | None, typer.Option("--context", parser=tokens, metavar="TOKENS", help="Tokens of the whole sequence, new tokens included, such as 4096 or 4k.")
 ]
@@ -50,6 +60,13 @@ TrainedWindow = Annotated[
 ProfileFile = Annotated[
     Path | None, typer.Option("--profile", help="What `longreach tune` found for the model: it chooses the method; by default the one in your cache.")
 ]
+Memory = Annotated[
+    Any,
+    typer.Option(
+        "--memory", parser=budgets, metavar="BUDGETS",
+        help="How much of what is kept of every token may lie where, such as device=512MiB,host=1GiB,disk=FOLDER:8GiB; all of it on the device if not given.",
+    ),
+]  # fmt: skip
 NoProfile = Annotated[bool, typer.Option("--no-profile", help="Ignore the profile in your cache; the dial's rule chooses.")]
 
 

@@ -63,6 +63,7 @@ def command(
     trained_window: common.TrainedWindow = None,
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
+    memory: common.Memory = None,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -92,7 +93,7 @@ def command(
 
             found = profiles.find(out, by_profile, job.model, chosen, job.span.context, trained_window)
             with attached(
-                job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, profile=found, chunk_size=chunk_size
+                job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, profile=found, chunk_size=chunk_size, memory=memory
             ) as engine:
                 assert engine.extension is not None
                 facts = begin(out, job, engine.extension)
@@ -141,6 +142,7 @@ def estimate(
     trained_window: common.TrainedWindow = None,
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
+    memory: common.Memory = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time short prompts to say how long it will take.")] = True,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
@@ -161,7 +163,7 @@ def estimate(
 
             found = profiles.find(out, by_profile, job.model, chosen, job.span.context, trained_window)
             with attached(
-                job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, profile=found, chunk_size=chunk_size
+                job.model, job.tokenizer, chosen, job.span.context, trained_window=trained_window, profile=found, chunk_size=chunk_size, memory=memory
             ) as engine:
                 read_together(out, job, engine, batch_size)
                 work = engine.work

@@ -58,6 +58,7 @@ def command(
     trained_window: common.TrainedWindow = None,
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
+    memory: common.Memory = None,
     max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Refuse a longer text.")] = text.LARGEST_FILE,
     force: common.Force = False,
     as_json: common.Json = False,
@@ -84,7 +85,7 @@ def command(
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             sampling = sampling_of(out, temperature, top_p, seed)
-            choice = stored.Choice(chosen, declared, trained_window, chunk_size, by_profile)
+            choice = stored.Choice(chosen, declared, trained_window, chunk_size, by_profile, memory)
             if document is not None:
                 asked = Asked(stored.reopen(out, loaded, tokenizer, choice, document), request.prompt, file=document)
             elif save_document is not None:
@@ -180,7 +181,7 @@ def fit(
     total = declared or len(ids) + max_new_tokens
     context, beyond = dial.declare(method, window, total)
     profile = profiles.find(out, choice.profile, model, method, context, choice.trained_window)
-    talk.attach(longreach.extend(model, method, context=context, trained_window=choice.trained_window, profile=profile), total)
+    talk.attach(longreach.extend(model, method, context=context, trained_window=choice.trained_window, profile=profile, memory=choice.memory), total)
     return Asked(talk, question, cut, beyond)
 
 
@@ -242,6 +243,8 @@ def peak_device_memory(extension: Extension) -> int | None:
 
 
 def table(result: dict[str, Any], extension: Extension) -> Any:
+    from longreach.memory import pooled
+
     def speed(value: float | None) -> str:
         return "" if value is None else f", {value:.1f} tokens/s"
 
@@ -255,6 +258,8 @@ def table(result: dict[str, Any], extension: Extension) -> Any:
         ("answer", f"{counted(result['new_tokens'], 'token')}{speed(result['decode_tokens_per_second'])}"),
         ("keys and values", common.size(result["kv_store_bytes"])),
     ]
+    if (memory := result["extension"]["memory"]) is not None:
+        rows += zip(("in tiers", *[""] * 9), pooled.said(memory))
     if result["truncated"] is not None:
         cut = result["truncated"]
         rows.insert(5, ("left out", f"{cut['document_tokens'] - cut['kept_tokens']} of the document's {cut['document_tokens']} tokens ({cut['side']})"))

@@ -110,7 +110,7 @@ class Session:
         import longreach
 
         profile = profiles.find(self.out, self.choice.profile, self.model, method, context, self.choice.trained_window)
-        return longreach.extend(self.model, method, context=context, trained_window=self.choice.trained_window, profile=profile)
+        return longreach.extend(self.model, method, context=context, trained_window=self.choice.trained_window, profile=profile, memory=self.choice.memory)
 
     @contextmanager
     def _taken_off(self) -> Iterator[None]:
@@ -201,7 +201,7 @@ class Session:
 
         documents.facts(file)  # what is no document at all is refused before anything is changed
         before = self.talk
-        own = stored.Choice(None, None, self.choice.trained_window, self.choice.chunk_size)
+        own = stored.Choice(None, None, self.choice.trained_window, self.choice.chunk_size, memory=self.choice.memory)
         with self._taken_off():
             self.talk = stored.reopen(self.out, self.model, self.tokenizer, own, file)
         self.saved = file

@@ -16,6 +16,7 @@ from longreach.quantities import counted
 if TYPE_CHECKING:
     from longreach.hf.extension import Extension
     from longreach.hf.interfaces import CausalLM, Tokenizer
+    from longreach.memory.budgets import Tiered
     from longreach.methods.base import Method
     from longreach.running.conversation import Conversation
 
@@ -29,6 +30,7 @@ class Choice:
     trained_window: int | None
     chunk_size: int
     profile: profiles.Asked = profiles.BY_DEFAULT
+    memory: Tiered | None = None
 
 
 def check(out: Output, document: Path | None, save: Path | None, request: text.Request, file: str | None, truncate: text.Side | None, force: bool) -> None:
@@ -63,7 +65,7 @@ def read_and_save(out: Output, model: CausalLM, tokenizer: Tokenizer, request: t
     if choice.context is None and not (choice.method is not None and choice.method.bounded):
         raise ValueError("--save-document needs the length that the text, later questions and answers may have together; pass --context N")
     profile = profiles.find(out, choice.profile, model, choice.method, choice.context, choice.trained_window)
-    extension = longreach.extend(model, choice.method, context=choice.context, trained_window=choice.trained_window, profile=profile)
+    extension = longreach.extend(model, choice.method, context=choice.context, trained_window=choice.trained_window, profile=profile, memory=choice.memory)
     try:
         talk = Conversation(model, tokenizer, request.text, request.system, choice.context, extension, choice.chunk_size)
         tokens = len(talk.sequence(request.prompt or "?"))
@@ -109,7 +111,7 @@ def reopen(out: Output, model: CausalLM, tokenizer: Tokenizer, choice: Choice, f
         raise ValueError(f"{str(file)!r} was read for a context of {context} tokens; leave out --context, or read it again with --context {choice.context}")
     if choice.method not in (None, method):
         raise ValueError(f"{str(file)!r} was read with {method.brief()}; leave out --method, or read the text again with {choice.method}")
-    extension = longreach.extend(model, method, context=context, trained_window=choice.trained_window)
+    extension = longreach.extend(model, method, context=context, trained_window=choice.trained_window, memory=choice.memory)
     try:
         announce(out, extension)
         return Conversation.open(model, tokenizer, extension, file, limit=context if context is not None else extension.capacity, chunk_size=choice.chunk_size)

@@ -34,7 +34,9 @@ from longreach.hf.forward import Forward
 from longreach.hf.identity import AGAIN, check, identity
 from longreach.hf.placement import device_of
 from longreach.memory import sealed, sealing
+from longreach.memory.blocks import in_blocks
 from longreach.memory.buffer import Buffer
+from longreach.memory.contiguous import Contiguous
 from longreach.memory.placement import Placement
 from longreach.memory.records import Key
 from longreach.memory.sealed import Log, Manifest
@@ -262,8 +264,13 @@ def _read(forward: Forward, opened: Any, log: Log, found: dict[str, Any]) -> tup
         used |= _fill(opened, f"layers.{index}.{form}", buffer, (heads, width), entry, ahead[id(buffer.placement)])
     _require(used == names, "it holds tensors that belong nowhere")
     _require(all((record.shape, record.dtype) == kinds[key.layer, key.form] for key, (_, record) in log.index.items()), "a block has another shape or dtype")
+    if store.blocked is not None and (place := store.placements.get(None)) is not None:
+        store.blocked.require(store.placements, store.layers, more=sum(ahead[id(place)]) // place.unit)
     for key in log.index:  # in the order of the files, so that each is mapped once
-        buffers[key.layer, key.form].view(slice(key.row, key.row + 1), key.first, key.first + block)[0].copy_(log.read(key))
+        buffers[key.layer, key.form].receive(key.row, key.first, log.read(key))
+    for layer in store.layers:
+        if isinstance(layer, Contiguous):
+            layer.complete()
     store.filed = Filed(str(found["state"]), [*store.lengths])
     return store, ids
 
@@ -286,6 +293,8 @@ def _place(placement: Placement, where: dict[str, Any], lengths: list[int], bloc
         _require(end == length and (tail == 0 or first <= (0 if tail is None else max(0, length - tail + 1))), "it keeps other last tokens")
         _require(stop == 0 or (tail is None and stop < end and stop % block == 0), "its blocks are not of tokens that it keeps")
     placement.restore(firsts, ends)
+    if placement.unit > 1:
+        in_blocks(placement, ahead)
     return list(ahead)
 
 

@@ -32,6 +32,7 @@ from longreach.hf.placement import device_of
 from longreach.hf.standard import StandardSeam
 from longreach.hf.verify import verify
 from longreach.kernels import kernel_for
+from longreach.memory import pooled
 from longreach.memory.budgets import Tiered
 from longreach.memory.contiguous import Contiguous
 from longreach.memory.layer import Memory
@@ -54,7 +55,7 @@ def extend(
     trained_window: int | str | None = None,
     profile: Profile | str | Path | None = None,
     backend: str = "auto",
-    memory: Memory | Tiered = Contiguous,
+    memory: Memory | Tiered | None = None,
 ) -> Extension:
     """Make `model` usable at a longer context, without training.
 
@@ -65,7 +66,7 @@ def extend(
                     None: the dial's rule chooses; no profile is looked for.
     backend         "auto", or "reference" for the dense truth: slow, for checking.
     memory          `longreach.Tiered(...)`, budgets for what is kept of every token: on the device, in the memory of the host and on disk. Or what makes the
-                    memory of a layer, of the protocol `longreach.memory.layer.LayerMemory`.
+                    memory of a layer, of the protocol `longreach.memory.layer.LayerMemory`. None: all is on the device, as long as there is room.
 
     Raises ValueError, with the fix, if the method cannot apply to this model or context, or the profile is of other weights or another trained
     window, does not reach the context, or stands beside a method. A model may be wrapped by torch.compile or PEFT,
@@ -96,7 +97,7 @@ def extend(
         facts = verify(seam, chosen, dense=backend == "reference")
         if facts.remark:
             warnings.warn(facts.remark, stacklevel=2)
-        extension = Extension(facts, Attachment(seam, Forward(facts, _tiers(memory, facts) if isinstance(memory, Tiered) else memory)))
+        extension = Extension(facts, Attachment(seam, Forward(facts, _tiers(memory, facts) if isinstance(memory, Tiered) else memory or Contiguous)))
     except BaseException:  # an interrupt may have broken off what cleans up
         seam.remove()
         registration.unregister(name)
@@ -320,6 +321,8 @@ class Extension:
             lines.insert(2, f"frequencies divided by {fastest:.4g} (fastest pair) to {slowest:.4g} (slowest pair), cos and sin times {factor:.5g}")
         if reading.alibi is not None:
             lines.insert(2, f"encoding    ALiBi, slopes from {reading.alibi.slopes.max():.4g} to {reading.alibi.slopes.min():.4g}")
+        if r["memory"]:
+            lines += [f"{name:12}{line}" for name, line in zip(("memory", *[""] * 9), pooled.said(r["memory"]))]
         if r["warning"]:
             lines.append(f"warning     {r['warning']}")
         return "\n".join(lines)

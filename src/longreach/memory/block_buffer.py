@@ -76,6 +76,16 @@ class BlockBuffer(Buffer):
                 found.append((*self.run(row)[: base.start // self.unit], *(self.pool.put(kind, new) for new in own.split(self.unit, 1))))
             self.runs[base] = tuple(found)
 
+    def receive(self, row: int, start: int, entries: torch.Tensor) -> None:
+        (share,) = self.placement.shares[row]
+        assert isinstance(share.base, Run)
+        run = list(self.runs.get(share.base, ((),) * len(share.base.rows)))
+        if start != len(run[share.slot]) * self.unit:
+            raise LookupError("its blocks are not in order")
+        made = entries.to(next(iter(self.bodies.values())).device)
+        run[share.slot] = (*run[share.slot], *(self.pool.put(self.kind(made), new) for new in made.split(self.unit, 1)))
+        self.runs[share.base] = tuple(run)
+
     def thaw(self, row: int, start: int, stop: int) -> Callable[[], None]:
         """Read entries start .. stop of a block that is about to be cut -> what puts them into the tail when the placement has been rewound."""
         kept = self.view(slice(row, row + 1), start, stop)[0]

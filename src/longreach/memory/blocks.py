@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from longreach.core.segments import Form, Place, Retention
 from longreach.memory import placement as placements
-from longreach.memory.bases import Base, Share
+from longreach.memory.bases import Base, Share, Shares
 from longreach.memory.layer import LayerMemory
-from longreach.memory.placement import SLACK, Cut, Placement, Places
+from longreach.memory.placement import Cut, Placement, Places
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,26 +41,41 @@ def coming(placement: Placement) -> int:
     return found
 
 
-def cut(placement: Placement) -> Cut | None:
-    """What goes to blocks now, and how all rows lie then. None: nothing."""
+def seal(placement: Placement, layers: Sequence[LayerMemory]) -> None:
+    """What lies behind the rollback goes to blocks, and what the forward needed of room is given back."""
+    if (cut := _cut(placement)) is not None:
+        for layer in layers:
+            layer.freeze(placement.kept.place, cut.bases)
+        placement.adopt(cut)
+        placement.shrink(placements.ROLLBACK + 2 * placement.unit + placements.SLACK)
+
+
+def _cut(placement: Placement) -> Cut | None:
+    """How all rows lie then. None: as they do."""
     places = placement.places
     stops = [first if first % placement.unit else max(first, horizon(placement, end)) for first, end in zip(places.firsts, placement.ends, strict=True)]
     if stops == list(places.firsts):
         return None
+    bases, shares = _runs(placement, places.firsts, stops)
+    return Cut(bases, shares, Places.of(places.buckets, stops, places.rooms, places.age))
+
+
+def _runs(placement: Placement, starts: Sequence[int], stops: Sequence[int]) -> tuple[tuple[Run, ...], list[Shares]]:
     shares, bases = [*placement.shares], []
-    for (start, stop), run in itertools.groupby(range(len(stops)), key=lambda row: (places.firsts[row], stops[row])):
+    for (start, stop), run in itertools.groupby(range(len(stops)), key=lambda row: (starts[row], stops[row])):
         rows = list(run)
         if start < stop:
-            bases.append(Run(places.buckets[rows[0]], rows=range(rows[0], rows[-1] + 1), start=start, stop=stop))
+            bases.append(Run(placement.places.buckets[rows[0]], rows=range(rows[0], rows[-1] + 1), start=start, stop=stop))
             for slot, row in enumerate(rows):
                 shares[row] = (Share(bases[-1], slot, 0, stop),)
-    return Cut(tuple(bases), shares, Places.of(places.buckets, stops, places.rooms, places.age))
+    return tuple(bases), shares
 
 
-def adopt(placement: Placement, cut: Cut) -> None:
-    """The buffers have the blocks. What the forward needed of room is given back."""
-    placement.adopt(cut)
-    placement.shrink(placements.ROLLBACK + 2 * placement.unit + SLACK)
+def in_blocks(placement: Placement, stops: Sequence[int]) -> None:
+    """A placement is restored; of its rows, what lies before `stops` is in blocks, which the buffers receive next."""
+    placement.restore(stops, placement.ends)
+    _, shares = _runs(placement, [0] * len(stops), stops)
+    placement.share(shares)
 
 
 class Blocked(ABC):
@@ -72,8 +87,9 @@ class Blocked(ABC):
     def __call__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention]) -> LayerMemory: ...
 
     @abstractmethod
-    def require(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory]) -> None:
-        """The forward under way has planned its places, and nothing is written yet: raises ValueError where there is no room for what it will add."""
+    def require(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], times: float = 1.0, more: int = 0) -> None:
+        """The forward under way has planned its places, and nothing is written yet; or there are about to be so many times the rows, or `more` blocks of every
+        buffer. Raises ValueError where there is no room for what is added."""
 
     @abstractmethod
     def thaw(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], lengths: Mapping[int, int]) -> list[Callable[[], None]]:
@@ -83,3 +99,16 @@ class Blocked(ABC):
     @abstractmethod
     def close(self) -> None:
         """Nothing will be kept or read any more."""
+
+
+def allocated(unit: int, forwards: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Entries of a row that are in blocks after these forwards, (start, tokens), and columns of the body that holds the others."""
+    first, size, most = 0, 0, placements.ROLLBACK + 2 * unit + placements.SLACK
+    for start, new in forwards:
+        stop = start + new
+        size = placements.room(size, stop - first, None)
+        horizon = max(0, stop - placements.ROLLBACK) // unit * unit
+        if horizon > first:
+            first = horizon
+            size = most if size > most >= stop - first else size
+    return first, size

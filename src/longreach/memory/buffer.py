@@ -233,7 +233,7 @@ class Buffer(Bodies):
         return found
 
     def restore(self, head: torch.Tensor | None, body: torch.Tensor | None, sealed: Sequence[int]) -> None:
-        """The inverse of `entries`, once the placement is restored. The caller copies what was left out into `view`."""
+        """The inverse of `entries`, once the placement is restored. What was left out comes to `receive`."""
         self._leave()
         self.head, self.bodies, self.bases, self.places = head, {}, {}, self.placement.places
         if body is not None:
@@ -242,6 +242,10 @@ class Buffer(Bodies):
                 for slot, row in enumerate(rows):
                     start, stop = (max(sealed[row], first := self.places.firsts[row]) - first, self.placement.ends[row] - first)
                     made[slot, :, start:stop] = body[row, :, : stop - start]
+
+    def receive(self, row: int, start: int, entries: torch.Tensor) -> None:
+        """What was left out of `restore`: entries [H, C, D] of a row from `start` on, in their order."""
+        self.view(slice(row, row + 1), start, start + entries.shape[1])[0].copy_(entries)
 
     def take_over(self, longer: Buffer) -> None:
         """Copy what is to be kept from a buffer that keeps more of the same tokens."""

@@ -167,8 +167,16 @@ class Contiguous:
             buffer.select(index)
         if self.whole.placement.shared and not had:
             self.tails = self._tails()
-            for buffer in self.tails.values():
-                buffer.take_over(self.whole)
+            self._take_over()
+
+    def complete(self) -> None:
+        """What a document holds was restored; values that are kept apart for one row alone are not in it."""
+        if not self.whole.placement.shared:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        for buffer in self.tails.values():
+            buffer.take_over(self.whole)
 
     def fork(self, placements: Mapping[Place, Placement]) -> Contiguous:
         other = self._another(placements)

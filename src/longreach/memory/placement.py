@@ -224,13 +224,13 @@ class Placement:
                 places = self.places
                 self.places = replace(places, firsts=(*places.firsts[:row], first, *places.firsts[row + 1 :]))
 
-    def _share(self, shares: list[Shares]) -> None:
+    def share(self, shares: list[Shares]) -> None:
         self.shares, self.bases = shares, frozenset(share.base for own in shares for share in own)
 
     def _cut_off(self, row: int, stop: int) -> None:
         """A row shares nothing from entry `stop` on."""
         if self.shares[row] and self.shares[row][-1].stop > stop:
-            self._share([*self.shares[:row], cut_off(self.shares[row], stop), *self.shares[row + 1 :]])
+            self.share([*self.shares[:row], cut_off(self.shares[row], stop), *self.shares[row + 1 :]])
 
     @property
     def firsts(self) -> list[int]:
@@ -276,7 +276,7 @@ class Placement:
     def select(self, rows: Sequence[int]) -> None:
         """Rows become the rows `rows` of before."""
         self.ends = [self.ends[row] for row in rows]
-        self._share([self.shares[row] for row in rows])
+        self.share([self.shares[row] for row in rows])
         self.places = Places.of([self.places.buckets[row] for row in rows], [self.places.firsts[row] for row in rows], self.places.rooms, self.places.age)
 
     def fork(self) -> Placement:
@@ -290,7 +290,7 @@ class Placement:
     def restore(self, firsts: Sequence[int], ends: Sequence[int]) -> None:
         """As after having read this much, with room for what comes."""
         self.ends = [*ends]
-        self._share([()] * len(self.ends))
+        self.share([()] * len(self.ends))
         if self.tail != 0:
             self.places = Places.of([0] * len(self.ends), firsts, {0: 0})
             tail = self.tail

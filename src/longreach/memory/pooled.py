@@ -15,13 +15,13 @@ from longreach.memory import blocks
 from longreach.memory.arenas import Kind
 from longreach.memory.block_buffer import BlockBuffer
 from longreach.memory.blocks import Blocked
-from longreach.memory.budgets import Tiered
+from longreach.memory.budgets import Tiered, size_text
 from longreach.memory.buffer import Buffer
-from longreach.memory.contiguous import Contiguous
 from longreach.memory.layer import LayerMemory
 from longreach.memory.placement import Placement
-from longreach.memory.tiered import TieredLayer
+from longreach.memory.tiered import Counted, TieredLayer
 from longreach.memory.tiers import Pool
+from longreach.quantities import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +56,21 @@ class Tiers(Blocked):
         a_token = sum(kind.nbytes * count for kind, count in kinds.items()) / spec.block
         kept = sum(size / form.block for layer in layers for form, size in layer.summaries().items())
         self.pool = Pool(spec, kinds, kept / a_token if kept else 0.0)
-        self._living: weakref.WeakSet[TieredLayer] = weakref.WeakSet()
+        self._living: weakref.WeakSet[Counted] = weakref.WeakSet()
 
     def __call__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention]) -> LayerMemory:
         if all(kept.place is not None for kept in forms.values()):
-            return Contiguous(placements, forms)
+            return Counted(placements, forms, self._living)
         return TieredLayer(placements, forms, self.pool, self._living)
 
-    def require(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory]) -> None:
+    def require(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], times: float = 1.0, more: int = 0) -> None:
         if (place := placements.get(None)) is None:
             return
-        self.pool.require(blocks.coming(place))
+        self.pool.require(blocks.coming(place) + more)
         if self._entry:
             own = [layer for layer in layers if isinstance(layer, TieredLayer)]
             planned = sum(self._planned(form, buffer) for layer in own for form, buffer in layer.of_summaries.items())
-            self.pool.require_summaries(planned + self._summaries(set(self._living) - set(own)))
+            self.pool.require_summaries(int(planned * times) + self._summaries(set(self._living) - set(own), own))
 
     def _planned(self, form: Summary, buffer: Buffer) -> int:
         """Bytes that the bodies of a buffer will have."""
@@ -78,11 +78,15 @@ class Tiers(Blocked):
         return self._entry[form] * sum(len(rows) * places.rooms[bucket] for bucket, rows in places.members.items())
 
     @staticmethod
-    def _summaries(layers: Iterable[TieredLayer]) -> int:
+    def _summaries(layers: Iterable[Counted], frozen: Iterable[Counted] = ()) -> int:
+        """Bytes of what an index keeps in some layers; of those in `frozen`, only of what nobody writes to any more."""
         held: dict[int, int] = {}
         for layer in layers:
             for buffer in layer.of_summaries.values():
                 held.update(buffer.held)
+        for layer in frozen:
+            for buffer in layer.of_summaries.values():
+                held.update((id(base.entries), base.entries.nbytes) for base in buffer.bases.values())
         return sum(held.values())
 
     def thaw(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], lengths: Mapping[int, int]) -> list[Callable[[], None]]:
@@ -108,3 +112,15 @@ class Tiers(Blocked):
     def close(self) -> None:
         """The extension is removed: the files are gone."""
         self.pool.close()
+
+
+def said(report: Mapping[str, Any]) -> list[str]:
+    """A report in words, a line for each tier and one for what comes on top."""
+    lines = []
+    for name, tier in report["tiers"].items():
+        summaries = f" and {size_text(tier['summaries'])} of what an index keeps" if tier.get("summaries") else ""
+        asked = f"; {tier['fetched']} fetched, {tier['evicted']} moved on" if tier["fetched"] or tier["evicted"] else ""
+        lines.append(f"{name} {size_text(tier['bytes'])}{summaries} of {size_text(tier['budget'])}, {counted(tier['blocks'], 'block')}{asked}")
+    apart = report["apart"]
+    rate = "" if report["hit_rate"] is None else f"; {report['hit_rate']:.1%} of what was asked for was on the device, {report['seconds_waited']:.2f} s waited"
+    return [*lines, f"apart from the budgets: last tokens and bounded forms {size_text(apart['tails'])}, staging {size_text(apart['staging'])}{rate}"]

@@ -23,7 +23,7 @@ def buffers(store: Store) -> Iterator[tuple[int, str, Buffer]]:
     for index, layer in enumerate(store.layers):
         if not isinstance(layer, Contiguous):
             raise ValueError(f"{type(layer).__name__} cannot be saved to a document or loaded from one; leave out memory=")
-        for number, buffer in enumerate((layer.whole, *layer.tails.values())):
+        for number, buffer in enumerate((layer.whole, *(layer.tails.values() if layer.whole.placement.shared else ()))):
             yield index, f"values.{number}", buffer
         for number, buffer in enumerate(layer.keys.values()):
             yield index, f"keys.{number}", buffer

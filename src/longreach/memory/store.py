@@ -203,7 +203,8 @@ class Store:
     def settle(self) -> None:
         """What a finished forward added counts, what one that failed has added is gone."""
         counts = self._finishing is not None
-        self._put_back()
+        if self._back:
+            self._put_back()
         if self._finishing is None:
             for layer in self.layers:
                 layer.discard()
@@ -211,16 +212,15 @@ class Store:
             lengths, slots, shorter = self._finishing
             for placement in self.placements.values():
                 placement.commit()
-            self._rewind({row: lengths[row] for row in shorter})  # one that read nothing but pads has added nothing that would say so
+            if shorter:  # one that read nothing but pads has added nothing that would say so
+                self._rewind({row: lengths[row] for row in shorter})
             for layer in self.layers:
                 layer.settle()
             self.lengths, self.slots, self._finishing = lengths, slots, None
         for placement in self.placements.values():
             placement.finish(counts)
-        if self.blocked is not None and (place := self.placements.get(None)) is not None and (cut := blocks.cut(place)) is not None:
-            for layer in self.layers:
-                layer.freeze(None, cut.bases)
-            blocks.adopt(place, cut)
+        if self.blocked is not None and (place := self.placements.get(None)) is not None:
+            blocks.seal(place, self.layers)
 
     def _rewind(self, lengths: Mapping[int, int]) -> None:
         """Rows forget what they hold at this index and later."""
@@ -264,7 +264,6 @@ class Store:
     def fork(self) -> Store:
         """A store of the same content that goes on by itself. Keys and values are shared until one side writes: what it has read then stays frozen for all
         that read it, where every token is kept, and what it reads goes to a tail of its own. Bounded forms are copied then, and what is short.
-
         A forward that is under way, which may ask for a fork in a hook, goes on undisturbed.
         """
         if self._finishing is not None:
@@ -326,6 +325,8 @@ class Store:
             return self.reset()
         if any(not -self.rows <= row < self.rows for row in rows):
             raise ValueError(f"rows {rows} are not all among the {self.rows} of this cache; pass indices from 0 to {self.rows - 1}")
+        if self.blocked is not None:
+            self.blocked.require(self.placements, self.layers, len(rows) / self.rows)
         index = index % self.rows
         self._part()
         self._freeze([row for row, times in Counter(index.tolist()).items() if times > 1])
@@ -346,8 +347,4 @@ class Store:
 
 def nbytes_of(stores: Iterable[Store]) -> int:
     """Bytes that several stores hold. What forks share counts once."""
-    held: dict[int, int] = {}
-    for store in stores:
-        for layer in store.layers:
-            held.update(layer.held)
-    return sum(held.values())
+    return sum({key: size for store in stores for layer in store.layers for key, size in layer.held.items()}.values())

@@ -28,17 +28,31 @@ from longreach.memory.tiers import Pool
 AT_ONCE = 4  # parts that exist together while a layer is viewed: those attended to and just before, one that has been read, one being read
 
 
-class TieredLayer(Contiguous):
+class Counted(Contiguous):
+    """One whose forms are all bounded, so that it has no blocks. `living`: all that there are of an extension, this one from now on."""
+
+    def __init__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention], living: MutableSet[Counted]) -> None:
+        self.living = living
+        super().__init__(placements, forms)
+        living.add(self)
+
+    def _another(self, placements: Mapping[Place, Placement]) -> Counted:
+        return Counted(placements, self.forms, self.living)
+
+    @property
+    def of_summaries(self) -> dict[Summary, Buffer]:
+        return {form: buffer for form, buffer in self.keys.items() if isinstance(form, Summary)}
+
+
+class TieredLayer(Counted):
     """The memory of one layer that keeps every token of some form. Implements `memory.layer.LayerMemory`."""
 
     apart: ClassVar[bool] = True
     whole: BlockBuffer
 
-    def __init__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention], pool: Pool, living: MutableSet[TieredLayer]) -> None:
-        """`living`: all that there are of an extension, this one from now on."""
-        self.pool, self.living = pool, living
-        super().__init__(placements, forms)
-        living.add(self)
+    def __init__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention], pool: Pool, living: MutableSet[Counted]) -> None:
+        self.pool = pool
+        super().__init__(placements, forms, living)
 
     def _buffer(self, placement: Placement, first: int = 0) -> Buffer:
         return BlockBuffer(placement, first, self.pool) if placement.kept.place is None else Buffer(placement, first)
@@ -49,10 +63,6 @@ class TieredLayer(Contiguous):
     @property
     def blocked(self) -> list[BlockBuffer]:
         return [buffer for buffer in self.buffers if isinstance(buffer, BlockBuffer)]
-
-    @property
-    def of_summaries(self) -> dict[Summary, Buffer]:
-        return {form: buffer for form, buffer in self.keys.items() if isinstance(form, Summary)}
 
     def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Iterable[KV]:
         keys = self.keys[positions]

@@ -142,7 +142,7 @@ class Pool:
         said = ", ".join(f"{name} {size_text(found['bytes'])} of {size_text(found['budget'])}" for name, found in self.tiers().items())
         larger = "disk='FOLDER:SIZE'" if "disk" not in self.names else "a larger disk budget"
         return (
-            f"all tiers are full ({said}), and what is to be read needs at least {size_text(missing)} more; pass {larger} in memory=Tiered(...), or let go of "
+            f"the tiers have no room left ({said}): what is to be read needs {size_text(missing)} more; pass {larger} in memory=Tiered(...), or let go of "
             "other caches of this extension, and read on: the cache is as it was"
         )
 

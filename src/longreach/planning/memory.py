@@ -13,7 +13,7 @@ from longreach.configs import Attention, Decoder
 from longreach.core.segments import Layout, Retention, forms, queries, summaries
 from longreach.engine import chosen
 from longreach.engine.executor import QUERIES_AT_ONCE
-from longreach.memory import placement
+from longreach.memory import blocks, placement
 from longreach.memory.contiguous import values_kept
 from longreach.memory.placement import ROLLBACK, SLACK
 from longreach.methods.base import Method
@@ -99,6 +99,23 @@ def kv_bytes(architecture: Decoder, method: Method, schedule: Schedule, rows: in
     """Bytes that the store has allocated when the schedule ends; equal to `Store.nbytes`."""
     kinds, itemsize = layouts(architecture, method), architecture.itemsize
     return rows * sum(n * size for (layer, layout), n in kinds.items() for _, size in buffers(layer, layout, schedule, itemsize, rows))
+
+
+def tier_bytes(architecture: Decoder, method: Method, schedule: Schedule, block: int) -> dict[str, int]:
+    """Over `longreach.Tiered` memory, for one row when the schedule ends: "blocks", which its tiers share among them, "summaries", which are on the device, and
+    what comes on top, "apart": the last tokens, first tokens, and bounded forms with values of their own."""
+    found = {"blocks": 0, "summaries": 0, "apart": 0}
+    sealed, tail = blocks.allocated(block, schedule.forwards())
+    for (layer, layout), count in layouts(architecture, method).items():
+        whole = any(kept.place is None for kept in forms(layout).values())
+        for kept, size in buffers(layer, layout, schedule, rows=2 if whole else 1):
+            each = size // entries(kept, schedule) * architecture.itemsize * count
+            if kept.place is None:
+                found["blocks"] += each * sealed
+                found["apart"] += each * (kept.head + tail)
+            else:
+                found["summaries" if isinstance(kept.place, tuple) else "apart"] += each * entries(kept, schedule)
+    return found
 
 
 def store_forms(architecture: Decoder, method: Method, schedule: Schedule) -> list[dict[str, object]]:

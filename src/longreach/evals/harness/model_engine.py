@@ -23,6 +23,7 @@ from longreach.evals.samples.budget import Prompt
 from longreach.hf.checks import find_base
 from longreach.hf.extension import Extension, extend
 from longreach.hf.interfaces import CausalLM, Tokenizer
+from longreach.memory.budgets import Tiered
 from longreach.memory.placement import ROLLBACK
 from longreach.methods.base import Method
 from longreach.planning import dial, machine
@@ -171,11 +172,13 @@ def span(method: Method | None, window: int, declared: int | None, needed: int) 
 def attached(
     model: CausalLM, tokenizer: Tokenizer, method: Method | None, context: int, *,
     trained_window: int | None = None, profile: Profile | None = None, chunk_size: int = CHUNK_SIZE, batch_size: int | None = 1,
+    memory: Tiered | None = None,
 ) -> Iterator[ModelEngine]:  # fmt: skip
     """The model under the method, or under what the dial chooses for the context, by the profile if there is one. `batch_size`: samples that are read
     together; None: as many samples of the whole context as there is memory for."""
     window = configs.trained_window(find_base(model).config, trained_window).tokens
-    with extend(model, method, context=dial.declare(method, window, context)[0], trained_window=trained_window, profile=profile) as extension:
+    declared = dial.declare(method, window, context)[0]
+    with extend(model, method, context=declared, trained_window=trained_window, profile=profile, memory=memory) as extension:
         yield ModelEngine(model, tokenizer, extension, chunk_size, several(extension, batch_size, context, 1, chunk_size))
 
 
