@@ -60,7 +60,8 @@ def test_it_equals_the_contiguous_one(method: Method, policy: str, tmp_path):
     model, ids = build("llama"), tokens(2, LENGTH)
     mask, found = torch.ones_like(ids), []
     mask[1, :11] = 0
-    device = 64 if "page_size=3" in str(method) else 36 if "Quest" in str(method) else 4  # half of it is for what an index keeps
+    choice = method.choice
+    device = 4 if choice is None or not choice.index.width else 36 if choice.block > 3 else 128  # half of it is for what an index keeps
     for memory in ({}, {"memory": budgets(tmp_path, device, 2, 200, policy=policy)}):
         with longreach.extend(model, method, context=context(method, LENGTH), **memory) as extension:
             parts = [chunked(model, ids, [23, 1, 1, 9, 8, 1, 17, *[1] * 15]), chunked(model, ids, [40, 5, *[1] * 30], mask)[:, 11:]]

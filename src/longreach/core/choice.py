@@ -64,7 +64,7 @@ class Index(ABC):
         """q [R, H, T, D] in the frame, times the factor of the segment -> [R, C, T, n] numbers of blocks in any order, -1 for none; C as the choice says, n at
         most `keep`. Queries that choose together come all of them, and get one answer: [R, C, 1, n]."""
 
-    def require_widths(self, key: int, value: int) -> None:
+    def require_widths(self, key: int, value: int) -> None:  # noqa: B027
         """Raises ValueError where keys and values of these widths cannot be summarised."""
 
     def numbers(self, group: int) -> int:

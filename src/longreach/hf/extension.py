@@ -111,7 +111,7 @@ def extend(
 def _tiers(given: Tiered, facts: Facts) -> Tiers:
     found = []
     for layer, entry in zip(facts.layers, facts.reading.entries, strict=True):
-        found.append(Stored(layer.kept, entry.heads, entry.key_width, entry.value_width, entry.dtype, facts.device_of_layer(layer.index)))
+        found.append(Stored(layer.kept, entry.heads, entry.queries, entry.key_width, entry.value_width, entry.dtype, facts.device_of_layer(layer.index)))
     return Tiers(given, found)
 
 

@@ -30,6 +30,7 @@ class Stored:
 
     forms: Mapping[Form, Retention]
     heads: int
+    queries: int  # heads
     key_width: int
     value_width: int
     dtype: torch.dtype
@@ -43,7 +44,8 @@ class Stored:
 
     def summaries(self) -> dict[Summary, int]:
         """Bytes of one entry of what an index keeps."""
-        return {form: self.heads * self.key_width * form.index.width * self.dtype.itemsize for form in self.forms if isinstance(form, Summary)}
+        key, group = self.heads * self.key_width * self.dtype.itemsize, self.queries // self.heads
+        return {form: key * form.index.numbers(group) for form in self.forms if isinstance(form, Summary)}
 
 
 class Tiers(Blocked):

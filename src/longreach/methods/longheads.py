@@ -83,13 +83,13 @@ class LongHeads(Method):
             require_integer(name, getattr(self, name), 1)
         require(
             self.attended % self.chunk == 0 and self.attended >= 3 * self.chunk,
-            f"attended must be a multiple of chunk ({self.chunk}), at least 3 of them, not {self.attended}; the first, the last and the own chunk are always read",
+            f"attended must be a multiple of chunk ({self.chunk}), at least 3 of them, not {self.attended}; the first, the last and its own are always read",
         )
         if self.begin is not None:
             require_integer("begin", self.begin, 1)
             least = self.attended - self.chunk
-            require(self.begin >= least, f"begin must be at least attended - chunk ({least}), not {self.begin}; earlier queries have too few chunks before them")
-        require(self.chunk % self.together == 0, f"chunk ({self.chunk}) must be a multiple of together, not {self.together}; queries of one chunk choose together")
+            require(self.begin >= least, f"begin must be at least attended - chunk ({least}), not {self.begin}; earlier queries have too few chunks")
+        require(self.chunk % self.together == 0, f"chunk ({self.chunk}) must be a multiple of together ({self.together}); queries of one chunk choose together")
 
     @classmethod
     def recommended(cls, window: int, context: int) -> LongHeads:

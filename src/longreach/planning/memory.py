@@ -108,13 +108,15 @@ def tier_bytes(architecture: Decoder, method: Method, schedule: Schedule, block:
     sealed, tail = blocks.allocated(block, schedule.forwards())
     for (layer, layout), count in layouts(architecture, method).items():
         whole = any(kept.place is None for kept in forms(layout).values())
-        for kept, size in buffers(layer, layout, schedule, rows=2 if whole else 1):
-            each = size // entries(kept, schedule) * architecture.itemsize * count
+        for kept, size in buffers(layer, layout, schedule, architecture.itemsize, 2 if whole else 1):
+            if not (number := entries(kept, schedule)):
+                continue
+            each = size // number * count
             if kept.place is None:
                 found["blocks"] += each * sealed
                 found["apart"] += each * (kept.head + tail)
             else:
-                found["summaries" if isinstance(kept.place, tuple) else "apart"] += each * entries(kept, schedule)
+                found["summaries" if isinstance(kept.place, tuple) else "apart"] += each * number
     return found
 
 
