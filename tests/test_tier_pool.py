@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import DynamicCache
 import longreach
 from families import build, tokens
 from histories import constants
-from longreach import SelfExtend, Tiered
+from longreach import SelfExtend, Tiered, YaRN
 from longreach.kernels import kernel_for
 from longreach.memory import lane
 from longreach.memory.arenas import InFile, Kind, runs
@@ -182,3 +184,37 @@ def test_a_model_that_was_cast_is_refused(tmp_path):
         model.bfloat16()
         with pytest.raises(ValueError, match=r"moved or cast after extend\(\)"):
             model(tokens(1, 5), past_key_values=DynamicCache())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system promises no room in a file")
+@torch.no_grad()
+def test_a_disk_that_is_full_is_met_before_the_forward(tmp_path, monkeypatch):
+    model, ids = build("llama"), tokens(1, 75)
+    with constants(3, 4), longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 2, 0, 99)):
+        whole = model(ids[:, :31], use_cache=False).logits[:, -1]
+        cache = DynamicCache()
+        model(ids[:, :30], past_key_values=cache)
+
+        def full(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "posix_fallocate", full)
+            with pytest.raises(ValueError, match=r"cannot be written \(no space left on device\); free some space, or pass a smaller disk budget"):
+                model(tokens(1, 300), past_key_values=cache)
+        assert cache.get_seq_length() == 30
+        assert difference(model(ids[:, 30:31], past_key_values=cache).logits[:, -1], whole) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_crop_makes_room(tmp_path):
+    model, ids = build("llama"), tokens(1, 75)
+    with constants(3, 4), longreach.extend(model, YaRN(2.0), memory=budgets(tmp_path, 4, 2, 4)) as extension:
+        whole = model(ids[:, :40], use_cache=False).logits[:, -1]
+        cache = DynamicCache()
+        model(ids[:, :40], past_key_values=cache)
+        with pytest.raises(ValueError, match="no room left"):
+            model(ids[:, 40:], past_key_values=cache)
+        cache.crop(10)
+        assert sum(tier["blocks"] for tier in extension.report()["memory"]["tiers"].values()) == 2 * 2 * (10 // 4)
+        assert difference(model(ids[:, 10:40], past_key_values=cache).logits[:, -1], whole) <= 1e-5

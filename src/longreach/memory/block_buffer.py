@@ -65,6 +65,7 @@ class BlockBuffer(Buffer):
 
     def freeze(self, bases: Iterable[Base]) -> None:
         """The entries of runs become blocks."""
+        self._drop()  # what an interrupt has left
         self.arrange()
         for base in bases:
             assert isinstance(base, Run)
@@ -132,6 +133,15 @@ class BlockBuffer(Buffer):
         other.runs = dict(self.runs)
         return other
 
+    def trim(self) -> None:
+        """Blocks that no row sees any more are let go of."""
+        self._drop()
+
     def _drop(self) -> None:
         super()._drop()
-        self.runs = {base: run for base, run in self.runs.items() if base in self.placement.bases}
+        stops: dict[Base, dict[int, int]] = {}
+        for (share,) in filter(None, self.placement.shares):
+            slots = stops.setdefault(share.base, {})
+            slots[share.slot] = max(share.stop, slots.get(share.slot, 0))
+        of = {base: [-(-slots.get(slot, 0) // self.unit) for slot in range(len(self.runs[base]))] for base, slots in stops.items() if base in self.runs}
+        self.runs = {base: tuple(run[:count] for run, count in zip(self.runs[base], counts)) for base, counts in of.items()}

@@ -93,8 +93,8 @@ class Blocked(ABC):
 
     @abstractmethod
     def thaw(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], lengths: Mapping[int, int]) -> list[Callable[[], None]]:
-        """Rows are about to be cut to so many tokens. What is left of a block that is cut is read -> calls that put it into the tails, once the placements
-        have been rewound."""
+        """Rows are about to be cut to so many tokens. What is left of a block that is cut is read -> calls that put it into the tails, and let go of the blocks
+        behind it, once the placements have been rewound."""
 
     @abstractmethod
     def close(self) -> None:

@@ -11,18 +11,14 @@ import torch
 
 @dataclass(eq=False)
 class Reading:
-    """Copies into tensors that are under way. Nobody may look at them before they are `done`."""
+    """Copies that are under way. Nobody may look at what they write to before they are `done`."""
 
-    out: Sequence[torch.Tensor]
     future: Future[list[torch.cuda.Event]]
 
     def done(self) -> None:
         """Wait; raises what the copies have raised."""
         for event in self.future.result():
             event.wait()  # on the stream that computes
-        for tensor in self.out:
-            if tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
     def end(self) -> None:
@@ -46,7 +42,10 @@ class Lane:
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
         streams = [self._streams[device] for device in devices]
-        return Reading(out, self._threads.submit(_run, copy, streams, before))
+        for tensor in out:
+            if tensor.is_cuda:
+                tensor.record_stream(self._streams[tensor.device])  # its memory is not given away before the copies are done
+        return Reading(self._threads.submit(_run, copy, streams, before))
 
     def close(self) -> None:
         if self._threads is not None:

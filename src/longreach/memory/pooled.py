@@ -92,13 +92,13 @@ class Tiers(Blocked):
         return sum(held.values())
 
     def thaw(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], lengths: Mapping[int, int]) -> list[Callable[[], None]]:
-        place, found = placements.get(None), []
-        for row, length in lengths.items() if place is not None else ():
-            assert place is not None
-            if (first := place.begins(row, length)) < min(length, place.places.firsts[row]):
-                buffers = [buffer for layer in layers if isinstance(layer, TieredLayer) for buffer in layer.blocked]
-                found += [buffer.thaw(row, first, length) for buffer in buffers]
-        return found
+        place = placements.get(None)
+        cut = {} if place is None else {row: length for row, length in lengths.items() if length < place.places.firsts[row]}
+        if place is None or not cut:
+            return []
+        buffers = [buffer for layer in layers if isinstance(layer, TieredLayer) for buffer in layer.blocked]
+        halves = [(row, first, length) for row, length in cut.items() if (first := place.begins(row, length)) < length]
+        return [*(buffer.trim for buffer in buffers), *(buffer.thaw(*half) for buffer in buffers for half in halves)]
 
     def report(self) -> dict[str, Any]:
         """Plain data, in bytes: of every tier its budget, and what lies there and was asked of it; what comes on top of the budgets."""

@@ -90,13 +90,15 @@ class TieredLayer(Counted):
             return self.pool.read([pair for pairs, _ in rooms for pair in pairs]), [found for _, found in rooms]
 
         ahead: tuple[Reading, list[torch.Tensor]] | None = begin(first := start // unit * unit)
+        found: list[torch.Tensor] = []
         try:
             while ahead is not None:
-                reading, (k, v) = ahead
+                last, (reading, found) = found, ahead  # whoever asked still holds the last part when the next but one is begun
                 self.pool.wait(reading)
                 a, b, first = max(start, first), min(first + step, stop), first + step
-                k, v = (between(x, a - (first - step), b - (first - step)) for x in (k, v))
+                k, v = (between(x, a - (first - step), b - (first - step)) for x in found)
                 ahead = begin(first) if first < stop else None
+                del last
                 yield KV(k, v, a)
         finally:
             if ahead is not None:

@@ -7,6 +7,7 @@ tokens or forms.
 
 from __future__ import annotations
 
+import gc
 import time
 import weakref
 from collections import Counter, OrderedDict, deque
@@ -123,13 +124,20 @@ class Pool:
         """Room for `count` blocks more of every buffer. Raises ValueError where there is none."""
         self.step += 1
         self._sweep()
+        if any(self._missing(kind, count) > 0 for kind in self.kinds):
+            gc.collect()  # caches that nobody can reach any more
+            self._sweep()
         for kind, shelves in self._shelves.items():
-            held, most, new = sum(len(shelf.only) for shelf in shelves), sum(shelf.arena.capacity for shelf in shelves), count * self.kinds[kind]
-            if held + new > most:
-                raise ValueError(self._full((held + new - most) * kind.nbytes))
-            below = sum(shelf.arena.capacity for shelf in shelves[:-1])
+            if (missing := self._missing(kind, count)) > 0:
+                raise ValueError(self._full(missing * kind.nbytes))
             if self.names[-1] == "disk":
-                shelves[-1].arena.grow(min(shelves[-1].arena.capacity, max(0, held + new - below)))
+                needed = missing + shelves[-1].arena.capacity  # of its slots, where those of the other tiers are full
+                shelves[-1].arena.grow(max(0, needed))
+
+    def _missing(self, kind: Kind, count: int) -> int:
+        """Slots that `count` blocks more of every buffer would need beyond those that there are."""
+        shelves = self._shelves[kind]
+        return sum(len(shelf.only) - shelf.arena.capacity for shelf in shelves) + count * self.kinds[kind]
 
     def require_summaries(self, size: int) -> None:
         if size > self.summaries:

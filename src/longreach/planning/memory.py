@@ -121,7 +121,7 @@ def tier_bytes(architecture: Decoder, method: Method, schedule: Schedule, block:
 
 
 def store_forms(architecture: Decoder, method: Method, schedule: Schedule) -> list[dict[str, object]]:
-    """The bytes by kind of layer and form: which first and last tokens it keeps, in which device's memory (there is one tier)."""
+    """The bytes by kind of layer and form: which first and last tokens it keeps, where (contiguous memory has one tier; see `tier_bytes`)."""
     found = []
     for (layer, layout), count in layouts(architecture, method).items():
         names = [*(f"keys at {positions}" for positions in forms(layout)), "values", *(f"summaries of {form.block} keys" for form in summaries(layout))]
