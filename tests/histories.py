@@ -42,7 +42,7 @@ FAMILIES = [
     "llama", "llama-head8", "llama3", "llama-dynamic", "mistral-sliding", "qwen2", "gemma2", "gemma3", "phi", "phi3-longrope", "cohere", "gpt-oss",
     "llama4-rope", "deepseek-v2", "smollm3", "ministral3", "gptj", "falcon", "falcon-alibi", "bloom",
 ]  # fmt: skip
-CUTTABLE = [method for method in METHODS if method.cut == 1]
+CUTTABLE = [method for method in METHODS if method.cut == 1 and method.eviction is None]
 GATE = 3e-5
 LONGEST = 2000  # declared context
 NEVER = 10_000  # an end token that no model makes

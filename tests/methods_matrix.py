@@ -26,6 +26,7 @@ from longreach import (  # fmt: skip
     Quest,
     ReRoPE,
     SelfExtend,
+    SirLLM,
     Stock,
     StreamingLLM,
     YaRN,
@@ -83,6 +84,7 @@ METHODS = [
     InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8),
     InfLLM(7, 0, 3, 3, repr_topk=1, exc_block_size=1),
     Combined(YaRN(2.0), InfLLM(16, 2, 5, 1, repr_topk=5, exc_block_size=3)),
+    SirLLM(70, 2, 8),  # one forward is one turn, which has to fit; what is evicted between turns is in `test_sirllm.py`
 ]
 
 # What makes each method plain attention on up to 60 tokens.
@@ -115,6 +117,7 @@ NEUTRAL = [
     LongHeads(66, 60, 22),
     InfLLM(60),
     InfLLM(60, 3, 4, 2, exc_block_size=8),
+    SirLLM(60, 0),
 ]
 
 PRIMARY = (SelfExtend, LMInfinite, Stock)
@@ -149,6 +152,7 @@ def cells(methods: list[Method]) -> list[Any]:
 SCALED = {"llama3", "llama-yarn", "llama-linear", "llama-dynamic", "phi3-longrope", "gpt-oss", "deepseek-v3-yarn", "ministral3"}
 UNROTATED = {"llama4", "cohere2", "exaone4"}  # rotary in the sliding or chunked layers only
 NARROW = {"deepseek-v2", "deepseek-v3", "deepseek-v3-yarn"}  # values narrower than keys
+PARTLY = {"gemma2", "gemma3", "gpt-oss", "llama4", "llama4-rope", "cohere2", "olmo3", "exaone4"}  # some layers see a window or a chunk only
 ALIBI = {"bloom", "mpt", "falcon-alibi", "falcon-alibi-groups"}
 # rotary pairs of a head; the other families have 8
 PAIRS = {
@@ -161,6 +165,8 @@ def refusal(family: str, method: Method) -> str | None:
     """What `extend` says where the method cannot apply to the family; None where it has to be exact."""
     if isinstance(method.positions if isinstance(method, Combined) else method, LongHeads) and family in NARROW:
         return "compares keys of"
+    if method.eviction is not None and family in PARTLY:
+        return "evicts tokens in all layers"
     if not method.rescales:
         return None
     if family in ALIBI:

@@ -36,7 +36,7 @@ def test_methods_json_round_trips(run: Run) -> None:
         assert type(made) is method and getattr(longreach, entry["class"]) is method
         assert longreach.from_json(json.loads(json.dumps(made.to_json()))) == made
         assert entry["bounded"] == made.bounded or isinstance(made, longreach.Combined)  # which has no parts to answer for it
-    assert {m["name"] for m in found if m["bounded"]} == {"lm-infinite", "streaming-llm"}
+    assert {m["name"] for m in found if m["bounded"]} == {"lm-infinite", "streaming-llm", "sirllm"}
 
 
 def test_a_parameter_may_be_a_method() -> None:

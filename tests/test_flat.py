@@ -13,7 +13,7 @@ from families import FAMILIES, build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
 from methods_matrix import METHODS, context, refusal
 
-INVARIANT = [m for m in METHODS if m.cut == 1]
+INVARIANT = [m for m in METHODS if m.cut == 1 and m.eviction is None]
 LONGEST = 700
 
 

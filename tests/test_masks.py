@@ -13,7 +13,7 @@ from longreach.hf.cache import store_of
 from methods_matrix import METHODS, context, refusal
 
 NEVER = 10_000  # an end token that no model makes
-CUTTABLE = [method for method in METHODS if method.cut == 1]
+CUTTABLE = [method for method in METHODS if method.cut == 1 and method.eviction is None]
 # Not BLOOM, whose stock code counts ALiBi's distances anew by each mask; here a token keeps the distance that it was read with.
 STOCK = ["llama", "gemma2", "phi", "cohere", "gpt-oss", "llama4-rope", "deepseek-v2", "gptj", "falcon", "mpt"]
 

@@ -170,9 +170,9 @@ def test_the_command_is_one_that_run_takes():
 
 def test_the_nearest_requests():
     found = plan(context=131_072, hardware="RTX4090")
-    assert found.possible and not found.row("selfextend").fits  # LM-Infinite fits, and recalls only what is recent
+    assert found.possible and not found.row("selfextend").fits  # what is bounded fits, and forgets
     changes = " | ".join(a.change for a in found.nearest)
-    assert "A100-40" in changes and "LMInfinite" in changes
+    assert "A100-40" in changes and "SirLLM" in changes
     reach = int(changes.split("a context of ")[1].split()[0])
     assert plan(context=reach, hardware="RTX4090").row("selfextend").fits
     assert not plan(context=reach + 600, hardware="RTX4090").row("selfextend").fits

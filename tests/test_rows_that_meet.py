@@ -19,7 +19,7 @@ PORTIONS = {
     "three": [(300, 10, 1, 40), (250, 60, 40, 1), (60, 250, 20, 21)],
     "equal neighbours": [(300, 10, 5), (300, 10, 5), (250, 60, 5), (250, 60, 5)],
 }
-METHODS_HERE = [m for m in METHODS if m.cut == 1]
+METHODS_HERE = [m for m in METHODS if m.cut == 1 and m.eviction is None]
 
 
 def padded(texts: list[torch.Tensor], right: bool) -> tuple[torch.Tensor, torch.Tensor]:

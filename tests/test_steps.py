@@ -19,7 +19,7 @@ from methods_matrix import METHODS, context, refusal
 
 LENGTHS = [1, 2, 37, 250, 251, 400, 620]  # of several buckets
 STEPS = 4
-INVARIANT = [m for m in METHODS if m.cut == 1]
+INVARIANT = [m for m in METHODS if m.cut == 1 and m.eviction is None]
 
 
 def read(model: Any, lengths: list[int], seed: int = 5) -> tuple[list[torch.Tensor], torch.Tensor, Any]:

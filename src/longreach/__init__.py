@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from longreach.methods.quest import Quest as Quest
     from longreach.methods.rerope import ReRoPE as ReRoPE
     from longreach.methods.selfextend import SelfExtend as SelfExtend
+    from longreach.methods.sirllm import SirLLM as SirLLM
     from longreach.methods.stock import Stock as Stock
     from longreach.methods.streaming_llm import StreamingLLM as StreamingLLM
     from longreach.methods.string import STRING as STRING

@@ -6,7 +6,9 @@ indices of one sequence (padding removed), queries `i`, keys `j`, `0 <= j <= i`.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -227,9 +229,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """All segments of one kind of layer, in the order in which they are merged. At most one of them chooses."""
+    """All segments of one kind of layer, in the order in which they are merged. At most one of them chooses. `beside`: forms of keys that no segment reads;
+    an eviction makes the others of them anew."""
 
     segments: tuple[Segment, ...]
+    beside: tuple[PositionMap, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -321,6 +325,8 @@ def forms(layout: Layout) -> dict[PositionMap, Retention]:
     for segment in layout.segments:
         for positions in dict.fromkeys([segment.kept, *(segment.compared[1:] if segment.choice is not None else ())]):
             needed[positions] = needed.get(positions, Retention()) | retention(segment.visible)
+    for positions in layout.beside:
+        needed[positions] = functools.reduce(operator.or_, needed.values())
     return needed
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ class HeadCall:
 
     tokens: weakref.ref[torch.Tensor]
     announced: int  # new tokens that may be cropped again
+    wanted: Any = None  # which logits its caller wants, where all are made
     used: bool = False  # whether it has called the base model
     finished: Batch | None = None
 
@@ -52,18 +54,18 @@ class Calls(threading.local):
         self.heads = [call for call in self.heads if call.tokens() is not None]
         self.bases = [call for call in self.bases if call.tokens() is not None]
 
-    def enter(self, tokens: torch.Tensor, announced: int) -> None:
+    def enter(self, tokens: torch.Tensor, announced: int, wanted: Any = None) -> None:
         self._prune()
-        self.heads.append(HeadCall(weakref.ref(tokens), announced))
+        self.heads.append(HeadCall(weakref.ref(tokens), announced, wanted))
 
-    def leave(self, tokens: torch.Tensor | None) -> Batch | None:
-        """The batch of what the call has read; None if there is none, or if it counts already."""
+    def leave(self, tokens: torch.Tensor | None) -> HeadCall | None:
+        """The call that is over. `finished` is the batch of what it has read; None if there is none, or if it counts already."""
         place = next((place for place, call in enumerate(self.heads) if call.tokens() is tokens is not None), None)
         if place is None:
             return None
-        finished = self.heads[place].finished
+        call = self.heads[place]
         del self.heads[place:]
-        return finished
+        return call
 
     def caller(self) -> HeadCall | None:
         """The call that the base model is run for; None where it is called by itself."""

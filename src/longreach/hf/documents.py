@@ -91,6 +91,11 @@ def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str,
     """
     own = _own_store(forward, cache)
     store = own.fork()
+    if forward.eviction is not None:
+        raise ValueError(
+            f"what {forward.facts.chosen.method.name} keeps depends on the turns that came, and cannot be saved as a document; keep the text and read it "
+            "again, or use a method that forgets by place, such as StreamingLLM"
+        )
     if not any(store.lengths):
         raise ValueError("this cache is empty, so there is nothing to save; let the model read a document first: model(ids, past_key_values=cache)")
     tensors: dict[str, torch.Tensor] = {}

@@ -17,10 +17,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from longreach import configs
 from longreach.core.encodings import exact_device
+from longreach.engine import turns
 from longreach.engine.layer import Layer
 from longreach.engine.watch import Watch
 from longreach.hf import documents, flat_check, frequencies, legacy, registration
 from longreach.hf.attach import Attachment
+from longreach.hf.cache import place
 from longreach.hf.checks import configs_of, find_base
 from longreach.hf.documents import Document
 from longreach.hf.facts import Chosen, Exactness, Facts
@@ -225,6 +227,18 @@ class Extension:
         short is copied at the first write."""
         return documents.fork(self.forward, cache)
 
+    # -- turns --------------------------------------------------------------------------------------------------------------------
+
+    def turn(self, cache: Any, *tokens: int) -> None:
+        """Announce the next turns, such as a question and its answer, by their tokens. Of a method that evicts, what a turn has no room for leaves before its
+        first token is read; a turn may be read in any number of forwards. `cache`: of this extension, or an empty `DynamicCache`.
+
+        Raises ValueError for a turn of less than one token, and for a method that evicts nothing.
+        """
+        if self.method.eviction is None or not all(isinstance(n, int) and n > 0 for n in tokens):
+            raise ValueError(f"turns of at least one token are announced to a method that evicts, such as SirLLM, not {tokens} to {self.method.name}")
+        turns.announce(place(cache, self.forward.new_store(), self.forward.calls)[1], tokens)
+
     # -- many requests ------------------------------------------------------------------------------------------------------------
 
     def flat(self) -> Flat:
@@ -233,6 +247,8 @@ class Extension:
         Raises ValueError, with the reason, where the model's own code does not allow it: its layers scale queries by the slots of a cache, its activations are
         quantised with one scale for a whole tensor, or a request that is read beside others differs from the same one alone.
         """
+        if self.method.eviction is not None:
+            raise ValueError(f"{self.method.brief()} evicts before a turn, and a flat forward has none; read requests one by one, with generate or stream")
         found = Flat(self.forward)
         flat_check.require_exact(self.forward)
         return found

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from longreach.core.eviction import Eviction
+from longreach.engine import turns
 from longreach.engine.batch import Batch
 from longreach.engine.executor import execute
 from longreach.engine.layer import Inputs
 from longreach.engine.watch import Watch
 from longreach.hf import layer_kinds
 from longreach.hf.cache import place
-from longreach.hf.calls import Calls
+from longreach.hf.calls import Calls, HeadCall
 from longreach.hf.checks import check_positions
 from longreach.hf.facts import Facts
 from longreach.kernels import kernel_for
@@ -46,6 +48,7 @@ class Forward:
         self._warned = False
         self.flat_checked = False
         self.watch: Watch | None = None
+        self.eviction = facts.chosen.method.eviction
 
     def new_store(self, joins: bool = False) -> Store:
         return Store([layer.kept for layer in self.facts.layers], joins, self.memory)
@@ -72,13 +75,30 @@ class Forward:
         wanted = kwargs.get("logits_to_keep")
         args, kwargs, tokens = _marked(args, kwargs)
         if tokens is not None:
-            self.calls.enter(tokens, wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0)
+            self.calls.enter(tokens, wanted - 1 if isinstance(wanted, int) and wanted > 1 else 0, wanted)
+        if wanted is not None and self.eviction is not None:  # every token is scored
+            kwargs = {**kwargs, "logits_to_keep": 0}
         return args, kwargs
 
     @torch.compiler.disable
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         """After it ran, head and all."""
-        _count(self.calls.leave(_tokens(args, kwargs)[1]), output)
+        tokens = _tokens(args, kwargs)[1]
+        call = self.calls.leave(tokens)
+        if self.eviction is not None and call is not None and output is not None:
+            self._score(self.eviction, call, tokens, output)
+        _count(None if call is None else call.finished, output)
+
+    def _score(self, eviction: Eviction, call: HeadCall, ids: torch.Tensor | None, output: Any) -> None:
+        """What the logits say of the new tokens. The caller gets those that it wants."""
+        logits, batch = getattr(output, "logits", None), call.finished
+        if batch is not None and batch.store is not None:
+            if ids is None or ids.is_floating_point() or logits is None:
+                raise ValueError("tokens are kept by the logits that the model gave them; pass input_ids, not inputs_embeds, and leave out return_dict=False")
+            batch.require_unchanged()
+            batch.store.scores = turns.after(batch, ids.to(logits.device), logits, eviction)
+        if logits is not None and (call.wanted is not None and not (isinstance(call.wanted, int) and call.wanted == 0)):
+            output.logits = logits[:, -call.wanted :] if isinstance(call.wanted, int) else logits[:, call.wanted]
 
     # -- around the base model -------------------------------------------------------------------------------------------------
 
@@ -108,6 +128,8 @@ class Forward:
             drafts = getattr(getattr(facts.model, "generation_config", None), "num_assistant_tokens", None) or 0  # that this model makes for another
             kept = rows if store.asked is None else store.rows
             store.open(kept, columns, max(0 if caller is None else min(columns, caller.announced), drafts + 1 if drafts >= ROLLBACK else 0))
+        if self.eviction is not None:
+            self._make_room(self.eviction, store, rows, columns, mask, caller is not None)
         if store is not None and store.asked is not None:
             batch = Batch.flat(store.asked, tokens.device, store)
         else:
@@ -131,6 +153,16 @@ class Forward:
     def close(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         """After it ran: the new tokens count, once the model that called it has finished too. A forward that raises, which has no output, changes nothing."""
         _count(self.calls.end(_tokens(args, kwargs)[1], output is not None), output)
+
+    def _make_room(self, eviction: Eviction, store: Store | None, rows: int, columns: int, mask: torch.Tensor | None, scored: bool) -> None:
+        """Before the tokens of a turn are read, those leave that it has no room for."""
+        if store is None:
+            eviction.before(columns, torch.zeros(0))
+            return
+        if not scored:
+            raise ValueError("tokens are kept by the logits that the model gave them; call the model with its head, or pass use_cache=False")
+        new = None if mask is None else mask[:, store.seen : store.seen + columns]
+        turns.before(store, self.facts.layers, eviction, [columns] * rows if new is None else new.sum(1).tolist())
 
     def _check_length(self, tokens: int) -> None:
         chosen = self.facts.chosen

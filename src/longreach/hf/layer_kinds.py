@@ -30,6 +30,15 @@ def refuse_uncovered(name: str, method: Method, covered: list[int]) -> None:
         )
 
 
+def refuse_partly(name: str, method: Method, covered: list[int], layers: int) -> None:
+    """Where tokens are renumbered, all layers have to keep the same ones."""
+    if method.eviction is not None and len(covered) < layers:
+        raise ValueError(
+            f"{type(method).__name__} evicts tokens in all layers, and {layers - len(covered)} of the {layers} layers of {name} see only a window or a chunk; "
+            "use StreamingLLM or LMInfinite, which forget by place"
+        )
+
+
 def refuse_unrotated(name: str, method: Method) -> None:
     """Other frequencies mean nothing where nothing rotates."""
     if method.rescales:

@@ -83,6 +83,7 @@ def _settle(base: Any, chosen: Chosen, reading: Reading) -> tuple[Chosen, list[M
     methods = configs.methods_of(reading.trained, method)
     covered = [i for i, m in enumerate(methods) if m is method]
     layer_kinds.refuse_uncovered(name, method, covered)
+    layer_kinds.refuse_partly(name, method, covered, len(methods))
     remark = None
     if covered and reading.alibi is None and all(reading.rotaries[i] is None for i in covered):
         if choice is not None:

@@ -6,7 +6,7 @@ Knows nothing of keys, values or models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,10 +15,15 @@ Stretch = tuple[int, int]  # first, last + 1
 
 @dataclass
 class Slots:
-    """`seen` columns of every row; `pads` of a row are the runs of slots that hold no token, in order and never adjacent."""
+    """`seen` columns of every row; `pads` of a row are the runs of slots that hold no token, in order and never adjacent. `evicted` tokens of a row have
+    left; nobody knows their slots."""
 
     pads: list[list[Stretch]]
     seen: int = 0
+    evicted: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.evicted = self.evicted or [0] * len(self.pads)
 
     @classmethod
     def empty(cls, rows: int) -> Slots:
@@ -32,10 +37,10 @@ class Slots:
         return found
 
     def copy(self) -> Slots:
-        return Slots([[*row] for row in self.pads], self.seen)
+        return Slots([[*row] for row in self.pads], self.seen, [*self.evicted])
 
     def tokens(self, row: int) -> int:
-        return self.seen - sum(b - a for a, b in self.pads[row])
+        return self.seen - sum(b - a for a, b in self.pads[row]) - self.evicted[row]
 
     def append(self, real: torch.Tensor | None, columns: int) -> None:
         """`columns` more; real [B, columns] on the CPU, None if all of them hold tokens."""
@@ -54,7 +59,7 @@ class Slots:
     def without(self, slots: int) -> Slots:
         """Without the last `slots` columns."""
         stop = self.seen - slots
-        return Slots([[(a, min(b, stop)) for a, b in row if a < stop] for row in self.pads], stop)
+        return Slots([[(a, min(b, stop)) for a, b in row if a < stop] for row in self.pads], stop, [*self.evicted])
 
     def keeping(self, row: int, tokens: int) -> None:
         """Only the first `tokens` tokens of a row still count; the slots of the others are pads from now on."""
@@ -72,6 +77,7 @@ class Slots:
 
     def select(self, rows: list[int]) -> None:
         self.pads = [[*self.pads[row]] for row in rows]
+        self.evicted = [self.evicted[row] for row in rows]
 
     @property
     def real(self) -> torch.Tensor | None:

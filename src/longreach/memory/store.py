@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from longreach.core.eviction import Scores
 from longreach.core.segments import Form, Place, Retention
 from longreach.memory import blocks
 from longreach.memory.blocks import Blocked
@@ -56,6 +57,8 @@ class Store:
         self.record_past = False  # Transformers announces that it may crop all that is read from one crop to the next
         self.since_crop = 0  # slots
         self.forked = False  # others may read the same memory
+        self.scores: list[Scores | None] = []  # of a method that evicts
+        self.coming: tuple[int, ...] = ()  # turns that were announced to a store without rows
         self.offsets: list[int] = []  # per row, what a caller's position ids were ahead of the indices at the first call
         self.changes = 0  # a forward is of the store as it was when it began: it goes on only while this is the same
         self.filed: Filed | None = None
@@ -97,7 +100,7 @@ class Store:
         self.announced = max(announced, self.since_crop + columns if self.record_past else 0)
 
     def _begin(self, rows: int) -> None:
-        self.lengths, self.offsets = [0] * rows, [0] * rows
+        self.lengths, self.offsets, self.scores = [0] * rows, [0] * rows, [None] * rows
         self.filed = None
         self.slots = Slots.empty(rows)
         unit = 1 if self.blocked is None else self.blocked.unit
@@ -114,6 +117,8 @@ class Store:
         real = self.slots.real
         if mask is None or not self.seen or bool(mask.all() if real is None else torch.equal(mask.cpu(), real)):
             return [Past(length) for length in self.lengths]
+        if any(self.slots.evicted):
+            raise ValueError("attention_mask hides a token in a row from which tokens were evicted; pass ones for all that was read, or read the rest again")
         mask = mask.cpu()
         if real is not None and bool((shown := mask & ~real).any()):
             row, slot = shown.nonzero()[0].tolist()
@@ -136,7 +141,8 @@ class Store:
 
     def _reaches(self, row: int) -> int:
         """The smallest length to which a row can be cut."""
-        return max(placement.reaches(row) for placement in self.placements.values())
+        floor = 0 if (scores := self.scores[row]) is None else scores.floor
+        return max(floor, *(placement.reaches(row) for placement in self.placements.values()))
 
     def reserve(self, past: list[Past], counts: list[int]) -> list[object]:
         """Before the layers run: there is room for so many new tokens of every row -> a key for each row, equal where rows that follow each other lie alike.
@@ -169,6 +175,15 @@ class Store:
         slots.append(real, columns)
         self.since_crop += columns
         self._finish([start + count for start, count in zip(starts, counts, strict=True)], slots, shorter)
+
+    def evict(self, row: int, stop: int, scores: Scores) -> None:
+        """A row has `stop` tokens from now on, which have been written anew where they had to move."""
+        slots, gone = self.slots.copy(), self.lengths[row] - stop
+        slots.evicted[row] += gone
+        lengths, offsets, every = [*self.lengths], [*self.offsets], [*self.scores]
+        lengths[row], offsets[row], every[row] = stop, offsets[row] + gone, scores
+        self.offsets, self.scores = offsets, every
+        self._finish(lengths, slots, [row])
 
     def _part(self) -> None:
         """Before anything is written: what is long and others read too is frozen, and all rows go on in tails of their own."""
@@ -273,6 +288,7 @@ class Store:
         other.placements = {place: placement.fork() for place, placement in self.placements.items()}
         other.layers = [layer.fork(other.placements) for layer in self.layers]
         other.lengths, other.offsets, other.slots, other.record_past = [*self.lengths], [*self.offsets], self.slots.copy(), self.record_past
+        other.scores, other.coming = [*self.scores], self.coming
         other.filed = None if self.filed is None else Filed(self.filed.state, [*self.filed.lengths])
         return other
 
@@ -301,7 +317,9 @@ class Store:
             layer.join()
         self.lengths.append(0)
         self.offsets.append(0)
+        self.scores.append(None)
         self.slots.pads.append([])
+        self.slots.evicted.append(0)
         return self.rows - 1
 
     def rewind(self, row: int, length: int) -> None:
@@ -336,13 +354,14 @@ class Store:
             layer.select(index)
         self.filed = None
         self.lengths, self.offsets = ([each[row] for row in index.tolist()] for each in (self.lengths, self.offsets))
+        self.scores = [self.scores[row] for row in index.tolist()]
         self.slots.select(index.tolist())
 
     def reset(self) -> None:
         self.changes += 1
         self.filed = None
         self.placements, self.layers, self.lengths, self.slots, self._finishing, self.since_crop = {}, [], [], Slots.empty(0), None, 0
-        self.forked = False
+        self.forked, self.scores, self.coming = False, [], ()
 
 
 def nbytes_of(stores: Iterable[Store]) -> int:

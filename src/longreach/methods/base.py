@@ -15,6 +15,7 @@ import torch
 from longreach.core.choice import Choice
 from longreach.core.dense import Dense
 from longreach.core.encodings import Frequencies, Rope
+from longreach.core.eviction import Eviction
 from longreach.core.segments import PLAIN, Layout, LogScale
 
 DEEP = 16  # a layer that chooses, in a method that does so from some layer on
@@ -47,6 +48,11 @@ class Method(ABC):
         """Distances [T, N] or [B, H, T, N] of the pairs that are seen in one forward, NaN elsewhere. A method that chooses states its choice here, from the
         paper alone, without its index."""
         return self.distances(dense.i, dense.j)
+
+    @property
+    def eviction(self) -> Eviction | None:
+        """Which tokens stay where a turn comes that has no room; None: nothing is evicted by its content, and an index is a true one."""
+        return None
 
     @property
     def sees(self) -> str:
@@ -93,7 +99,8 @@ class Method(ABC):
     @property
     def cut(self) -> int | None:
         """Where a prompt may be cut into forwards. 1: anywhere, the result is the same. n: only at multiples of n, and no forward of a prompt is shorter than
-        n, unless the prompt is; decoded tokens come one by one after it. None: nowhere, a prompt is one forward."""
+        n, unless the prompt is; decoded tokens come one by one after it. None: nowhere, a prompt is one forward. Of a method that evicts this is about a turn:
+        the result depends on the turns that a text is read in."""
         return 1
 
     def apart(self, tokens: int) -> int:

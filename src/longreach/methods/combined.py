@@ -9,6 +9,7 @@ import torch
 
 from longreach.core.dense import Dense
 from longreach.core.encodings import Frequencies, Rope
+from longreach.core.eviction import Eviction
 from longreach.core.segments import Layout, LogScale
 from longreach.methods.base import FrequencyMethod, Method, require
 from longreach.methods.lm_infinite import LMInfinite
@@ -58,6 +59,10 @@ class Combined(Method):
     @property
     def bounded(self) -> bool:  # type: ignore[override]
         return self.positions.bounded
+
+    @property
+    def eviction(self) -> Eviction | None:
+        return self.positions.eviction
 
     @property
     def needs_context(self) -> bool:  # type: ignore[override]

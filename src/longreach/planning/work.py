@@ -125,6 +125,8 @@ def recall(architecture: Decoder, method: Method, window: int, tokens: int, new_
         return "everything", method.sees
     if any(layout.choice is not None for layout in full):
         return "what is retrieved", method.sees
+    if method.eviction is not None:
+        return "recent only", method.sees
     last = min(first for ranges in seen for first, stop in ranges if stop == tokens)
     first = max((stop for ranges in seen for begin, stop in ranges if begin == 0 and stop < tokens), default=0)
     what = f"the last {tokens - last}" + (f" and the first {first}" if first else "") + " tokens"

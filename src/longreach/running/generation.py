@@ -97,6 +97,8 @@ def answer(
             progress(min(chunk.start + chunk_size, early))
             if stopped is not None and stopped():
                 return Answer("", [], "interrupted", time.perf_counter() - started, 0.0, cache_bytes(cache), cache)
+    if extension is not None and (eviction := extension.method.eviction) is not None:
+        extension.turn(cache, min(max_new_tokens, eviction.turn))  # the answer, without its last token, and that before it
     criteria = _stopping(tokenizer, len(ids), stop, stopped)
     with torch.no_grad(), own_random_state(sampling.seed, prompt.device):
         output = model.generate(

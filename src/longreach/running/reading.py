@@ -43,7 +43,7 @@ def stream(
 
     extension   what `extend` returned; or a model without an extension, which reads as stock Transformers does.
     chunk_size  tokens of one forward, >= 1. Results do not depend on it, unless the method allows no cut (`Method.cut`); where it allows few,
-                chunks begin there, and the last one is longer rather than too short.
+                chunks begin there, and the last one is longer rather than too short. Under a method that evicts, the text is read in turns (`Eviction.turn`).
     losses      False skips the language-model head except for the last token of a chunk.
     cache       the `cache` of an earlier chunk, to go on where it ended (its last token's successor has no loss then: NaN).
 
@@ -65,7 +65,10 @@ def stream(
     start = cache.get_seq_length()
     last: torch.Tensor | None = None  # logits [V] that predict the next chunk's first token
     cut = extension.method.cut or 1 if isinstance(extension, Extension) else 1
-    tokens = _chunks(ids, max(cut, chunk_size // cut * cut), cut, -start % cut)
+    if isinstance(extension, Extension) and extension.method.eviction is not None:
+        tokens = _turns(extension, cache, ids, chunk_size)
+    else:
+        tokens = _chunks(ids, max(cut, chunk_size // cut * cut), cut, -start % cut)
     for chunk in tokens:
         chunk = chunk.to(device)
         with torch.no_grad():
@@ -113,6 +116,14 @@ def _chunks(ids: torch.Tensor | Iterable[int], size: int, least: int, more: int)
             before = part
     if before is not None:
         yield before
+
+
+def _turns(extension: Extension, cache: Any, ids: torch.Tensor | Iterable[int], size: int) -> Iterator[torch.Tensor]:
+    """Parts of `size` tokens of turns that are as long as the method has them. Each is announced before its first token is read."""
+    assert extension.method.eviction is not None
+    for turn in _parts(ids, extension.method.eviction.turn, 0):
+        extension.turn(cache, turn.numel())
+        yield from turn.split(size)
 
 
 def _parts(ids: torch.Tensor | Iterable[int], size: int, more: int) -> Iterator[torch.Tensor]:
