@@ -26,7 +26,8 @@ import longreach
 from longreach.hf import documents
 from longreach.hf.cache import place
 from longreach.memory import sealing
-from longreach.memory.store import Past, Store
+from longreach.memory.past import Past
+from longreach.memory.store import Store
 
 LAYERS, HEADS, WIDTH, TURN = 8, 8, 128, 300
 TOKEN = LAYERS * HEADS * WIDTH * 2 * 2  # bytes of a token's keys and values

@@ -22,7 +22,7 @@ import longreach
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.hf.cache import place
 from longreach.hf.extension import Extension
-from longreach.memory.store import Past
+from longreach.memory.past import Past
 
 ROWS = 16
 

@@ -10,8 +10,9 @@ import torch
 from longreach import DualChunk, LMInfinite, SelfExtend, StreamingLLM
 from longreach.core.segments import Identity, Retention, forms
 from longreach.memory.buffer import Buffer
+from longreach.memory.past import Past
 from longreach.memory.placement import ROLLBACK, SLACK, SMALLEST, STEP, Placement, alike, bucket_of
-from longreach.memory.store import Past, Store
+from longreach.memory.store import Store
 
 ONE = slice(0, 1)
 

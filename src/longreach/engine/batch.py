@@ -15,9 +15,10 @@ import torch
 
 from longreach.core.encodings import Rotary, Table, exact_device
 from longreach.core.segments import Constant, PositionMap, Retention
+from longreach.memory.past import Past
 from longreach.memory.slots import Stretch
 from longreach.memory.steps import Step
-from longreach.memory.store import Past, Store
+from longreach.memory.store import Store
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from longreach.core.segments import PositionMap
 from longreach.engine.batch import Batch
 from longreach.engine.layer import RAW, Layer
 from longreach.memory.layer import joined
-from longreach.memory.store import Past, Store
+from longreach.memory.past import Past
+from longreach.memory.store import Store
 
 
 def announce(store: Store, turns: tuple[int, ...]) -> None:

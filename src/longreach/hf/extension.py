@@ -20,7 +20,7 @@ from longreach.core.encodings import exact_device
 from longreach.engine import turns
 from longreach.engine.layer import Layer
 from longreach.engine.watch import Watch
-from longreach.hf import documents, flat_check, frequencies, legacy, registration
+from longreach.hf import documents, flat_check, legacy, registration, report
 from longreach.hf.attach import Attachment
 from longreach.hf.cache import place
 from longreach.hf.checks import configs_of, find_base
@@ -33,17 +33,14 @@ from longreach.hf.interfaces import CausalLM
 from longreach.hf.placement import device_of
 from longreach.hf.standard import StandardSeam
 from longreach.hf.verify import verify
-from longreach.kernels import kernel_for
-from longreach.memory import pooled
 from longreach.memory.budgets import Tiered
 from longreach.memory.contiguous import Contiguous
 from longreach.memory.layer import Memory
 from longreach.memory.pooled import Stored, Tiers
 from longreach.methods.base import Method
-from longreach.methods.stock import Stock
 from longreach.planning import dial
 from longreach.planning.profile import Profile
-from longreach.quantities import counted, token_count
+from longreach.quantities import token_count
 
 logger = logging.getLogger("longreach")
 _numbers = itertools.count(1)  # one attention name per extension, so that two extended models do not meet
@@ -151,15 +148,6 @@ def _chosen(model: Any, config: Any, method: Method | None, context: int | None,
             f"{context}; use extend(model, context={context}) to have the parameters chosen{dial.combined(method, window.tokens, context)}"
         )
     return Chosen(method, window, context, capacity, choice)
-
-
-def _origin(choice: dial.Choice | None) -> dict[str, Any] | None:
-    """The profile that a method is from, as plain data; None: no profile chose it."""
-    if choice is None or choice.profile is None:
-        return None
-    profile, entry = choice.profile, choice.profile.choose(choice.context)
-    assert entry is not None
-    return {"source": profile.source, "model": profile.model, "fingerprint": profile.fingerprint, "context": entry.context, "date": entry.date}
 
 
 class Extension:
@@ -280,68 +268,11 @@ class Extension:
 
     def report(self) -> dict[str, Any]:
         """What was attached, as plain data."""
-        facts, reading, layers = self.facts, self.facts.reading, self.facts.layers
-        weight = self.model.get_input_embeddings().weight
-        dtype = weight.dtype if weight.is_floating_point() else reading.entries[0].dtype
-        ours = facts.covered
-        rescaled = [i for i in ours if self.method.rescales and reading.rotaries[i] is not None]
-        before, after = (reading.rotaries[rescaled[0]], layers[rescaled[0]].rotary) if rescaled else (None, None)
-        others = [layer for layer in layers if layer.index not in ours]
-        return {
-            "method": self.method.to_json(),
-            "frequencies": None if before is None or after is None else frequencies.change(before, after),
-            "context": self.context,
-            "capacity": self.capacity,
-            "trained_window": self.window.tokens,
-            "trained_window_reason": self.window.reason,
-            "reason": self.choice.reason if self.choice else "given",
-            "profile": _origin(self.choice),
-            "warning": facts.remark,
-            "recalls": self.method.sees,
-            "layers": len(layers),
-            "layers_with_method": ours,
-            "encoding": "rotary" if reading.alibi is None else "alibi",
-            "layers_in_chunks": [layer.index for layer in others if isinstance(layer.method, Stock) and layer.method.attention_chunk],
-            "layers_without_positions": [i for i, r in enumerate(reading.rotaries) if r is None and reading.alibi is None],
-            "sliding_window_overridden": reading.trained[0].sliding_window is not None and 0 in ours and not isinstance(self.method, Stock),
-            "backend": "dense reference" if layers[0].dense else kernel_for(device_of(self.model), dtype).name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "memory": self.forward.memory.report() if isinstance(self.forward.memory, Tiers) else None,
-            "exactness": {name: getattr(self.exactness, name) for name in ("rotary", "logits", "layers", "stock_logits", "stock_layers")},
-        }
+        return report.report(self.facts, self.forward.memory)
 
     def describe(self) -> str:
-        """Method, parameters, layers, capacity, backend and measured exactness, in words."""
-        r, reading = self.report(), self.facts.reading
-        ours = r["layers_with_method"]
-        others = "sliding" if not r["layers_in_chunks"] else "chunked" if len(ours) + len(r["layers_in_chunks"]) == r["layers"] else "sliding and chunked"
-        layers = f"all {r['layers']}" if len(ours) == r["layers"] else f"{len(ours)} of {r['layers']} ({ours}); the {others} ones as trained"
-        if r["sliding_window_overridden"]:
-            layers += f"; their sliding window of {reading.trained[0].sliding_window} is replaced by the method"
-        if r["layers_without_positions"]:
-            layers += f"; layers without positions: {r['layers_without_positions']}"
-        lines = [
-            f"method      {self.method}",
-            f"recalls     {r['recalls']}",
-            f"window      {self.window.tokens} trained ({self.window.reason})",
-            f"context     {'not declared' if self.context is None else counted(self.context, 'token') + ' declared'}",
-            f"capacity    {'unlimited' if self.capacity is None else counted(self.capacity, 'token')}",
-            f"layers      {layers}",
-            f"backend     {r['backend']}, {r['dtype']}",
-            f"exactness   {self.exactness}",
-            f"reason      {r['reason']}",
-        ]
-        if r["frequencies"]:
-            fastest, slowest = r["frequencies"]["divided_by"]
-            factor = r["frequencies"]["attention_factor"]
-            lines.insert(2, f"frequencies divided by {fastest:.4g} (fastest pair) to {slowest:.4g} (slowest pair), cos and sin times {factor:.5g}")
-        if reading.alibi is not None:
-            lines.insert(2, f"encoding    ALiBi, slopes from {reading.alibi.slopes.max():.4g} to {reading.alibi.slopes.min():.4g}")
-        if r["memory"]:
-            lines += [f"{name:12}{line}" for name, line in zip(("memory", *[""] * 9), pooled.said(r["memory"]))]
-        if r["warning"]:
-            lines.append(f"warning     {r['warning']}")
-        return "\n".join(lines)
+        """Method, parameters, layers, capacity, backend, memory and measured exactness, in words."""
+        return report.describe(self.facts, self.forward.memory)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.forward.__reduce_ex__(protocol)  # which refuses
