@@ -12,11 +12,17 @@ from transformers import DynamicCache
 
 import longreach
 from families import build, tokens
-from longreach import Combined, SelfExtend, SirLLM, Stock, YaRN
+from longreach import Combined, LMInfinite, SelfExtend, SirLLM, Stock, StreamingLLM, YaRN
 from longreach.core.eviction import ALONE
+from longreach.evals.samples.fitting import FILLER
+from longreach.evals.samples.haystack import PASS_KEY
 from longreach.hf.cache import store_of
+from longreach.running.conversation import Conversation
+from longreach.running.prefix import Prefix
+from test_conversation import QUESTIONS, talking
 from test_matrix import difference
 from test_memory_of_ones_own import Ledger
+from tiny import llama
 
 METHOD = SirLLM(18, 2, 4, decay=0.7)  # a cache of 24
 TURNS = (10, 9, 7, 12, 3, 1, 6, 16, 2, 5)
@@ -412,3 +418,43 @@ def test_without_an_eviction_it_is_plain_attention():
         wanted = more(model, filled(model, ids, (10, 9, 7)), ids)
     with longreach.extend(model, SirLLM(60)):
         assert difference(more(model, filled(model, ids, (10, 9, 7)), ids), wanted) <= 1e-6
+
+
+# -- conversations --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["none", "plain", "rewriting"])
+def test_a_conversation_goes_on_in_a_full_cache(template, monkeypatch):
+    """A question costs its own tokens. Where a template writes an answer in another way than the model did, the answer is cropped: nothing has left since."""
+    real, found = Prefix.resume, []
+
+    def resume(prefix: Prefix, ids: list[int]) -> Any:
+        held = len(prefix.ids)
+        cache, same = real(prefix, ids)
+        found.append((held, same))
+        return cache, same
+
+    monkeypatch.setattr(Prefix, "resume", resume)
+    with talking(llama(), SirLLM(60), template) as talk:
+        for question in QUESTIONS * 2:
+            assert talk.ask(question, 12).ids
+            store = store_of(talk.prefix.cache)
+            assert store.lengths[0] <= 64 and store.seen == talk.known
+    assert store.slots.evicted[0] > 100
+    assert len(found) == 6 and all(held - same <= (0 if template == "none" else 12) for held, same in found)
+    assert any(held > same for held, same in found) == (template != "none")
+
+
+def test_nano_answers_from_the_first_turn_what_other_bounded_caches_have_lost():
+    """A pass key, a dozen turns of filler, the question: the same 256 places in each cache."""
+    model, tokenizer = longreach.load("nano")
+    found = {}
+    for method in (SirLLM(252), StreamingLLM(252), LMInfinite(252, 4)):
+        with longreach.extend(model, method) as extension:
+            talk = Conversation(model, tokenizer, extension=extension)
+            talk.ask(PASS_KEY.statement.format(key="91644"), 1)
+            for _ in range(12):
+                talk.ask(" ".join([FILLER] * 3), 1)
+            found[method.name] = "91644" in talk.ask(f"{PASS_KEY.question} {PASS_KEY.lead}", 8).text
+            assert talk.known > 4 * 256
+    assert found == {"sirllm": True, "streaming-llm": False, "lm-infinite": False}

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import longreach
 from families import build, tokens
 from histories import constants
-from longreach import Quest, SelfExtend, Tiered
+from longreach import Quest, SelfExtend, Tiered, YaRN
 from longreach.hf.cache import cache_bytes, store_of
 from longreach.memory.arenas import InMemory
 from longreach.methods.base import Method
@@ -210,6 +210,19 @@ def test_many_requests_are_read_together_from_it(tmp_path):
         found = flat.read({a: texts[3][50:], b: texts[3][50:51]})
         whole = model(torch.tensor([texts[3]]), use_cache=False).logits[0]
         assert difference(found[a], whole[-1]) <= 1e-5 and difference(found[b], whole[50]) <= 1e-5
+
+
+@torch.no_grad()
+def test_requests_that_were_read_alike_and_cut_apart_are_read_together(tmp_path):
+    model, text = build("llama"), tokens(1, 62)[0]
+    with longreach.extend(model, YaRN(2.0), memory=budgets(tmp_path, 2, 3, 99)) as extension:
+        flat = extension.flat()
+        a, b = flat.join(), flat.join()
+        flat.read({a: text[:50], b: text[:50]}, "none")
+        flat.crop(a, 15)
+        found = flat.read({a: text[15:16], b: text[50:51]})
+        whole = model(text[None], use_cache=False).logits[0]
+        assert difference(found[a], whole[15]) <= 1e-5 and difference(found[b], whole[50]) <= 1e-5
 
 
 def test_the_command_line_says_what_lay_where(run, folders, book, tmp_path):

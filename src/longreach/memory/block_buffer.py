@@ -122,6 +122,8 @@ class BlockBuffer(Buffer):
         """For entries start .. stop of slots of a base, `start` at the beginning of a block: the blocks of each slot with what to read them into
         [blocks, G, unit, D], and all of this as [slots, G, entries, D]."""
         rows = [run[start // self.unit : -(-stop // self.unit)] for run in self.runs[base][slots]]
+        longest = max(map(len, rows))
+        rows = [(*row, *run[-1:] * (longest - len(row))) for row, run in zip(rows, self.runs[base][slots])]  # a row that was cut sees nothing of these
         heads, unit, width = (kind := rows[0][0].entry.kind).shape
         with torch.inference_mode(False):
             found = torch.empty((len(rows), heads, len(rows[0]) * unit, width), dtype=kind.dtype, device=kind.device)
