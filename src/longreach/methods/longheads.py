@@ -151,6 +151,10 @@ class LongHeads(Method):
         """Unlimited if no distance is beyond the trained window."""
         return None if max(self.attended, self.dense) <= window else 0
 
+    def largest_distance(self, tokens: int) -> float:
+        """The last of the first queries may have it."""
+        return float(min(tokens, max(self.attended, self.dense)) - 1)
+
     @property
     def cut(self) -> int | None:
         return self.together
