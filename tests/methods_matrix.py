@@ -113,7 +113,7 @@ NEUTRAL = [
     LogisticSelfExtend(7, growth=0.0),
     Quest(64, dense_layers=0, queries="all"),
     Quest(64, 8, 0),
-    LongHeads(6, 75, 2),
+    LongHeads(3, 60, 1),
     LongHeads(66, 60, 22),
     InfLLM(60),
     InfLLM(60, 3, 4, 2, exc_block_size=8),

@@ -263,6 +263,34 @@ def test_generate_goes_on_beyond_the_cache_as_one_token_after_the_other():
         assert found.tolist() == new and store_of(cache).slots.evicted[0] > 30
 
 
+@torch.no_grad()
+def test_drafts_that_are_cropped_leave_no_trace_in_the_scores():
+    """Within a turn, for drafts are forwards of several tokens."""
+    model, ids, found = build("llama"), torch.cat([tokens(1, 10)] * 2, 1), []
+    with longreach.extend(model, SirLLM(60)) as extension:
+        for drafts in (None, 3):
+            cache = DynamicCache()
+            extension.turn(cache, 45)
+            settings = {"max_new_tokens": 18, "do_sample": False, "eos_token_id": 10_000, "pad_token_id": 0, "prompt_lookup_num_tokens": drafts}
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+            found.append((out, scores(cache)))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_generate_goes_on_in_a_padded_batch_as_in_each_row():
+    model, ids = build("llama"), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with longreach.extend(model, METHOD):
+        settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        both = model.generate(ids, attention_mask=mask, **settings)[:, 20:]
+        for row, first in enumerate((0, 7)):
+            own = ids[row : row + 1, first:]
+            assert torch.equal(model.generate(own, attention_mask=torch.ones_like(own), **settings)[0, own.shape[1] :], both[row])
+
+
 def test_the_caller_gets_the_logits_that_it_wants():
     model, ids = build("llama"), tokens(1, 12)
     with torch.no_grad(), longreach.extend(model, METHOD):
@@ -313,12 +341,15 @@ def test_a_crop_reaches_the_last_eviction_and_no_further():
             model(ids[:, at : at + size], past_key_values=cache)
         before = store_of(cache).lengths[0]
         model(ids[:, 60:66], past_key_values=cache)
+        once = scores(cache).clone()
         floor = store_of(cache).scores[0].floor
         assert floor < before
         with pytest.raises(ValueError, match="cannot go back to token"):
             cache.crop(-(store_of(cache).lengths[0] - floor + 1))
         cache.crop(-4)
         found = model(ids[:, 62:66], past_key_values=cache).logits
+        torch.testing.assert_close(scores(cache)[:-4], METHOD.decay * once[:-4], rtol=1e-4, atol=1e-5)  # for the rest is a turn of its own
+        assert scores(cache)[-4] == scores(cache)[-3:].max()
         for size in (7, 4):
             at = other.get_seq_length()
             model(ids[:, at : at + size], past_key_values=other)
@@ -396,7 +427,7 @@ def test_logits_that_are_not_finite_are_refused_and_nothing_was_read():
     with longreach.extend(model, METHOD):
         cache = filled(model, ids, (10,))
         hook = model.lm_head.register_forward_hook(lambda module, args, output: output * float("nan"))
-        with pytest.raises(ValueError, match="NaN or infinity for a token"):
+        with pytest.raises(ValueError, match="the model gives NaN for a token"):
             model(ids[:, 10:14], past_key_values=cache)
         hook.remove()
         assert cache.get_seq_length() == 10 and store_of(cache).lengths == [10]

@@ -43,7 +43,7 @@ class Scores:
     """What is known of the tokens that a row holds.
 
     values    [n] fp32 on the CPU.
-    last      the token read last, and `logits` [V], which predict the one that follows.
+    last      [k] the tokens of the last forward, the last few of them, and `logits` [k, V], which predict what follows each: some may be cropped.
     first     where the turn under way began, and `until` where it ends.
     told      whether somebody has announced it.
     coming    the turns after it that somebody has announced.
@@ -63,8 +63,9 @@ class Scores:
         """Of the first `length` tokens: those behind them were cropped."""
         if length == len(self.values):
             return self
-        until = self.until if self.first <= length else length
-        return replace(self, values=self.values[:length], last=None, logits=None, first=min(self.first, length), until=until)
+        until, gone = self.until if self.first <= length else length, len(self.values) - length
+        last, logits = (None if x is None or len(x) <= gone else x[: len(x) - gone] for x in (self.last, self.logits))
+        return replace(self, values=self.values[:length], last=last, logits=logits, first=min(self.first, length), until=until)
 
     def goes_on(self, tokens: int) -> bool:
         """Whether so many new tokens are of the turn under way."""
@@ -72,25 +73,23 @@ class Scores:
 
     def read(self, ids: torch.Tensor, logits: torch.Tensor, eviction: Eviction) -> Scores:
         """After new tokens ids [m] with their logits [m, V]. The first token of a turn gets the maximum of the others, for its own turn does not predict it; a
-        token that is alone so far, what it has by what came before, or nothing.
+        token that is alone so far, what it has by what came before, or nothing where that was cropped.
 
-        Raises ValueError where scores are not finite.
+        Raises ValueError where the model gives NaN.
         """
-        known = self.last is not None and self.logits is not None
-        if known:
-            before, given = torch.cat([self.last, ids]), torch.cat([self.logits, logits[:-1]])  # type: ignore[list-item]
+        if self.last is None or self.logits is None:
+            new = torch.cat([torch.zeros(1), eviction.after(ids, logits[:-1])])
         else:
-            before, given = ids, logits[:-1]
-        new = eviction.after(before, given)
-        if not bool(new.isfinite().all()):
+            new = eviction.after(torch.cat([self.last[-1:], ids]), torch.cat([self.logits[-1:], logits[:-1]]))
+        if bool(new.isnan().any()):  # infinity is a token that the model rules out
             raise ValueError(
-                "the model gives NaN or infinity for a token, so there is no score to keep it by; load it in another dtype (float32, or bfloat16 where float16 "
-                "overflows), or check its weights"
+                "the model gives NaN for a token, so there is no score to keep it by; load it in another dtype (float32, or bfloat16 where float16 overflows), "
+                "or check its weights"
             )
-        values = torch.cat([self.values, new if known else torch.cat([torch.zeros(1), new])])
+        values = torch.cat([self.values, new])
         if self.first + 1 < len(values):
             values[self.first] = values[self.first + 1 :].max()
-        return replace(self, values=values, last=ids[-1:].clone(), logits=logits[-1:].clone())
+        return replace(self, values=values, last=ids[-ALONE:].clone(), logits=logits[-ALONE:].clone())
 
 
 def begin(scores: Scores, tokens: int, eviction: Eviction) -> tuple[Scores, torch.Tensor | None]:
