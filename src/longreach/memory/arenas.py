@@ -70,8 +70,12 @@ class InMemory:
     @property
     def entries(self) -> torch.Tensor:
         if self._entries is None:
-            with torch.inference_mode(False):
-                self._entries = torch.empty((self.capacity, *self.kind.shape), dtype=self.kind.dtype, device=self.device, pin_memory=self.pinned)
+            try:
+                with torch.inference_mode(False):
+                    self._entries = torch.empty((self.capacity, *self.kind.shape), dtype=self.kind.dtype, device=self.device, pin_memory=self.pinned)
+            except (RuntimeError, MemoryError) as error:
+                size = self.capacity * self.kind.nbytes
+                raise ValueError(f"{self.device} has no {size / 2**20:.0f} MiB for the blocks of a tier; extend() again with a smaller budget") from error
         return self._entries
 
     @property

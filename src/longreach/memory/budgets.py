@@ -40,16 +40,16 @@ class Tiered:
 
     def __post_init__(self) -> None:
         for name in ("device", "host", "staging"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None or name != "host":
                 object.__setattr__(self, name, byte_count(getattr(self, name), name))
         if self.disk is not None:
             folder, size = _divided(self.disk)
             object.__setattr__(self, "disk", f"{folder}:{size}")
-        if self.block not in [2**n for n in range(LARGEST_BLOCK.bit_length())]:
+        if type(self.block) is not int or self.block not in [2**n for n in range(LARGEST_BLOCK.bit_length())]:
             raise ValueError(f"a block has 1, 2, 4, ... or {LARGEST_BLOCK} tokens, not {self.block!r}; leave out block for 128")
         if self.policy not in ("lru", "mass"):
             raise ValueError(f"policy must be 'lru' or 'mass', not {self.policy!r}")
-        if not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
             raise ValueError(f"decay is the share of its mass that a block keeps with every forward, from 0 to 1, not {self.decay!r}; leave it out for 0.1")
 
     @property

@@ -93,13 +93,13 @@ class Store:
         self.announced = max(announced, self.since_crop + columns if self.record_past else 0)
 
     def _begin(self, rows: int) -> None:
-        self.lengths, self.offsets, self.scores = [0] * rows, [0] * rows, [None] * rows
         self.filed = None
         self.slots = Slots.empty(rows)
         unit = 1 if self.blocked is None else self.blocked.unit
         every = dict.fromkeys(replace(kept, head=0) for forms in self.forms for kept in forms.values())
         self.placements = {kept.place: Placement(kept, rows, self.joins, unit if kept.place is None else 1) for kept in every}
         self.layers = [self.memory(self.placements, forms) for forms in self.forms]
+        self.offsets, self.scores, self.lengths = [0] * rows, [None] * rows, [0] * rows  # last: an interrupt before leaves a store without rows
 
     def past(self, mask: torch.Tensor | None) -> list[Past]:
         """What a mask [B, seen] of the slots so far leaves visible; see `memory.past`."""
@@ -168,7 +168,7 @@ class Store:
 
     def _finish(self, lengths: list[int], slots: Slots, shorter: list[int]) -> None:
         self._finishing = lengths, slots, shorter
-        with suppress(RuntimeError, MemoryError):
+        with suppress(RuntimeError, MemoryError, ValueError):  # of a disk
             self.settle()
 
     def _unfile(self, lengths: list[int]) -> None:

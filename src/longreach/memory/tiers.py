@@ -98,6 +98,7 @@ class Pool:
         self.spec, self.kinds = spec, dict(kinds)
         self.names = list(spec.budgets)
         self.step = 0  # forwards
+        self.broken = False  # blocks were being moved when something was raised
         self.fetched = dict.fromkeys(self.names, 0)  # blocks that were asked for, by the fastest tier that had them
         self.evicted = dict.fromkeys(self.names, 0)
         self.waited = 0.0  # seconds
@@ -122,6 +123,8 @@ class Pool:
 
     def require(self, count: int) -> None:
         """Room for `count` blocks more of every buffer. Raises ValueError where there is none."""
+        if self.broken:
+            raise ValueError("a forward was broken off while blocks moved between tiers, and some may be lost; extend() again and read the text again")
         self.step += 1
         self._sweep()
         if any(self._missing(kind, count) > 0 for kind in self.kinds):
@@ -249,7 +252,7 @@ class Pool:
         staged = torch.empty((len(entries), *kind.shape), dtype=kind.dtype, device=kind.device)
         self.stage(staged)
         self._copy(self._plan(entries), staged)
-        shelves = self._shelves[kind]
+        shelves, self.broken = self._shelves[kind], True  # until all have arrived
         for entry in entries:
             before = shelves[entry.tier]
             del before.only[entry]
@@ -259,6 +262,7 @@ class Pool:
             slot = self._slot(0, kind, chosen)
             shelves[0].arena.write(slot, staged[number])
             entry.slots[0] = slot
+        self.broken = False
 
     def arena(self, kind: Kind) -> torch.Tensor:
         """[slots, G, tokens, width] of the device."""

@@ -30,7 +30,7 @@ class Representatives(Index):
         return self.window
 
     def summarise(self, k: torch.Tensor, *args: Any, mass: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        best = mass.topk(self.keys).indices.unflatten(1, (k.shape[1], -1))  # [R, G, g, N, keys]
+        best = mass.sort(descending=True, stable=True).indices[..., : self.keys].unflatten(1, (k.shape[1], -1))  # [R, G, g, N, keys]; of equal ones the first
         every = k[:, :, None].expand(-1, -1, best.shape[2], -1, -1, -1)
         found = every.gather(4, best[..., None].expand(*best.shape, k.shape[-1]))
         return found.float().mean(4).to(k.dtype).transpose(2, 3).flatten(3)  # [R, G, N, g D]
@@ -136,7 +136,7 @@ class InfLLM(Method):
     def _retrieved(self, asking: torch.Tensor, k: torch.Tensor, mass: torch.Tensor, seen: torch.Tensor, full: int) -> torch.Tensor:
         """[B, 1, 1, N] of the queries [B, H, t, D] of one execution block."""
         size, first, last = self.block_size, self.n_init, self.n_init + full * self.block_size
-        best = mass[:, :, first:last].unflatten(2, (full, size)).topk(self.repr_topk).indices  # [B, H, blocks, repr_topk]
+        best = mass[:, :, first:last].unflatten(2, (full, size)).sort(descending=True, stable=True).indices[..., : self.repr_topk]
         keys = k[:, :, first:last].unflatten(2, (full, size)).gather(3, best[..., None].expand(*best.shape, k.shape[-1])).mean(3)
         score = (asking.mean(2, keepdim=True) * keys).sum((1, 3))
         score = score.masked_fill(~seen[:, first:last].unflatten(1, (full, size)).any(-1), -torch.inf)
