@@ -16,7 +16,8 @@ from families import build, tokens
 from histories import constants
 from longreach import Quest, SelfExtend, Tiered, YaRN
 from longreach.hf.cache import cache_bytes, store_of
-from longreach.memory.arenas import InMemory
+from longreach.memory.arenas import InFile, InMemory
+from longreach.memory.bodies import Bodies
 from longreach.methods.base import Method
 from methods_matrix import METHODS, context, refusal
 from test_matrix import chunked, difference
@@ -246,3 +247,81 @@ def test_it_is_described(tmp_path):
         model(tokens(1, LENGTH), past_key_values=DynamicCache())
         words = extension.describe()
     assert "memory      device 0B of 2KiB, 0 blocks" in words and "apart from the budgets" in words
+
+
+# -- what is broken off -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_move_that_is_broken_off_is_said_and_not_worked_around(tmp_path, monkeypatch):
+    """A KeyError here, and in every cache of the extension, before."""
+    model, ids = build("llama"), tokens(1, 120)
+    method = Quest(16, 16, 0, "all")
+    with longreach.extend(model, method, memory=Tiered("24KiB", disk=f"{tmp_path}:1MiB", block=16), trained_window=2000) as extension:
+        cache = model(ids[:, :100], use_cache=True).past_key_values
+        pool = extension.forward.memory.pool
+        monkeypatch.setattr(type(pool), "_slot", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 100:101], past_key_values=cache)
+        monkeypatch.undo()
+        for past in (cache, DynamicCache()):
+            with pytest.raises(ValueError, match="broken off while blocks moved .* extend\\(\\) again"):
+                model(ids[:, 100:101], past_key_values=past)
+    with longreach.extend(model, method, memory=Tiered("24KiB", disk=f"{tmp_path}:1MiB", block=16), trained_window=2000):
+        model(ids, use_cache=True)
+
+
+@torch.no_grad()
+def test_a_forward_that_succeeded_does_not_raise_where_its_blocks_cannot_be_written(tmp_path, monkeypatch):
+    model, ids = build("llama"), tokens(1, 120)
+    with longreach.extend(model, SelfExtend(3, 8)):
+        want = model(ids, use_cache=False).logits
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 4, 0, 100)):
+        cache, write = DynamicCache(), InFile.write
+
+        def fails(self: InFile, *args: Any) -> None:
+            with files.said(self.folder):
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(InFile, "write", fails)
+        found = [model(ids[:, :60], past_key_values=cache).logits]
+        assert cache.get_seq_length() == 60
+        with pytest.raises(ValueError, match="No space left on device"):
+            model(ids[:, 60:70], past_key_values=cache)
+        monkeypatch.setattr(InFile, "write", write)
+        found.append(model(ids[:, 60:], past_key_values=cache).logits)
+        assert difference(torch.cat(found, 1), want) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_budget_that_the_machine_does_not_have_is_said(tmp_path):
+    model, ids = build("llama"), tokens(1, 80)
+    with longreach.extend(model, SelfExtend(3, 8), memory=Tiered("100TiB", block=4)):
+        cache = DynamicCache()
+        with pytest.raises(ValueError, match="smaller budget"):
+            for t in range(0, 80, 40):
+                model(ids[:, t : t + 40], past_key_values=cache)
+
+
+@pytest.mark.parametrize("method", [Quest(4, 1, 0, "all"), LongHeads(3, 3, 1)], ids=str)
+def test_an_index_with_blocks_of_one_token_is_refused(method):
+    with pytest.raises(ValueError, match="pass a larger block"):
+        longreach.extend(build("llama"), method, memory=Tiered("1MiB"))
+
+
+@pytest.mark.parametrize("given", [{"block": 2.0}, {"block": True}, {"staging": None}, {"decay": True}, {"device": None}], ids=str)
+def test_budgets_of_another_type_are_refused(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        Tiered(**{"device": "1MiB", **given})
+
+
+@torch.no_grad()
+def test_a_cache_whose_first_forward_was_interrupted_can_be_used(monkeypatch):
+    model, ids, cache = build("llama"), tokens(1, 30), DynamicCache()
+    with longreach.extend(model, SelfExtend(3, 8)):
+        want = model(ids, use_cache=False).logits
+        monkeypatch.setattr(Bodies, "__init__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, past_key_values=cache)
+        monkeypatch.undo()
+        assert difference(model(ids, past_key_values=cache).logits, want) <= 1e-5
