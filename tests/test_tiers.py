@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import longreach
 from families import build, tokens
 from histories import constants
-from longreach import Quest, SelfExtend, Tiered, YaRN
+from longreach import LongHeads, Quest, SelfExtend, Tiered, YaRN, files
 from longreach.hf.cache import cache_bytes, store_of
 from longreach.memory.arenas import InFile, InMemory
 from longreach.memory.bodies import Bodies
@@ -286,7 +286,7 @@ def test_a_forward_that_succeeded_does_not_raise_where_its_blocks_cannot_be_writ
         monkeypatch.setattr(InFile, "write", fails)
         found = [model(ids[:, :60], past_key_values=cache).logits]
         assert cache.get_seq_length() == 60
-        with pytest.raises(ValueError, match="No space left on device"):
+        with pytest.raises(ValueError, match="free some space and try again"):
             model(ids[:, 60:70], past_key_values=cache)
         monkeypatch.setattr(InFile, "write", write)
         found.append(model(ids[:, 60:], past_key_values=cache).logits)
