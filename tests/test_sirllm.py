@@ -489,3 +489,13 @@ def test_nano_answers_from_the_first_turn_what_other_bounded_caches_have_lost():
             found[method.name] = "91644" in talk.ask(f"{PASS_KEY.question} {PASS_KEY.lead}", 8).text
             assert talk.known > 4 * 256
     assert found == {"sirllm": True, "streaming-llm": False, "lm-infinite": False}
+
+
+@torch.no_grad()
+def test_a_cache_smaller_than_the_probe_of_extend():
+    model, ids = build("llama"), tokens(1, 4)
+    want = model(ids).logits
+    with longreach.extend(model, SirLLM(3, 2)):
+        assert difference(model(ids).logits, want) <= 1e-4
+        with pytest.raises(ValueError, match="a turn of 6 tokens does not fit into a cache of 5"):
+            model(tokens(1, 6))

@@ -52,7 +52,9 @@ def verify(seam: Seam, chosen: Chosen, dense: bool = False) -> Facts:
         neutral = tuple(Layer(i, t, r, alibi=reading.alibi) for i, (t, r) in enumerate(zip(reading.trained, reading.rotaries, strict=True)))
         unlimited = replace(chosen, context=None, capacity=None)
         probed = Facts(seam.model, seam.base, seam.legacy, seam.name, unlimited, reading, neutral, layer_kinds.slot_scales(reading.modules))
-        with Attachment(seam, Forward(probed)):
+        forward = Forward(probed)
+        forward.eviction = None  # of the few tokens of the probe nothing has to leave
+        with Attachment(seam, forward):
             ours = selfcheck.observe(reading.modules, logits, stock.first.inputs)
     return replace(
         probed,
