@@ -96,7 +96,7 @@ def test_an_index_gets_the_keys_values_and_queries_of_every_block_once(sizes):
             for name, x in (("q", q), ("k", k), ("v", v)):
                 got = torch.cat([each[name] for each in index.got], 2)
                 assert torch.equal(got, x[:, :, 1 : 1 + 4 * blocks].unflatten(2, (blocks, 4))), name
-            assert all(set(each) == {"q", "k", "v"} for each in index.got)
+            assert all(set(each) == {"q", "k", "v", "scale"} for each in index.got)
 
 
 @pytest.mark.parametrize(("lag", "together"), [(0, 1), (1, 3), (2, 16)])

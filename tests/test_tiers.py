@@ -265,7 +265,7 @@ def test_a_move_that_is_broken_off_is_said_and_not_worked_around(tmp_path, monke
             model(ids[:, 100:101], past_key_values=cache)
         monkeypatch.undo()
         for past in (cache, DynamicCache()):
-            with pytest.raises(ValueError, match="broken off while blocks moved .* extend\\(\\) again"):
+            with pytest.raises(ValueError, match=r"broken off while blocks moved .* extend\(\) again"):
                 model(ids[:, 100:101], past_key_values=past)
     with longreach.extend(model, method, memory=Tiered("24KiB", disk=f"{tmp_path}:1MiB", block=16), trained_window=2000):
         model(ids, use_cache=True)

@@ -64,7 +64,8 @@ Memory = Annotated[
     Any,
     typer.Option(
         "--memory", parser=budgets, metavar="BUDGETS",
-        help="How much of what is kept of every token may lie where, such as device=512MiB,host=1GiB,disk=FOLDER:8GiB; all of it on the device if not given.",
+        help="How much of what is kept of every token may lie where: device=512MiB and, after a comma each, host=1GiB and disk=FOLDER:8GiB; "
+        "all of it on the device if not given.",
     ),
 ]  # fmt: skip
 NoProfile = Annotated[bool, typer.Option("--no-profile", help="Ignore the profile in your cache; the dial's rule chooses.")]
