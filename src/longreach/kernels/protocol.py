@@ -38,32 +38,23 @@ class KV:
 def gather(parts: Sequence[KV], first: int, columns: torch.Tensor) -> KV:
     """Of parts that follow each other, one of which may be of one row that all share: the keys and values at columns [R, C, T, n], counted from the index
     `first`; C = G or a multiple of it: those of each row, head and query as rows of one head [R C T, 1, n, D]. C = 1: of all heads the same, [R T, G, n, D]."""
-    together = columns.shape[1] == 1
-    k, v = (_gathered([getattr(part, name) for part in parts], [part.index - first for part in parts], columns, together) for name in ("k", "v"))
-    if together:
-        return KV(k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1).transpose(1, 2))
-    return KV(k.flatten(0, 2)[:, None], v.flatten(0, 2)[:, None])
-
-
-def _gathered(parts: Sequence[torch.Tensor], firsts: Sequence[int], columns: torch.Tensor, together: bool) -> torch.Tensor:
-    """Entries of parts that begin at the columns `firsts`: [R, C, T, n, D], or [R, T, n, G, D] of all heads together. Most lie in the first part, so that what
-    lies in others is written over it."""
     rows, heads = columns.shape[:2]
-    row, group = torch.arange(rows, device=columns.device), torch.arange(heads, device=columns.device) * parts[0].shape[1] // heads
-    if together:
+    row, group = torch.arange(rows, device=columns.device), torch.arange(heads, device=columns.device) * parts[0].k.shape[1] // heads
+    if together := heads == 1:
         columns = columns[:, 0]
-    found: torch.Tensor | None = None
-    for part, start in zip(parts, firsts):
-        own = row if part.shape[0] > 1 else torch.zeros_like(row)
-        at = columns - start if start else columns
-        source = part.transpose(1, 2) if together else part
-        if found is None:
-            at = at if len(parts) == 1 else at.clamp(0, part.shape[2] - 1)
-            found = source[own[:, None, None], at] if together else source[own[:, None, None, None], group[:, None, None], at]
-        elif len((where := ((at >= 0) & (at < part.shape[2])).nonzero(as_tuple=True))[0]):
-            found[where] = source[own[where[0]], at[where]] if together else source[own[where[0]], group[where[1]], at[where]]
-    assert found is not None
-    return found
+    found: list[torch.Tensor] = []  # keys and values [R, C, T, n, D], or [R, T, n, G, D] of all heads together
+    for part in parts:  # most lie in the first, so that what lies in others is written over it
+        own = row if part.k.shape[0] > 1 else torch.zeros_like(row)
+        at = columns - (part.index - first) if part.index != first else columns
+        sources = [x.transpose(1, 2) if together else x for x in (part.k, part.v)]
+        if not found:
+            at = at if len(parts) == 1 else at.clamp(0, part.k.shape[2] - 1)
+            found = [x[own[:, None, None], at] if together else x[own[:, None, None, None], group[:, None, None], at] for x in sources]
+        elif len((where := ((at >= 0) & (at < part.k.shape[2])).nonzero(as_tuple=True))[0]):
+            for x, source in zip(found, sources):
+                x[where] = source[own[where[0]], at[where]] if together else source[own[where[0]], group[where[1]], at[where]]
+    k, v = (x.flatten(0, 1).transpose(1, 2) if together else x.flatten(0, 2)[:, None] for x in found)
+    return KV(k, v)
 
 
 @dataclass(frozen=True, eq=False)
