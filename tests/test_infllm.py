@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 from unittest import mock
@@ -109,6 +110,37 @@ def test_decoding_equals_the_truth_with_the_same_cuts_and_prompts_may_be_cut_bet
         assert difference(model(ids, use_cache=False).logits, truth) > 1e-3  # who decodes chooses alone
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi", "deepseek-v3"])
+@pytest.mark.parametrize("heads", ["layer", "head"])
+@torch.no_grad()
+def test_the_best_representative_answers_for_a_block(family, heads):
+    """Each token comes once: equal tokens have equal keys in the first layer, un-rotated, and which of two equal blocks is chosen nobody says."""
+    model = build(family)
+    ids = torch.stack([torch.randperm(95, generator=torch.Generator().manual_seed(seed))[:75] + 1 for seed in (5, 6)])
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    for method in (
+        InfLLM(9, 3, 4, 2, repr_topk=3, exc_block_size=8, heads=heads, relevance="max"),
+        InfLLM(7, 0, 3, 3, repr_topk=2, exc_block_size=1, heads=heads, relevance="max"),
+    ):
+        with longreach.extend(model, method, backend="reference"):
+            truth = model(ids[:1], use_cache=False).logits
+            decoded = chunked(model, ids[:1], [48, *[1] * 27])
+            alone = model(ids[1:, 11:], use_cache=False).logits
+        with longreach.extend(model, method):
+            assert difference(model(ids[:1], use_cache=False).logits, truth) <= 1e-5
+            assert difference(chunked(model, ids[:1], [8, 32, 8, *[1] * 27]), decoded) <= 1e-5
+            both = model(ids, attention_mask=mask, use_cache=False).logits
+            assert difference(both[:1], truth) <= 1e-5 and difference(both[1:, 11:], alone) <= 1e-5
+        with longreach.extend(model, dataclasses.replace(method, relevance="mean")):
+            assert difference(model(ids[:1], use_cache=False).logits, truth) > 1e-3
+
+
+def test_summaries_of_all_representatives_are_as_wide_as_they_are():
+    index = InfLLM(9, 3, 4, 2, repr_topk=3, relevance="max").layout().choice.index
+    assert (index.width, index.numbers(2), InfLLM(9).layout().choice.index.numbers(2)) == (3, 6, 2)
+
+
 @torch.no_grad()
 def test_a_budget_of_everything_sees_everything():
     """Beyond the window at its last distance, with all blocks chosen or none to choose from."""
@@ -133,7 +165,9 @@ def test_presets_and_recommendations():
 def test_what_cannot_be_is_refused():
     for wrong, says in (
         (dict(n_local=0), "n_local"), (dict(n_init=-1), "n_init"), (dict(block_size=3), "lower repr_topk"), (dict(topk=0), "topk"),
-        (dict(exc_block_size=0), "exc_block_size"), (dict(preset="official"), "'paper' or 'repository'"),
+        (dict(exc_block_size=0), "exc_block_size"),
+        (dict(preset="official"), "'paper' or 'repository'"),
+        (dict(heads="group"), "'layer' or 'head'"), (dict(relevance="sum"), "'mean' or 'max'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             InfLLM(**{"n_local": 16, **wrong})

@@ -40,10 +40,13 @@ class Index(ABC):
     mass    not 0: and "mass", what the queries that are less than so many tokens ahead have paid to every key.
     """
 
-    width: ClassVar[int] = 0
     each: ClassVar[Literal["group", "head"]] = "group"
     frame: ClassVar[Literal["segment", "raw", "block"]] = "segment"
     needs: ClassVar[tuple[Literal["q", "v"], ...]] = ()
+
+    @property
+    def width(self) -> int:
+        return 0
 
     @property
     def mass(self) -> int:

@@ -16,14 +16,19 @@ from longreach.methods.base import Method, hidden_to_nan, require, require_integ
 
 @dataclass(frozen=True)
 class Representatives(Index):
-    """For every query head, the mean of the keys of a block that got most attention in the window."""
+    """For every query head, the keys of a block that got most attention in the window: their mean, or each of them."""
 
     blocks: int
     keys: int  # of each block
     window: int
+    heads: Literal["layer", "head"]
+    relevance: Literal["mean", "max"]
 
-    width: ClassVar[int] = 1
     each: ClassVar[Literal["group", "head"]] = "head"
+
+    @property
+    def width(self) -> int:
+        return 1 if self.relevance == "mean" else self.keys
 
     @property
     def mass(self) -> int:
@@ -33,14 +38,28 @@ class Representatives(Index):
         best = mass.sort(descending=True, stable=True).indices[..., : self.keys].unflatten(1, (k.shape[1], -1))  # [R, G, g, N, keys]; of equal ones the first
         every = k[:, :, None].expand(-1, -1, best.shape[2], -1, -1, -1)
         found = every.gather(4, best[..., None].expand(*best.shape, k.shape[-1]))
-        return found.float().mean(4).to(k.dtype).transpose(2, 3).flatten(3)  # [R, G, N, g D]
+        kept = found.float().mean(4).to(k.dtype) if self.relevance == "mean" else found.flatten(4)
+        return kept.transpose(2, 3).flatten(3)  # [R, G, N, g S]
 
     def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
         mean = q.float().unflatten(2, (past.candidates.shape[1], -1)).mean(3).to(past.compared.dtype)  # [R, H, choices, D]
-        asked = mean.unflatten(1, (past.compared.shape[1], -1)).transpose(2, 3).flatten(3)  # [R, G, choices, g D]
-        scores = products(asked, past.compared).float().sum(1, keepdim=True)
+        asked = mean.unflatten(1, (past.compared.shape[1], -1))
+        scores = self._of_layer(asked, past.compared) if (self.heads, self.relevance) == ("layer", "mean") else self._of_heads(asked, past.compared)
         best = scores.masked_fill(~past.candidates[:, None], -torch.inf).topk(min(self.blocks, scores.shape[3]))
         return best.indices.masked_fill(best.values.isneginf(), -1)
+
+    def _of_layer(self, asked: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
+        """[R, G, g, choices, D], [R, G, N, g D] -> [R, 1, choices, N]: the sum over heads is one product of all heads beside each other."""
+        return products(asked.transpose(2, 3).flatten(3), compared).float().sum(1, keepdim=True)
+
+    def _of_heads(self, asked: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
+        """[R, G, g, choices, D], [R, G, N, g width D] -> [R, H or 1, choices, N]."""
+        each = []
+        for group in range(compared.shape[1]):
+            kept = compared[:, group].unflatten(2, (-1, asked.shape[4])).transpose(1, 2)  # [R, g width, N, D], where it lies
+            each.append(products(asked[:, group].repeat_interleave(self.width, 1), kept).float().unflatten(1, (-1, self.width)).amax(2))
+        scores = torch.cat(each, 1)
+        return scores if self.heads == "head" else scores.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,9 @@ class InfLLM(Method):
         representative, for every query head: the mean of the repr_topk un-rotated keys of the block that got the largest sum of final
         probabilities from the queries that had them in the window; the queries of the execution block are at position n_local - 1
 
+    heads="head", an option of the official code: every query head chooses its own blocks, by its own product instead of the sum over heads. relevance="max" is
+    in neither paper nor code: a block answers as its best representative does, not as their mean, and keeps all of them.
+
     A block of keys is complete one token after all of it has left the window. Queries of one execution block [n exc_block_size, (n + 1) exc_block_size)
     choose together; a decoded token chooses alone. The official code lets execution blocks begin anew with every call, and shows up to exc_block_size - 1
     keys twice to queries of a prompt, near the edge of the window; here they begin at absolute multiples, and every key is shown once.
@@ -64,6 +86,8 @@ class InfLLM(Method):
     preset          "paper": as many blocks as n_local has (32 in the tables for Llama 3). "repository": 16, as in its YAML files.
     repr_topk       keys that represent a block, for every query head.
     exc_block_size  queries of a prompt that choose together. 1: a prompt may be cut anywhere.
+    heads           "layer": all heads of a layer see the same blocks. "head": each its own.
+    relevance       "mean" or "max" over the representatives of a block.
 
     Raises ValueError for parameters out of range.
     """
@@ -76,12 +100,17 @@ class InfLLM(Method):
     repr_topk: int = field(default=4, metadata={"help": "keys that represent a block"})
     exc_block_size: int = field(default=512, metadata={"help": "queries of a prompt that choose together"})
 
+    heads: Literal["layer", "head"] = field(default="layer", metadata={"help": "who chooses blocks: all heads of a layer together, or each its own"})
+    relevance: Literal["mean", "max"] = field(default="mean", metadata={"help": "how a block answers: as its representatives' mean, or as the best of them"})
+
     name: ClassVar[str] = "infllm"
     paper: ClassVar[str] = "arXiv 2402.04617"
     recalls: ClassVar[str] = "the last n_local tokens, the first few, and the blocks that are retrieved"
 
     def __post_init__(self) -> None:
         require(self.preset in ("paper", "repository"), f"preset must be 'paper' or 'repository', not {self.preset!r}")
+        require(self.heads in ("layer", "head"), f"heads must be 'layer' or 'head', not {self.heads!r}")
+        require(self.relevance in ("mean", "max"), f"relevance must be 'mean' or 'max', not {self.relevance!r}")
         for name in ("n_local", "block_size", "repr_topk", "exc_block_size"):
             require_integer(name, getattr(self, name), 1)
         require_integer("n_init", self.n_init, 0)
@@ -102,8 +131,8 @@ class InfLLM(Method):
 
     def layout(self, layer: int = 0) -> Layout:
         n, far = self.n_local, Constant(self.n_local - 1)
-        index = Representatives(self.blocks, self.repr_topk, n)
-        choice = Choice(index, self.blocks + 1, self.block_size, "layer", queries=self.exc_block_size, lag=1)
+        index = Representatives(self.blocks, self.repr_topk, n, self.heads, self.relevance)
+        choice = Choice(index, self.blocks + 1, self.block_size, self.heads, queries=self.exc_block_size, lag=1)
         segments = [Segment(Identity(), Identity(), Visible(0, n)), Segment(far, Constant(0), Visible(n, first_key=self.n_init), choice=choice)]
         if self.n_init:
             segments.append(Segment(far, Constant(0), Visible(n, last_key=self.n_init)))
@@ -125,7 +154,8 @@ class InfLLM(Method):
             shown = near[block] | (j < self.n_init) | (j >= self.n_init + full * self.block_size)
             if full:
                 shown = shown | self._retrieved(asking[:, :, block], keys, mass, seen[:, 0, block.start], full)
-            found.append(every[block].masked_fill(~shown, torch.nan).expand(len(seen), 1, -1, -1))
+            choosing = 1 if self.heads == "layer" else dense.q.shape[1]
+            found.append(every[block].masked_fill(~shown, torch.nan).expand(len(seen), choosing, -1, -1))
             sums = torch.logsumexp(logits[:, :, block].masked_fill(found[-1].isnan(), -torch.inf), -1, keepdim=True)
             if dense.sink is not None:
                 sums = torch.logaddexp(sums, dense.sink.double().view(1, -1, 1, 1))
@@ -134,14 +164,16 @@ class InfLLM(Method):
         return torch.cat(found, 2)
 
     def _retrieved(self, asking: torch.Tensor, k: torch.Tensor, mass: torch.Tensor, seen: torch.Tensor, full: int) -> torch.Tensor:
-        """[B, 1, 1, N] of the queries [B, H, t, D] of one execution block."""
+        """[B, 1 or H, 1, N] of the queries [B, H, t, D] of one execution block."""
         size, first, last = self.block_size, self.n_init, self.n_init + full * self.block_size
         best = mass[:, :, first:last].unflatten(2, (full, size)).sort(descending=True, stable=True).indices[..., : self.repr_topk]
-        keys = k[:, :, first:last].unflatten(2, (full, size)).gather(3, best[..., None].expand(*best.shape, k.shape[-1])).mean(3)
-        score = (asking.mean(2, keepdim=True) * keys).sum((1, 3))
-        score = score.masked_fill(~seen[:, first:last].unflatten(1, (full, size)).any(-1), -torch.inf)
+        kept = k[:, :, first:last].unflatten(2, (full, size)).gather(3, best[..., None].expand(*best.shape, k.shape[-1]))
+        each = (asking.mean(2)[:, :, None, None] * kept).sum(-1)  # [B, H, blocks, representatives]
+        score = each.mean(3) if self.relevance == "mean" else each.amax(3)
+        score = score.sum(1, keepdim=True) if self.heads == "layer" else score
+        score = score.masked_fill(~seen[:, None, first:last].unflatten(2, (full, size)).any(-1), -torch.inf)
         chosen = (score.argsort(-1, descending=True).argsort(-1) < self.blocks) & ~score.isneginf()
-        return torch.nn.functional.pad(chosen.repeat_interleave(size, 1), (first, k.shape[2] - last))[:, None, None]
+        return torch.nn.functional.pad(chosen.repeat_interleave(size, 2), (first, k.shape[2] - last))[:, :, None]
 
     def _mass_before(self, dense: Dense) -> torch.Tensor:
         """[B, H, N]: what the queries of earlier forwards have paid to keys in their windows."""
