@@ -82,7 +82,7 @@ METHODS = [
     LongHeads(16, 19, 4, together=2),
     Combined(YaRN(2.0), LongHeads(9, 6, 3)),
     InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8),
-    InfLLM(7, 0, 3, 3, repr_topk=1, exc_block_size=1),
+    InfLLM(7, 0, 3, 3, repr_topk=2, exc_block_size=1),
     Combined(YaRN(2.0), InfLLM(16, 2, 5, 1, repr_topk=5, exc_block_size=3)),
     InfLLM(8, 2, 3, 2, repr_topk=2, exc_block_size=4, heads="head"),  # relevance="max": in test_infllm.py, for the tokens here come twice
     SirLLM(70, 2, 8),  # one forward is one turn, which has to fit; what is evicted between turns is in `test_sirllm.py`

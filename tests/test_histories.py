@@ -33,7 +33,7 @@ def test_more_histories(block):
 
 def test_rows_that_come_to_lie_alike_before_anything_is_written(monkeypatch):
     """Summaries of masses are read before the forward writes any; this history found rows that were read where they had been."""
-    small = [InfLLM(7, 0, 3, 3, repr_topk=1, exc_block_size=1), InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=1)]
+    small = [InfLLM(7, 0, 3, 3, repr_topk=2, exc_block_size=1), InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=1)]
     monkeypatch.setattr(histories, "CUTTABLE", [*small, Combined(YaRN(2.0), InfLLM(16, 2, 5, 1, repr_topk=5, exc_block_size=1))])
     found = histories.run(230)
     assert found["family"] == "mistral-sliding" and found["method"] == str(small[1]) and "error" not in found, found
