@@ -87,7 +87,8 @@ def extend(
         raise ValueError(f"backend must be 'auto' or 'reference', not {backend!r}")
     base = find_base(model)
     configs.refuse_unsupported(base.config)
-    chosen = _chosen(model, base.config, method, *tokens, None if profile is None else _profile_of(base, profile))
+    tiers = memory if isinstance(memory, Tiered) else None
+    chosen = _chosen(model, base.config, method, *tokens, None if profile is None else _profile_of(base, profile), tiers)
     if backend == "reference" and exact_device(device_of(model)) != device_of(model):
         raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
     before = [(config, config._attn_implementation_internal) for config in configs_of(model)]
@@ -129,14 +130,16 @@ def _profile_of(base: Any, given: Profile | str | Path) -> Profile:
     return found
 
 
-def _chosen(model: Any, config: Any, method: Method | None, context: int | None, trained_window: int | None, profile: Profile | None) -> Chosen:
+def _chosen(
+    model: Any, config: Any, method: Method | None, context: int | None, trained_window: int | None, profile: Profile | None, memory: Tiered | None
+) -> Chosen:
     """The method, asked for or chosen by the dial, and how far it reaches. Raises where that is less than the declared context."""
     window = configs.trained_window(config, trained_window)
     choice = None
     if method is None:
         assert context is not None
         weight = next(model.parameters())
-        choice = dial.choose(window, context, dial.budget(config, weight.dtype, weight.device), profile)
+        choice = dial.choose(window, context, dial.budget(config, weight.dtype, weight.device, memory), profile)
         method, context = choice.method, choice.context
     if method.needs_context and context is None:
         raise ValueError(
