@@ -25,7 +25,6 @@ from longreach.methods import registry
 from longreach.methods.rerope import ReRoPE
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
-from longreach.methods.yarn import YaRN
 from longreach.planning import dial
 from longreach.planning.profile import Profile, Tuned, default_path
 
