@@ -50,6 +50,19 @@ def test_check_skips_what_a_method_does_not_promise(run: Run, folders: dict[str,
     assert found.code == 0 and skipped == ["this method depends on how a prompt is cut"]
 
 
+def test_check_over_tiers_says_what_lay_where(run: Run, folders: dict[str, str]) -> None:
+    """400 tokens: two blocks of 128 of each of two kinds in two layers, of which the device has room for six."""
+    options = ["check", "--model", folders["llama"], "--tokens", 400, "--method", "selfextend", "--group-size", 8, "--window", 16]
+    found = run(*options, "--memory", "device=48KiB,host=1MiB", "--json").json
+    assert found["passed"] and "memory" not in found["groups"][0]
+    tiers = found["groups"][1]["memory"]["tiers"]
+    assert list(tiers) == ["device", "host"] and tiers["host"]["blocks"] > 0 < tiers["device"]["blocks"] and tiers["host"]["fetched"] > 0
+    shown = " ".join(run(*options, "--memory", "device=48KiB,host=1MiB").out.split())
+    assert "in tiers device 48KiB of 48KiB, 6 blocks; 48 fetched, 2 moved on host 16KiB of 1MiB, 2 blocks; 16 fetched" in shown
+    assert "75.0% of what was asked for was on the device" in shown and "s waited" in shown
+    refused(run, "check", "--model", folders["llama"], "--recall", "--context", 256, "--memory", "device=64KiB", says="leave out --all and --recall")
+
+
 def test_check_context_decides_what_is_looked_at(run: Run, folders: dict[str, str]) -> None:
     data = run("check", "--model", folders["llama"], "--tokens", 90, "--context", 256, "--json").json
     assert data["extension"]["context"] == 256 and data["groups"][1]["method"] == data["extension"]["method"]

@@ -24,7 +24,7 @@ from longreach.checking import speedtest
 from longreach.cli import main, parameters
 from longreach.cli import plan as plan_command
 from longreach.methods import registry
-from longreach.planning import calibration, dial, machine, sizing
+from longreach.planning import calibration, curves, dial, machine, sizing
 from longreach.planning.architecture import read
 from longreach.planning.hardware import CARDS, Curve
 from longreach.planning.memory import Budget, Schedule, kv_bytes
@@ -172,7 +172,7 @@ def test_the_nearest_requests():
     found = plan(context=131_072, hardware="RTX4090")
     assert found.possible and not found.row("selfextend").fits  # what is bounded fits, and forgets
     changes = " | ".join(a.change for a in found.nearest)
-    assert "A100-40" in changes and "SirLLM" in changes
+    assert "A100-40" in changes and "LMInfinite" in changes  # SirLLM scores every token by its logits, and takes longer
     reach = int(changes.split("a context of ")[1].split()[0])
     assert plan(context=reach, hardware="RTX4090").row("selfextend").fits
     assert not plan(context=reach + 600, hardware="RTX4090").row("selfextend").fits
@@ -380,12 +380,12 @@ def test_the_table_breaks_no_word_in_80_columns(users):
 
 def test_curves_cover_the_request():
     found = plan(context=16_384)
-    lengths = sizing.lengths_around(16_384, 128)
+    lengths = curves.lengths_around(16_384, 128)
     assert lengths == sorted(lengths) and 16_384 in lengths and lengths[0] >= 129 and lengths[-1] == 4 * 16_384
-    rows = sizing.curves(found, [1000, 16_384])
+    rows = curves.curves(found, [1000, 16_384])
     assert rows["selfextend"].keys() == {16_384} and rows["stock"].keys() == {1000, 16_384}  # the dial takes stock inside the window
     assert rows["lm-infinite"][16_384] == found.row("lm-infinite")
-    assert sizing.curves(found, [1000], StreamingLLM(100)).keys() == {"streaming-llm"}
+    assert curves.curves(found, [1000], StreamingLLM(100)).keys() == {"streaming-llm"}
 
 
 def test_the_page_lists_the_cards_as_they_are():

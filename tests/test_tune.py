@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from fake_bench import KEYS, Clock, FakeBench
+from longreach import Combined, InfLLM, LongHeads, Quest, YaRN
 from longreach.cli import check_recall
 from longreach.cli.tune import show, use
 from longreach.configs import Window
@@ -24,7 +25,6 @@ from longreach.methods import registry
 from longreach.methods.rerope import ReRoPE
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
-from longreach.methods.yarn import YaRN
 from longreach.planning import dial
 from longreach.planning.profile import Profile, Tuned, default_path
 
@@ -43,6 +43,9 @@ def test_the_candidates_of_a_window_and_a_context():
     assert methods[labels.index(DIAL)] == dial.choose(WINDOW, CONTEXT).method
     assert [c.label for c in proposal.candidates if c.control] == [PLAIN]
     assert {"ReRoPE(256)", "ReRoPE(1024)", "YaRN(factor=1.5)", "LMInfinite(n_local=8192)", "ReRoPE(512, log scale)"} <= set(labels)
+    chooses = {c.method: c.why for c in proposal.candidates if c.method.choice is not None}
+    assert chooses[InfLLM(4096)] == chooses[LongHeads(4096)] == "as its authors recommend"
+    assert chooses[Combined(YaRN(2.0), Quest())] == "as its authors recommend, at frequencies that reach so far" and Quest() not in methods
     for candidate in proposal.candidates:
         reach = candidate.method.capacity(WINDOW.tokens)
         assert candidate.control or candidate.method.needs_context or reach is None or reach >= CONTEXT, candidate

@@ -21,6 +21,7 @@ from longreach.core.differences import relative as difference
 from longreach.hf import selfcheck
 from longreach.hf.extension import Extension, extend
 from longreach.hf.placement import device_of, ordinary
+from longreach.memory.budgets import Tiered
 from longreach.methods.base import Method
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
@@ -158,13 +159,13 @@ def neutral(model: Any, ids: torch.Tensor) -> list[Measurement]:
     ]
 
 
-def consistency(model: Any, method: Method, ids: torch.Tensor, context: int | None = None) -> list[Measurement]:
-    """Fast against dense; decode, chunks and padding against one forward. `context` matters where frequencies depend on it."""
+def consistency(model: Any, method: Method, ids: torch.Tensor, context: int | None = None, memory: Tiered | None = None) -> list[Measurement]:
+    """Fast against dense; decode, chunks and padding against one forward. `context` matters where frequencies depend on it, `memory` is of the fast path."""
     declared = max(context or 0, ids.shape[1]) if method.needs_context else None
     with extend(model, method, context=declared, backend="reference"):
         dense = logits(model, ids)
         stepped = None if method.cut == 1 else decoded(model, ids)
-    with extend(model, method, context=declared):
+    with extend(model, method, context=declared, memory=memory):
         fast = logits(model, ids)
         found = [Measurement(f"fast path against the dense truth, {ids.shape[1]} tokens", difference(fast, dense), FAST)]
         if method.cut == 1:
@@ -177,6 +178,16 @@ def consistency(model: Any, method: Method, ids: torch.Tensor, context: int | No
     return found
 
 
+def kept(model: Any, method: Method, ids: torch.Tensor, context: int | None, memory: Tiered) -> Any:
+    """What lies where when the tokens have been read, the last of them one by one, and what was fetched for that: `report()["memory"]`."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    with extend(model, method, context=max(context or 0, ids.shape[1]) if method.needs_context else None, memory=memory) as extension:
+        decoded(model, ids, cache)
+        return extension.report()["memory"]
+
+
 DECODE_DENSE = "decoding against the dense truth, cut in the same way"
 DECODE, CHUNKS, PADDING = "decoding token by token against one forward", "chunked prefill against one forward", "left-padded batch against single rows"
 
@@ -185,11 +196,11 @@ def decode(model: Any, ids: torch.Tensor, whole: torch.Tensor) -> Measurement:
     return Measurement(DECODE, difference(decoded(model, ids), whole[:, ids.shape[1] - DECODED :]), ITSELF)
 
 
-def decoded(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def decoded(model: Any, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
     """Logits of the last tokens, read one by one after all others in one forward."""
     from transformers import DynamicCache
 
-    cache, before = DynamicCache(), ids.shape[1] - DECODED
+    cache, before = DynamicCache() if cache is None else cache, ids.shape[1] - DECODED
     logits(model, ids[:, :before], cache=cache)
     return torch.cat([logits(model, ids[:, t : t + 1], cache=cache) for t in range(before, ids.shape[1])], dim=1)
 

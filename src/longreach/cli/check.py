@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from longreach.checking.measurements import Measurement
     from longreach.hf.extension import Extension
+    from longreach.memory.budgets import Tiered
     from longreach.methods.base import Method
     from longreach.planning.profile import Profile
 
@@ -41,6 +42,7 @@ def command(
     trained_window: common.TrainedWindow = None,
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
+    memory: common.Memory = None,
     recall: Annotated[bool, typer.Option("--recall", help="Only this: hide keys at --context and inside the window, and see how many are found.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Every method on every family of tiny random models; minutes. --method NAME: one method.")] = False,
     family: Annotated[list[str] | None, typer.Option("--family", help="With --all: this family only; may be repeated.")] = None,
@@ -55,6 +57,8 @@ def command(
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`.
     """
     with common.output(as_json, verbose, quiet) as out:
+        if memory is not None and (every or recall):
+            raise ValueError("--memory is for what is measured on one model; leave out --all and --recall, or --memory")
         if every:
             if context.args:
                 raise ValueError(f"with --all every method runs at a small configuration of its own; leave out {context.args[0]}")
@@ -80,14 +84,15 @@ def command(
                 seen = {"model": model, **check_recall.run(out, loaded, tokenizer, chosen, declared, trained_window, by_profile)}
                 out.finish(seen, lambda console: check_recall.show(console, seen, trained_window))
                 return
-            result = {"model": model, **examine(out, loaded, tokenizer, chosen, declared, tokens, trained_window, by_profile)}
+            result = {"model": model, **examine(out, loaded, tokenizer, chosen, declared, tokens, trained_window, by_profile, memory)}
         out.finish(result, lambda console: show(console, result))
         if not result["passed"]:
             raise typer.Exit(FAILED)
 
 
 def examine(
-    out: Output, model: Any, tokenizer: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None, by_profile: profiles.Asked
+    out: Output, model: Any, tokenizer: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None, by_profile: profiles.Asked,
+    memory: Tiered | None = None,
 ) -> dict[str, Any]:
     """Everything about one model, as plain data. The model ends in fp32."""
     from longreach import extend
@@ -105,7 +110,8 @@ def examine(
     groups = [group(None, [rotation, *own(out, model, ids[:, : facts["trained_window"]])])]
     for each in measurements.subjects(subject, tokens):
         out.note(f"measuring {each} on {counted(tokens, 'token')}")
-        groups.append(group(each, measurements.consistency(model, each, ids[:1], declared)))
+        found = group(each, measurements.consistency(model, each, ids[:1], declared, memory))
+        groups.append(found if memory is None else {**found, "memory": measurements.kept(model, each, ids[:1], declared, memory)})
     return {
         "device": str(device_of(model)),
         "tokens": tokens,
@@ -165,6 +171,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     from rich.text import Text
 
     from longreach.cli import parameters
+    from longreach.memory import pooled
     from longreach.methods import from_json
 
     facts = result["extension"]
@@ -203,5 +210,9 @@ def show(console: Console, result: dict[str, Any]) -> None:
             state = Text("skip") if m["value"] is None and m["passed"] else Text("pass", "green") if m["passed"] else Text("FAIL", "bold red")
             gates.add_row(state, Text(m["name"]), m["note"] if m["value"] is None else f"{m['value']:.2g}", f"{m['gate']:.2g}")
     console.print(gates)
+    for group in result["groups"]:
+        if group.get("memory") is not None:
+            lines = list(zip(("in tiers", *[""] * 9), pooled.said(group["memory"])))
+            console.print(common.pairs_table(f"{parameters.brief(group['method'])}, {result['tokens']} tokens read, the last of them one by one", lines))
     failed = "a gate fails: do not trust this model under Longreach, and report it"
     console.print("all gates pass" if result["passed"] else failed, style="" if result["passed"] else "bold red")

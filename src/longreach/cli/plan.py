@@ -36,6 +36,7 @@ def command(
     chunk_size: Annotated[int, typer.Option("--chunk-size", parser=common.tokens, metavar="TOKENS", help="Prompt tokens of one forward.")] = CHUNK_SIZE,
     dtype: common.Dtype = None,
     trained_window: common.TrainedWindow = None,
+    memory: common.Memory = None,
     png: Annotated[Path | None, typer.Option("--png", help="Draw cost against length into this file.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine once (about a minute), for --hardware cpu or cuda.")] = False,
     device: Annotated[str, typer.Option("--device", help="What --calibrate measures: cpu or cuda.")] = "cpu",
@@ -62,7 +63,7 @@ def command(
         chosen = common.method_of(context, method)
         found = plan(
             model, declared, hardware, config=config, new_tokens=new_tokens, concurrency=concurrency, method=chosen, dtype=dtype,
-            trained_window=trained_window, chunk_size=chunk_size,
+            trained_window=trained_window, chunk_size=chunk_size, memory=memory,
         )  # fmt: skip
         result = found.to_json()
         if png is not None:
@@ -95,7 +96,7 @@ def measure(out: Output, device: str) -> dict[str, Any]:
 
 def draw(found: Plan, method: Any, result: dict[str, Any], png: Path) -> None:
     from longreach.drawing import costs
-    from longreach.planning.sizing import curves, lengths_around
+    from longreach.planning.curves import curves, lengths_around
 
     def point(n: int, row: Row) -> tuple[int, int, float]:
         return n, row.peak_bytes, row.prefill_seconds + min(request.new_tokens, n - 1) * row.token_seconds
@@ -118,6 +119,8 @@ def show(console: Console, found: Plan) -> None:
     ]
     console.print(common.pairs_table(request.model, rows))
     console.print(method_table(found))
+    if request.memory is not None:
+        console.print(tiers_table(found))
     for row in found.rows:
         console.print(Text.assemble("  ", (" ".join(row.method.options()), "bold"), f": {row.remark}"), soft_wrap=True)
     console.print("\nto run")
@@ -153,6 +156,26 @@ def method_table(found: Plan) -> Any:
     for row in found.rows:
         cells = [str(row.users), common.size(row.kv_bytes), f"{row.prefill_seconds:.3g} s", f"{1e3 * row.token_seconds:.3g}", row.bound, row.recall]
         table.add_row(row.method.name + ("*" if row.chosen else ""), fits(row, found), *cells)
+    return table
+
+
+def tiers_table(found: Plan) -> Any:
+    """What lies where for one user, and what each of its tokens brings to the device."""
+    from rich import box
+    from rich.table import Table
+
+    assert found.request.memory is not None
+    names = list(found.request.memory.budgets)
+    title = f"in tiers ({found.request.memory}), of one user; what a token brings to the device, and how long that takes by bandwidth"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_edge=False, padding=0)
+    for column in ("method", *names, "index", "apart", "a token brings", "ms"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method", overflow="fold")
+    for row in found.rows:
+        assert row.tiers is not None
+        seconds = row.moved.link + row.moved.disk + row.moved.bandwidth
+        brings = ("at most " if row.tiers.at_most and row.tiers.moved else "") + common.size(row.tiers.moved)
+        sizes = [common.size(row.tiers.held[name]) for name in names]
+        table.add_row(row.method.name, *sizes, common.size(row.tiers.summaries), common.size(row.tiers.apart), brings, f"{1e3 * seconds:.3g}")
     return table
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import common, profiles, stored, text
+from longreach.cli import common, profiles, retrieval, stored, text
 from longreach.cli.common import Output
+from longreach.cli.targets import check_picture
 from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def command(
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", max=1, help="Sample among the likeliest tokens that have this probability together.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; 0 if not given.")] = None,
+    show_retrieval: Annotated[
+        Path | None,
+        typer.Option(retrieval.OPTION, metavar="PNG", help="Draw which places of the text every layer has chosen for the answer, for a method that chooses."),
+    ] = None,
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens of one forward.")] = CHUNK_SIZE,
     dtype: common.Dtype = None,
     device: common.Device = None,
@@ -80,11 +85,17 @@ def command(
         stored.check(out, document, save_document, request, file, truncate, force)
         if not request.user.strip():
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
+        if show_retrieval is not None:
+            if not request.prompt and save_document is not None:
+                raise ValueError(f"{retrieval.OPTION} draws what the tokens of an answer choose, and nothing is asked; pass --prompt too")
+            check_picture(out, show_retrieval, force, retrieval.OPTION)
         if truncate is not None and declared is None and chosen is None:
             raise ValueError("--truncate needs to know for what length; pass --context N too")
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             sampling = sampling_of(out, temperature, top_p, seed)
+            if show_retrieval is not None:
+                retrieval.require(loaded, chosen, trained_window)
             choice = stored.Choice(chosen, declared, trained_window, chunk_size, by_profile, memory)
             if document is not None:
                 asked = Asked(stored.reopen(out, loaded, tokenizer, choice, document), request.prompt, file=document)
@@ -94,7 +105,7 @@ def command(
                 asked = fit(out, loaded, tokenizer, request, choice, max_new_tokens, truncate)
                 announce(out, asked)
             with asked.extension:
-                result = answer(out, model, asked, max_new_tokens, sampling, declared is not None)
+                result = answer(out, model, asked, max_new_tokens, sampling, declared is not None, show_retrieval, hide)
         if not as_json and "answer" in result:
             out.write("\n")
             out.aside(table(result, asked.extension))
@@ -129,16 +140,22 @@ class Asked:
         return self.talk.extension
 
 
-def answer(out: Output, model: str, asked: Asked, max_new_tokens: int, sampling: Sampling, declared: bool) -> dict[str, Any]:
-    """The answer, written as it comes -> the report; without a question, what was saved."""
+def answer(
+    out: Output, model: str, asked: Asked, max_new_tokens: int, sampling: Sampling, declared: bool, png: Path | None = None, hidden: str | None = None
+) -> dict[str, Any]:
+    """The answer, written as it comes -> the report; without a question, what was saved. `png`: to draw what was retrieved, where a sentence was `hidden`."""
     talk, known = asked.talk, asked.talk.known
     if not asked.question:
         assert asked.file is not None
         return stored.summary(model, talk, asked.file, known)
-    tokens = len(talk.sequence(asked.question))
-    with common.progress_bar(out, tokens - known) as progress:
+    ids = talk.sequence(asked.question)
+    tokens = len(ids)
+    with retrieval.watched(asked.extension, png, tokens) as choices, common.progress_bar(out, tokens - known) as progress:
         found = talk.ask(asked.question, max_new_tokens, sampling=sampling, write=out.write, progress=lambda done: progress(max(0, done - known)))
     result = report(model, asked, found, tokens, known, talk.limit or tokens + max_new_tokens, declared)
+    if choices is not None and png is not None:
+        result["retrieval"] = retrieval.finish(asked.extension, talk.tokenizer, choices, ids + found.ids[:-1], hidden, png)
+        out.note(f"wrote {png}")
     return result if asked.file is None else {**result, "document": str(asked.file), "document_tokens": known}
 
 

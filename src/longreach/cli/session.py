@@ -104,7 +104,7 @@ class Session:
 
         profile = profiles.look(self.choice.profile, self.base, context, self.choice.trained_window).profile
         weight = next(self.model.parameters())
-        return dial.choose(self.window, context, dial.budget(self.base.config, weight.dtype, weight.device), profile)
+        return dial.choose(self.window, context, dial.budget(self.base.config, weight.dtype, weight.device, self.choice.memory), profile)
 
     def _extend(self, method: Method | None, context: int | None) -> Extension:
         import longreach

@@ -92,6 +92,8 @@ def announce(out: Output, extension: Extension) -> None:
     """What will be used, before the work starts."""
     facts = extension.report()
     out.note(f"method: {extension.method} ({facts['reason']})")
+    if facts["offer"]:
+        out.note(facts["offer"])
     if facts["warning"]:
         out.warn(facts["warning"])
 

@@ -105,6 +105,14 @@ def ask(layer: Layer, segment: Segment, source: Source, q: torch.Tensor, asking:
     return Asked(folded(q, columns.shape), kv, Chosen(shown, bias), columns, q.shape[2])
 
 
+def complete(segment: Segment, first: int, stop: int, device: torch.device) -> torch.Tensor:
+    """[T, or 1 of queries that choose together] of the segment's keys, how many lie in blocks that are complete for the queries first .. stop."""
+    choice, visible = segment.choice, segment.visible
+    assert choice is not None
+    of = range(first, first + 1 if choice.queries > 1 else stop)
+    return torch.tensor([choice.complete(visible.keys_of(i)) * choice.block for i in of], device=device)
+
+
 def attend(asked: Asked, kernel: Kernel, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [R, H, T, E], lse [R, H, T]."""
     out, lse = kernel.attend(asked.q, asked.kv, asked.work, inputs.scale, inputs.softcap)

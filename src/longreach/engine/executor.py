@@ -18,7 +18,7 @@ from longreach.core.segments import Piece, PositionMap, Segment, Visible, summar
 from longreach.engine import chosen, reference, step, summaries
 from longreach.engine.batch import Batch, Rows
 from longreach.engine.layer import LSE, QUERY, RAW, Inputs, Layer
-from longreach.engine.watch import Watch
+from longreach.engine.watch import Choices, Watch
 from longreach.kernels import mass
 from longreach.kernels.biased import Bias
 from longreach.kernels.protocol import KV, Kernel
@@ -31,12 +31,12 @@ QUERIES_AT_ONCE = 4096  # bounds the memory for rotated queries and partial resu
 
 def execute(
     layer: Layer, batch: Batch, memory: LayerMemory | None, kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs,
-    watch: Watch | None = None,
+    watch: Watch | Choices | None = None,
 ) -> torch.Tensor:
     """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads.
 
     memory  of the layer; None: nothing is stored, and nothing was.
-    watch   what is to be told how much attention every token gets; rows are then computed one after the other.
+    watch   what is to be told how much attention every token gets, or which are chosen; rows are then computed one after the other.
     """
     shape = q.shape[0], q.shape[2], q.shape[1], v.shape[3]
     out: torch.Tensor | None = None
@@ -112,7 +112,7 @@ class _Call:
     width: int  # of a value
     groups: int  # heads of keys
     forward: tuple[int, int]  # the queries of the whole forward, of which these are some
-    watch: Watch | None = None
+    watch: Watch | Choices | None = None
 
     def run(self, q: torch.Tensor) -> torch.Tensor:
         """q [b, H, t, D] -> [b, H, t, E], fp32 if it is merged from parts."""
@@ -125,8 +125,10 @@ class _Call:
         if self.inputs.sink is not None:
             merge.sink(self.inputs.sink)
         out, lse = merge.result()
-        if self.watch is not None:
+        if isinstance(self.watch, Watch):
             self.watched(self.watch, q, lse, rotated)
+        elif self.watch is not None:
+            self.shown(self.watch, q.device)
         if LSE in self.layer.queries:
             rows, start = self.rows.rows, self.rows.start
             self.memory.append_summaries(rows, start, {LSE: summaries.paying(self.rows, lse)})
@@ -145,7 +147,10 @@ class _Call:
         start = self.rows.start
         visible, choosing = (segment.visible, False) if segment.choice is None else self.visible(segment)
         if choosing:
-            for a, asked, _ in self.chosen(segment, visible, q, rotated):
+            for a, asked, first in self.chosen(segment, visible, q, rotated):
+                if isinstance(self.watch, Choices):
+                    complete = chosen.complete(segment, a, a + asked.queries, q.device)
+                    self.watch.choose(self.layer.index, self.rows.rows, asked, a, first, complete)
                 out, lse = chosen.attend(asked, self.kernel, self.inputs)
                 merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, a - start)
             return
@@ -197,6 +202,19 @@ class _Call:
                     bias = None if self.layer.alibi is None else self.bias(self.layer.alibi, segment, piece, kv, q.device)
                     paid = mass.paid(turned, kv.k, share[:, :, stretch], band, self.inputs.scale, self.inputs.softcap, bias)
                     watch.add(index, rows, kv.index, paid)
+
+    def shown(self, choices: Choices, device: torch.device) -> None:
+        """What these queries see without a choice, if some of them choose, or if nobody does in this layer."""
+        stop, choice = self.rows.start + self.rows.count, self.layer.layout.choice
+        taking, choosing = (self.rows.start, True) if choice is None else choice.of(*self.forward)
+        first = max(self.rows.start, taking, choices.first)
+        if not choosing or first >= stop:
+            return
+        choices.ask(self.layer.index, self.rows.rows, stop - first, device)
+        for segment in self.layer.layout.segments:
+            if segment.choice is None:
+                for piece in self.pieces(replace(segment.visible, first_query=max(first, segment.visible.first_query))):
+                    choices.show(self.layer.index, self.rows.rows, piece, device)
 
     def of_one(self, q: torch.Tensor, kv: KV, band: Band, bias: Bias | None) -> tuple[torch.Tensor, torch.Tensor]:
         """q [b, H, t, D] -> what rows see of a part that all of them share."""

@@ -1,4 +1,4 @@
-"""Watching: how much attention the tokens of a text get, layer by layer and head by head, in the forwards of a model. Knows layers and rows."""
+"""Watching the forwards of a model, layer by layer: how much attention the tokens of a text get, or which of them an index chooses. Knows layers and rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+
+from longreach.core.segments import Piece
+from longreach.engine.chosen import Asked
 
 
 @dataclass(eq=False)
@@ -45,3 +48,54 @@ class Watch:
         found = like.new_zeros((rows, like.shape[1], tokens)) if found is None else found
         self.mass[layer] = F.pad(found, (0, max(0, tokens - found.shape[2]), 0, 0, 0, max(0, rows - found.shape[0])))
         return self.mass[layer]
+
+
+@dataclass(eq=False)
+class Choices:
+    """What an index chooses for the queries of the forwards under way, as they are computed: nothing is asked twice.
+
+    first   queries with an index from this one on count; of a layer that chooses only those who do, for the others see all that they may.
+    chosen  layer -> [B, N] int32: how often its index has shown a token, over queries and over those who choose apart in each (heads, groups, or the layer).
+    always  layer -> [B, N] int32: to how many queries it shows a token whatever the index says: near and first tokens, and a block that is not complete.
+    asked   layer -> [B] int32: the queries that count.
+    """
+
+    first: int = 0
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+    always: dict[int, torch.Tensor] = field(default_factory=dict)
+    asked: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def wants(self, layer: int) -> bool:
+        return True
+
+    def ask(self, layer: int, rows: slice, queries: int, device: torch.device) -> None:
+        """So many queries more."""
+        self._room(self.asked, layer, rows.stop, 1, device)[rows] += queries
+
+    def show(self, layer: int, rows: slice, piece: Piece, device: torch.device) -> None:
+        """What no index decides about."""
+        whole = self._room(self.always, layer, rows.stop, piece.to_key, device)
+        for i in range(max(self.first, piece.first), piece.last):
+            first = piece.from_key if piece.high is None else max(piece.from_key, i - piece.high + 1)
+            whole[rows, first : max(first, min(piece.to_key, i - piece.low + 1))] += 1
+
+    def choose(self, layer: int, rows: slice, asked: Asked, query: int, key: int, complete: torch.Tensor) -> None:
+        """The first of the queries is `query`, and `key` is the segment's first key, of which `complete` [T or 1] lie in blocks that are complete for each."""
+        if (since := max(0, self.first - query)) >= asked.queries:
+            return
+        shape = asked.columns.shape[:3]
+        seen = asked.work.seen.unflatten(0, shape).flatten(2, 3)[:, :, since:]  # [R, C, T, n]
+        columns = asked.columns.expand(-1, -1, asked.queries, -1)[:, :, since:]
+        by_index = columns < complete.expand(asked.queries)[since:, None]
+        tokens = key + int(columns.max()) + 1 if columns.numel() else 0
+        one = slice(1)  # who choose apart see the same of what is not complete
+        for found, counts, among in ((self.chosen, seen & by_index, slice(None)), (self.always, seen & ~by_index, one)):
+            whole = self._room(found, layer, rows.stop, tokens, columns.device)
+            whole[rows] = whole[rows].scatter_add(1, columns[:, among].flatten(1) + key, counts[:, among].flatten(1).int())
+
+    @staticmethod
+    def _room(found: dict[int, torch.Tensor], layer: int, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+        before = found.get(layer)
+        before = torch.zeros((rows, tokens), dtype=torch.int32, device=device) if before is None else before
+        found[layer] = F.pad(before, (0, max(0, tokens - before.shape[1]), 0, max(0, rows - before.shape[0])))
+        return found[layer]

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import DynamicCache, PreTrainedModel
 
@@ -19,7 +19,7 @@ from longreach import configs
 from longreach.core.encodings import exact_device
 from longreach.engine import turns
 from longreach.engine.layer import Layer
-from longreach.engine.watch import Watch
+from longreach.engine.watch import Choices, Watch
 from longreach.hf import documents, flat_check, legacy, registration, report
 from longreach.hf.attach import Attachment
 from longreach.hf.cache import place
@@ -31,6 +31,7 @@ from longreach.hf.flat import Flat
 from longreach.hf.forward import Forward
 from longreach.hf.interfaces import CausalLM
 from longreach.hf.placement import device_of
+from longreach.hf.retrieval import chooses_nothing
 from longreach.hf.standard import StandardSeam
 from longreach.hf.verify import verify
 from longreach.memory.budgets import Tiered
@@ -43,6 +44,7 @@ from longreach.planning.profile import Profile
 from longreach.quantities import token_count
 
 logger = logging.getLogger("longreach")
+Watching = TypeVar("Watching", Watch, Choices)
 _numbers = itertools.count(1)  # one attention name per extension, so that two extended models do not meet
 
 
@@ -85,7 +87,8 @@ def extend(
         raise ValueError(f"backend must be 'auto' or 'reference', not {backend!r}")
     base = find_base(model)
     configs.refuse_unsupported(base.config)
-    chosen = _chosen(model, base.config, method, *tokens, None if profile is None else _profile_of(base, profile))
+    tiers = memory if isinstance(memory, Tiered) else None
+    chosen = _chosen(model, base.config, method, *tokens, None if profile is None else _profile_of(base, profile), tiers)
     if backend == "reference" and exact_device(device_of(model)) != device_of(model):
         raise ValueError(f"the dense truth is computed in fp64, which {device_of(model).type} does not have; move the model to 'cpu' or leave out backend")
     before = [(config, config._attn_implementation_internal) for config in configs_of(model)]
@@ -127,14 +130,16 @@ def _profile_of(base: Any, given: Profile | str | Path) -> Profile:
     return found
 
 
-def _chosen(model: Any, config: Any, method: Method | None, context: int | None, trained_window: int | None, profile: Profile | None) -> Chosen:
+def _chosen(
+    model: Any, config: Any, method: Method | None, context: int | None, trained_window: int | None, profile: Profile | None, memory: Tiered | None
+) -> Chosen:
     """The method, asked for or chosen by the dial, and how far it reaches. Raises where that is less than the declared context."""
     window = configs.trained_window(config, trained_window)
     choice = None
     if method is None:
         assert context is not None
         weight = next(model.parameters())
-        choice = dial.choose(window, context, dial.budget(config, weight.dtype, weight.device), profile)
+        choice = dial.choose(window, context, dial.budget(config, weight.dtype, weight.device, memory), profile)
         method, context = choice.method, choice.context
     if method.needs_context and context is None:
         raise ValueError(
@@ -256,11 +261,31 @@ class Extension:
             raise ValueError(f"layers {sorted(layers)} are not all among the {count} of this model; pass numbers from 0 to {count - 1}")
         if queries is not None and queries < 1:
             raise ValueError(f"at least one query counts, not {queries}; pass queries=None for all")
+        with self._watched(Watch(None if layers is None else frozenset(layers), queries)) as watch:
+            yield watch
+
+    @contextmanager
+    def watching_choices(self, first: int = 0) -> Iterator[Choices]:
+        """Inside, forwards of the model also say which tokens an index chooses for their queries, and which they see anyway; see `Choices`.
+
+            with extension.watching_choices() as choices:
+                model(ids)
+            choices.chosen[layer]     # [B, N]: how often each token was chosen
+
+        `first`: queries from this index on count. Raises ValueError where the method chooses nothing, for a dense reference, and inside another.
+        """
+        if not any(layer.layout.choice for layer in self.facts.layers):
+            raise ValueError(chooses_nothing(self.method, self.window.tokens))
+        with self._watched(Choices(first)) as watch:
+            yield watch
+
+    @contextmanager
+    def _watched(self, watch: Watching) -> Iterator[Watching]:
         if self.facts.layers[0].dense or self.forward.watch is not None:
             raise ValueError("neither a dense reference nor a model that is watched already can be watched; extend() without backend, or leave the other first")
-        self.forward.watch = Watch(None if layers is None else frozenset(layers), queries)
+        self.forward.watch = watch
         try:
-            yield self.forward.watch
+            yield watch
         finally:
             self.forward.watch = None
 

@@ -35,6 +35,7 @@ def report(facts: Facts, memory: Any) -> dict[str, Any]:
         "reason": chosen.choice.reason if chosen.choice else "given",
         "profile": _origin(chosen.choice),
         "warning": facts.remark,
+        "offer": chosen.choice.offer if chosen.choice else None,
         "recalls": method.sees,
         "layers": len(layers),
         "layers_with_method": ours,
@@ -78,6 +79,8 @@ def describe(facts: Facts, memory: Any) -> str:
         lines.insert(2, f"encoding    ALiBi, slopes from {reading.alibi.slopes.max():.4g} to {reading.alibi.slopes.min():.4g}")
     if r["memory"]:
         lines += [f"{name:12}{line}" for name, line in zip(("memory", *[""] * 9), pooled.said(r["memory"]))]
+    if r["offer"]:
+        lines.append(f"offer       {r['offer']}")
     if r["warning"]:
         lines.append(f"warning     {r['warning']}")
     return "\n".join(lines)

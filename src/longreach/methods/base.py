@@ -18,6 +18,7 @@ from longreach.core.encodings import Frequencies, Rope
 from longreach.core.eviction import Eviction
 from longreach.core.segments import PLAIN, Layout, LogScale
 
+UNMEASURED = "how much of that it finds was not measured"
 DEEP = 16  # a layer that chooses, in a method that does so from some layer on
 
 
@@ -31,6 +32,7 @@ class Method(ABC):
     name: ClassVar[str]  # kebab-case, on the command line
     paper: ClassVar[str]
     recalls: ClassVar[str]  # what a user can expect it to remember, in plain words
+    evidence: ClassVar[str] = ""  # of a method that chooses keys: what it was measured to find, where, and against what
     bounded: ClassVar[bool] = False  # the store stops growing
     rescales: ClassVar[bool] = False  # its layers rotate with other frequencies than the model's own
     needs_context: ClassVar[bool] = False  # which depend on the declared context
@@ -58,6 +60,11 @@ class Method(ABC):
     def sees(self) -> str:
         """What it recalls with these parameters, in plain words."""
         return self.recalls
+
+    @property
+    def known(self) -> str:
+        """The same, and of a method that chooses keys what was measured of it: an index may miss what a question needs."""
+        return self.sees if self.choice is None else f"{self.sees}; {self.evidence or UNMEASURED}"
 
     def query_scale(self) -> LogScale | None:
         """A factor on every query, or None."""

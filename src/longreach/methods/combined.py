@@ -57,6 +57,10 @@ class Combined(Method):
         return self.positions.sees
 
     @property
+    def evidence(self) -> str:  # type: ignore[override]
+        return self.positions.evidence
+
+    @property
     def bounded(self) -> bool:  # type: ignore[override]
         return self.positions.bounded
 

@@ -106,6 +106,7 @@ class InfLLM(Method):
     name: ClassVar[str] = "infllm"
     paper: ClassVar[str] = "arXiv 2402.04617"
     recalls: ClassVar[str] = "the last n_local tokens, the first few, and the blocks that are retrieved"
+    evidence: ClassVar[str] = "on nano it found 8 of 16 far pass keys at 8 windows and none of 8 at 32, where SelfExtend found all"
 
     def __post_init__(self) -> None:
         require(self.preset in ("paper", "repository"), f"preset must be 'paper' or 'repository', not {self.preset!r}")

@@ -77,6 +77,7 @@ class LongHeads(Method):
     name: ClassVar[str] = "longheads"
     paper: ClassVar[str] = "arXiv 2402.10685"
     recalls: ClassVar[str] = "the chunks that each head chooses, the first and the latest among them"
+    evidence: ClassVar[str] = "on nano at 8 windows it found 3 of 10 pass keys, 4 of 10 with twice the keys, where YaRN(8.0) found all"
 
     def __post_init__(self) -> None:
         for name in ("attended", "chunk", "together"):

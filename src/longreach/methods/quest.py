@@ -63,6 +63,7 @@ class Quest(Method):
     name: ClassVar[str] = "quest"
     paper: ClassVar[str] = "arXiv 2406.10774"
     recalls: ClassVar[str] = "everything; a decoded token reads the pages that its heads choose"
+    evidence: ClassVar[str] = "on nano at 8 windows Combined(YaRN(8.0), Quest(budget=256)) found 25 of 25 pass keys, as YaRN(8.0) did"
 
     def __post_init__(self) -> None:
         require_integer("page_size", self.page_size, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longreach.planning import calibration as measured
-from longreach.planning.hardware import CARDS, Hardware
+from longreach.planning.hardware import CARDS, DISK, Hardware
 from longreach.planning.theory import GIB
 from longreach.quantities import UNITS
 
@@ -35,7 +35,7 @@ def find(name: str, calibration: Path | None = None) -> Hardware:
 
 EXAMPLE = 'memory = "24 GiB", flops = { bfloat16 = 165e12 }, memory_bandwidth = "1008 GB/s", host_link = "32 GB/s"'
 REQUIRED = ("memory", "flops", "memory_bandwidth", "host_link")
-OPTIONAL = ("name", "source", "reserved", "host_memory", "compute_efficiency", "memory_efficiency", "link_efficiency")
+OPTIONAL = ("name", "source", "reserved", "host_memory", "compute_efficiency", "memory_efficiency", "link_efficiency", "disk")
 
 
 def from_toml(path: Path) -> Hardware:
@@ -65,6 +65,7 @@ def from_toml(path: Path) -> Hardware:
         compute_efficiency=share(data, "compute_efficiency", 0.5),
         memory_efficiency=share(data, "memory_efficiency", 0.7),
         link_efficiency=share(data, "link_efficiency", 0.8),
+        disk=amount(data, "disk", '"3 GB/s"') if "disk" in data else DISK,
     )
 
 

@@ -5,22 +5,24 @@ Knows the published rules, what a profile says and how much memory is free; touc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 
 from longreach.configs import Window, decoder
+from longreach.memory.budgets import Tiered, size_text
 from longreach.methods.base import Method
 from longreach.methods.dual_chunk import DualChunk
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
+from longreach.planning import offers
 from longreach.planning.machine import free_memory
-from longreach.planning.memory import Budget, largest
+from longreach.planning.memory import Budget, Schedule, gigabytes, kv_bytes, largest
 from longreach.planning.profile import Profile
-from longreach.quantities import counted
+from longreach.planning.tiers import InTiers
 
 ORIGINAL_BASE = 10_000  # of rotary frequencies; the authors' models and nano have it
 LARGEST_GROUP = 64  # the authors' range for group sizes ends here
@@ -63,6 +65,7 @@ class Choice:
     """What the dial chose. `warning` is set when only the loose rule holds, `profile` when the method is from there.
 
     context  to be declared: the one asked for, or the tuned one where the frequencies of a method are fixed from it.
+    offer    in words: what would keep all and read less of it for a token, and what is known of its recall. It is not chosen: that is for the user to accept.
     """
 
     method: Method
@@ -71,6 +74,7 @@ class Choice:
     reason: str
     warning: str | None = None
     profile: Profile | None = None
+    offer: str | None = None
 
 
 def limit(method: Method | None, window: int) -> int | None:
@@ -110,7 +114,9 @@ def choose(window: Window, context: int, budget: Budget | None = None, profile: 
     Raises ValueError, with the fix, where the rule or the profile does not reach the context, or the profile is of another trained window.
     """
     choice = preferred(window, context, profile)
-    return choice if budget is None or budget.fits(choice.method, context) else frugal(choice, budget, profile)
+    if budget is not None and not budget.fits(choice.method, context):
+        return frugal(choice, budget, profile)
+    return choice if not isinstance(budget, InTiers) else replace(choice, offer=cheaper(choice, budget))
 
 
 def preferred(window: Window, context: int, profile: Profile | None) -> Choice:
@@ -132,11 +138,13 @@ def preferred(window: Window, context: int, profile: Profile | None) -> Choice:
     return Choice(entry.method, declared, window, reason, profile=profile)
 
 
-def budget(config: Any, dtype: torch.dtype, device: torch.device) -> Budget | None:
-    """What is free now, after the weights were loaded; None where the system or the configuration does not tell."""
+def budget(config: Any, dtype: torch.dtype, device: torch.device, memory: Tiered | None = None) -> Budget | None:
+    """What is free now, after the weights were loaded, and over `memory` its tiers; None where the system or the configuration does not tell."""
     free = free_memory(device)
     try:
-        return None if free is None else Budget(decoder(config, dtype), free)
+        if free is None:
+            return None
+        return Budget(decoder(config, dtype), free) if memory is None else InTiers(decoder(config, dtype), free, memory, device.type == "cpu")
     except ValueError:  # layers whose bytes we cannot count: then memory is no argument
         return None
 
@@ -145,20 +153,38 @@ def frugal(choice: Choice, budget: Budget, profile: Profile | None = None) -> Ch
     """The first of the methods that need less memory and fit, or an error with the largest context that the dial's own choice could have."""
     wanted, context, window = choice.method, choice.context, choice.window
     most = largest(lambda n: budget.fits(preferred(window, n, profile).method, n), context)
-    needs = f"{wanted.brief()} needs about {gigabytes(budget.needs(wanted, context))} for {counted(context, 'token')} and {gigabytes(budget.free)} are free"
+    needs, tiered = f"{wanted.brief()} {budget.short(wanted, context)}", in_tiers(wanted, context, budget)
     for kind in (DualChunk, LMInfinite):
         method = kind.suggest(window.tokens, context)
         if method is None or not budget.fits(method, context):
             continue
         warning = f"memory binds: {needs}; {method.brief()} fits and recalls {method.sees}"
         fix = f"; a context of at most {most} fits without it" if most else ""
+        fix += f"; {tiered}" if method.bounded else ""
         return Choice(method, context, window, f"{choice.reason}; but {needs}: the first method that fits", warning + fix)
     fix = f"declare a context of at most {most}" if most else "load the model in bfloat16 or on a device with more memory"
-    raise ValueError(f"memory binds: {needs}, and no method that keeps less fits either; {fix}")
+    raise ValueError(f"memory binds: {needs}, and no method that keeps less fits either; {fix}, or {tiered}")
 
 
-def gigabytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def in_tiers(wanted: Method, context: int, budget: Budget) -> str:
+    """How everything could be kept nevertheless."""
+    if isinstance(budget, InTiers):
+        return f"to remember everything, pass tiers that hold {size_text(budget.spread(wanted, context).blocks)} together (memory=, --memory)"
+    kept = kv_bytes(budget.architecture, wanted, Schedule.of(wanted, max(2, context), 1))
+    return (
+        f"to remember everything, keep its {gigabytes(kept)} in tiers: memory=Tiered(device=..., host=..., disk=...), --memory device=...,host=...,disk=...; "
+        "longreach plan --memory says what each token then brings to the device, and which methods that choose bring less"
+    )
+
+
+def cheaper(choice: Choice, budget: InTiers) -> str | None:
+    """What to say where every token has to wait for what lies below the device: the method that chooses and brings least."""
+    brings = budget.spread(choice.method, choice.context)
+    found = offers.cheapest(budget, choice.window.tokens, choice.context, brings)
+    if found is None:
+        return None
+    below = " and ".join(f"{size_text(size)} from {'the host' if name == 'host' else name}" for name, size in brings.token.items() if size)
+    return f"under {choice.method.brief()} every token brings {below} to the device; {found} (--method {' '.join(found.method.options())})"
 
 
 def by_length(window: Window, context: int) -> Choice:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from longreach.planning.theory import GB, GIB
 
 TB, TFLOPS = 10**12, 10**12
+DISK = 2.0 * GB  # bytes/s, assumed where nobody says it
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Hardware:
     compute_efficiency: float = 0.5
     memory_efficiency: float = 0.7
     link_efficiency: float = 0.8
+    disk: float = DISK  # bytes/s of files
     device: str = "cuda"
     measured: dict[str, Speeds] | None = field(default=None, hash=False)  # by dtype
 

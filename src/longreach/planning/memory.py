@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from longreach.configs import Attention, Decoder
+from longreach.core.eviction import ALONE, Eviction
 from longreach.core.segments import Layout, Retention, forms, queries, summaries
 from longreach.engine import chosen
 from longreach.engine.executor import QUERIES_AT_ONCE
@@ -18,8 +19,9 @@ from longreach.memory.contiguous import values_kept
 from longreach.memory.placement import ROLLBACK, SLACK
 from longreach.methods.base import Method
 from longreach.planning.work import layouts
-from longreach.quantities import CHUNK_SIZE
+from longreach.quantities import CHUNK_SIZE, counted
 
+SCORED_AT_ONCE = 256  # rows of logits in fp32
 MARGIN = 1.1  # estimates of temporary memory are good to a tenth
 
 
@@ -27,13 +29,15 @@ MARGIN = 1.1  # estimates of temporary memory are good to a tenth
 class Schedule:
     """The forwards of one answer, as `longreach run` makes them: the prompt but its last token in chunks, then one token at a time.
 
-    A method that allows no cut reads it in one forward, one that allows few ends it with a longer one. The last new token is never fed.
+    A method that allows no cut reads it in one forward, one that allows few ends it with a longer one. The last new token is never fed. Under one that evicts,
+    the prompt is read in turns, and a token starts at its place in the cache.
     """
 
     prompt: int
     new_tokens: int
     chunk: int = CHUNK_SIZE
     cut: int | None = 1  # that the method allows
+    eviction: Eviction | None = None  # of the method
 
     def __post_init__(self) -> None:
         if self.prompt < 1:
@@ -41,7 +45,7 @@ class Schedule:
 
     @classmethod
     def of(cls, method: Method, context: int, new_tokens: int, chunk: int = CHUNK_SIZE) -> Schedule:
-        return cls(context - new_tokens, new_tokens, chunk, method.cut)
+        return cls(context - new_tokens, new_tokens, chunk, method.cut, method.eviction)
 
     @property
     def whole(self) -> bool:
@@ -49,7 +53,9 @@ class Schedule:
 
     @property
     def chunked(self) -> int:
-        """Tokens that are read in chunks."""
+        """Tokens that are read in chunks; of a method that evicts, those that are there at the same time."""
+        if self.eviction is not None:
+            return min(self.prompt - 1, self.eviction.most)
         return self.prompt if self.cut is None or self.whole else (self.prompt - self.cut) // self.cut * self.cut
 
     @property
@@ -57,20 +63,54 @@ class Schedule:
         """The largest forward."""
         if self.cut is None or self.whole:
             return max(1, self.chunked)
+        if self.eviction is not None:
+            return max(1, min(self.chunk, self.eviction.turn, self.chunked))
         return max(1, min(max(self.cut, self.chunk // self.cut * self.cut), self.chunked))
 
     @property
     def stored(self) -> int:
-        return self.prompt + self.new_tokens - 1
+        """Tokens at the end."""
+        tokens = self.prompt + self.new_tokens - 1
+        return tokens if self.eviction is None else min(tokens, self.eviction.most)
 
     def reads(self) -> Iterator[tuple[int, int]]:
         """(start, tokens) of the forwards up to the first new token."""
+        if self.eviction is not None:
+            left = self.prompt
+            for start, tokens in self.forwards():
+                yield start, tokens
+                if not (left := left - tokens):
+                    return
+            return
         for start in range(0, self.chunked, self.step):
             yield start, min(self.step, self.chunked - start)
         if not self.whole:
             yield self.chunked, self.prompt - self.chunked
 
+    def turns(self) -> Iterator[tuple[int, int]]:
+        """(tokens that stayed before it, tokens) of the turns of a method that evicts: of the prompt but its last token, then of that and the answer."""
+        assert self.eviction is not None
+        most, turn, held, answer = self.eviction.most, self.eviction.turn, 0, self.new_tokens
+        told = [min(turn, self.prompt - 1 - start) for start in range(0, self.prompt - 1, turn)] + [min(answer, turn)]
+        for tokens in told:
+            held = min(held, most - tokens)
+            yield held, tokens
+            held += tokens
+        answer -= told[-1]
+        while answer > 0:
+            alone = min(ALONE, turn, most - held if most > held else most)
+            held = min(held, most - alone)
+            yield held, min(alone, answer)
+            held, answer = held + min(alone, answer), answer - alone
+
     def forwards(self) -> Iterator[tuple[int, int]]:
+        if self.eviction is not None:
+            read = 0
+            for held, tokens in self.turns():
+                size = self.step if read < self.prompt - 1 else 1
+                yield from ((held + start, min(size, tokens - start)) for start in range(0, tokens, size))
+                read += tokens
+            return
         yield from self.reads()
         for start in range(self.prompt, self.stored):
             yield start, 1
@@ -142,6 +182,8 @@ def temporary_bytes(architecture: Decoder, method: Method, schedule: Schedule, r
     feed_forward = t * (stream + 3 * architecture.intermediate * b)
     attention = max(attention_bytes(layer, layout, schedule, b, expands_groups) for layer, layout in layouts(architecture, method)) + t * stream
     logits = architecture.vocabulary * (b + 8)
+    if schedule.eviction is not None:  # every token is scored
+        logits = architecture.vocabulary * (schedule.step * b + min(schedule.step, SCORED_AT_ONCE) * 8)
     growth = max(growing(layer, layout, schedule, b) for layer, layout in layouts(architecture, method))
     waiting = sum(n * added(layer, layout, schedule, b) for (layer, layout), n in layouts(architecture, method).items())
     return rows * (max(feed_forward, attention, logits, growth) + waiting)
@@ -196,6 +238,14 @@ class Budget:
 
     def fits(self, method: Method, context: int) -> bool:
         return self.needs(method, context) <= self.free
+
+    def short(self, method: Method, context: int) -> str:
+        """Why it does not fit, in words."""
+        return f"needs about {gigabytes(self.needs(method, context))} for {counted(context, 'token')} and {gigabytes(self.free)} are free"
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

@@ -16,15 +16,18 @@ import torch
 
 from longreach import configs
 from longreach.configs import EMBEDDED
+from longreach.memory.budgets import Tiered, size_text
 from longreach.methods import registry
 from longreach.methods.base import Method
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
-from longreach.planning import devices, dial, terms, timing
-from longreach.planning.architecture import Architecture, read
+from longreach.planning import devices, dial, needs, offers, terms, timing
+from longreach.planning.architecture import read
 from longreach.planning.hardware import CARDS, Hardware
-from longreach.planning.memory import Schedule, kv_bytes, largest, store_forms, temporary_bytes
+from longreach.planning.memory import Schedule, largest, store_forms
+from longreach.planning.needs import Request
 from longreach.planning.theory import Term
+from longreach.planning.tiers import Spread
 from longreach.planning.timing import Bound, Seconds
 from longreach.planning.work import Recall, recall
 from longreach.quantities import CHUNK_SIZE, token_count
@@ -53,6 +56,8 @@ class Row:
     prefill: Seconds
     token: Seconds
     forms: tuple[dict[str, object], ...]
+    tiers: Spread | None  # over tiers: what lies where, and what a token brings to the device
+    moved: Seconds  # how long that takes by bandwidth, a part of `token_seconds`
 
 
 @dataclass(frozen=True)
@@ -61,25 +66,6 @@ class Alternative:
 
     change: str
     command: str | None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked."""
-
-    model: str
-    architecture: Architecture
-    window: configs.Window
-    hardware: Hardware
-    context: int
-    new_tokens: int
-    concurrency: int
-    chunk_size: int
-    window_given: bool = False
-
-    @property
-    def dtype(self) -> str:
-        return self.architecture.dtype_name
 
 
 @dataclass(frozen=True)
@@ -113,6 +99,7 @@ class Plan:
             "new_tokens": r.new_tokens,
             "concurrency": r.concurrency,
             "chunk_size": r.chunk_size,
+            "memory": None if r.memory is None else r.memory.budgets,
             "trained_window": r.window.tokens,
             "trained_window_reason": r.window.reason,
             "weights": {"parameters": r.architecture.weights.parameters, "bytes": r.architecture.weights.nbytes, "active": r.architecture.weights.active},
@@ -129,7 +116,8 @@ class Plan:
 
 def row_json(row: Row) -> dict[str, Any]:
     plain = {f.name: getattr(row, f.name) for f in dataclasses.fields(Row)}
-    seconds = {name: {**dataclasses.asdict(getattr(row, name)), "bound": getattr(row, name).bound} for name in ("prefill", "token")}
+    plain["tiers"] = None if row.tiers is None else {**dataclasses.asdict(row.tiers), "moved": row.tiers.moved}
+    seconds = {name: {**dataclasses.asdict(getattr(row, name)), "bound": getattr(row, name).bound} for name in ("prefill", "token", "moved")}
     return {**plain, "method": row.method.to_json(), "forms": list(row.forms), **seconds}
 
 
@@ -146,6 +134,7 @@ def plan(
     trained_window: int | str | None = None,
     chunk_size: int | str = CHUNK_SIZE,
     calibration: Path | None = None,
+    memory: Tiered | None = None,
 ) -> Plan:
     """What it costs to read `context` tokens, the last `new_tokens` of them generated, for `concurrency` users at a time.
 
@@ -159,6 +148,7 @@ def plan(
     trained_window  overrides the trained window read from the configuration.
     chunk_size      prompt tokens of one forward.
     calibration     the file of `longreach plan --calibrate`; None: in the user's cache folder.
+    memory          `longreach.Tiered(...)`, budgets of all users together for what is kept of every token; None: all of it on the device.
 
     Raises ValueError, with the fix, for requests that make no sense; a request that cannot be met is a plan with `nearest`.
     """
@@ -172,7 +162,9 @@ def plan(
     architecture = read(found, wanted)
     window = configs.trained_window(found.get_text_config(), trained_window)
     device = hardware if isinstance(hardware, Hardware) else devices.find(str(hardware), calibration)
-    request = Request(name, architecture, window, device, context, new_tokens, concurrency, chunk_size, trained_window is not None)
+    request = Request(name, architecture, window, device, context, new_tokens, concurrency, chunk_size, trained_window is not None, memory)
+    if memory is not None and device.host_memory is not None and memory.budgets.get("host", 0) > device.host_memory:
+        raise ValueError(f"host={size_text(memory.budgets['host'])} is more than the {size_text(device.host_memory)} of the host; pass a smaller budget")
     methods, notes = candidates(window, context) if method is None else ([(method, True)], [])
     rows = sorted((row_of(request, m, chosen) for m, chosen in methods), key=place)
     return Plan(
@@ -215,6 +207,7 @@ def candidates(window: configs.Window, context: int) -> tuple[list[tuple[Method,
         if any(isinstance(m, kind) for m, _ in found):
             continue
         suggested = kind() if kind is Stock else kind.suggest(window.tokens, context)  # plain attention stands for what is compared, reach or not
+        suggested = suggested or offers.retrieving(kind, window.tokens, context)
         if suggested is not None and not (suggested.rescales and context <= window.tokens):
             found.append((suggested, False))
     return found, notes
@@ -223,13 +216,16 @@ def candidates(window: configs.Window, context: int) -> tuple[list[tuple[Method,
 def row_of(request: Request, method: Method, chosen: bool) -> Row:
     architecture, device = request.architecture, request.hardware
     schedule, speeds = Schedule.of(method, request.context, request.new_tokens, request.chunk_size), device.speeds(request.dtype)
-    kv, temporary = memory_of(request, method, request.context)
-    fixed = device.reserved + architecture.weights.nbytes + temporary
-    users = max(0, (device.memory - fixed) // kv)
+    need = needs.of(request, method, request.context)
+    users = need.users(device.memory)
     together = max(1, min(users, request.concurrency))
     prefill = timing.prefill(architecture, method, schedule, speeds)
     token = timing.decode(architecture, method, schedule, speeds, together)
-    switch = timing.switch(kv, speeds)
+    brought = Seconds() if need.spread is None else timing.moved(need.spread.token, device, speeds)
+    if need.spread is not None:
+        prefill += timing.moved(need.spread.prefill, device, speeds)
+        token += brought * together
+    switch = timing.switch(need.kv, speeds)
     turn = prefill + token * (request.new_tokens - 1) + (switch if 0 < users < request.concurrency else Seconds())
     kind, remark = recall(architecture, method, request.window.tokens, request.context, request.new_tokens)
     return Row(
@@ -237,9 +233,9 @@ def row_of(request: Request, method: Method, chosen: bool) -> Row:
         chosen=chosen,
         fits=users >= request.concurrency,
         users=users,
-        kv_bytes=kv,
-        temporary_bytes=temporary,
-        peak_bytes=fixed + request.concurrency * kv,
+        kv_bytes=need.kv,
+        temporary_bytes=need.temporary,
+        peak_bytes=need.peak(request.concurrency),
         prefill_seconds=prefill.total,
         token_seconds=token.total,
         switch_seconds=switch.total,
@@ -250,19 +246,9 @@ def row_of(request: Request, method: Method, chosen: bool) -> Row:
         prefill=prefill,
         token=token,
         forms=tuple(store_forms(architecture, method, schedule)),
+        tiers=need.spread,
+        moved=brought,
     )
-
-
-def memory_of(request: Request, method: Method, context: int) -> tuple[int, int]:
-    """Bytes of one user's keys and values, and of what a forward holds beside them."""
-    schedule = Schedule.of(method, context, min(request.new_tokens, context - 1), request.chunk_size)
-    expands = request.hardware.device == "cuda" and request.architecture.dtype == torch.float32
-    return kv_bytes(request.architecture, method, schedule), temporary_bytes(request.architecture, method, schedule, expands_groups=expands)
-
-
-def peak_bytes(request: Request, method: Method, context: int) -> int:
-    kv, temporary = memory_of(request, method, context)
-    return request.hardware.reserved + request.architecture.weights.nbytes + temporary + request.concurrency * kv
 
 
 def place(row: Row) -> tuple[Any, ...]:
@@ -276,6 +262,7 @@ def command(request: Request, method: Method, **changed: Any) -> str:
     words += ["--dtype", r.dtype, "--device", r.hardware.device, "--max-new-tokens", str(r.new_tokens)]
     words += ["--trained-window", str(r.window.tokens)] if r.window_given else []
     words += ["--chunk-size", str(r.chunk_size)] if r.chunk_size != CHUNK_SIZE else []
+    words += ["--memory", shlex.quote(str(r.memory))] if r.memory is not None else []
     return " ".join([*words, "--file TEXT", "--prompt QUESTION"])
 
 
@@ -308,7 +295,7 @@ def by_memory(request: Request, best: Row, given: Method | None) -> list[Alterna
         """The dial takes another group size at another length; what was given stays."""
         return dial.by_length(request.window, n).method if given is None and isinstance(best.method, SelfExtend) else best.method
 
-    longest = largest(lambda n: n <= request.new_tokens or peak_bytes(request, method_at(n), n) <= device.memory, request.context)
+    longest = largest(lambda n: n <= request.new_tokens or needs.fits(request, method_at(n), n), request.context)
     if longest > request.new_tokens:
         method = method_at(longest)
         found.append(Alternative(f"a context of {longest} with {method.brief()}", command(request, method, context=longest)))
@@ -318,10 +305,10 @@ def by_memory(request: Request, best: Row, given: Method | None) -> list[Alterna
         whole = request.architecture
         weights = replace(whole.weights, nbytes=whole.weights.nbytes // 2)
         half = replace(request, architecture=replace(whole, dtype=torch.bfloat16, weights=weights))
-        if peak_bytes(half, best.method, half.context) <= device.memory:
+        if needs.fits(half, best.method, half.context):
             found.append(Alternative("bfloat16 in place of float32", command(half, best.method)))
     for card in sorted(CARDS.values(), key=lambda c: c.memory):
-        if card.memory > device.memory and peak_bytes(replace(request, hardware=card), best.method, request.context) <= card.memory:
+        if card.memory > device.memory and needs.fits(replace(request, hardware=card), best.method, request.context):
             found.append(Alternative(f"the card {card.name} with {card.memory / 10**9:.0f} GB", None))
             break
     if not found:
@@ -329,21 +316,3 @@ def by_memory(request: Request, best: Row, given: Method | None) -> list[Alterna
         what = "the weights alone exceed this device" if fixed > device.memory else "keys and values exceed this device"
         found.append(Alternative(f"{what} and every listed card: {need:.1f} GiB are needed; take a smaller model or several devices", None))
     return found
-
-
-def curves(found: Plan, lengths: list[int], given: Method | None = None) -> dict[str, dict[int, Row]]:
-    """The rows of every method at other lengths; what does not reach a length has no row there."""
-    rows: dict[str, dict[int, Row]] = {}
-    for n in lengths:
-        request = replace(found.request, context=n, new_tokens=min(found.request.new_tokens, n - 1))
-        methods = candidates(request.window, n)[0] if given is None else [(given, True)]
-        for method, chosen in methods:
-            rows.setdefault(method.name, {})[n] = row_of(request, method, chosen)
-    return rows
-
-
-def lengths_around(context: int, new_tokens: int, points: int = 25) -> list[int]:
-    """For a picture: from a thirty-second of the context to four times it, evenly in the logarithm, the context among them."""
-    first, last = max(new_tokens + 1, context // 32, 2), 4 * context
-    steps = {round(first * (last / first) ** (k / (points - 1))) for k in range(points)}
-    return sorted({*steps, context})

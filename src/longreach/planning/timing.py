@@ -6,6 +6,7 @@ A roofline per kind of operation: a matrix product takes the longer of its FLOP 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,38 +14,41 @@ from longreach.configs import Attention
 from longreach.core.segments import Layout, forms
 from longreach.methods.base import Method
 from longreach.planning.architecture import Architecture
-from longreach.planning.hardware import Speeds
+from longreach.planning.hardware import Hardware, Speeds
 from longreach.planning.memory import Schedule
 from longreach.planning.theory import distinct_experts
 from longreach.planning.work import Counts, count, layouts
 
-Bound = Literal["compute", "memory bandwidth", "host link", "capacity", "overhead"]
+Bound = Literal["compute", "memory bandwidth", "host link", "disk", "capacity", "overhead"]
 
 
 @dataclass(frozen=True)
 class Seconds:
     """Where the time goes. `compute`: matrix products and attention of many rows; `bandwidth`: bytes of weights, keys, values and elementwise
-    steps; `overhead`: launching and Python, whatever the sizes."""
+    steps; `overhead`: launching and Python, whatever the sizes; `link` and `disk`: bytes from the host and from files."""
 
     compute: float = 0.0
     bandwidth: float = 0.0
     overhead: float = 0.0
     link: float = 0.0
+    disk: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.bandwidth + self.overhead + self.link
+        return self.compute + self.bandwidth + self.overhead + self.link + self.disk
 
     @property
     def bound(self) -> Bound:
-        parts: dict[Bound, float] = {"compute": self.compute, "memory bandwidth": self.bandwidth, "host link": self.link, "overhead": self.overhead}
+        parts: dict[Bound, float] = {"compute": self.compute, "memory bandwidth": self.bandwidth, "host link": self.link, "disk": self.disk}
+        parts["overhead"] = self.overhead
         return max(parts, key=lambda name: parts[name])
 
     def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(self.compute + other.compute, self.bandwidth + other.bandwidth, self.overhead + other.overhead, self.link + other.link)
+        flows = self.link + other.link, self.disk + other.disk
+        return Seconds(self.compute + other.compute, self.bandwidth + other.bandwidth, self.overhead + other.overhead, *flows)
 
     def __mul__(self, times: float) -> Seconds:
-        return Seconds(self.compute * times, self.bandwidth * times, self.overhead * times, self.link * times)
+        return Seconds(self.compute * times, self.bandwidth * times, self.overhead * times, self.link * times, self.disk * times)
 
 
 def prefill(architecture: Architecture, method: Method, schedule: Schedule, speeds: Speeds) -> Seconds:
@@ -52,7 +56,9 @@ def prefill(architecture: Architecture, method: Method, schedule: Schedule, spee
     total = Seconds()
     lengths = Counter(tokens for _, tokens in schedule.reads())
     for tokens, times in lengths.items():
-        total += products(architecture, tokens, speeds) * times
+        total += products(architecture, tokens, speeds, 1 if schedule.eviction is None else tokens) * times
+    if schedule.eviction is not None:
+        total += evictions(architecture, method, schedule, speeds)
     forwards = lengths.total()
     square = (speeds.square - 1) * sum(times * tokens * (tokens + 1) // 2 for tokens, times in lengths.items())
     for (layer, layout), n in layouts(architecture, method).items():
@@ -64,10 +70,22 @@ def prefill(architecture: Architecture, method: Method, schedule: Schedule, spee
     return total + Seconds(overhead=forwards * (speeds.forward_seconds + len(architecture.layers) * speeds.layer_seconds))
 
 
+def evictions(architecture: Architecture, method: Method, schedule: Schedule, speeds: Speeds) -> Seconds:
+    """Before a turn that has no room, what stays is read, turned to its new place in every form, and written again; every token is scored by its logits."""
+    kept, before = 0, 0
+    for held, tokens in schedule.turns():
+        kept, before = kept + held * (held < before), held + tokens
+    scored = schedule.prompt * architecture.vocabulary * (architecture.itemsize + 2 * 4)
+    numbers = 0
+    for (layer, layout), n in layouts(architecture, method).items():
+        numbers += n * layer.kv_heads * (layer.key_width * (1 + 2 * len(forms(layout))) + 2 * layer.value_width)
+    return Seconds(bandwidth=(kept * numbers * architecture.itemsize + scored) / speeds.elementwise)
+
+
 def read_counts(layout: Layout, schedule: Schedule) -> Counts:
     """Of the whole prompt. What is attended to does not depend on where it is cut; what the last query of a forward chooses does, and then every forward is
-    looked at."""
-    if layout.choice is not None and layout.choice.who == "last":
+    looked at; so it is where tokens are evicted between them."""
+    if schedule.eviction is not None or (layout.choice is not None and layout.choice.who == "last"):
         return sum((count(layout, start, start + new) for start, new in schedule.reads()), Counts(0, 0, 0))
     forwards = -(-schedule.chunked // schedule.step) + (not schedule.whole)
     middle = schedule.prompt // 2
@@ -93,7 +111,8 @@ def token(architecture: Architecture, method: Method, index: int, speeds: Speeds
 
 def decode(architecture: Architecture, method: Method, schedule: Schedule, speeds: Speeds, rows: int = 1) -> Seconds:
     """The mean token of the answer: that in its middle, for bytes grow evenly."""
-    return token(architecture, method, schedule.prompt + schedule.new_tokens // 2, speeds, rows)
+    index = schedule.prompt + schedule.new_tokens // 2
+    return token(architecture, method, index if schedule.eviction is None else min(index, schedule.eviction.most - 1), speeds, rows)
 
 
 def products(architecture: Architecture, rows: int, speeds: Speeds, head_rows: int = 1) -> Seconds:
@@ -135,3 +154,9 @@ def elementwise_bytes(architecture: Architecture, layer: Attention, layout: Layo
 def switch(kv: float, speeds: Speeds) -> Seconds:
     """One user's keys and values leave for the host and another's come back."""
     return Seconds(link=2 * kv / speeds.link)
+
+
+def moved(found: Mapping[str, int], hardware: Hardware, speeds: Speeds) -> Seconds:
+    """Bytes that come to the device from the tiers below it, as if nothing were computed meanwhile. A CPU has the host's memory itself."""
+    host, disk = found.get("host", 0), found.get("disk", 0) / hardware.disk
+    return Seconds(bandwidth=host / speeds.keys, disk=disk) if hardware.device == "cpu" else Seconds(link=host / speeds.link, disk=disk)

@@ -121,10 +121,10 @@ def recall(architecture: Decoder, method: Method, window: int, tokens: int, new_
         return "untrained", f"nothing is certain: distances beyond {capacity} tokens were never trained"
     full = [layout for layer, layout in layouts(architecture, method) if layer.reach is None] or [layout for _, layout in layouts(architecture, method)]
     seen = [joined(sorted(spans(layout, tokens - 1))) for layout in full]
-    if any(layout.choice is None and ranges == [(0, tokens)] for layout, ranges in zip(full, seen)):
-        return "everything", method.sees
     if any(layout.choice is not None for layout in full):
-        return "what is retrieved", method.sees
+        return "what is retrieved", method.known
+    if any(ranges == [(0, tokens)] for ranges in seen):
+        return "everything", method.sees
     if method.eviction is not None:
         return "recent only", method.sees
     last = min(first for ranges in seen for first, stop in ranges if stop == tokens)

@@ -18,7 +18,7 @@ from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.hf.placement import device_of
 from longreach.planning import dial
-from longreach.planning.memory import MARGIN, Budget, Schedule, kv_bytes, temporary_bytes
+from longreach.planning.memory import MARGIN, Budget, Schedule, gigabytes, kv_bytes, temporary_bytes
 from longreach.quantities import CHUNK_SIZE, counted
 from longreach.running import generation
 from longreach.running.together import AT_ONCE, Pool, Request
@@ -69,7 +69,7 @@ def _fitting(budget: Budget, extension: Extension, longest: int, new: int, chunk
     once = MARGIN * temporary_bytes(architecture, extension.method, schedule)
     each = MARGIN * (kv_bytes(architecture, extension.method, schedule, rows=2) / 2 + LOGITS * architecture.vocabulary)
     size = max(1, min(AT_ONCE, int((SHARE * budget.free - once) // each)))
-    one, free = dial.gigabytes(round(each)), dial.gigabytes(budget.free)
+    one, free = gigabytes(round(each)), gigabytes(budget.free)
     return Several(size, f"a sample of {counted(longest, 'token')} takes {one}, and half of the {free} that are free may be used")
 
 

@@ -16,12 +16,12 @@ from longreach.methods.leaky_rerope import LeakyReRoPE
 from longreach.methods.rerope import ReRoPE
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
-from longreach.planning import dial
+from longreach.planning import dial, offers
 
 NEIGHBOURS = (32, 16, 64, 8)  # the neighbour window is the trained one divided by these; small ones found most on the first real models
 SHARES = ((1, 6), (1, 4), (1, 3), (2, 3))  # of the trained window that the largest distance is to be about
 GROUPS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-FIRST = ("logistic-selfextend", "dual-chunk", "yarn", "lm-infinite")  # of the recommended settings of other methods; then by name
+FIRST = ("logistic-selfextend", "dual-chunk", "yarn", "lm-infinite", "infllm", "quest", "longheads")  # of what others recommend; then by name
 BY_HAND = ("selfextend", "rerope", "leaky-rerope", "stock")  # whose settings are drawn up here
 DIAL, PLAIN = "the dial's rule", "plain attention"
 
@@ -187,5 +187,8 @@ def _recommended(length: int, context: int) -> Iterator[Candidate | LeftOut]:
             method = known[name].recommended(length, context)
         except ValueError as error:
             yield LeftOut(name, str(error))
-        else:
-            yield Candidate(label(method), method, "as its authors recommend")
+            continue
+        why = "as its authors recommend"
+        if (chooses := offers.retrieving(known[name], length, context)) not in (None, method):
+            method, why = chooses, f"{why}, at frequencies that reach so far"
+        yield Candidate(label(method), method, why)

@@ -1,0 +1,195 @@
+"""Tiers as they will be: what lies where once a text has been read, and how many bytes every token then brings to the device.
+
+Counts blocks as `memory/tiered.py` and `memory/tiers.py` read and place them. Knows budgets and sizes; no seconds. What a method that chooses will choose is
+known only when it runs: what it brings is the most that it can be, and comes from the lowest tier that has any.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from longreach.configs import Attention, Decoder
+from longreach.core.choice import Choice
+from longreach.core.segments import Layout, forms, summaries
+from longreach.engine import chosen
+from longreach.memory.budgets import Tiered, size_text
+from longreach.memory.placement import ROLLBACK
+from longreach.memory.tiers import SUMMARIES
+from longreach.methods.base import Method
+from longreach.planning.memory import MARGIN, Budget, Schedule, temporary_bytes, tier_bytes
+from longreach.planning.work import layouts
+from longreach.quantities import CHUNK_SIZE, counted
+
+
+@dataclass(frozen=True)
+class Spread:
+    """In bytes, of one user but for `missing`.
+
+    blocks     all of them. `held`: in every tier, when the schedule ends, each where it lies highest. `missing`: those of all users that no tier has room for.
+    summaries  what an index keeps, on the device. `room`: what there is for all users.
+    apart      on the device beside its budget: last tokens and bounded forms.
+    token      blocks that the last token reads from every tier but the device; `prefill`: that all forwards up to the first new token do.
+    at_most    whether they may be fewer.
+    """
+
+    blocks: int
+    held: dict[str, int]
+    missing: int
+    summaries: int
+    room: int
+    apart: int
+    token: dict[str, int]
+    prefill: dict[str, int]
+    at_most: bool
+
+    def fits(self, users: int = 1) -> bool:
+        """Of so many users, for whom `missing` was counted."""
+        return not self.missing and users * self.summaries <= self.room
+
+    @property
+    def moved(self) -> int:
+        """What a token reads from all tiers."""
+        return sum(self.token.values())
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Blocks of a layer's keys and values that one forward reads: `passed` go by, wherever they lie, `chosen` come to the device."""
+
+    passed: int = 0
+    chosen: int = 0
+    compared: int = 0  # of keys alone, by an index without summaries
+
+
+def spread(architecture: Decoder, method: Method, schedule: Schedule, memory: Tiered, users: int = 1) -> Spread:
+    """Where the blocks of `users` lie who each have read a text of this schedule."""
+    budgets, unit = memory.budgets, memory.block
+    each = [(layer, layout, n) for (layer, layout), n in layouts(architecture, method).items()]
+    sizes = [(*buffers(layer, layout, architecture.itemsize * unit), n) for layer, layout, n in each]
+    counts: Counter[int] = Counter()  # bytes of a block -> buffers that have such
+    for keys, values, n in sizes:
+        counts.update({size: own * n for size, own in Counter([*keys, *values]).items()})
+    whole = sum(size * count for size, count in counts.items())
+    kept = sum(summary_bytes(layer, layout, architecture.itemsize) * n for layer, layout, n in each) * unit
+    room = int(min(budgets["device"] * SUMMARIES, kept / whole * sum(budgets.values()))) if whole and kept else 0
+    total, count = tier_bytes(architecture, method, schedule, unit), sealed(schedule.stored, unit)
+
+    def placed(size: int, blocks: int) -> list[int]:
+        """Blocks of one kind by tier, the oldest lowest; behind them what has no room."""
+        found, left = [], blocks * counts[size] * users
+        for name, budget in budgets.items():
+            found.append(min(left, (budget - room if name == "device" else budget) * counts[size] // whole))
+            left -= found[-1]
+        return [*found, left]
+
+    def moved(start: int, stop: int) -> Counter[str]:
+        passed, wanted, found = Counter[int](), Counter[int](), Counter[str]()
+        for (layer, layout, n), (keys, values, _) in zip(each, sizes):
+            read = reads(layer, layout, start, stop, unit)
+            for size, compared in [*((size, read.compared) for size in keys[:1]), *((size, 0) for size in values)]:
+                passed[size] += (read.passed + compared) * n
+                wanted[size] += read.chosen * n
+        for size, blocks in passed.items():
+            lie, every = placed(size, sealed(start, unit)), sealed(start, unit) * counts[size] * users
+            below = [(name, lie[tier]) for tier, name in enumerate(budgets) if tier and lie[tier]]
+            for name, some in below:  # evenly, for all of them go by
+                found[name] += size * blocks * some // every
+            if below:
+                found[below[-1][0]] += size * wanted[size]
+        return found
+
+    held = {size: placed(size, count) for size in counts}
+    return Spread(
+        blocks=total["blocks"],
+        held={name: sum(size * held[size][tier] for size in counts) // users for tier, name in enumerate(budgets)},
+        missing=sum(size * found[-1] for size, found in held.items()),
+        summaries=total["summaries"],
+        room=room,
+        apart=total["apart"],
+        token=dict(moved(schedule.stored, schedule.stored + 1)),
+        prefill=dict(sum((moved(start, start + new) for start, new in schedule.reads()), Counter())),
+        at_most=method.choice is not None,
+    )
+
+
+def sealed(tokens: int, unit: int) -> int:
+    """Blocks of a buffer when so many tokens count."""
+    return max(0, tokens - ROLLBACK) // unit
+
+
+def buffers(layer: Attention, layout: Layout, token: int) -> tuple[list[int], list[int]]:
+    """Bytes of a block of every buffer that keeps all tokens: of keys, of values. `token`: bytes of a block of width 1."""
+    keys = [layer.kv_heads * layer.key_width * token for kept in forms(layout).values() if kept.place is None]
+    return keys, [layer.kv_heads * layer.value_width * token] if keys else []
+
+
+def summary_bytes(layer: Attention, layout: Layout, itemsize: int) -> float:
+    """What an index keeps of a token."""
+    key = layer.kv_heads * layer.key_width * itemsize
+    return sum(key * form.index.numbers(layer.heads // layer.kv_heads) / form.block for form in summaries(layout))
+
+
+def reads(layer: Attention, layout: Layout, start: int, stop: int, unit: int) -> Reads:
+    """Of one forward of the queries start .. stop."""
+    kept, stops, found = forms(layout), sealed(start, unit) * unit, Reads()
+    for segment in layout.segments:
+        visible, choosing = segment.visible, False
+        if segment.choice is not None:
+            first, choosing = segment.choice.of(start, stop)
+            visible = replace(visible, first_query=max(first, visible.first_query))
+        if kept[segment.kept].place is not None or visible.last_key is not None:  # first and last tokens lie apart
+            continue
+        for piece in visible.pieces(start, stop):
+            every = -(-min(piece.to_key, stops) // unit) - piece.from_key // unit
+            if every <= 0:
+                continue
+            if not choosing or segment.choice is None:
+                found = replace(found, passed=found.passed + every)
+                continue
+            choice = segment.choice
+            times = sum(min(every, touched(choice, layer, b - a, unit)) for a, b in stretches(choice, layer, piece.first, piece.last, piece.to_key))
+            found = replace(found, chosen=found.chosen + times, compared=found.compared + (0 if choice.index.width else every))
+    return found
+
+
+def stretches(choice: Choice, layer: Attention, first: int, last: int, visible: int) -> Iterator[tuple[int, int]]:
+    """The queries whose keys are gathered in one go."""
+    if choice.queries > 1:
+        return choice.together(first, last)
+    numbers = layer.key_width + layer.value_width
+    return chosen.stretches(first, last, chosen.queries_at_once(choice, 1, layer.heads, layer.kv_heads, numbers, visible, 4))
+
+
+def touched(choice: Choice, layer: Attention, queries: int, unit: int) -> int:
+    """Blocks of a tier that such queries gather from, at most: those in which chosen ones lie, and those of the latest keys."""
+    choices = choice.count(layer.heads, layer.kv_heads) * (1 if choice.queries > 1 else queries)
+    across = 1 if unit % choice.block == 0 else (choice.block - 2) // unit + 2
+    return choices * choice.keep * across + (choice.block + choice.lag + queries - 2) // unit + 2
+
+
+@dataclass(frozen=True)
+class InTiers(Budget):
+    """The same over tiers. `lazily`: an arena takes what was written to it, and the host's memory is the device's own, as on a CPU."""
+
+    memory: Tiered
+    lazily: bool
+
+    def spread(self, method: Method, context: int, chunk: int = CHUNK_SIZE) -> Spread:
+        return spread(self.architecture, method, Schedule.of(method, max(2, context), 1, chunk), self.memory)
+
+    def needs(self, method: Method, context: int, chunk: int = CHUNK_SIZE) -> int:
+        found, schedule = self.spread(method, context, chunk), Schedule.of(method, max(2, context), 1, chunk)
+        tiers = found.held["device"] + found.summaries + found.held.get("host", 0) if self.lazily else self.memory.budgets["device"]
+        beside = found.apart + temporary_bytes(self.architecture, method, schedule) + int(self.memory.staging) * bool(found.blocks)
+        return round(MARGIN * beside) + tiers * bool(found.blocks)
+
+    def fits(self, method: Method, context: int) -> bool:
+        return self.spread(method, context).fits() and super().fits(method, context)
+
+    def short(self, method: Method, context: int) -> str:
+        found = self.spread(method, context)
+        if found.fits():
+            return super().short(method, context)
+        return f"keeps {size_text(found.blocks + found.summaries)} of {counted(context, 'token')}, for which the tiers ({self.memory}) have no room"
