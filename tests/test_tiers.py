@@ -111,13 +111,13 @@ def test_what_is_chosen_comes_to_the_device_and_nothing_else_is_fetched(tmp_path
 @torch.no_grad()
 def test_it_says_when_all_tiers_are_full_and_the_cache_goes_on_as_it_was(tmp_path):
     model, ids = build("llama"), tokens(1, LENGTH)
-    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 4, 2, 4)) as extension:
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 4, 2, 5)) as extension:
         whole = model(ids[:, :44], use_cache=False).logits[:, -1]
         cache = DynamicCache()
         model(ids[:, :40], past_key_values=cache)
         before = checked(extension)
         assert [tier["blocks"] for tier in before["tiers"].values()] == [16, 8, 12]
-        with pytest.raises(ValueError, match=r"no room left \(device 4KiB of 4KiB, host 2KiB of 2KiB, disk 3KiB of 4KiB\).* 8KiB more; pass a larger disk"):
+        with pytest.raises(ValueError, match=r"no room left \(device 4KiB of 4KiB, host 2KiB of 2KiB, disk 3KiB of 5KiB\).* 7.25KiB more; pass a larger disk"):
             model(ids[:, 40:75], past_key_values=cache)
         assert cache.get_seq_length() == 40 and checked(extension)["tiers"]["device"]["blocks"] == 16
         assert difference(model(ids[:, 40:44], past_key_values=cache).logits[:, -1], whole) <= 1e-5
@@ -250,25 +250,6 @@ def test_it_is_described(tmp_path):
 
 
 # -- what is broken off -------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_a_move_that_is_broken_off_is_said_and_not_worked_around(tmp_path, monkeypatch):
-    """A KeyError here, and in every cache of the extension, before."""
-    model, ids = build("llama"), tokens(1, 120)
-    method = Quest(16, 16, 0, "all")
-    with longreach.extend(model, method, memory=Tiered("24KiB", disk=f"{tmp_path}:1MiB", block=16), trained_window=2000) as extension:
-        cache = model(ids[:, :100], use_cache=True).past_key_values
-        pool = extension.forward.memory.pool
-        monkeypatch.setattr(type(pool), "_slot", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            model(ids[:, 100:101], past_key_values=cache)
-        monkeypatch.undo()
-        for past in (cache, DynamicCache()):
-            with pytest.raises(ValueError, match=r"broken off while blocks moved .* extend\(\) again"):
-                model(ids[:, 100:101], past_key_values=past)
-    with longreach.extend(model, method, memory=Tiered("24KiB", disk=f"{tmp_path}:1MiB", block=16), trained_window=2000):
-        model(ids, use_cache=True)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,8 +74,10 @@ class Tiers(Blocked):
         self.pool.require(blocks.coming(place) + more)
         if self._entry:
             own = [layer for layer in layers if isinstance(layer, TieredLayer)]
-            planned = sum(self._planned(form, buffer) for layer in own for form, buffer in layer.of_summaries.items())
-            self.pool.require_summaries(int(planned * times) + self._summaries(set(self._living) - set(own), own))
+            planned = int(times * sum(self._planned(form, buffer) for layer in own for form, buffer in layer.of_summaries.items()))
+            if planned + self._summaries(set(self._living) - set(own), own) > self.pool.summaries:
+                gc.collect()  # caches that nobody can reach any more
+            self.pool.require_summaries(planned + self._summaries(set(self._living) - set(own), own))
 
     def _planned(self, form: Summary, buffer: Buffer) -> int:
         """Bytes that the bodies of a buffer will have."""
