@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import longreach
+from commands import Run, refused
 from families import build, tokens
 from histories import constants
 from longreach import InfLLM, LMInfinite, LongHeads, Quest, SelfExtend, SirLLM, StreamingLLM, files
+from longreach.cli import text
 from longreach.memory import sealed
-from longreach.running import pieces, prompts, resuming
+from longreach.running import long_text, pieces, prompts, resuming
+from longreach.running.conversation import Conversation
 from scripts import scripts
 from test_matrix import difference
 from test_tiers import budgets
@@ -272,3 +275,89 @@ def test_a_tokenizer_whose_tokens_change_wherever_a_text_is_cut_is_refused(monke
     with pytest.raises(ValueError, match="wherever it is cut"):
         list(pieces.token_ids(Odd(), ["abc"] * 1000))
     assert list(pieces.token_ids(made, ["abc"] * 1000)) == prompts.encode(made, "abc" * 1000)
+
+
+# -- the command line -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_name", ["llama", "chat"])
+def test_the_command_goes_on_where_it_was_broken_off(run: Run, folders, tmp_path, model_name, monkeypatch):
+    """Interrupted in the middle; the answer is that of the whole text read at once, and of tokens those of one text."""
+    (tmp_path / "book.txt").write_text("\n  " + "".join(f"{i:04d}, " for i in range(90)) + "\n")
+    options = ["run", "--model", folders[model_name], "--file", tmp_path / "book.txt", "--prompt", "and?", "--max-new-tokens", 5, "--chunk-size", 64]
+    options += ["--method", "selfextend", "--group-size", 32, "--window", 32, "--json"]
+    want = run(*options).json
+    real, calls = resuming.Kept.before, []
+
+    def before(self: Any, *args: Any) -> None:
+        calls.append(args[1])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(resuming.Kept, "before", before)
+    first = run(*options, "--resume", tmp_path / "kept")
+    assert first.code == 130 and "the same command goes on from there" in first.err
+    found = run(*options, "--resume", tmp_path / "kept")
+    assert calls[:5] == [0, 64, 128, 192, 128] and f"128 tokens of {want['prompt_tokens']} were read before; going on from" in found.err
+    assert {**found.json, "prompt_tokens": want["prompt_tokens"]}["answer"] == want["answer"] and found.json["prompt_tokens"] == want["prompt_tokens"]
+    again = run(*[*options[:6], "another?", *options[7:]], "--resume", tmp_path / "kept")
+    assert "tokens of" in again.err and again.code == 0, "another question about the same text"
+    (tmp_path / "book.txt").write_text("other text " * 60)
+    refused(run, *options[:-1], "--resume", tmp_path / "kept", says="are not the beginning of this text")
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_ids_of_a_prompt_in_pieces_are_those_of_a_conversation(trims):
+    chat, plain = tokenizer(chat=True), tokenizer()
+    if trims:
+        chat.chat_template = chat.chat_template.replace("{{ m['content'] }}", "{{ m['content'] | trim }}")
+    text = " \n" * 30 + "A text. " * 20 + "\n"
+    for made, system in ((chat, None), (chat, "Be brief."), (plain, None)):
+        talk = Conversation(None, made, system=system)
+        for parts in ([text], list(text)):
+            assert long_text.prompt_ids(made, parts, "and?", system).tolist() == talk.sequence(prompts.about(text, "and?"))
+
+
+def test_a_template_that_writes_a_text_twice_is_refused():
+    made = tokenizer(chat=True)
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{{ m['content'] | length }}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not write a message once"):
+        long_text.prompt_ids(made, ["x"], "and?", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--file", "BOOK", "--prompt", "x", "--truncate", "middle"], "leave out --truncate"),
+        (["--file", "BOOK", "--prompt", "x", "--hide", "y"], "leave out --hide"),
+        (["--file", "-", "--prompt", "x"], "pass --file FILE"),
+        (["--file", "BOOK"], "needs a question about the text; pass --prompt"),
+        (["--file", "BOOK", "--prompt", "x", "--context", 100], "and with 3 new ones needs 207, more than the declared context of 100; pass --context 207"),
+        (["--file", "BOOK", "--prompt", "x"], "pass --context N"),
+        (["--file", "/no/such", "--prompt", "x", "--context", 900], "there is no file"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(run: Run, folders, book, tmp_path, options, says):
+    options = [book if each == "BOOK" else each for each in options]
+    refused(run, "run", "--model", folders["llama"], "--max-new-tokens", 3, "--resume", tmp_path / "kept", *options, says=says)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_files_are_read_in_pieces_of_bytes(tmp_path, encoding, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 7)
+    words = "Ein Äpfelchen fiel.\r\n" * 9
+    (tmp_path / "a").write_bytes(words.encode(encoding))
+    given = encoding if encoding == "latin-1" else None
+    assert "".join(text.pieces(str(tmp_path / "a"), lambda note: None, given)) == words == text.read(str(tmp_path / "a"), 10**6, lambda note: None, given)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"), [(b"", "is empty"), (b" \n" * 9, "is empty"), (b"abcdefgh\xff", "is not UTF-8"), (b"abcdefghijklmnop\0qrstuvw", "is binary")], ids=str
+)
+def test_what_is_no_text_is_refused(tmp_path, data, says, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 7)
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(ValueError, match=says):
+        list(text.pieces(str(tmp_path / "a"), lambda note: None))
