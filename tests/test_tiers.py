@@ -51,19 +51,16 @@ def checked(extension: Any) -> dict[str, Any]:
     return found
 
 
-CASES = [*((method, "lru") for method in CUTTABLE), (SelfExtend(3, 8), "mass"), (Quest(12, 4, 1, "all"), "mass")]
-
-
-@pytest.mark.parametrize(("method", "policy"), CASES, ids=str)
+@pytest.mark.parametrize("method", CUTTABLE, ids=str)
 @torch.no_grad()
-def test_it_equals_the_contiguous_one(method: Method, policy: str, tmp_path):
+def test_it_equals_the_contiguous_one(method: Method, tmp_path):
     """Odd chunks, decoded tokens, pads, a crop into a block, a fork, other rows: over a device that holds a few blocks, most are elsewhere."""
     model, ids = build("llama"), tokens(2, LENGTH)
     mask, found = torch.ones_like(ids), []
     mask[1, :11] = 0
     choice = method.choice
     device = 4 if choice is None or not choice.index.width else 36 if choice.block > 3 else 128  # half of it is for what an index keeps
-    for memory in ({}, {"memory": budgets(tmp_path, device, 2, 200, policy=policy)}):
+    for memory in ({}, {"memory": budgets(tmp_path, device, 2, 200)}):
         with longreach.extend(model, method, context=context(method, LENGTH), **memory) as extension:
             parts = [chunked(model, ids, [23, 1, 1, 9, 8, 1, 17, *[1] * 15]), chunked(model, ids, [40, 5, *[1] * 30], mask)[:, 11:]]
             cache = DynamicCache()
@@ -288,6 +285,13 @@ def test_a_budget_that_the_machine_does_not_have_is_said(tmp_path):
 def test_an_index_with_blocks_of_one_token_is_refused(method):
     with pytest.raises(ValueError, match="pass a larger block"):
         longreach.extend(build("llama"), method, memory=Tiered("1MiB"))
+
+
+def test_a_policy_that_nothing_feeds_is_refused():
+    model = build("llama")
+    with pytest.raises(ValueError, match="leave out policy"):
+        longreach.extend(model, Quest(12, 4, 1), trained_window=128, memory=Tiered("1MiB", policy="mass"))
+    assert not hasattr(model, "longreach")
 
 
 @pytest.mark.parametrize("given", [{"block": 2.0}, {"block": True}, {"staging": None}, {"decay": True}, {"device": None}], ids=str)
