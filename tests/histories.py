@@ -189,7 +189,7 @@ def tiered(number: int) -> Tiered | None:
     device, host, disk = rng.choice([(1024, None, 64), (1024, 64, 64), (2**16, None, None), (2**13, 256, None)])  # KiB, and MiB on disk
     return Tiered(
         f"{device}KiB", None if host is None else f"{host}KiB", None if disk is None else f"{tempfile.gettempdir()}:{disk}MiB", block=rng.choice([2, 4, 16]),
-        policy=rng.choice(["lru", "mass"]), staging=f"{rng.choice([1, 16, 4096])}KiB",
+        staging=f"{rng.choice([1, 16, 4096])}KiB",
     )  # fmt: skip
 
 

@@ -51,19 +51,16 @@ def checked(extension: Any) -> dict[str, Any]:
     return found
 
 
-CASES = [*((method, "lru") for method in CUTTABLE), (SelfExtend(3, 8), "mass"), (Quest(12, 4, 1, "all"), "mass")]
-
-
-@pytest.mark.parametrize(("method", "policy"), CASES, ids=str)
+@pytest.mark.parametrize("method", CUTTABLE, ids=str)
 @torch.no_grad()
-def test_it_equals_the_contiguous_one(method: Method, policy: str, tmp_path):
+def test_it_equals_the_contiguous_one(method: Method, tmp_path):
     """Odd chunks, decoded tokens, pads, a crop into a block, a fork, other rows: over a device that holds a few blocks, most are elsewhere."""
     model, ids = build("llama"), tokens(2, LENGTH)
     mask, found = torch.ones_like(ids), []
     mask[1, :11] = 0
     choice = method.choice
     device = 4 if choice is None or not choice.index.width else 36 if choice.block > 3 else 128  # half of it is for what an index keeps
-    for memory in ({}, {"memory": budgets(tmp_path, device, 2, 200, policy=policy)}):
+    for memory in ({}, {"memory": budgets(tmp_path, device, 2, 200)}):
         with longreach.extend(model, method, context=context(method, LENGTH), **memory) as extension:
             parts = [chunked(model, ids, [23, 1, 1, 9, 8, 1, 17, *[1] * 15]), chunked(model, ids, [40, 5, *[1] * 30], mask)[:, 11:]]
             cache = DynamicCache()
@@ -111,13 +108,13 @@ def test_what_is_chosen_comes_to_the_device_and_nothing_else_is_fetched(tmp_path
 @torch.no_grad()
 def test_it_says_when_all_tiers_are_full_and_the_cache_goes_on_as_it_was(tmp_path):
     model, ids = build("llama"), tokens(1, LENGTH)
-    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 4, 2, 4)) as extension:
+    with longreach.extend(model, SelfExtend(3, 8), memory=budgets(tmp_path, 4, 2, 5)) as extension:
         whole = model(ids[:, :44], use_cache=False).logits[:, -1]
         cache = DynamicCache()
         model(ids[:, :40], past_key_values=cache)
         before = checked(extension)
         assert [tier["blocks"] for tier in before["tiers"].values()] == [16, 8, 12]
-        with pytest.raises(ValueError, match=r"no room left \(device 4KiB of 4KiB, host 2KiB of 2KiB, disk 3KiB of 4KiB\).* 8KiB more; pass a larger disk"):
+        with pytest.raises(ValueError, match=r"no room left \(device 4KiB of 4KiB, host 2KiB of 2KiB, disk 3KiB of 5KiB\).* 7.25KiB more; pass a larger disk"):
             model(ids[:, 40:75], past_key_values=cache)
         assert cache.get_seq_length() == 40 and checked(extension)["tiers"]["device"]["blocks"] == 16
         assert difference(model(ids[:, 40:44], past_key_values=cache).logits[:, -1], whole) <= 1e-5
@@ -253,25 +250,6 @@ def test_it_is_described(tmp_path):
 
 
 @torch.no_grad()
-def test_a_move_that_is_broken_off_is_said_and_not_worked_around(tmp_path, monkeypatch):
-    """A KeyError here, and in every cache of the extension, before."""
-    model, ids = build("llama"), tokens(1, 120)
-    method = Quest(16, 16, 0, "all")
-    with longreach.extend(model, method, memory=Tiered("24KiB", disk=f"{tmp_path}:1MiB", block=16), trained_window=2000) as extension:
-        cache = model(ids[:, :100], use_cache=True).past_key_values
-        pool = extension.forward.memory.pool
-        monkeypatch.setattr(type(pool), "_slot", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            model(ids[:, 100:101], past_key_values=cache)
-        monkeypatch.undo()
-        for past in (cache, DynamicCache()):
-            with pytest.raises(ValueError, match=r"broken off while blocks moved .* extend\(\) again"):
-                model(ids[:, 100:101], past_key_values=past)
-    with longreach.extend(model, method, memory=Tiered("24KiB", disk=f"{tmp_path}:1MiB", block=16), trained_window=2000):
-        model(ids, use_cache=True)
-
-
-@torch.no_grad()
 def test_a_forward_that_succeeded_does_not_raise_where_its_blocks_cannot_be_written(tmp_path, monkeypatch):
     model, ids = build("llama"), tokens(1, 120)
     with longreach.extend(model, SelfExtend(3, 8)):
@@ -307,6 +285,13 @@ def test_a_budget_that_the_machine_does_not_have_is_said(tmp_path):
 def test_an_index_with_blocks_of_one_token_is_refused(method):
     with pytest.raises(ValueError, match="pass a larger block"):
         longreach.extend(build("llama"), method, memory=Tiered("1MiB"))
+
+
+def test_a_policy_that_nothing_feeds_is_refused():
+    model = build("llama")
+    with pytest.raises(ValueError, match="leave out policy"):
+        longreach.extend(model, Quest(12, 4, 1), trained_window=128, memory=Tiered("1MiB", policy="mass"))
+    assert not hasattr(model, "longreach")
 
 
 @pytest.mark.parametrize("given", [{"block": 2.0}, {"block": True}, {"staging": None}, {"decay": True}, {"device": None}], ids=str)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from longreach.planning.sizing import plan as plan
     from longreach.running.loading import load as load
     from longreach.running.loading import shipped_book as shipped_book
+    from longreach.running.pieces import token_ids as token_ids
     from longreach.running.reading import stream as stream
     from longreach.running.together import generate as generate
     from longreach.version import __version__ as __version__
@@ -61,6 +62,7 @@ _HOMES = {
     "Profile": "planning.profile",
     "Tiered": "memory.budgets",
     "stream": "running.reading",
+    "token_ids": "running.pieces",
     "generate": "running.together",
     "Method": "methods.base",
     "from_json": "methods",

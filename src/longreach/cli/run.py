@@ -5,13 +5,14 @@ Knows the options and the order of the work; reading text, generating and attach
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import common, profiles, retrieval, stored, text
+from longreach.cli import common, fitting, profiles, retrieval, stored, text
 from longreach.cli.common import Output
 from longreach.cli.targets import check_picture
 from longreach.quantities import CHUNK_SIZE, counted
@@ -19,9 +20,9 @@ from longreach.quantities import CHUNK_SIZE, counted
 if TYPE_CHECKING:
     from longreach.hf.extension import Extension
     from longreach.hf.interfaces import CausalLM, Tokenizer
-    from longreach.methods.base import Method
     from longreach.running.conversation import Conversation
     from longreach.running.generation import Answer, Sampling
+    from longreach.running.long_text import LongText
 
 TAKES_METHOD_PARAMETERS = True
 
@@ -46,6 +47,10 @@ def command(
     document: Annotated[
         Path | None,
         typer.Option("--document", help="Ask about a text that --save-document wrote, instead of --file; method and context are those it was read with."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="Keep what is read in this folder while it is read; the same command goes on from there. A --file of any length."),
     ] = None,
     hide: Annotated[str | None, typer.Option("--hide", help="A sentence to hide in the text, to see whether it is found.")] = None,
     depth: Annotated[float | None, typer.Option("--depth", min=0, max=1, help="Where to hide it: 0 is the beginning, 1 the end; 0.5 if not given.")] = None,
@@ -81,8 +86,11 @@ def command(
         by_profile = profiles.asked(profile, no_profile, chosen, document, model)
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
-        request = text.Request("" if document else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)
+        unread = document is not None or resume is not None
+        request = text.Request("" if unread else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)
         stored.check(out, document, save_document, request, file, truncate, force)
+        if resume is not None:
+            stored.check_resume(resume, {"--document": document, "--save-document": save_document, "--hide": hide, "--truncate": truncate}, request, file)
         if not request.user.strip():
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
         if show_retrieval is not None:
@@ -101,6 +109,9 @@ def command(
                 asked = Asked(stored.reopen(out, loaded, tokenizer, choice, document), request.prompt, file=document)
             elif save_document is not None:
                 asked = Asked(stored.read_and_save(out, loaded, tokenizer, request, choice, save_document), request.prompt, file=save_document)
+            elif resume is not None and file is not None:
+                asked = take_up(out, loaded, tokenizer, request, choice, max_new_tokens, text.pieces(file, out.note, encoding), resume)
+                announce(out, asked)
             else:
                 asked = fit(out, loaded, tokenizer, request, choice, max_new_tokens, truncate)
                 announce(out, asked)
@@ -128,7 +139,7 @@ def sampling_of(out: Output, temperature: float | None, top_p: float | None, see
 class Asked:
     """A question to a conversation whose method is attached, and what there is to say about it."""
 
-    talk: Conversation
+    talk: Conversation | LongText
     question: str
     cut: text.Truncation | None = None
     beyond: str | None = None  # what to say where plain attention goes beyond its window
@@ -146,7 +157,7 @@ def answer(
     """The answer, written as it comes -> the report; without a question, what was saved. `png`: to draw what was retrieved, where a sentence was `hidden`."""
     talk, known = asked.talk, asked.talk.known
     if not asked.question:
-        assert asked.file is not None
+        assert asked.file is not None and not isinstance(talk, LongText)
         return stored.summary(model, talk, asked.file, known)
     ids = talk.sequence(asked.question)
     tokens = len(ids)
@@ -154,7 +165,7 @@ def answer(
         found = talk.ask(asked.question, max_new_tokens, sampling=sampling, write=out.write, progress=lambda done: progress(max(0, done - known)))
     result = report(model, asked, found, tokens, known, talk.limit or tokens + max_new_tokens, declared)
     if choices is not None and png is not None:
-        result["retrieval"] = retrieval.finish(asked.extension, talk.tokenizer, choices, ids + found.ids[:-1], hidden, png)
+        result["retrieval"] = retrieval.finish(asked.extension, talk.tokenizer, choices, [*map(int, ids), *found.ids[:-1]], hidden, png)
         out.note(f"wrote {png}")
     return result if asked.file is None else {**result, "document": str(asked.file), "document_tokens": known}
 
@@ -163,54 +174,44 @@ def fit(
     out: Output, model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: stored.Choice, max_new_tokens: int, truncate: text.Side | None
 ) -> Asked:
     """Make sure that the prompt and the new tokens fit, and attach the method; raises with the numbers and the fix if they do not."""
-    import longreach
-    from longreach import configs
-    from longreach.hf.checks import find_base
-    from longreach.planning import dial
     from longreach.running.conversation import Conversation
 
-    base = find_base(model)
-    configs.refuse_unsupported(base.config)
-    method, declared = choice.method, choice.context
-    window = configs.trained_window(base.config, choice.trained_window).tokens
-    capacity = dial.limit(method, window)
-    if capacity is not None and declared is not None and declared > capacity:
-        raise ValueError(
-            f"the declared context of {declared} tokens exceeds the capacity of {capacity} of {method} on a trained window of {window}; "
-            f"pass --context {capacity}, other parameters, or leave out --method to have them chosen{dial.combined(method, window, declared)}"
-        )
+    window, limit = fitting.limits(model, choice)
     talk, question = Conversation(model, tokenizer, system=request.system, chunk_size=choice.chunk_size), request.user
-    ids = talk.sequence(question)
+    ids, cut = talk.sequence(question), None
     if not ids:
         raise ValueError("the tokenizer makes no tokens of this text; pass another --prompt or --file")
-    limit, cut = declared or capacity, None
     if limit is not None and len(ids) + max_new_tokens > limit:
         if truncate is None:
-            raise ValueError(too_long(len(ids), max_new_tokens, limit, declared is not None, method, window))
+            raise ValueError(fitting.too_long(len(ids), max_new_tokens, limit, choice.context is not None, choice.method, window))
         if limit <= max_new_tokens:
             raise ValueError(f"{max_new_tokens} new tokens leave no room for a prompt in {limit}; pass a smaller --max-new-tokens")
         encode = lambda document: talk.sequence(replace(request, document=document).user)  # noqa: E731
         document, cut = text.shorten(tokenizer, request.document, limit - max_new_tokens, truncate, encode)
         question = replace(request, document=document).user
         ids = talk.sequence(question)
-    if max(ids) >= (known := model.get_input_embeddings().weight.shape[0]):
-        raise ValueError(f"the tokenizer makes token {max(ids)} but the model knows {known} only; they do not belong together, reload the checkpoint's files")
-    total = declared or len(ids) + max_new_tokens
-    context, beyond = dial.declare(method, window, total)
-    profile = profiles.find(out, choice.profile, model, method, context, choice.trained_window)
-    talk.attach(longreach.extend(model, method, context=context, trained_window=choice.trained_window, profile=profile, memory=choice.memory), total)
+    extension, total, beyond = fitting.attached(out, model, choice, window, len(ids), max(ids), max_new_tokens)
+    talk.attach(extension, total)
     return Asked(talk, question, cut, beyond)
 
 
-def too_long(prompt: int, new: int, limit: int, declared: bool, method: Method | None, window: int) -> str:
-    total = prompt + new
-    sentence = f"the prompt has {counted(prompt, 'token')} and with {new} new ones needs {total}, more than "
-    if declared:
-        return f"{sentence}the declared context of {limit}; pass --context {total}, a shorter text, or --truncate middle"
-    return (
-        f"{sentence}the capacity of {limit} tokens of {method} on a trained window of {window}; leave out --method and pass --context {total} to have "
-        f"parameters chosen, read any length with --method lm-infinite --n-local {window}, or pass --truncate middle"
-    )
+def take_up(
+    out: Output, model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: stored.Choice, max_new_tokens: int, pieces: Iterator[str], folder: Path
+) -> Asked:
+    """The same of a text that is not in memory, and is kept in a folder while it is read."""
+    from longreach.running.long_text import LongText, prompt_ids
+
+    window, limit = fitting.limits(model, choice)
+    talk = LongText(model, tokenizer, prompt_ids(tokenizer, pieces, request.prompt, request.system), folder, choice.chunk_size)
+    tokens = len(talk.ids)
+    if limit is not None and tokens + max_new_tokens > limit:
+        raise ValueError(fitting.too_long(tokens, max_new_tokens, limit, choice.context is not None, choice.method, window, truncate=""))
+    extension, total, beyond = fitting.attached(out, model, choice, window, tokens, int(talk.ids.max()), max_new_tokens, kept=True)
+    talk.attach(extension, total)
+    out.kept = f"what was read so far is in {folder}; the same command goes on from there"
+    if talk.known:
+        out.note(f"{counted(talk.known, 'token')} of {tokens} were read before; going on from {folder}")
+    return Asked(talk, request.prompt, beyond=beyond)
 
 
 def announce(out: Output, asked: Asked) -> None:

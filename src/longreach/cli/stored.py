@@ -5,6 +5,7 @@ Knows options and files; what a document is, and whether it fits a model, is dec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,19 @@ def check(out: Output, document: Path | None, save: Path | None, request: text.R
         if save.exists():
             documents.writable(save)
         out.kept = unsaved(save)
+
+
+def check_resume(folder: Path, others: Mapping[str, object], request: text.Request, file: str | None) -> None:
+    """The same of a text that is kept while it is read. `others`: options that make another text of it, if they were given."""
+    from longreach.running import resuming
+
+    if wrong := [name for name, value in others.items() if value is not None]:
+        raise ValueError(f"--resume reads the text as it is, and only once: leave out {' and '.join(wrong)}, or --resume")
+    if file is None or file == text.STDIN:
+        raise ValueError("--resume reads the text from its beginning each time it goes on; pass --file FILE")
+    if not request.prompt:
+        raise ValueError("--resume needs a question about the text; pass --prompt TEXT")
+    resuming.held(folder)
 
 
 def read_and_save(out: Output, model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: Choice, file: Path) -> Conversation:

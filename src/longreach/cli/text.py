@@ -12,7 +12,8 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -25,6 +26,7 @@ from longreach.running.prompts import Side as Side
 COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
 NOTHING_TO_DECODE = "--text-encoding says how a text is written, and no text is read here; pass --file FILE too, or leave it out"
 LARGEST_FILE = 256 * 2**20
+PIECE = 2**20  # bytes
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # the longer first
 STDIN = "-"
 BOOK = "@book"  # the book that comes with nano
@@ -96,6 +98,39 @@ def read(file: str | None, most: int, note: Callable[[str], None], encoding: str
         from longreach.running.loading import shipped_book
 
         return shipped_book()
+    with _opened(file) as stream:
+        data = stream.read(most + 1)
+    return _required(_decode(data, repr(file), most, note, encoding), repr(file))
+
+
+def pieces(file: str, note: Callable[[str], None], encoding: str | None = None) -> Iterator[str]:
+    """The same of a file of any length, a piece at a time."""
+    if file == BOOK:
+        from longreach.running.loading import shipped_book
+
+        yield shipped_book()
+        return
+    empty = True
+    with _opened(file) as stream:
+        data = stream.read(PIECE)
+        encoding = encoding or _marked(data, repr(file), note)
+        _refuse_utf8(data, repr(file), encoding)
+        with _decoded(repr(file), encoding, data):
+            decoder = codecs.getincrementaldecoder(encoding or "utf-8-sig")()
+            while data:
+                text = decoder.decode(data)
+                _refuse_binary(text, repr(file), encoding, data)
+                empty = empty and not text.strip()
+                yield text
+                data = stream.read(PIECE)
+            yield decoder.decode(b"", True)
+    if empty:
+        _required("", repr(file))
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[IO[bytes]]:
+    """A file of text, plain or compressed."""
     path = Path(file).expanduser()
     if not file.strip() or not path.exists():
         raise ValueError(f"there is no file {file!r}; pass the path of a text file, or - for standard input")
@@ -103,14 +138,13 @@ def read(file: str | None, most: int, note: Callable[[str], None], encoding: str
         raise ValueError(f"{file!r} is a folder; pass one text file")
     try:
         with COMPRESSED.get(path.suffix, _open)(path) as stream:
-            data = stream.read(most + 1)
+            yield stream
     except PermissionError:
         raise ValueError(f"{file!r} may not be read by this user; change its permissions") from None
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError):
         raise ValueError(f"{file!r} is not a valid {path.suffix} file; pass a text file, plain or compressed") from None
     except OSError as error:
         raise ValueError(f"{file!r} could not be read ({error.strerror or error}); pass a text file") from None
-    return _required(_decode(data, repr(file), most, note, encoding), repr(file))
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -129,25 +163,47 @@ def _piped() -> bool:
 def _decode(data: bytes, source: str, most: int, note: Callable[[str], None], encoding: str | None) -> str:
     if len(data) > most:
         raise ValueError(f"{source} is longer than {most} bytes; pass a larger --max-bytes, or a part of the text")
-    if encoding is None:
-        encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
-        if encoding is not None:
-            note(f"reading {source} as {encoding.upper()}, as its first bytes say")
-    try:
+    encoding = encoding or _marked(data, source, note)
+    _refuse_utf8(data, source, encoding)
+    with _decoded(source, encoding, data):
+        text = data.decode(encoding or "utf-8-sig")
+    _refuse_binary(text, source, encoding, data)
+    return text
+
+
+def _marked(data: bytes, source: str, note: Callable[[str], None]) -> str | None:
+    """The encoding that a byte order mark says."""
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+    if encoding is not None:
+        note(f"reading {source} as {encoding.upper()}, as its first bytes say")
+    return encoding
+
+
+def _refuse_utf8(data: bytes, source: str, encoding: str | None) -> None:
+    with _decoded(source, encoding, data):
         if encoding is not None and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")) and _is_utf8(data):
             raise ValueError(f"{source} is UTF-8 text, not {encoding.upper()}; leave out --text-encoding")
-        text = data.decode(encoding or "utf-8-sig")
+
+
+@contextmanager
+def _decoded(source: str, encoding: str | None, data: bytes) -> Iterator[None]:
+    """What a decoder raises, as a sentence. `data`: the beginning, or all."""
+    try:
+        yield
     except LookupError:
         raise ValueError(f"there is no encoding {encoding!r}; pass --text-encoding utf-8, utf-16, latin-1, cp1252 or another that Python knows") from None
     except UnicodeError as error:
-        where = f" (byte 0x{data[error.start]:02x} at offset {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        where = f" (byte 0x{data[error.start]:02x} at offset {error.start})" if isinstance(error, UnicodeDecodeError) and error.object == data else ""
         name = "UTF-8" if encoding is None else encoding.upper()
         raise ValueError(f"{source} is not {name} text{where}; convert it to UTF-8, or pass --text-encoding NAME, such as latin-1") from None
+
+
+def _refuse_binary(text: str, source: str, encoding: str | None, data: bytes) -> None:
     if "\0" in text:
         if encoding is None and (wide := _wide(data)) is not None:
             raise ValueError(f"{source} looks like {wide.upper()} text; pass --text-encoding {wide}")
-        raise ValueError(f"{source} is binary (byte 0 at offset {data.index(0)}); pass a text file, or --text-encoding NAME if it is one")
-    return text
+        where = f" at offset {data.index(0)}" if 0 in data else ""
+        raise ValueError(f"{source} is binary (byte 0{where}); pass a text file, or --text-encoding NAME if it is one")
 
 
 def _wide(data: bytes) -> str | None:

@@ -11,7 +11,8 @@ from longreach.memory.bases import Base
 from longreach.memory.blocks import Run
 from longreach.memory.buffer import Buffer
 from longreach.memory.placement import Placement
-from longreach.memory.tiers import Block, Pool
+from longreach.memory.shelves import Block
+from longreach.memory.tiers import Pool
 
 
 class BlockBuffer(Buffer):

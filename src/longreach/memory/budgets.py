@@ -23,7 +23,7 @@ class Tiered:
     disk     "FOLDER:SIZE", bytes of blocks in files of a folder, which has to be there; None: none. The files have no names and are gone with the process.
     block    tokens of a block: 1, 2, 4, ... 256.
     policy   which block makes room: "lru", the one that was used longest ago; "mass", the one with the least attention, which decays by `decay` with every
-             forward. Blocks that the query under way has chosen stay.
+             forward. `extend` refuses "mass": nothing tells the tiers yet how much attention blocks get. Blocks that the query under way has chosen stay.
     staging  bytes at most of blocks that are being read, or attended to, and have no slot on the device. They come on top of the budgets, as the new tokens
              of a forward and the last tokens do, which a crop may take back.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,6 +55,8 @@ class Tiers(Blocked):
     def __init__(self, spec: Tiered, layers: Sequence[Stored]) -> None:
         if any(isinstance(form, Summary) and kept.place is None for layer in layers for form, kept in layer.forms.items()):
             raise ValueError("an index with blocks of one token keeps as much as all keys, which tiers do not take; pass a larger block (page_size, chunk)")
+        if spec.policy == "mass":
+            raise ValueError("nothing tells the tiers yet how much attention blocks get, so policy='mass' would be the same as 'lru'; leave out policy")
         self.spec, self.unit = spec, spec.block
         kinds = Counter(kind for layer in layers for kind in layer.kinds(spec.block))
         self._entry = {form: size for layer in layers for form, size in layer.summaries().items()}
@@ -73,8 +76,10 @@ class Tiers(Blocked):
         self.pool.require(blocks.coming(place) + more)
         if self._entry:
             own = [layer for layer in layers if isinstance(layer, TieredLayer)]
-            planned = sum(self._planned(form, buffer) for layer in own for form, buffer in layer.of_summaries.items())
-            self.pool.require_summaries(int(planned * times) + self._summaries(set(self._living) - set(own), own))
+            planned = int(times * sum(self._planned(form, buffer) for layer in own for form, buffer in layer.of_summaries.items()))
+            if planned + self._summaries(set(self._living) - set(own), own) > self.pool.summaries:
+                gc.collect()  # caches that nobody can reach any more
+            self.pool.require_summaries(planned + self._summaries(set(self._living) - set(own), own))
 
     def _planned(self, form: Summary, buffer: Buffer) -> int:
         """Bytes that the bodies of a buffer will have."""

@@ -3,6 +3,9 @@
 One pool serves all layers and caches of an extension. A block is there while somebody holds its `Block`; then its slots are free. It may lie in several tiers:
 what was written to disk once costs nothing to leave the tiers above it again. Keys and values are blocks of their own. Knows slots and policies; not rows,
 tokens or forms.
+
+Every move of a block counts by itself, once its bytes are where it goes, and nothing is written over that lies nowhere else. So an interrupt, or a disk that
+fails, loses no block at any moment, and the forward can be repeated. Where there are several tiers, one slot of every kind stays free for this, in any of them.
 """
 
 from __future__ import annotations
@@ -10,9 +13,8 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,72 +22,9 @@ import torch
 from longreach.memory.arenas import Arena, InFile, InMemory, Kind, runs
 from longreach.memory.budgets import Tiered, size_text
 from longreach.memory.lane import Lane, Reading
+from longreach.memory.shelves import Block, Entry, Shelf
 
 SUMMARIES = 0.5  # of the device's budget, at most
-GROWS = 64  # slots that a file gets at once
-
-
-@dataclass(eq=False)
-class Entry:
-    """Where a block lies: its slot in every tier, or None. `score` is the mass that it had at forward `step`."""
-
-    kind: Kind
-    slots: list[int | None]
-    score: float = 0.0
-    step: int = 0
-
-    @property
-    def tier(self) -> int:
-        """The fastest that has it."""
-        return next(tier for tier, slot in enumerate(self.slots) if slot is not None)
-
-
-class Block:
-    """A block, for as long as this is held."""
-
-    __slots__ = ("_gone", "entry")
-
-    def __init__(self, entry: Entry, gone: deque[Entry]) -> None:
-        self.entry, self._gone = entry, gone
-
-    def __del__(self) -> None:
-        self._gone.append(self.entry)  # whichever thread lets go of it; the pool looks at this when it needs room
-
-    @property
-    def nbytes(self) -> int:
-        return self.entry.kind.nbytes
-
-
-@dataclass(eq=False)
-class Shelf:
-    """The slots of one kind in one tier. `only`: blocks that no faster tier has, the one that was used longest ago first; `copies`: those that one has."""
-
-    tier: int
-    arena: Arena
-    only: OrderedDict[Entry, None] = field(default_factory=OrderedDict)
-    copies: OrderedDict[Entry, None] = field(default_factory=OrderedDict)
-    free: list[int] = field(default_factory=list)
-    begun: int = 0  # slots that were ever used
-
-    @property
-    def used(self) -> int:
-        return len(self.only) + len(self.copies)
-
-    def take(self) -> int | None:
-        """A slot that nothing lies in."""
-        if self.free:
-            return self.free.pop()
-        if self.begun == self.arena.capacity:
-            return None
-        try:
-            self.arena.grow(min(self.arena.capacity, -(-(self.begun + 1) // GROWS) * GROWS))
-        except ValueError:
-            if not self.copies:
-                raise
-            return None
-        self.begun += 1
-        return self.begun - 1
-
 
 class Pool:
     """kinds    of every kind of block, how many buffers of all layers fill one with the same tokens.
@@ -98,7 +37,8 @@ class Pool:
         self.spec, self.kinds = spec, dict(kinds)
         self.names = list(spec.budgets)
         self.step = 0  # forwards
-        self.broken = False  # blocks were being moved when something was raised
+        self._entries: dict[Entry, None] = {}  # of all blocks
+        self._moving = False  # what lies where is being changed, or was when something was raised
         self.fetched = dict.fromkeys(self.names, 0)  # blocks that were asked for, by the fastest tier that had them
         self.evicted = dict.fromkeys(self.names, 0)
         self.waited = 0.0  # seconds
@@ -123,8 +63,6 @@ class Pool:
 
     def require(self, count: int) -> None:
         """Room for `count` blocks more of every buffer. Raises ValueError where there is none."""
-        if self.broken:
-            raise ValueError("a forward was broken off while blocks moved between tiers, and some may be lost; extend() again and read the text again")
         self.step += 1
         self._sweep()
         if any(self._missing(kind, count) > 0 for kind in self.kinds):
@@ -140,7 +78,8 @@ class Pool:
     def _missing(self, kind: Kind, count: int) -> int:
         """Slots that `count` blocks more of every buffer would need beyond those that there are."""
         shelves = self._shelves[kind]
-        return sum(len(shelf.only) - shelf.arena.capacity for shelf in shelves) + count * self.kinds[kind]
+        spare = 1 if len(shelves) > 1 else 0
+        return sum(len(shelf.only) - shelf.arena.capacity for shelf in shelves) + count * self.kinds[kind] + spare
 
     def require_summaries(self, size: int) -> None:
         if size > self.summaries:
@@ -158,27 +97,54 @@ class Pool:
         )
 
     def _sweep(self) -> None:
-        """Blocks that nobody holds any more."""
+        """Blocks that nobody holds any more; and what was broken off is made good."""
+        if self._moving:
+            self._mend()
         while self._gone:
-            entry = self._gone.popleft()
+            self._moving = True
+            entry = self._gone[0]
             for shelf, slot in zip(self._shelves[entry.kind], entry.slots):
                 if slot is not None:
                     shelf.free.append(slot)
                     shelf.only.pop(entry, None)
                     shelf.copies.pop(entry, None)
-            entry.slots = [None] * len(entry.slots)
+            self._entries.pop(entry, None)
+            self._gone.popleft()
+            self._moving = False
+
+    def _mend(self) -> None:
+        for _ in range(len(self._gone)):
+            self._entries.pop(self._gone[0], None)
+            self._gone.popleft()
+        for kind, shelves in self._shelves.items():
+            own = dict.fromkeys(entry for entry in self._entries if entry.kind == kind)
+            for shelf in shelves:
+                shelf.mend(own)
+        self._moving = False
 
     # -- blocks ---------------------------------------------------------------------------------------------------------------
 
     def put(self, kind: Kind, entries: torch.Tensor) -> Block:
         """entries [G, tokens, width], for which `require` has found room -> a block, on the device."""
         self._sweep()
-        entry = Entry(kind, [None] * len(self.names), step=self.step)
+        block = Block(Entry(kind, [None] * len(self.names), step=self.step), self._gone)
+        self._moving = True
         slot = self._slot(0, kind)
         self._shelves[kind][0].arena.write(slot, entries)
-        entry.slots[0] = slot
-        self._shelves[kind][0].only[entry] = None
-        return Block(entry, self._gone)
+        self._lies(block.entry, 0, slot)
+        self._moving = False
+        return block
+
+    def _lies(self, entry: Entry, tier: int, slot: int) -> None:
+        """A slot of a tier holds the block now, whose fastest this is."""
+        shelves = self._shelves[entry.kind]
+        if entry in self._entries:
+            before = shelves[entry.tier]
+            before.only.pop(entry, None)
+            before.copies[entry] = None
+        entry.slots[tier] = slot
+        self._entries[entry] = None
+        shelves[tier].only[entry] = None
 
     def touch(self, blocks: Sequence[Block], mass: Sequence[float]) -> None:
         """What blocks have got of the attention of the forward under way, for the policy "mass"."""
@@ -195,30 +161,31 @@ class Pool:
         if (slot := shelf.take()) is not None:
             return slot
         if shelf.copies:
-            entry, _ = shelf.copies.popitem(last=False)
+            entry = next(iter(shelf.copies))
         else:
             entry = self._victim(shelf, chosen)
-            self._lower(entry, tier)
-            del shelf.only[entry]
+            self._lower(entry, tier, chosen)
             self.evicted[self.names[tier]] += 1
         found, entry.slots[tier] = entry.slots[tier], None
+        shelf.copies.pop(entry, None)
+        shelf.only.pop(entry, None)
         assert found is not None
         return found
 
     def _victim(self, shelf: Shelf, chosen: Collection[Entry]) -> Entry:
+        """Of those that are chosen together none makes room on the device; elsewhere, where there is no other."""
         left = (entry for entry in shelf.only if entry not in chosen)
-        if self.spec.policy == "mass":
-            return min(left, key=self._score)  # of several, the one that was used longest ago
-        return next(left)
+        found = min(left, key=self._score, default=None) if self.spec.policy == "mass" else next(left, None)  # of equal scores, the one used longest ago
+        return found if found is not None else next(iter(shelf.only))
 
-    def _lower(self, entry: Entry, tier: int) -> None:
+    def _lower(self, entry: Entry, tier: int, chosen: Collection[Entry]) -> None:
         """A block is about to leave a tier: it lies in one below."""
         shelves = self._shelves[entry.kind]
         below = next((shelf for shelf in shelves[tier + 1 :] if entry.slots[shelf.tier] is not None), None)
         if below is None:
             below, source, at = shelves[tier + 1], shelves[tier].arena, entry.slots[tier]
             assert at is not None and isinstance(source, InMemory)
-            slot = self._slot(below.tier, entry.kind)
+            slot = self._slot(below.tier, entry.kind, chosen)
             below.arena.write(slot, source.entries[at])
             entry.slots[below.tier] = slot
         below.copies.pop(entry, None)
@@ -248,21 +215,16 @@ class Pool:
         return [slot for block in blocks if (slot := block.entry.slots[0]) is not None]
 
     def _bring(self, kind: Kind, entries: Sequence[Entry], chosen: Collection[Entry]) -> None:
-        """Blocks come to the device, by way of a copy: those that make room for them may take the very slots in which they lay."""
+        """Blocks come to the device, by way of a copy: what makes room for one may take the very slot in which another lay."""
         staged = torch.empty((len(entries), *kind.shape), dtype=kind.dtype, device=kind.device)
         self.stage(staged)
         self._copy(self._plan(entries), staged)
-        shelves, self.broken = self._shelves[kind], True  # until all have arrived
-        for entry in entries:
-            before = shelves[entry.tier]
-            del before.only[entry]
-            before.copies[entry] = None
-            shelves[0].only[entry] = None
         for number, entry in enumerate(entries):
+            self._moving = True
             slot = self._slot(0, kind, chosen)
-            shelves[0].arena.write(slot, staged[number])
-            entry.slots[0] = slot
-        self.broken = False
+            self._shelves[kind][0].arena.write(slot, staged[number])
+            self._lies(entry, 0, slot)
+            self._moving = False
 
     def arena(self, kind: Kind) -> torch.Tensor:
         """[slots, G, tokens, width] of the device."""
@@ -272,6 +234,7 @@ class Pool:
 
     def read(self, wanted: Sequence[tuple[Sequence[Block], torch.Tensor]]) -> Reading:
         """Begin to copy blocks into tensors [n, G, tokens, width], of any strides, from wherever they lie. They stay where they are."""
+        self._sweep()
         plans = []
         for blocks, out in wanted:
             for block in blocks:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -62,13 +63,14 @@ class Answer:
 def answer(
     model: CausalLM,
     tokenizer: Tokenizer,
-    ids: list[int],
+    ids: list[int] | torch.Tensor,
     max_new_tokens: int,
     *,
     extension: Extension | None = None,
     chunk_size: int = CHUNK_SIZE,
     sampling: Sampling = GREEDY,
     cache: Any = None,
+    resume: str | Path | None = None,
     stop: tuple[str, ...] = (),
     write: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda done: None,
@@ -78,12 +80,13 @@ def answer(
 
     extension  the one in force on the model; None is the stock model, which reads the prompt in one forward. So does a method that allows no cut.
     cache      that of an earlier answer, to go on from: `ids` still is the whole sequence and begins with what the cache holds.
+    resume     a folder to keep the prompt while it is read, and to go on from; see `stream`.
     stop       strings that end the answer and are left out of its text. White space before the first word is not searched for them.
     stopped    asked between chunks and after each token; once it is true the answer ends there, whole and consistent with its cache.
     """
     from transformers import DynamicCache
 
-    prompt = torch.tensor([ids], device=device_of(model))
+    prompt = torch.as_tensor(ids, device=device_of(model))[None]
     config = generation_config(model, tokenizer, max_new_tokens, sampling)
     streamer = _streamer(tokenizer, write)
     started = time.perf_counter()
@@ -93,7 +96,8 @@ def answer(
         raise ValueError(f"the cache holds {known} tokens and the sequence only {len(ids)}; pass the whole sequence with something new at its end")
     early = known if extension is None else extension.method.apart(len(ids))  # the rest is left for generate, which needs the last token's logits
     if extension is not None and early - known >= (extension.method.cut or 1):
-        for chunk in stream(extension, prompt[0, known:early], chunk_size=chunk_size, losses=False, cache=cache):
+        for chunk in stream(extension, prompt[0, known:early], chunk_size=chunk_size, losses=False, cache=None if resume else cache, resume=resume):
+            cache = chunk.cache
             progress(min(chunk.start + chunk_size, early))
             if stopped is not None and stopped():
                 return Answer("", [], "interrupted", time.perf_counter() - started, 0.0, cache_bytes(cache), cache)

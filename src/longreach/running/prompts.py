@@ -67,6 +67,19 @@ def about(document: str, question: str) -> str:
     return BETWEEN.join(part for part in (document, question) if part)
 
 
+def around(tokenizer: Tokenizer, question: str, system: str | None) -> tuple[str, str, bool]:
+    """What stands before and behind a document that is asked about, and whether white space at its beginning is left out."""
+    if not has_template(tokenizer):
+        return "", BETWEEN + question if question else "", False
+    mark = "\u2063document\u2063"  # no template, question or system message has it
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    text = render(tokenizer, [*messages, {"role": "user", "content": about(" " + mark, question)}], "leave out the system message")
+    before, found, behind = text.partition(mark)
+    if not found or mark in behind:
+        raise ValueError("the chat template of this model does not write a message once and as it is, so a text cannot be read in pieces; leave out --resume")
+    return before.removesuffix(" "), behind, not before.endswith(" ")
+
+
 def hide(document: str, sentence: str, depth: float) -> str:
     """The document with the sentence after the end of a sentence (or of a word) nearest before `depth` of its length."""
     at = round(depth * len(document))

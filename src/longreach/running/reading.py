@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from longreach.hf.cache import cache_bytes
 from longreach.hf.extension import Extension
 from longreach.hf.placement import device_of
 from longreach.quantities import CHUNK_SIZE
+from longreach.running.resuming import Kept
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,13 @@ class Chunk:
 
 
 def stream(
-    extension: Extension | Any, ids: torch.Tensor | Iterable[int], *, chunk_size: int = CHUNK_SIZE, losses: bool = True, cache: Any = None
+    extension: Extension | Any,
+    ids: torch.Tensor | Iterable[int],
+    *,
+    chunk_size: int = CHUNK_SIZE,
+    losses: bool = True,
+    cache: Any = None,
+    resume: str | Path | None = None,
 ) -> Iterator[Chunk]:
     """Feed `ids` (one sequence: a 1-D tensor or any iterable of ints, endless ones too) in chunks; yields a `Chunk` after each.
 
@@ -46,8 +55,11 @@ def stream(
                 chunks begin there, and the last one is longer rather than too short. Under a method that evicts, the text is read in turns (`Eviction.turn`).
     losses      False skips the language-model head except for the last token of a chunk.
     cache       the `cache` of an earlier chunk, to go on where it ended (its last token's successor has no loss then: NaN).
+    resume      a folder to keep what is read, which costs a twentieth of the time at most. If it holds the beginning of this text already, read under the same
+                model, method and declared context, the first chunk is what follows. The last chunk is never kept, so that there is always one.
 
-    Raises ValueError if the method's capacity is passed (stream with a bounded method such as LMInfinite), or if the model gives a loss that is not finite.
+    Raises ValueError if the method's capacity is passed (stream with a bounded method such as LMInfinite), if the model gives a loss that is not finite, or if
+    a folder to resume holds something else or is damaged.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
@@ -58,26 +70,33 @@ def stream(
             raise ValueError(f"a stream is one sequence: pass a 1-D tensor of token ids, not one of shape {list(ids.shape)}")
     model = extension.model if isinstance(extension, Extension) else extension
     device = device_of(model)
-    if cache is None:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-    start = cache.get_seq_length()
     last: torch.Tensor | None = None  # logits [V] that predict the next chunk's first token
+    kept = None
+    if resume is not None:
+        if cache is not None or not isinstance(extension, Extension):
+            raise ValueError("a text is resumed under an extension and from a folder alone; pass what extend() returned, and leave out cache")
+        kept = Kept(extension, resume)
+        cache, last, ids = kept.cache, kept.last, kept.rest(ids)
+    cache = DynamicCache() if cache is None else cache
+    start = cache.get_seq_length()
     cut = extension.method.cut or 1 if isinstance(extension, Extension) else 1
     if isinstance(extension, Extension) and extension.method.eviction is not None:
         tokens = _turns(extension, cache, ids, chunk_size)
     else:
         tokens = _chunks(ids, max(cut, chunk_size // cut * cut), cut, -start % cut)
     for chunk in tokens:
+        if kept is not None:
+            kept.before(chunk, start, last)
         chunk = chunk.to(device)
         with torch.no_grad():
             logits = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=0 if losses else 1).logits[0]
         found = None
         if losses:
             found = torch.full((chunk.numel(),), float("nan"))
+            if kept is not None and last is not None and last.shape != logits[-1].shape:
+                raise kept.forged()
             if last is not None:
-                found[:1] = _losses(last[None], chunk[:1])
+                found[:1] = _losses(last[None].to(device), chunk[:1])
             found[1:] = _losses(logits[:-1], chunk[1:])
             require_finite(found if last is not None else found[1:], start + (last is None))
         last = logits[-1].clone()

@@ -1,0 +1,85 @@
+"""One question about a text of any length, which is read in pieces and kept in a folder while it is read.
+
+Knows pieces of a text, ids and generation; not files of text, options or terminals.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from longreach.hf.extension import Extension
+from longreach.hf.interfaces import CausalLM, Tokenizer
+from longreach.quantities import CHUNK_SIZE
+from longreach.running import generation, prompts, resuming
+from longreach.running.pieces import token_ids
+
+
+@dataclass
+class LongText:
+    """What a conversation is where a text is not in memory: its ids are, 8 bytes for every token, which generate asks for.
+
+    ids      [N] the text and the question about it, as one reads them.
+    folder   where what was read is kept.
+    """
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    ids: torch.Tensor
+    folder: Path
+    chunk_size: int = CHUNK_SIZE
+    limit: int | None = None
+    extension: Extension | None = None
+    known: int = field(init=False)  # tokens that were read before
+
+    def __post_init__(self) -> None:
+        self.known = resuming.held(self.folder)
+
+    def attach(self, extension: Extension, limit: int | None) -> None:
+        self.extension, self.limit = extension, limit
+
+    def sequence(self, question: str) -> torch.Tensor:
+        return self.ids
+
+    def ask(
+        self,
+        question: str,
+        max_new_tokens: int,
+        *,
+        sampling: generation.Sampling = generation.GREEDY,
+        write: Callable[[str], None] = lambda text: None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> generation.Answer:
+        return generation.answer(
+            self.model,
+            self.tokenizer,
+            self.ids,
+            max_new_tokens,
+            extension=self.extension,
+            chunk_size=self.chunk_size,
+            sampling=sampling,
+            resume=self.folder,
+            write=write,
+            progress=progress,
+        )
+
+
+def prompt_ids(tokenizer: Tokenizer, text: Iterable[str], question: str, system: str | None) -> torch.Tensor:
+    """[N] ids of a text that comes in pieces, with a question about it: those of `Conversation.sequence`."""
+    before, behind, trims = prompts.around(tokenizer, question, system)
+    pieces = itertools.chain([before], _trimmed(text) if trims else text, [behind])
+    ids = array("q", [] if prompts.has_template(tokenizer) else prompts.encode(tokenizer, ""))
+    ids.extend(token_ids(tokenizer, pieces, special=False))
+    return torch.frombuffer(ids, dtype=torch.int64) if ids else torch.zeros(0, dtype=torch.int64)
+
+
+def _trimmed(text: Iterable[str]) -> Iterator[str]:
+    """Without white space at its beginning."""
+    pieces = itertools.dropwhile(lambda piece: not piece.strip(), text)
+    yield next(pieces, "").lstrip()
+    yield from pieces

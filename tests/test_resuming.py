@@ -1,0 +1,363 @@
+"""A text that is kept while it is read: what a folder holds goes on to the same end; another text, model or method is refused, and what is damaged."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import longreach
+from commands import Run, refused
+from families import build, tokens
+from histories import constants
+from longreach import InfLLM, LMInfinite, LongHeads, Quest, SelfExtend, SirLLM, StreamingLLM, files
+from longreach.cli import text
+from longreach.memory import sealed
+from longreach.running import long_text, pieces, prompts, resuming
+from longreach.running.conversation import Conversation
+from scripts import scripts
+from test_matrix import difference
+from test_tiers import budgets
+from tiny import tokenizer
+
+CUT = InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8)
+METHODS = [SelfExtend(8, 16), LMInfinite(32, 4), StreamingLLM(32, 4), Quest(12, 4, 1, "all"), Quest(12, 4, 1), CUT, LongHeads.small(8)]
+
+
+@pytest.fixture(autouse=True)
+def every_chunk(monkeypatch: pytest.MonkeyPatch, small_blocks: None) -> None:
+    """It is saved between any two chunks."""
+    monkeypatch.setattr(resuming, "SHARE", 1e9)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("llama", eos_token_id=None)
+
+
+def read(extension: Any, ids: Any, folder: Path | None, chunk_size: int = 16, most: int = 10**9) -> tuple[dict[int, torch.Tensor], Any]:
+    """The losses of every chunk by its first token, of at most so many chunks, and the cache."""
+    found, cache = {}, None
+    for chunk in longreach.stream(extension, ids, chunk_size=chunk_size, resume=folder):
+        found[chunk.start], cache = chunk.losses, chunk.cache
+        if len(found) == most:
+            break
+    return found, cache
+
+
+@pytest.mark.parametrize("tiers", [False, True], ids=["", "tiers"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.brief())
+@torch.no_grad()
+def test_it_goes_on_to_the_same_end(model, method, tiers, tmp_path):
+    """Broken off after 1, 2, ... chunks and read on in a new extension each time: the losses and the logits of what follows are the same, without
+    tiers to the bit. Over tiers blocks come back in other places, so parts may be others."""
+    ids = tokens(1, 203)[0]
+    memory = {"memory": budgets(tmp_path, 4 if method.choice is None else 160, 4, 200, block=8)} if tiers else {}
+    with longreach.extend(model, method, trained_window=512, **memory) as extension:
+        want, cache = read(extension, ids[:-1], None)
+        end = model(ids[None, -1:], past_key_values=cache).logits
+    found: dict[int, torch.Tensor] = {}
+    for most in (1, 2, 1, 4, 3, 100):
+        with longreach.extend(model, method, trained_window=512, **memory) as extension:
+            begins = resuming.held(tmp_path / "kept")
+            some, cache = read(extension, iter(ids[:-1].tolist()), tmp_path / "kept", most=most)
+            assert min(some) == begins and begins % (method.cut or 1) == 0
+            found |= some
+            if most == 100:
+                again = model(ids[None, -1:], past_key_values=cache).logits
+                assert torch.equal(again, end) or (tiers and difference(again, end) <= 1e-5)
+    assert found.keys() == want.keys()
+    losses, again = (torch.cat([each[start] for start in sorted(each)]) for each in (want, found))
+    assert losses[0].isnan() and (torch.equal(losses[1:], again[1:]) or (tiers and (losses - again)[1:].abs().max() <= 1e-5))
+    assert resuming.held(tmp_path / "kept") > 150
+
+
+def test_a_text_that_was_read_has_its_last_chunk_left(model, tmp_path):
+    ids = tokens(1, 100)[0]
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        first, _ = read(extension, ids, tmp_path / "kept", 30)
+        again, cache = read(extension, ids, tmp_path / "kept", 30)
+        assert list(first) == [0, 30, 60, 90] and list(again) == [90] and torch.equal(again[90], first[90]) and cache.get_seq_length() == 100
+        longer, _ = read(extension, torch.cat([ids, ids]), tmp_path / "kept", 30)
+        assert list(longer) == [90, 120, 150, 180], "a text that has grown"
+
+
+def test_saving_takes_its_share_of_the_time(model, tmp_path, monkeypatch):
+    """0 s between chunks and 20 s for a save: none follows the first until 400 s have passed."""
+    now, saved = [0.0], []
+    monkeypatch.setattr(resuming, "SHARE", 0.05)
+    monkeypatch.setattr(resuming.time, "perf_counter", lambda: now[0])
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+
+        def save(*args: Any, **more: Any) -> None:
+            saved.append(args[0].get_seq_length())
+            now[0] += 20
+
+        monkeypatch.setattr(extension, "save", save)
+        for chunk in longreach.stream(extension, tokens(1, 100)[0], chunk_size=10, resume=tmp_path / "kept"):
+            now[0] += 150 if chunk.start >= 40 else 0
+    assert saved == [10, 70]
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", [tokens(1, 100, seed=8)[0], tokens(1, 20)[0], [], torch.cat([tokens(1, 31)[0], tokens(1, 80, seed=9)[0]])], ids=len)
+def test_another_text_is_refused(model, ids, tmp_path):
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        read(extension, tokens(1, 100)[0], tmp_path / "kept", 16, most=4)
+        before = sealed.read(tmp_path / "kept")
+        for each in (ids, iter(list(map(int, ids)))):
+            with pytest.raises(ValueError, match=r"the 48 tokens that .*kept' holds are not the beginning of this text; .* or name another folder"):
+                read(extension, each, tmp_path / "kept")
+        assert sealed.read(tmp_path / "kept") == before
+
+
+def test_another_model_method_or_context_is_refused(model, tmp_path):
+    ids = tokens(1, 100)[0]
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        read(extension, ids, tmp_path / "kept", most=3)
+    with longreach.extend(model, SelfExtend(8, 17)) as extension, pytest.raises(ValueError, match=r"was read with SelfExtend\(group_size=8, window=16"):
+        read(extension, ids, tmp_path / "kept")
+    with longreach.extend(model, SelfExtend(8, 16), context=200) as extension, pytest.raises(ValueError, match="read for a context of None"):
+        read(extension, ids, tmp_path / "kept")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with longreach.extend(other, SelfExtend(8, 16)) as extension, pytest.raises(ValueError, match="other weights"):
+        read(extension, ids, tmp_path / "kept")
+
+
+def test_a_method_that_cannot_go_on_is_refused(model, tmp_path):
+    with longreach.extend(model, SirLLM(18, 2, 4)) as extension, pytest.raises(ValueError, match=r"turns that came\); leave out resume"):
+        read(extension, tokens(1, 100)[0], tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_other_folders_and_arguments_are_refused(model, tmp_path):
+    ids = tokens(1, 100)[0]
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        _, cache = read(extension, ids, None)
+        extension.save(cache, tmp_path / "document", ids)
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.tex").write_text("x")
+        (tmp_path / "file").write_text("x")
+        for name, says in (("document", "holds a document"), ("mine", "holds other things"), ("file", "is a file"), ("no/such", "create it first")):
+            with pytest.raises(ValueError, match=says):
+                read(extension, ids, tmp_path / name)
+        with pytest.raises(ValueError, match="leave out cache"):
+            next(longreach.stream(extension, ids, cache=cache, resume=tmp_path / "kept"))
+    with pytest.raises(ValueError, match="what extend"):
+        next(longreach.stream(model, ids, resume=tmp_path / "kept"))
+
+
+def test_what_is_damaged_is_refused_and_what_was_not_finished_is_cut_off(model, tmp_path):
+    ids, folder = tokens(1, 300)[0], tmp_path / "kept"
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        read(extension, ids, folder, most=15)
+        want = resuming.held(folder)
+        manifest = sealed.read(folder)
+        blocks = folder / sealed.blocks_name(manifest.blocks[-1].number)
+        with open(blocks, "ab") as file:
+            file.write(b"half a record")
+        (folder / f".tail-{99:08d}.{'0' * 16}.partial").write_bytes(b"torn")
+        assert min(read(extension, ids, folder, most=2)[0]) == want
+        assert not list(folder.glob(".*")) and blocks.stat().st_size == sealed.read(folder).blocks[-1].bytes
+        for path in (sealed.tail_path(folder, sealed.read(folder).tail.number), blocks, folder / sealed.MANIFEST):
+            whole = path.read_bytes()
+            path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+            with pytest.raises(ValueError, match=r"damaged or forged.*remove the folder or name another"):
+                read(extension, ids, folder)
+            path.write_bytes(whole)
+        read(extension, ids, folder)
+
+
+def test_logits_of_another_size_are_refused(model, tmp_path):
+    ids = tokens(1, 100)[0]
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        kept = resuming.Kept(extension, tmp_path / "kept")
+        model(kept.rest(ids)[None, :40], past_key_values=kept.cache)
+        kept._count(ids[:40].tolist())
+        kept.save(40, torch.zeros(5))
+        with pytest.raises(ValueError, match="damaged or forged; remove the folder"):
+            read(extension, ids, tmp_path / "kept")
+
+
+@pytest.mark.parametrize("note", ['{"tokens": 7, "sha256": "x"}', "[]", '{"tokens": true}', "{"])
+def test_forged_notes_are_refused(model, note, tmp_path):
+    ids = tokens(1, 100)[0]
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        _, cache = read(extension, ids, None)
+        extension.save(cache, tmp_path / "kept", notes={resuming.NOTE: note, resuming.LOGITS: "AAAA"})
+        with pytest.raises(ValueError, match="damaged or forged; remove the folder"):
+            read(extension, ids, tmp_path / "kept")
+
+
+# -- crashes --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_kill_9_at_random_moments(model, kills, tmp_path):
+    """Of a child that is forked from here, over tiers, in forwards and in saves; see the script."""
+    kill = scripts("benchmarks", "kill").kill
+    ids = tokens(1, 60 * kills)[0]
+    with constants(16, 8):
+
+        def extend() -> Any:
+            return longreach.extend(model, CUT, trained_window=512, memory=budgets(tmp_path, 60 + 20 * kills, 4, 4000, block=8))
+
+        found = kill.compare(extend, ids, 8, kills, kills, tmp_path, lambda text: None)
+    assert max(found["largest_difference_of_losses"], found["difference_of_last_logits"]) <= 1e-5
+    assert found["held"] == sorted(found["held"]) and found["held"][-1] > 0
+
+
+# -- texts in pieces ------------------------------------------------------------------------------------------------------------------
+
+ALPHABET = ["the ", "whale ", "\n", "\r\n", "  ", "    ", "\t", "12345", "3.14", "é", "日本", "🙂", "'s", "ing", "ABC", "...", "--", " ", "x", "<bos>"]
+
+
+@pytest.fixture(scope="module")
+def nano() -> Any:
+    return longreach.load("nano")[1]
+
+
+def test_ids_of_pieces_are_those_of_the_whole(nano, monkeypatch):
+    """Random texts with long runs, cut anywhere, in windows as small as words allow."""
+    monkeypatch.setattr(pieces, "WINDOW", 500)
+    monkeypatch.setattr(pieces, "SHARED", 200)
+    monkeypatch.setattr(pieces, "ALIKE", 8)
+    rng = random.Random(0)
+    for _ in range(60):
+        text = "".join(rng.choice(ALPHABET) * rng.choice([1, 1, 1, 2, 5, 40]) for _ in range(rng.randint(0, 1500)))
+        parts, at = [], 0
+        while at < len(text):
+            size = rng.choice([1, 10, 300, 2000])
+            parts, at = [*parts, text[at : at + size]], at + size
+        for special in (True, False):
+            assert list(pieces.token_ids(nano, parts, special)) == prompts.encode(nano, text, special)
+
+
+@pytest.mark.parametrize("text", ["", "x", "a" * 5000, " " * 5000 + "b", "ab" * 3000, "\n" * 4000, "0" * 4000, "é" * 3001, "\u00a0 " * 3000], ids=range(9))
+def test_runs_longer_than_a_window(nano, text, monkeypatch):
+    monkeypatch.setattr(pieces, "WINDOW", 500)
+    monkeypatch.setattr(pieces, "SHARED", 200)
+    for parts in ([text], list(text)):
+        assert list(pieces.token_ids(nano, parts)) == prompts.encode(nano, text)
+
+
+def test_a_book_is_read_from_a_file(nano, tmp_path):
+    text = longreach.shipped_book()[:700_000]
+    files.write(tmp_path / "book.txt", text)
+    with open(tmp_path / "book.txt", encoding="utf-8", newline="") as lines:
+        assert list(longreach.token_ids(nano, lines)) == prompts.encode(nano, text)
+
+
+def test_a_tokenizer_whose_tokens_change_wherever_a_text_is_cut_is_refused(monkeypatch):
+    monkeypatch.setattr(pieces, "WINDOW", 50)
+    monkeypatch.setattr(pieces, "SHARED", 20)
+    monkeypatch.setattr(pieces, "LARGEST", 300)
+    made = tokenizer()
+
+    class Odd:
+        """Of every token, how far it is from the end of the text that is tokenised: nothing of it is local."""
+
+        is_fast, eos_token_id, sep_token_id, bos_token_id = True, None, None, None
+
+        def __call__(self, text: str, **options: Any) -> dict[str, Any]:
+            return {"input_ids": [len(text) - n for n in range(len(text))], "offset_mapping": [(n, n + 1) for n in range(len(text))]}
+
+    with pytest.raises(ValueError, match="wherever it is cut"):
+        list(pieces.token_ids(Odd(), ["abc"] * 1000))
+    assert list(pieces.token_ids(made, ["abc"] * 1000)) == prompts.encode(made, "abc" * 1000)
+
+
+# -- the command line -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_name", ["llama", "chat"])
+def test_the_command_goes_on_where_it_was_broken_off(run: Run, folders, tmp_path, model_name, monkeypatch):
+    """Interrupted in the middle; the answer is that of the whole text read at once, and of tokens those of one text."""
+    (tmp_path / "book.txt").write_text("\n  " + "".join(f"{i:04d}, " for i in range(90)) + "\n")
+    options = ["run", "--model", folders[model_name], "--file", tmp_path / "book.txt", "--prompt", "and?", "--max-new-tokens", 5, "--chunk-size", 64]
+    options += ["--method", "selfextend", "--group-size", 32, "--window", 32, "--json"]
+    want = run(*options).json
+    real, calls = resuming.Kept.before, []
+
+    def before(self: Any, *args: Any) -> None:
+        calls.append(args[1])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(resuming.Kept, "before", before)
+    first = run(*options, "--resume", tmp_path / "kept")
+    assert first.code == 130 and "the same command goes on from there" in first.err
+    found = run(*options, "--resume", tmp_path / "kept")
+    assert calls[:5] == [0, 64, 128, 192, 128] and f"128 tokens of {want['prompt_tokens']} were read before; going on from" in found.err
+    assert {**found.json, "prompt_tokens": want["prompt_tokens"]}["answer"] == want["answer"] and found.json["prompt_tokens"] == want["prompt_tokens"]
+    again = run(*[*options[:6], "another?", *options[7:]], "--resume", tmp_path / "kept")
+    assert "tokens of" in again.err and again.code == 0, "another question about the same text"
+    (tmp_path / "book.txt").write_text("other text " * 60)
+    refused(run, *options[:-1], "--resume", tmp_path / "kept", says="are not the beginning of this text")
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_ids_of_a_prompt_in_pieces_are_those_of_a_conversation(trims):
+    chat, plain = tokenizer(chat=True), tokenizer()
+    if trims:
+        chat.chat_template = chat.chat_template.replace("{{ m['content'] }}", "{{ m['content'] | trim }}")
+    text = " \n" * 30 + "A text. " * 20 + "\n"
+    for made, system in ((chat, None), (chat, "Be brief."), (plain, None)):
+        talk = Conversation(None, made, system=system)
+        for parts in ([text], list(text)):
+            assert long_text.prompt_ids(made, parts, "and?", system).tolist() == talk.sequence(prompts.about(text, "and?"))
+
+
+def test_a_template_that_writes_a_text_twice_is_refused():
+    made = tokenizer(chat=True)
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{{ m['content'] | length }}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not write a message once"):
+        long_text.prompt_ids(made, ["x"], "and?", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--file", "BOOK", "--prompt", "x", "--truncate", "middle"], "leave out --truncate"),
+        (["--file", "BOOK", "--prompt", "x", "--hide", "y"], "leave out --hide"),
+        (["--file", "-", "--prompt", "x"], "pass --file FILE"),
+        (["--file", "BOOK"], "needs a question about the text; pass --prompt"),
+        (["--file", "BOOK", "--prompt", "x", "--context", 100], "and with 3 new ones needs 207, more than the declared context of 100; pass --context 207"),
+        (["--file", "BOOK", "--prompt", "x"], "pass --context N"),
+        (["--file", "/no/such", "--prompt", "x", "--context", 900], "there is no file"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(run: Run, folders, book, tmp_path, options, says):
+    options = [book if each == "BOOK" else each for each in options]
+    refused(run, "run", "--model", folders["llama"], "--max-new-tokens", 3, "--resume", tmp_path / "kept", *options, says=says)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_files_are_read_in_pieces_of_bytes(tmp_path, encoding, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 7)
+    words = "Ein Äpfelchen fiel.\r\n" * 9
+    (tmp_path / "a").write_bytes(words.encode(encoding))
+    given = encoding if encoding == "latin-1" else None
+    assert "".join(text.pieces(str(tmp_path / "a"), lambda note: None, given)) == words == text.read(str(tmp_path / "a"), 10**6, lambda note: None, given)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"), [(b"", "is empty"), (b" \n" * 9, "is empty"), (b"abcdefgh\xff", "is not UTF-8"), (b"abcdefghijklmnop\0qrstuvw", "is binary")], ids=str
+)
+def test_what_is_no_text_is_refused(tmp_path, data, says, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 7)
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(ValueError, match=says):
+        list(text.pieces(str(tmp_path / "a"), lambda note: None))
