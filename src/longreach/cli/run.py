@@ -155,9 +155,11 @@ def answer(
     out: Output, model: str, asked: Asked, max_new_tokens: int, sampling: Sampling, declared: bool, png: Path | None = None, hidden: str | None = None
 ) -> dict[str, Any]:
     """The answer, written as it comes -> the report; without a question, what was saved. `png`: to draw what was retrieved, where a sentence was `hidden`."""
+    from longreach.running.conversation import Conversation
+
     talk, known = asked.talk, asked.talk.known
     if not asked.question:
-        assert asked.file is not None and not isinstance(talk, LongText)
+        assert asked.file is not None and isinstance(talk, Conversation)
         return stored.summary(model, talk, asked.file, known)
     ids = talk.sequence(asked.question)
     tokens = len(ids)
