@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from longreach.configs import Attention, Decoder
 from longreach.core.choice import Choice
@@ -21,6 +22,8 @@ from longreach.methods.base import Method
 from longreach.planning.memory import MARGIN, Budget, Schedule, temporary_bytes, tier_bytes
 from longreach.planning.work import layouts
 from longreach.quantities import CHUNK_SIZE, counted
+
+ITEMSIZE = 4  # bytes of a number, at most
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ class Reads:
     compared: int = 0  # of keys alone, by an index without summaries
 
 
+@lru_cache(maxsize=256)
 def spread(architecture: Decoder, method: Method, schedule: Schedule, memory: Tiered, users: int = 1) -> Spread:
-    """Where the blocks of `users` lie who each have read a text of this schedule."""
+    """Where the blocks of `users` lie who each have read a text of this schedule. Remembered: a choice asks several times. Not to be changed by the caller."""
     budgets, unit = memory.budgets, memory.block
     each = [(layer, layout, n) for (layer, layout), n in layouts(architecture, method).items()]
     sizes = [(*buffers(layer, layout, architecture.itemsize * unit), n) for layer, layout, n in each]
@@ -149,17 +153,19 @@ def reads(layer: Attention, layout: Layout, start: int, stop: int, unit: int) ->
                 found = replace(found, passed=found.passed + every)
                 continue
             choice = segment.choice
-            times = sum(min(every, touched(choice, layer, b - a, unit)) for a, b in stretches(choice, layer, piece.first, piece.last, piece.to_key))
+            lengths = stretches(choice, layer, piece.first, piece.last, piece.to_key)
+            times = sum(n * min(every, touched(choice, layer, queries, unit)) for queries, n in lengths)
             found = replace(found, chosen=found.chosen + times, compared=found.compared + (0 if choice.index.width else every))
     return found
 
 
 def stretches(choice: Choice, layer: Attention, first: int, last: int, visible: int) -> Iterator[tuple[int, int]]:
-    """The queries whose keys are gathered in one go."""
+    """(queries whose keys are gathered in one go, how often) of the queries first .. last."""
     if choice.queries > 1:
-        return choice.together(first, last)
-    numbers = layer.key_width + layer.value_width
-    return chosen.stretches(first, last, chosen.queries_at_once(choice, 1, layer.heads, layer.kv_heads, numbers, visible, 4))
+        yield from Counter(b - a for a, b in choice.together(first, last)).items()
+        return
+    size = chosen.queries_at_once(choice, 1, layer.heads, layer.kv_heads, layer.key_width + layer.value_width, visible, ITEMSIZE)
+    yield from ((queries, n) for queries, n in ((size, (last - first) // size), ((last - first) % size, 1)) if queries * n)
 
 
 def touched(choice: Choice, layer: Attention, queries: int, unit: int) -> int:
