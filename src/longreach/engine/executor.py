@@ -52,6 +52,7 @@ def execute(
         shown.append(rows.rows, rows.start, {positions: _encoded(layer, batch, rows, positions, new_k) for positions in layer.forms}, rows.take(v))
         if QUERY in layer.queries:
             shown.append_summaries(rows.rows, rows.start, {QUERY: rows.take(q)})
+        if layer.recalls:
             shown.recalled.forget(range(rows.rows.start, rows.rows.stop), [rows.start] * (rows.rows.stop - rows.rows.start))
         if layer.summaries and LSE not in layer.queries:
             summaries.summarise(layer, batch, shown, rows.rows, rows.start, rows.start + rows.count, inputs)

@@ -36,6 +36,7 @@ def run(
     asking, step = singles.take(q), singles.step
     if layer.queries:
         forms[QUERY] = asking
+    if layer.recalls:
         memory.recalled.forget(step.rows, step.starts)
     memory.append_step(step, forms, singles.take(v))
     if layer.summaries and LSE not in layer.queries:

@@ -191,8 +191,14 @@ class InfiniteHiP(Method):
 
     @classmethod
     def recommended(cls, window: int, context: int) -> InfiniteHiP:
-        """The proportions that the paper has on Llama 3 (8192), blocks no smaller than two keys."""
-        return cls()
+        """The proportions that the paper has on Llama 3 (8192). On smaller windows blocks stay as they are, of small stages one is enough, and a token asks sooner."""
+        if window >= 8192:
+            scale = window // 8192
+            return cls(1024 * scale, 256 * scale, 2048 * scale, kept=(32768 * scale, 8192 * scale))
+        block = max(1, min(8, window // 32))
+        near, sink, budget = max(1, window // 4), window // 32 // block * block, max(1, window // 2 // block) * block
+        first = max(1, window // 32 // block) * block
+        return cls(near, sink, budget, (first, block), (max(1, 4 * window // first) * first,), (4, 1), 2 * block, (block, block), 0)
 
     @property
     def near(self) -> int:
