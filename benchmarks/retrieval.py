@@ -79,7 +79,7 @@ def main() -> None:
     text = longreach.shipped_book() if args.book else None
     settings = Settings(lengths=(token_count(args.length, "--length"),), depths=DEPTHS, samples=args.samples, seed=args.seed, text=text)
     with torch.no_grad(), longreach.extend(model, method) as extension:
-        near = getattr(method, "n_local", 0)
+        near = getattr(method, "n_local", 0) or getattr(method, "window", 0)
         found = [rows for sample in tasks.task("passkey").samples(tokenizer, settings) if (rows := measure(extension, tokenizer, sample, near))]
     pieces = [row for rows in found for row in rows]
     table = [["all", *shares(pieces)]]

@@ -16,6 +16,7 @@ from longreach import (  # fmt: skip
     DualChunk,
     DynamicNTK,
     DynamicYaRN,
+    InfiniteHiP,
     InfLLM,
     LeakyReRoPE,
     LMInfinite,
@@ -85,6 +86,9 @@ METHODS = [
     InfLLM(7, 0, 3, 3, repr_topk=2, exc_block_size=1),
     Combined(YaRN(2.0), InfLLM(16, 2, 5, 1, repr_topk=5, exc_block_size=3)),
     InfLLM(8, 2, 3, 2, repr_topk=2, exc_block_size=4, heads="head"),  # relevance="max": in test_infllm.py, for the tokens here come twice
+    InfiniteHiP(8, 4, 8, (8, 4, 2), (24, 12), (2, 2, 1), 8, (8, 4, 2), 1, 10),
+    InfiniteHiP(7, 0, 9, (6, 3), (12,), (1, 2), 5, (4, 2), 0),
+    Combined(YaRN(2.0), InfiniteHiP(16, 5, 5, (5,), (), (3,), 4, (1,), 0)),
     SirLLM(70, 2, 8),  # one forward is one turn, which has to fit; what is evicted between turns is in `test_sirllm.py`
 ]
 
@@ -118,6 +122,8 @@ NEUTRAL = [
     LongHeads(66, 60, 22),
     InfLLM(60),
     InfLLM(60, 3, 4, 2, exc_block_size=8),
+    InfiniteHiP(60),
+    InfiniteHiP(16, 0, 64, (16, 8), (1024,), (4, 1), 8, (4, 2)),
     SirLLM(60, 0),
 ]
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import longreach
 from families import build, tokens
-from longreach import Combined, LMInfinite, Quest, Stock, YaRN
+from longreach import Combined, InfiniteHiP, LMInfinite, Quest, Stock, YaRN
 from longreach.core.choice import Choice, Index, Past
 from longreach.core.dense import Dense
 from longreach.core.segments import Affine, Constant, Identity, Layout, Rank, Segment, Visible
@@ -73,7 +73,7 @@ class Toy(Method):
         choice = Choice((Odd if self.align is None else Raw)(self.keep, self.count), self.keep, self.block, self.heads, queries=self.queries, lag=self.lag)
         far = Segment(Affine(0.5), Affine(0.5), Visible(self.near, first_key=self.first), choice=choice)
         if self.align is not None:
-            far = replace(far, query_positions=Constant(40), key_positions=Rank(5, self.align))
+            far = replace(far, query_positions=Constant(40), key_positions=Rank(5 if self.align == "left" else 35, self.align))
         return Layout((Segment(Identity(), Identity(), Visible(0, self.near)), far))
 
     def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,10 @@ class Toy(Method):
         shown = (j >= self.first) & (j <= last) & (among | (block >= full))
         if self.align is not None:
             shown = shown.expand(heads, *shown.shape[-2:]) & dense.seen
-            place = (shown.long().cumsum(-1) - 1) if self.align == "left" else -shown.long().flip(-1).cumsum(-1).flip(-1) + 1
+            place = shown.long().cumsum(-1) - 1
+            if self.align == "right":  # the last one that the first of a group sees is at 5, as the queries are at 40
+                first = (torch.where(i < chooser, i, chooser) - int(i[0]))[:, 0]
+                place = place + 1 - shown[..., first, :].sum(-1, keepdim=True)
             near = torch.where((j <= i) & (i - j < self.near), (i - j).double(), torch.nan)
             return torch.where(shown, 40.0 - 5 - place, near)
         return self.distances(i, j).masked_fill(~(shown | (i - j < self.near)), torch.nan)
@@ -102,7 +105,7 @@ class Toy(Method):
 TOYS = [Toy(), Toy("head", 4, 2, 2), Toy("layer", 1, 5, 1, 1, 0), Toy("group", 2, 1, 4, 3, 1), Toy(align="left"), Toy("head", 4, 2, 4, align="right")]
 TOGETHER = [
     Toy(queries=5), Toy("head", 4, 2, 2, queries=4, lag=3), Toy("layer", 1, 5, 1, 1, 0, queries=16, lag=1), Toy(first=1, queries=3, align="left", lag=1),
-    Toy("layer", 1, 2, 3, queries=200), Toy(lag=4),
+    Toy("layer", 1, 2, 3, queries=200), Toy(lag=4), Toy("head", 4, 2, 3, queries=5, align="right"),
 ]  # fmt: skip
 
 
@@ -304,8 +307,11 @@ def test_what_cannot_be_said_is_refused():
     for wrong in (dict(queries=0), dict(lag=-1), dict(queries=2, who="single")):
         with pytest.raises(ValueError, match="leave out who, or queries"):
             Choice(index, 2, 4, **wrong)
-    with pytest.raises(ValueError, match="align them to the left"):
-        Toy(align="right", queries=2).layout()
+    for wrong in ((32, 16, 5), (8, 16), (0,)):
+        with pytest.raises(ValueError, match="each a multiple of the next"):
+            Choice(InfiniteHiP(9, 0).layout(0).choice.index, 2, 4, refresh=wrong)
+    with pytest.raises(ValueError, match="others do not"):
+        Choice(index, 2, 4, refresh=(8,))
     one = Segment(Identity(), Identity(), Visible(), choice=Choice(index, 2, 4))
     with pytest.raises(ValueError, match="only one segment of a layout may choose"):
         Layout((one, one))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from longreach.methods.dual_chunk import DualChunk as DualChunk
     from longreach.methods.dynamic_ntk import DynamicNTK as DynamicNTK
     from longreach.methods.dynamic_yarn import DynamicYaRN as DynamicYaRN
+    from longreach.methods.infinitehip import InfiniteHiP as InfiniteHiP
     from longreach.methods.infllm import InfLLM as InfLLM
     from longreach.methods.leaky_rerope import LeakyReRoPE as LeakyReRoPE
     from longreach.methods.lm_infinite import LMInfinite as LMInfinite

@@ -142,6 +142,8 @@ def cost_sentence(kind: type[Method]) -> str:
         blocks, width, each = tokens // choice.block, choice.index.width, " for every query head" if choice.index.each == "head" else ""
         who = "the layer" if choice.heads == "layer" else f"each {choice.heads}"
         chosen = f", which {who} chooses by summaries of {blocks} blocks, as large as {blocks * width} keys{each} and kept too"
+        if choice.index.probes:
+            chosen = f", which {who} finds by looking up some of the others; the last of its stages is asked anew every {choice.refresh[-1]} tokens"
         if kept := queries(method.layout(DEEP)):
             chosen += f", with the last {max(of.tail or 0 for of in kept.values())} queries"
     work = f"a new token attends to {found.read} keys{chosen}; the KV cache holds {found.keys} keys and {found.values} values {growth}"

@@ -6,27 +6,52 @@ Knows tensors of queries and of what is kept of keys; not where they are kept, l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+
+Lookup = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """Keys of complete blocks [R, G, .., D], un-rotated, for an index that looks at some of them, one by one. They are counted from the segment's first key.
+
+    open     (first [R or 1, S or 1, n], size, passing) -> what looks up keys [R, G, S, n] of the stretches first .. first + size, or of their own last stretch,
+             as [R, G, S, n, D]. `passing`: all keys are gone through, so that none is worth to be kept at hand.
+    turned   x [.., n, D] un-rotated at positions [n].
+    at_once  so many keys of a row can be looked at together.
+    """
+
+    open: Callable[[torch.Tensor, int, bool], Lookup]
+    turned: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    at_once: int
 
 
 @dataclass(frozen=True, eq=False)
 class Past:
     """What R rows with T queries each choose from. A block is `block` visible keys; `N` of them are complete for some query.
 
-    Of queries that choose together, the first says what is complete: T is 1 here for all of them.
+    Of queries that choose together, the first says what is complete: T is the number of such groups then, and all have as many queries.
 
-    compared    [R, G, N, S]: what the index made of every complete block; of an index without summaries, the keys [R, G, N, D] themselves.
+    compared    [R, G, N, S]: what the index made of every complete block; of an index without any, the keys [R, G, N, D] themselves; empty where it probes.
     candidates  [R or 1, T, N]: whether a query may choose a block: it is complete, wholly visible to the query, and a mask hides not all of it.
     open        [R or 1, T, 1]: whether a query sees a last block that is not complete for it. It is always shown, and counts among those that are kept.
+    probes      what looks up keys, for an index that probes.
     """
 
     compared: torch.Tensor
     candidates: torch.Tensor
     open: torch.Tensor
+    probes: Probes | None = None
+
+    @property
+    def complete(self) -> torch.Tensor:
+        """[R or 1, T] how many blocks there are before the end of the last one that may be chosen."""
+        blocks = self.candidates.shape[2]
+        return (self.candidates * torch.arange(1, blocks + 1, device=self.candidates.device)).amax(-1)
 
 
 class Index(ABC):
@@ -38,11 +63,13 @@ class Index(ABC):
             summarised of a block is at positions that begin with 0 there.
     needs   what `summarise` gets beside the keys: "q", the queries of the block's own tokens, and "v", the values.
     mass    not 0: and "mass", what the queries that are less than so many tokens ahead have paid to every key.
+    probes  it has no summaries and looks up keys one by one, un-rotated, in `stages`.
     """
 
     each: ClassVar[Literal["group", "head"]] = "group"
     frame: ClassVar[Literal["segment", "raw", "block"]] = "segment"
     needs: ClassVar[tuple[Literal["q", "v"], ...]] = ()
+    probes: ClassVar[bool] = False
 
     @property
     def width(self) -> int:
@@ -65,7 +92,11 @@ class Index(ABC):
     @abstractmethod
     def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
         """q [R, H, T, D] in the frame, times the factor of the segment -> [R, C, T, n] numbers of blocks in any order, -1 for none; C as the choice says, n at
-        most `keep`. Queries that choose together come all of them, and get one answer: [R, C, 1, n]."""
+        most `keep`. Queries that choose together come all of them, one group after the other, and each group gets one answer: [R, C, groups, n]."""
+
+    def stage(self, number: int, q: torch.Tensor, before: torch.Tensor | None, past: Past) -> torch.Tensor:
+        """One of the stages of a choice, by queries as `choose` gets them: what it leaves of what the one `before` has left; the last one, what is chosen."""
+        raise NotImplementedError(f"{type(self).__name__} chooses in one stage")
 
     def require_widths(self, key: int, value: int) -> None:  # noqa: B027
         """Raises ValueError where keys and values of these widths cannot be summarised."""
@@ -96,6 +127,8 @@ class Choice:
     queries  so many choose together: those of a forward whose index is in one block [n queries, (n + 1) queries) and who see any key. What was complete for
              the first of them is chosen from; all that has come since is shown, as far as each query sees it.
     lag      a block is complete for a query once so many keys are visible behind it. The latest `lag` keys are always shown.
+    refresh  of an index that probes: the only query of a forward, with index i, takes what stage s answered to the query floor(i / refresh[s]) refresh[s], of
+             what was complete for that of the first stage; all that has come since is shown. Each is a multiple of the next.
     """
 
     index: Index
@@ -105,12 +138,19 @@ class Choice:
     who: Literal["every", "single", "last"] = "every"
     queries: int = 1
     lag: int = 0
+    refresh: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.keep < 1 or self.block < 1 or (self.block > 1 and not self.index.width):
+        if self.keep < 1 or self.block < 1 or (self.block > 1 and not self.index.width and not self.index.probes):
             raise ValueError("a choice keeps at least one block of at least one key, and an index without summaries has blocks of one key")
         if self.queries < 1 or self.lag < 0 or (self.queries > 1 and self.who != "every"):
             raise ValueError("at least one query makes a choice, and where several do together every query takes part: leave out who, or queries")
+        if bool(self.refresh) != self.index.probes or any(a < 1 or b < 1 or a % b for a, b in zip(self.refresh, (*self.refresh[1:], 1))):
+            raise ValueError("an index that probes says for every stage how often it is refreshed, each a multiple of the next; others do not")
+
+    def asked(self, i: int) -> tuple[int, ...]:
+        """The queries whose answers, of all stages, the only query of a forward takes."""
+        return tuple(i // every * every for every in self.refresh)
 
     def of(self, start: int, stop: int) -> tuple[int, bool]:
         """Of a forward of the queries start .. stop -> (the first that takes part, whether they choose)."""

@@ -91,8 +91,8 @@ class GrowingGroups:
 
 @dataclass(frozen=True)
 class Rank:
-    """Place among the keys that a query has chosen, in their order: the first one at position `at`, or aligned to the right the last one. It depends on the
-    query, so keys are kept un-rotated and turned when they have been chosen."""
+    """Place among the keys that a query has chosen, in their order: the first one at position `at`, or aligned to the right, the last one `at` behind the query, the
+    first of those that choose together. It depends on the query, so keys are kept un-rotated and turned when they have been chosen."""
 
     at: int = 0
     align: Literal["left", "right"] = "left"
@@ -100,10 +100,13 @@ class Rank:
     def __call__(self, index: torch.Tensor) -> torch.Tensor:
         raise ValueError("a place among the chosen keys is no function of the index; ask the method for its truth")
 
-    def among(self, seen: torch.Tensor) -> torch.Tensor:
-        """seen [..., n] of columns in their order -> their positions [..., n]; those of columns that are not seen mean nothing."""
+    def among(self, seen: torch.Tensor, first: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """seen [..., n] of columns in their order -> their positions [..., n]; those of columns that are not seen mean nothing. Of queries that choose together
+        the last sees all that any does; `first` [..., n] is what the first one sees, which is at the position `query` [..., 1]."""
         place = seen.long().cumsum(-1) - 1
-        return self.at + (place if self.align == "left" else place - place[..., -1:])
+        if self.align == "left":
+            return self.at + place
+        return place + (query.long() - self.at + 1 - first.long().sum(-1, keepdim=True))
 
 
 PositionMap = Identity | Constant | Grouped | Affine | Chunked | GrowingGroups | Rank
@@ -212,8 +215,6 @@ class Segment:
             raise ValueError("a segment chooses among all keys from first_key on; leave out high, last_key, last_query and chunk, or the choice")
         if isinstance(self.key_positions, Rank) and (self.choice is None or self.choice.index.frame == "segment" or self.choice.who == "single"):
             raise ValueError("keys have a place only where they are chosen: give the segment a choice by every or the last query, and an index of raw keys")
-        if isinstance(self.key_positions, Rank) and self.key_positions.align == "right" and self.choice is not None and self.choice.queries > 1:
-            raise ValueError("queries that choose together see the same keys at the same places: align them to the left")
 
     @property
     def kept(self) -> PositionMap:
@@ -337,8 +338,10 @@ def summaries(layout: Layout) -> dict[Summary, Retention]:
 
 
 def queries(layout: Layout) -> dict[OfQueries, Retention]:
-    """What is kept of queries until the blocks of their tokens, and of those whom they pay to, are complete."""
+    """What is kept of queries until the blocks of their tokens, and of those whom they pay to, are complete, or as long as others take their answers."""
     found: dict[OfQueries, Retention] = {}
+    if layout.choice is not None and layout.choice.refresh:
+        found[OfQueries("q")] = Retention(tail=layout.choice.refresh[0])
     for kept in summaries(layout):
         if kept.index.mass or "q" in kept.index.needs:
             found[OfQueries("q")] = Retention(tail=kept.wait + kept.block)

@@ -52,6 +52,8 @@ def execute(
         shown.append(rows.rows, rows.start, {positions: _encoded(layer, batch, rows, positions, new_k) for positions in layer.forms}, rows.take(v))
         if QUERY in layer.queries:
             shown.append_summaries(rows.rows, rows.start, {QUERY: rows.take(q)})
+        if layer.recalls:
+            shown.recalled.forget(range(rows.rows.start, rows.rows.stop), [rows.start] * (rows.rows.stop - rows.rows.start))
         if layer.summaries and LSE not in layer.queries:
             summaries.summarise(layer, batch, shown, rows.rows, rows.start, rows.start + rows.count, inputs)
         at_once = rows.count if layer.dense else 1 if LSE in layer.queries else QUERIES_AT_ONCE
@@ -222,34 +224,43 @@ class _Call:
             return self.kernel.attend(q, kv.of_rows(q.shape[0]), band, self.inputs.scale, self.inputs.softcap, bias)
         return step.folded(self.kernel, q, kv, band.seen_by_first(kv.k.shape[2]), self.inputs)
 
-    def source(self, segment: Segment, from_key: int, to_key: int, blocks: int, q: torch.Tensor) -> chosen.Source:
+    def source(self, segment: Segment, from_key: int, to_key: int, blocks: int, rows: slice, device: torch.device) -> chosen.Source:
         """What queries choose from for whom the first `blocks` of these keys are complete."""
-        rows, (kept_at, compared_at) = self.rows.rows, (self.layer.form_of(positions) for positions in (segment.kept, segment.compared[1]))
+        kept_at, compared_at = (self.layer.form_of(positions) for positions in (segment.kept, segment.compared[1]))
         gather = functools.partial(self.memory.gather, kept_at, rows, from_key, to_key)
-        if (kept := summary(segment)) is not None:
+        compared, probes = None, None
+        if segment.choice is not None and segment.choice.index.probes:
+            probes = chosen.probes(self.layer, self.memory, rows, segment, from_key, to_key)
+        elif (kept := summary(segment)) is not None:
             compared = self.memory.summaries(kept, rows, blocks) if blocks else None
         else:
             compared = self.memory.keys_of(compared_at, rows, from_key, from_key + blocks) if blocks else None
-        return chosen.Source(gather, compared, to_key - from_key, from_key, self.rows.barred(from_key, to_key, q.device))
+        return chosen.Source(gather, compared, to_key - from_key, from_key, self.rows.barred(from_key, to_key, device), probes)
 
     def chosen(self, segment: Segment, visible: Visible, q: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> Iterator[tuple[int, chosen.Asked, int]]:
         """What the queries choose of a segment, some of them at a time: (the first of them, the call, index of the segment's first key)."""
         start, choice = self.rows.start, segment.choice
         assert choice is not None
         for piece in visible.pieces(start, start + self.rows.count):
-            asking, turned = (self.query(positions, segment, q, rotated) for positions in (segment.compared[0], segment.query_positions))
-            if choice.queries > 1:
-                stretches, source = choice.together(piece.first, piece.last), None
-            else:
-                source = self.source(segment, piece.from_key, piece.to_key, choice.complete(piece.to_key - piece.from_key), q)
-                numbers = q.shape[3] + self.width
-                size = chosen.queries_at_once(choice, q.shape[0], q.shape[1], self.groups, numbers, source.keys, q.element_size())
-                stretches = chosen.stretches(piece.first, piece.last, size)
-            for a, b in stretches:
-                seen = torch.arange(visible.keys_of(a), visible.keys_of(b), device=q.device)[None]
+            turned, numbers = self.query(segment.query_positions, segment, q, rotated), q.shape[3] + self.width
+            source, each = functools.partial(self.source, segment, piece.from_key, device=q.device), (q.shape[0], q.shape[1], self.groups, numbers)
+            if choice.refresh and self.forward[1] - self.forward[0] == 1:
+                rows, to_key, blocks = self.rows.rows, piece.to_key, choice.complete(visible.keys_of(start))
+                each_own = [source(to_key=to_key, blocks=blocks, rows=slice(row, row + 1)) for row in range(rows.start, rows.stop)]
+                found = [chosen.taken(self.layer, self.batch, self.memory, rows.start + n, start, segment, own) for n, own in enumerate(each_own)]
+                seen, choosing = (torch.full((len(found), 1), segment.visible.keys_of(i), device=q.device) for i in (start, choice.asked(start)[0]))
+                answer = chosen.answers(choice, found, choosing)
+                yield start, chosen.ask(self.layer, segment, source(to_key=to_key, blocks=blocks, rows=rows), turned, seen[..., None], answer), piece.from_key
+                continue
+            asking = self.query(segment.compared[0], segment, q, rotated)
+            keys = piece.to_key - piece.from_key
+            whole = source(to_key=piece.to_key, blocks=choice.complete(keys), rows=self.rows.rows) if choice.queries == 1 else None
+            for a, b, size in chosen.groups(choice, piece.first, piece.last, chosen.queries_at_once(choice, *each, keys, q.element_size())):
+                seen = torch.arange(visible.keys_of(a), visible.keys_of(b), device=q.device).view(1, -1, size)
                 queries, askers = (x[:, :, a - start : b - start] for x in (turned, asking))
-                own = source or self.source(segment, piece.from_key, b - visible.low, choice.complete(visible.keys_of(a)), q)
-                yield a, chosen.ask(self.layer, segment, own, queries, askers, seen), piece.from_key
+                own = whole or source(to_key=b - visible.low, blocks=choice.complete(visible.keys_of(b - size)), rows=self.rows.rows)
+                answer = chosen.choose(choice, own, askers, seen[..., 0], size - 1)
+                yield a, chosen.ask(self.layer, segment, own, queries, seen, answer), piece.from_key
 
     def pieces(self, visible: Visible) -> Iterator[Piece]:
         """What the queries see of a segment; keys that the mask of this forward hides cut a piece in two."""

@@ -55,6 +55,11 @@ class Layer:
         return 1 if self.layout.choice is None else self.layout.choice.queries
 
     @property
+    def recalls(self) -> bool:
+        """Whether a token takes what earlier ones were answered."""
+        return self.layout.choice is not None and bool(self.layout.choice.refresh)
+
+    @property
     def joins(self) -> bool:
         """Whether rows of any lengths can be computed together where they read one token each."""
         return not self.dense and self.alibi is None

@@ -34,7 +34,11 @@ def run(
     new = singles.take(k)
     forms: dict[PositionMap | OfQueries, torch.Tensor] = {positions: call.encoded(positions, new) for positions in layer.forms}
     asking, step = singles.take(q), singles.step
-    memory.append_step(step, {**forms, QUERY: asking} if layer.queries else forms, singles.take(v))
+    if layer.queries:
+        forms[QUERY] = asking
+    if layer.recalls:
+        memory.recalled.forget(step.rows, step.starts)
+    memory.append_step(step, forms, singles.take(v))
     if layer.summaries and LSE not in layer.queries:
         call.summarise()
     out, lse = call.attend(asking, v.shape[3])
@@ -143,14 +147,28 @@ class _Layer:
 
     def choose(self, segment: Segment, q: torch.Tensor, asking: torch.Tensor) -> Iterator[Part]:
         """The same of a segment whose keys an index chooses; `asking`: the queries in its frame. The only query of each row chooses."""
-        visible, starts = segment.visible, self.starts
+        visible, starts, choice = segment.visible, self.starts, segment.choice
+        assert choice is not None
         parts: list[tuple[tuple[int, ...], Part]] = []
         for members, source in self.sources(segment):
-            index, seen = self.singles.index(members, q.device), tuple(visible.keys_of(starts[n]) for n in members)
-            asked = chosen.ask(self.layer, segment, source, q[index], asking[index], self.counts(seen, q.device))
+            index, seen = self.singles.index(members, q.device), self.counts(tuple(visible.keys_of(starts[n]) for n in members), q.device)
+            if choice.refresh:
+                choosing = self.counts(tuple(visible.keys_of(choice.asked(starts[n])[0]) for n in members), q.device)
+                answer = chosen.answers(choice, [self.taken(segment, n) for n in members], choosing)
+            else:
+                answer = chosen.choose(choice, source, asking[index], seen, 0)
+            asked = chosen.ask(self.layer, segment, source, q[index], seen[..., None], answer)
             parts.append((members, chosen.attend(asked, self.kernel, self.inputs)))
         if parts:
             yield self.whole(parts)
+
+    def taken(self, segment: Segment, number: int) -> torch.Tensor | None:
+        """What a row, by its number, takes from the answers that its earlier queries got."""
+        first, i, row = segment.visible.first_key, self.starts[number], self.singles.step.rows[number]
+        keys = segment.visible.keys_of(i)
+        probes = chosen.probes(self.layer, self.memory, slice(row, row + 1), segment, first, first + keys)
+        gather = functools.partial(self.memory.gather, self.layer.form_of(segment.kept), slice(row, row + 1), first, first + keys)
+        return chosen.taken(self.layer, self.batch, self.memory, row, i, segment, chosen.Source(gather, None, keys, first, probes=probes))
 
     def sources(self, segment: Segment) -> Iterator[tuple[tuple[int, ...], chosen.Source]]:
         """Rows, by their numbers, that choose in one go, and from what. Forks do where they share all that is not their own, and compare summaries."""
@@ -159,13 +177,15 @@ class _Layer:
         assert choice is not None
         compared: torch.Tensor | None
         for (shelf, kv), (_, other) in zip(*(memory.shelves(form, step) for form in forms)):  # the same shelves: both forms keep every token
-            parts = self.parts(forms[0], shelf, kv) if kept is not None or not any(shelf.firsts) else None
+            parts = self.parts(forms[0], shelf, kv) if kept is not None or choice.index.probes or not any(shelf.firsts) else None
             for members in [(n,) for n in shelf.members] if parts is None else [shelf.members]:
                 if not (keys := max(visible.keys_of(self.starts[n]) for n in members)):
                     continue
                 row, blocks = slice(step.rows[members[0]], step.rows[members[0]] + 1), choice.complete(keys)
                 source = functools.partial(memory.gather, forms[0], row, first, first + keys) if parts is None else functools.partial(gather, parts, first)
-                if kept is None:
+                if choice.index.probes:
+                    compared = None
+                elif kept is None:
                     compared = memory.keys_of(forms[1], row, first, first + keys) if parts is None else between(other.k, first, first + keys)
                 elif not blocks:
                     compared = None

@@ -14,6 +14,7 @@ import torch
 
 from longreach.core.merge import NEGATIVE_INFINITY
 from longreach.kernels.biased import Bias
+from longreach.kernels.entries import picked_of
 from longreach.kernels.tiles import Band
 
 
@@ -38,23 +39,23 @@ class KV:
 def gather(parts: Sequence[KV], first: int, columns: torch.Tensor) -> KV:
     """Of parts that follow each other, one of which may be of one row that all share: the keys and values at columns [R, C, T, n], counted from the index
     `first`; C = G or a multiple of it: those of each row, head and query as rows of one head [R C T, 1, n, D]. C = 1: of all heads the same, [R T, G, n, D]."""
+    places = places_of(columns, parts[0].k.shape[1])
+    k, v = (picked_of([(part.index - first, x) for part, x in zip(parts, each)], *places) for each in zip(*((part.k, part.v) for part in parts)))
+    return KV(as_rows(k, columns), as_rows(v, columns))
+
+
+def places_of(columns: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """columns [R, C, T, n] -> rows, heads of keys and columns that broadcast to [R, C, T, n], or where C = 1 to [R, T, G, n]."""
     rows, heads = columns.shape[:2]
-    row, group = torch.arange(rows, device=columns.device), torch.arange(heads, device=columns.device) * parts[0].k.shape[1] // heads
-    if together := heads == 1:
-        columns = columns[:, 0]
-    found: list[torch.Tensor] = []  # keys and values [R, C, T, n, D], or [R, T, n, G, D] of all heads together
-    for part in parts:  # most lie in the first, so that what lies in others is written over it
-        own = row if part.k.shape[0] > 1 else torch.zeros_like(row)
-        at = columns - (part.index - first) if part.index != first else columns
-        sources = [x.transpose(1, 2) if together else x for x in (part.k, part.v)]
-        if not found:
-            at = at if len(parts) == 1 else at.clamp(0, part.k.shape[2] - 1)
-            found = [x[own[:, None, None], at] if together else x[own[:, None, None, None], group[:, None, None], at] for x in sources]
-        elif len((where := ((at >= 0) & (at < part.k.shape[2])).nonzero(as_tuple=True))[0]):
-            for x, source in zip(found, sources):
-                x[where] = source[own[where[0]], at[where]] if together else source[own[where[0]], group[where[1]], at[where]]
-    k, v = (x.flatten(0, 1).transpose(1, 2) if together else x.flatten(0, 2)[:, None] for x in found)
-    return KV(k, v)
+    row = torch.arange(rows, device=columns.device)[:, None, None, None]
+    if heads == 1:
+        return row, torch.arange(groups, device=columns.device)[:, None], columns[:, 0, :, None]
+    return row, (torch.arange(heads, device=columns.device) * groups // heads)[:, None, None], columns
+
+
+def as_rows(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """What was picked at `places_of` columns, as a kernel reads it."""
+    return x.flatten(0, 1) if columns.shape[1] == 1 else x.flatten(0, 2)[:, None]
 
 
 @dataclass(frozen=True, eq=False)

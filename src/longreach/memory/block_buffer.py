@@ -119,6 +119,10 @@ class BlockBuffer(Buffer):
         (share,), (last,) = self.placement.shares[rows.start], self.placement.shares[rows.stop - 1]
         return share.base, slice(share.slot, last.slot + 1)
 
+    def heads_of(self, rows: slice) -> int:
+        """Of consecutive rows some of whose entries are in blocks."""
+        return self.run(rows.start)[0].entry.kind.shape[0]
+
     def room(self, base: Base, slots: slice, start: int, stop: int) -> tuple[list[tuple[Sequence[Block], torch.Tensor]], torch.Tensor]:
         """For entries start .. stop of slots of a base, `start` at the beginning of a block: the blocks of each slot with what to read them into
         [blocks, G, unit, D], and all of this as [slots, G, entries, D]."""

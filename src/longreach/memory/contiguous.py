@@ -16,14 +16,18 @@ from typing import ClassVar
 
 import torch
 
-from longreach.core.choice import OfQueries
+from longreach.core.choice import Lookup, OfQueries
 from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
+from longreach.kernels.entries import picked_of
 from longreach.kernels.protocol import KV, gather
 from longreach.kernels.tiles import between
 from longreach.memory.bases import Base, BaseShelf
 from longreach.memory.buffer import Buffer
 from longreach.memory.placement import Placement
+from longreach.memory.recalled import Recalled
 from longreach.memory.steps import Shelf, Step
+
+EVERY = 2**62
 
 
 def values_kept(forms: Mapping[PositionMap, Retention], shared: bool) -> list[Retention]:
@@ -44,6 +48,7 @@ class Contiguous:
         self.of_keys: dict[PositionMap, Retention] = {form: kept for form, kept in forms.items() if not isinstance(form, Summary | OfQueries)}
         (longest,) = values_kept(self.of_keys, shared=False)
         self.whole = self._buffer(placements[longest.tail], longest.head)  # the values
+        self.recalled = Recalled()
         self.tails = self._tails() if self.apart or self.whole.placement.shared else {}  # values once more, for the forms that keep fewer than `whole`
 
     def _buffer(self, placement: Placement, first: int = 0) -> Buffer:
@@ -106,6 +111,12 @@ class Contiguous:
     def keys_of(self, positions: PositionMap, rows: slice, start: int, stop: int) -> torch.Tensor:
         return self.keys[positions].view(rows, start, stop)
 
+    def lookup(self, positions: PositionMap, rows: slice, start: int, stop: int, first: torch.Tensor, size: int, passing: bool) -> Lookup:
+        return lookup([(a - start, x) for a, x in self.keys[positions].parts(rows, start, stop)], rows.stop - rows.start)
+
+    def at_once(self, positions: PositionMap, rows: slice) -> int:
+        return EVERY
+
     def append_step(self, step: Step, keys: Mapping[PositionMap | OfQueries, torch.Tensor], values: torch.Tensor | None) -> None:
         for positions, new in keys.items():
             self.keys[positions].write_step(step, new)
@@ -165,6 +176,7 @@ class Contiguous:
             self.tails = {}
         for buffer in self.buffers:
             buffer.select(index)
+        self.recalled.select(index.tolist())
         if self.whole.placement.shared and not had:
             self.tails = self._tails()
             self._take_over()
@@ -183,7 +195,15 @@ class Contiguous:
         other.keys = {form: buffer.fork(placements[buffer.placement.kept.place]) for form, buffer in self.keys.items()}
         other.whole = self.whole.fork(placements[self.whole.placement.tail])
         other.tails = {tail: buffer.fork(placements[tail]) for tail, buffer in self.tails.items()}
+        other.recalled = self.recalled.fork()
         return other
+
+
+def lookup(parts: Sequence[tuple[int, torch.Tensor]], rows: int) -> Lookup:
+    """Of keys [R or 1, G, C, D] in parts that follow each other, with the column of the first of each."""
+    x = parts[0][1]
+    row, head = torch.arange(rows, device=x.device)[:, None, None, None], torch.arange(x.shape[1], device=x.device)[:, None, None]
+    return lambda columns: picked_of(parts, row, head, columns)
 
 
 def _of(parts: Sequence[tuple[int, torch.Tensor]], start: int, stop: int) -> torch.Tensor:
@@ -203,6 +223,7 @@ class Passing:
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         self._rows, self._keys, self._values = rows, keys, values
         self._beside: dict[Summary | OfQueries, torch.Tensor] = {}
+        self.recalled = Recalled()
 
     def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
         assert rows == self._rows
@@ -213,6 +234,12 @@ class Passing:
 
     def keys_of(self, positions: PositionMap, rows: slice, start: int, stop: int) -> torch.Tensor:
         return between(self._keys[positions], start, stop)
+
+    def lookup(self, positions: PositionMap, rows: slice, start: int, stop: int, first: torch.Tensor, size: int, passing: bool) -> Lookup:
+        return lookup([(0, self.keys_of(positions, rows, start, stop))], rows.stop - rows.start)
+
+    def at_once(self, positions: PositionMap, rows: slice) -> int:
+        return EVERY
 
     def append_summaries(self, rows: slice, start: int, new: Mapping[Summary | OfQueries, torch.Tensor]) -> None:
         for form, made in new.items():

@@ -7,11 +7,12 @@ from typing import Protocol
 
 import torch
 
-from longreach.core.choice import OfQueries
+from longreach.core.choice import Lookup, OfQueries
 from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
 from longreach.kernels.protocol import KV
 from longreach.memory.bases import Base, BaseShelf
 from longreach.memory.placement import Placement
+from longreach.memory.recalled import Recalled
 from longreach.memory.steps import Shelf, Step
 
 
@@ -20,6 +21,8 @@ class Shown(Protocol):
 
     Rows are consecutive ones that lie alike (`Store.reserve` says which), indices are true indices of their tokens.
     """
+
+    recalled: Recalled
 
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         """New tokens from index `start` on: keys [n, G, T, D] in every form, values [n, G, T, E]. Of a form that keeps first tokens only, fewer may come."""
@@ -37,6 +40,15 @@ class Shown(Protocol):
 
     def keys_of(self, positions: PositionMap, rows: slice, start: int, stop: int) -> torch.Tensor:
         """The keys of tokens start .. stop in a form, without their values: [R, G, stop - start, D]."""
+        ...
+
+    def lookup(self, positions: PositionMap, rows: slice, start: int, stop: int, first: torch.Tensor, size: int, passing: bool) -> Lookup:
+        """Of the keys of tokens start .. stop in a form, counted from `start`, those of the stretches first .. first + size, `first` [R or 1, S or 1, n]: what
+        looks up any of them. `passing`: all keys are gone through, and none should make room for them."""
+        ...
+
+    def at_once(self, positions: PositionMap, rows: slice) -> int:
+        """Keys of each row that can be looked up together at little cost."""
         ...
 
     def append_summaries(self, rows: slice, start: int, new: Mapping[Summary | OfQueries, torch.Tensor]) -> None:

@@ -7,14 +7,16 @@ last tokens only have values of their own, so that reading them fetches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableSet
+from collections.abc import Iterable, Iterator, Mapping, MutableSet, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
+from longreach.core.choice import Lookup
 from longreach.core.segments import Form, Place, PositionMap, Retention, Summary
-from longreach.kernels.protocol import KV, gather
+from longreach.kernels.entries import picked, picked_of
+from longreach.kernels.protocol import KV, as_rows, places_of
 from longreach.kernels.tiles import between
 from longreach.memory.bases import Base, BaseShelf
 from longreach.memory.block_buffer import BlockBuffer
@@ -25,6 +27,7 @@ from longreach.memory.placement import Placement
 from longreach.memory.steps import Step
 from longreach.memory.tiers import Pool
 
+Source = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]
 AT_ONCE = 4  # parts that exist together while a layer is viewed: those attended to and just before, one that has been read, one being read
 
 
@@ -107,51 +110,79 @@ class TieredLayer(Counted):
     def gather(self, positions: PositionMap, rows: slice, start: int, stop: int, columns: torch.Tensor) -> KV:
         keys = self.keys[positions]
         assert isinstance(keys, BlockBuffer)
-        if start >= (own := keys.begins(rows)):
+        if start >= keys.begins(rows):
             return super().gather(positions, rows, start, stop, columns)
-        at = columns + start
-        tail = gather((_kv(keys, self.whole, rows, own, stop),), own, (at - own).clamp_min(0)) if own < stop else None
+        k, v = self._picked((keys, self.whole), rows, start, stop, places_of(columns, keys.heads_of(rows)))
+        return KV(as_rows(k, columns), as_rows(v, columns))
+
+    def at_once(self, positions: PositionMap, rows: slice) -> int:
+        keys = self.keys[positions]
+        assert isinstance(keys, BlockBuffer)
+        blocks = [run[0].nbytes for row in range(rows.start, rows.stop) if (run := keys.run(row))]
+        return max(1, int(self.pool.spec.staging) // (2 * sum(blocks))) * keys.unit if blocks else super().at_once(positions, rows)
+
+    def lookup(self, positions: PositionMap, rows: slice, start: int, stop: int, first: torch.Tensor, size: int, passing: bool) -> Lookup:
+        keys = self.keys[positions]
+        assert isinstance(keys, BlockBuffer)
+        if start >= (own := keys.begins(rows)):
+            return super().lookup(positions, rows, start, stop, first, size, passing)
         base, slots = keys.base_of(rows)
-        row = torch.arange(columns.shape[0], device=at.device)[:, None, None, None].clamp_max(slots.stop - slots.start - 1).expand_as(at)
-        number, offset, inside = at.clamp_max(own - 1) // keys.unit, at % keys.unit, at < own
-        wanted = torch.zeros(slots.stop - slots.start, -(-own // keys.unit), dtype=torch.bool, device=at.device)
-        wanted[row[inside], number[inside]] = True
-        found = tail
-        for ids, sources, slot in self._sources(keys, base, slots, wanted.nonzero()):
-            table = torch.full((2, *wanted.shape), -1, device=at.device)
+        head = torch.arange(keys.heads_of(rows), device=first.device)[:, None, None]
+        row = torch.arange(rows.stop - rows.start, device=first.device)[:, None, None, None]
+        wanted = torch.zeros(slots.stop - slots.start, -(-own // keys.unit), dtype=torch.bool, device=first.device)
+        begins, ends = ((first + at).clamp_max(own - start - 1) + start for at in (0, size - 1))
+        for number in range((size - 1) // keys.unit + 2):
+            wanted[row[:, :, 0].clamp_max(len(wanted) - 1), (begins // keys.unit + number).minimum(ends // keys.unit)] = True
+        ids, sources = wanted.nonzero(), None
+        kind = keys.runs[base][slots][0][0].entry.kind
+        if (not passing and self.pool.fits([kind], len(ids))) or kind.nbytes * len(ids) <= int(self.pool.spec.staging):
+            sources = list(self._sources((keys,), base, slots, ids, not passing))  # read once for all that is looked up
+        return lambda columns: self._picked((keys,), rows, start, stop, (row, head, columns), sources)[0]
+
+    def _picked(
+        self, buffers: tuple[BlockBuffer, ...], rows: slice, start: int, stop: int, places: Sequence[torch.Tensor], sources: Iterable[Source] | None = None
+    ) -> list[torch.Tensor]:
+        """Entries of some buffers that have the same blocks, by row, head and column; the last ones are in none. `sources` have the blocks that are wanted."""
+        (row, head, column), unit, own, found = places, buffers[0].unit, buffers[0].begins(rows), []
+        if own < stop:
+            tails = [[(a - start, x) for a, x in buffer.parts(rows, own, stop)] for buffer in buffers]
+            found = [picked_of(tail, row, head, column.clamp_min(own - start)) for tail in tails]
+        base, slots = buffers[0].base_of(rows)
+        at, row = column + start, row.clamp_max(slots.stop - slots.start - 1)
+        number, offset, inside = at.clamp_max(own - 1) // unit, at % unit, at < own
+        wanted = torch.zeros(slots.stop - slots.start, -(-own // unit), dtype=torch.bool, device=at.device)
+        if sources is None:
+            wanted[row.expand_as(at)[inside], number[inside]] = True
+            sources = self._sources(buffers, base, slots, wanted.nonzero())
+        for ids, some, slot in sources:
+            table = torch.full((len(buffers), *wanted.shape), -1, device=at.device)
             table[:, ids[:, 0], ids[:, 1]] = slot
-            places = table[:, row, number]
-            k, v = (_picked(source, place.clamp_min(0), offset) for source, place in zip(sources, places))
-            if found is None:
-                found = KV(k, v)
-            else:
-                mine = (inside & (places[0] >= 0)).flatten(0, 2)[:, None, :, None]
-                found = KV(torch.where(mine, k, found.k), torch.where(mine, v, found.v))
-        assert found is not None
+            in_these = table[:, row, number]
+            these = [picked(source, place.clamp_min(0), head, offset) for source, place in zip(some, in_these)]
+            mine = (inside & (in_these[0] >= 0))[..., None]
+            found = [torch.where(mine, x, before) for x, before in zip(these, found)] if found else these
         return found
 
-    def _sources(
-        self, keys: BlockBuffer, base: Base, slots: slice, ids: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """Blocks (slot, number) [n, 2] of keys and values, each once -> of all or some of them at a time (ids [m, 2], (keys and values [slots, G, unit, D]),
-        slots [2, m] in these): on the device if they fit, else read to be used once."""
+    def _sources(self, buffers: tuple[BlockBuffer, ...], base: Base, slots: slice, ids: torch.Tensor, stay: bool = True) -> Iterator[Source]:
+        """Blocks (slot, number) [n, 2] of some buffers, each once -> of all or some of them at a time (ids [m, 2], of each buffer [slots, G, unit, D], slots
+        [buffers, m] in these): on the device if they are to stay and fit, else read to be used once."""
         each = ids.tolist()
-        found = [[buffer.runs[base][slots][slot][number] for slot, number in each] for buffer in (keys, self.whole)]
+        found = [[buffer.runs[base][slots][slot][number] for slot, number in each] for buffer in buffers]
         if not each:
             return
         kinds = [blocks[0].entry.kind for blocks in found]
-        if self.pool.fits(kinds, len(each)):
-            at = torch.tensor(self.pool.on_device([*found[0], *found[1]]), device=ids.device)
-            yield ids, (self.pool.arena(kinds[0]), self.pool.arena(kinds[1])), at.unflatten(0, (2, -1))
+        if stay and self.pool.fits(kinds, len(each)):
+            at = torch.tensor(self.pool.on_device([block for blocks in found for block in blocks]), device=ids.device)
+            yield ids, [self.pool.arena(kind) for kind in kinds], at.unflatten(0, (len(buffers), -1))
             return
         size = max(1, int(self.pool.spec.staging) // sum(kind.nbytes for kind in kinds))
         for a in range(0, len(each), size):
             some = [blocks[a : a + size] for blocks in found]
             with torch.inference_mode(False):
-                k, v = (torch.empty((len(some[0]), *kind.shape), dtype=kind.dtype, device=kind.device) for kind in kinds)
-            self.pool.stage(k, v)
-            self.pool.wait(self.pool.read([(some[0], k), (some[1], v)]))
-            yield ids[a : a + size], (k, v), torch.arange(len(some[0]), device=ids.device).expand(2, -1)
+                staged = [torch.empty((len(some[0]), *kind.shape), dtype=kind.dtype, device=kind.device) for kind in kinds]
+            self.pool.stage(*staged)
+            self.pool.wait(self.pool.read(list(zip(some, staged))))
+            yield ids[a : a + size], staged, torch.arange(len(some[0]), device=ids.device).expand(len(buffers), -1)
 
     def bases(self, positions: PositionMap, step: Step) -> Iterator[tuple[BaseShelf, KV]]:
         keys = self.keys[positions]
@@ -166,12 +197,3 @@ def _kv(keys: Buffer, values: Buffer, rows: slice, start: int, stop: int) -> KV:
     """What lies in one part."""
     ((_, k),), ((_, v),) = keys.parts(rows, start, stop), values.parts(rows, start, stop)
     return KV(k, v, start)
-
-
-def _picked(blocks: torch.Tensor, slot: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """blocks [S, G, unit, D], of which entries (slot, offset) [R, C, T, n] are wanted, as `kernels.protocol.gather` shapes them."""
-    heads, groups = slot.shape[1], blocks.shape[1]
-    if heads == 1:
-        return blocks.transpose(1, 2)[slot[:, 0], offset[:, 0]].flatten(0, 1).transpose(1, 2)
-    group = (torch.arange(heads, device=slot.device) * groups // heads)[:, None, None]
-    return blocks[slot, group, offset].flatten(0, 2)[:, None]
