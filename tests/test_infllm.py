@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 from unittest import mock
@@ -63,15 +64,15 @@ def test_every_pair_is_in_one_segment(method):
     assert bool((owner >= 0).equal(torch.ones(n, n).tril().bool()))
     with (
         longreach.extend(model, method),
-        mock.patch.object(chosen, "ask", lambda *a: calls.append((real(*a), a[5])) or calls[-1][0]),
+        mock.patch.object(chosen, "ask", lambda *a: calls.append((real(*a), a[4])) or calls[-1][0]),
     ):
         model(tokens(1, n), use_cache=False)
     calls = calls[: len(calls) // model.config.num_hidden_layers]
     queries = []
-    for asked, visible in calls:
-        for t, keys in enumerate(visible[0].tolist()):
-            i = keys + method.n_local + method.n_init - 1
-            columns = (asked.columns[0, 0, 0] + method.n_init)[asked.work.seen[0, t]].tolist()
+    for asked, visible in calls:  # of some groups of queries that choose together
+        for group, t in itertools.product(*map(range, visible.shape[1:])):
+            i = int(visible[0, group, t]) + method.n_local + method.n_init - 1
+            columns = (asked.columns[0, 0, group] + method.n_init)[asked.work.seen[group, t]].tolist()
             assert len(set(columns)) == len(columns) and all(owner[i, j] == 1 for j in columns), i
             first = max(i // method.exc_block_size * method.exc_block_size, method.n_local + method.n_init)
             full = max(0, first - method.n_local - method.n_init) // method.block_size

@@ -151,8 +151,7 @@ class _Call:
         if choosing:
             for a, asked, first in self.chosen(segment, visible, q, rotated):
                 if isinstance(self.watch, Choices):
-                    complete = chosen.complete(segment, a, a + asked.queries, q.device)
-                    self.watch.choose(self.layer.index, self.rows.rows, asked, a, first, complete)
+                    self.watch.choose(self.layer.index, self.rows.rows, asked, a, first)
                 out, lse = chosen.attend(asked, self.kernel, self.inputs)
                 merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, a - start)
             return

@@ -79,14 +79,14 @@ class Choices:
             first = piece.from_key if piece.high is None else max(piece.from_key, i - piece.high + 1)
             whole[rows, first : max(first, min(piece.to_key, i - piece.low + 1))] += 1
 
-    def choose(self, layer: int, rows: slice, asked: Asked, query: int, key: int, complete: torch.Tensor) -> None:
-        """The first of the queries is `query`, and `key` is the segment's first key, of which `complete` [T or 1] lie in blocks that are complete for each."""
+    def choose(self, layer: int, rows: slice, asked: Asked, query: int, key: int) -> None:
+        """The first of the queries is `query`, and `key` is the segment's first key."""
         if (since := max(0, self.first - query)) >= asked.queries:
             return
-        shape = asked.columns.shape[:3]
-        seen = asked.work.seen.unflatten(0, shape).flatten(2, 3)[:, :, since:]  # [R, C, T, n]
-        columns = asked.columns.expand(-1, -1, asked.queries, -1)[:, :, since:]
-        by_index = columns < complete.expand(asked.queries)[since:, None]
+        each = asked.queries // asked.columns.shape[2]  # so many have chosen together
+        seen = asked.work.seen.unflatten(0, asked.columns.shape[:3]).flatten(2, 3)[:, :, since:]  # [R, C, T, n]
+        columns = asked.columns.repeat_interleave(each, 2)[:, :, since:]
+        by_index = columns < asked.complete.repeat_interleave(each, 1)[:, None, since:, None]
         tokens = key + int(columns.max()) + 1 if columns.numel() else 0
         one = slice(1)  # who choose apart see the same of what is not complete
         for found, counts, among in ((self.chosen, seen & by_index, slice(None)), (self.always, seen & ~by_index, one)):
