@@ -15,7 +15,7 @@ import longreach
 from commands import Run, refused
 from families import build, tokens
 from histories import constants
-from longreach import InfLLM, LMInfinite, LongHeads, Quest, SelfExtend, SirLLM, StreamingLLM, files
+from longreach import InfiniteHiP, InfLLM, LMInfinite, LongHeads, Quest, SelfExtend, SirLLM, StreamingLLM, files
 from longreach.cli import text
 from longreach.memory import sealed
 from longreach.running import long_text, pieces, prompts, resuming
@@ -26,7 +26,7 @@ from test_tiers import budgets
 from tiny import tokenizer
 
 CUT = InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8)
-METHODS = [SelfExtend(8, 16), LMInfinite(32, 4), StreamingLLM(32, 4), Quest(12, 4, 1, "all"), Quest(12, 4, 1), CUT, LongHeads.small(8)]
+METHODS = [SelfExtend(8, 16), LMInfinite(32, 4), StreamingLLM(32, 4), Quest(12, 4, 1, "all"), Quest(12, 4, 1), CUT, LongHeads.small(8), InfiniteHiP.small(8)]
 
 
 @pytest.fixture(autouse=True)
