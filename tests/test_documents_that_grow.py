@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,6 +107,36 @@ def test_a_crop_below_what_is_sealed_drops_whole_records(extension, back, tmp_pa
     extension.save(cache, tmp_path / "d", ids[:, :280])
     assert counted(tmp_path / "d").startswith(shorter)
     assert torch.equal(*(more(extension.model, each, ids, torch.ones_like(ids), 300) for each in (extension.load(tmp_path / "d").cache, cache)))
+
+
+def test_a_save_makes_nothing_of_what_was_written_before(extension, tmp_path, monkeypatch):
+    """What is listed and looked up grows with what is new, and not with the text."""
+    cache = saved(extension, tmp_path / "d")
+    before = len(sealed.Log(tmp_path / "d", sealed.read(tmp_path / "d").blocks).index)
+    ids, listed, real = tokens(1, 300), [], sealing._blocks
+
+    def blocks(*args: Any) -> Iterator[Any]:
+        for found in real(*args):
+            listed.append(found[0])
+            yield found
+
+    monkeypatch.setattr(sealing, "_blocks", blocks)
+    more(extension.model, cache, ids, torch.ones_like(ids), 260)
+    extension.save(cache, tmp_path / "d", ids[:, :260])
+    log = sealed.Log(tmp_path / "d", sealed.read(tmp_path / "d").blocks)
+    assert list(log.index)[before:] == listed and len(log.index) > before > 0
+    assert torch.equal(*(more(extension.model, each, ids, torch.ones_like(ids), 300) for each in (extension.load(tmp_path / "d").cache, cache)))
+
+
+@pytest.mark.parametrize("places", [None, 3, [], [3], [{"sealed": "x"}], [{"sealed": [-16]}]])
+def test_places_that_make_no_sense_are_not_gone_by(extension, places, tmp_path):
+    cache, folder = saved(extension, tmp_path / "d"), tmp_path / "d"
+    manifest = sealed.read(folder)
+    sealed.commit(folder, replace(manifest, facts={**manifest.facts, "places": places}))
+    ids = tokens(1, 300)
+    more(extension.model, cache, ids, torch.ones_like(ids), 260)
+    extension.save(cache, folder, ids[:, :260])
+    assert torch.equal(*(more(extension.model, each, ids, torch.ones_like(ids), 300) for each in (extension.load(folder).cache, cache)))
 
 
 def test_changed_tokens_below_the_horizon_are_never_taken_from_the_log(extension, tmp_path):

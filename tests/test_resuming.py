@@ -15,7 +15,7 @@ import longreach
 from commands import Run, refused
 from families import build, tokens
 from histories import constants
-from longreach import InfLLM, LMInfinite, LongHeads, Quest, SelfExtend, SirLLM, StreamingLLM, files
+from longreach import InfiniteHiP, InfLLM, LMInfinite, LongHeads, Quest, SelfExtend, SirLLM, StreamingLLM, files
 from longreach.cli import text
 from longreach.memory import sealed
 from longreach.running import long_text, pieces, prompts, resuming
@@ -26,7 +26,7 @@ from test_tiers import budgets
 from tiny import tokenizer
 
 CUT = InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8)
-METHODS = [SelfExtend(8, 16), LMInfinite(32, 4), StreamingLLM(32, 4), Quest(12, 4, 1, "all"), Quest(12, 4, 1), CUT, LongHeads.small(8)]
+METHODS = [SelfExtend(8, 16), LMInfinite(32, 4), StreamingLLM(32, 4), Quest(12, 4, 1, "all"), Quest(12, 4, 1), CUT, LongHeads.small(8), InfiniteHiP.small(8)]
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_a_text_that_was_read_has_its_last_chunk_left(model, tmp_path):
 
 
 def test_saving_takes_its_share_of_the_time(model, tmp_path, monkeypatch):
-    """0 s between chunks and 20 s for a save: none follows the first until 400 s have passed."""
+    """0 s between chunks and 20 s for a save: none follows the first until 400 s have passed; but one comes before the last chunk."""
     now, saved = [0.0], []
     monkeypatch.setattr(resuming, "SHARE", 0.05)
     monkeypatch.setattr(resuming.time, "perf_counter", lambda: now[0])
@@ -101,7 +101,7 @@ def test_saving_takes_its_share_of_the_time(model, tmp_path, monkeypatch):
         monkeypatch.setattr(extension, "save", save)
         for chunk in longreach.stream(extension, tokens(1, 100)[0], chunk_size=10, resume=tmp_path / "kept"):
             now[0] += 150 if chunk.start >= 40 else 0
-    assert saved == [10, 70]
+    assert saved == [10, 70, 90]
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------------------------

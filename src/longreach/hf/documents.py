@@ -116,7 +116,8 @@ def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str,
     metadata = {KEY: "tail", **{f"{NOTE}{name}": text for name, text in notes.items()}}
     with _folder(file) as folder:
         before = _counting(folder)
-        written = sealing.append(store, folder, before, None if before is None else _same(before.facts, said))
+        same = None if before is None else _same(before.facts, said)
+        written = sealing.append(store, folder, before, same, () if before is None else _ahead(before.facts))
         try:
             tail = sealed.tail(folder, lambda part: save_file(tensors, part, metadata))
         except SafetensorError as error:
@@ -183,6 +184,15 @@ def _same(before: Mapping[str, Any], said: Mapping[str, Any]) -> str | None:
     """The state of a document that was read with what this one was."""
     changing = {name: said[name] for name in ("library", "seen", "places", "state")}
     return before.get("state") if {**before, **changing} == said else None
+
+
+def _ahead(before: Mapping[str, Any]) -> list[list[int]]:
+    """The entries of every row that are in blocks, of every placement; none where what is said of it makes no sense."""
+    try:
+        found = [place["sealed"] for place in before["places"]]
+        return found if all(isinstance(stops, list) and all(map(_count, stops)) for stops in found) else []
+    except (KeyError, TypeError):
+        return []
 
 
 @contextmanager

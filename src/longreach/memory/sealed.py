@@ -163,10 +163,10 @@ def next_number(folder: Path) -> int:
 
 
 class Log:
-    """The records that count. Making one reads and checks every header; a payload is checked when it is asked for."""
+    """The records that count. Making one reads and checks every header; a payload is checked when it is asked for. `indexed`: whether any will be."""
 
-    def __init__(self, folder: Path, blocks: Sequence[Blocks]) -> None:
-        self.folder, self.blocks = folder, tuple(blocks)
+    def __init__(self, folder: Path, blocks: Sequence[Blocks], indexed: bool = True) -> None:
+        self.folder, self.blocks, self.indexed = folder, tuple(blocks), indexed
         self.index: dict[Key, tuple[Blocks, Record]] = {}  # in the order in which they were written
         self._maps: dict[int, mmap.mmap] = {}
         self._checksums: dict[Key, int] = {}  # of the headers of a file up to this one
@@ -183,8 +183,8 @@ class Log:
             except Damaged as error:
                 raise self._damaged(file, error) from None
             chain, count = zlib.crc32(records.CHECKSUM.pack(checksum), chain), count + 1
-            self.index[record.key] = file, record
-            self._checksums[record.key] = chain
+            if self.indexed:
+                self.index[record.key], self._checksums[record.key] = (file, record), chain
             offset = record.stop
         if (chain, count) != (file.checksum, file.records):
             raise self._damaged(file, "it holds other records than the manifest says")

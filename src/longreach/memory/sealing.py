@@ -5,7 +5,7 @@ Knows stores, their buffers and logs; not models, methods or what else a documen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from longreach.core.segments import Form
@@ -15,7 +15,7 @@ from longreach.memory.contiguous import Contiguous
 from longreach.memory.placement import ROLLBACK, Placement
 from longreach.memory.records import Key, Record
 from longreach.memory.sealed import Blocks, Log, Manifest
-from longreach.memory.store import Store
+from longreach.memory.store import Filed, Store
 
 
 def buffers(store: Store) -> Iterator[tuple[int, str, Buffer]]:
@@ -41,18 +41,23 @@ def horizon(placement: Placement) -> list[int]:
     return [0 if placement.tail is not None else max(0, end - ROLLBACK) // sealed.BLOCK * sealed.BLOCK for end in placement.ends]
 
 
-def append(store: Store, folder: Path, manifest: Manifest | None, state: str | None) -> tuple[Blocks, ...]:
+def append(store: Store, folder: Path, manifest: Manifest | None, state: str | None, ahead: Sequence[Sequence[int]] = ()) -> tuple[Blocks, ...]:
     """Write the blocks of a store that the log in a folder does not hold yet -> the log, which nothing names so far. Raises OSError.
 
     manifest  what counts in the folder; None: nothing that can be read.
     state     of the log there, if it is of the same model and method; None: it is not, so everything is written anew.
+    ahead     `horizon` of every placement as the log there has it, if that is known: where all of it still counts, nothing is made of what was written before.
 
     The store knows by the state of a log that it was saved there or comes from there, and how many tokens are the same since. Ids alone would not do: the
     same text read in other chunks is rounded otherwise. A crop takes blocks from the end of the log; what is left of the one that it cuts is in the tail.
     """
-    wanted = dict(_blocks(store))
     counted = () if manifest is None else manifest.blocks
-    beginning, have = _held(store, folder, counted, wanted) if store.filed is not None and store.filed.state == state else ((), set())
+    filed = store.filed if store.filed is not None and store.filed.state == state else None
+    if filed is not None and _all_counts(store, filed, ahead) and _intact(folder, counted):
+        wanted, beginning, have = dict(_blocks(store, ahead)), counted, set[Key]()
+    else:
+        wanted = dict(_blocks(store))
+        beginning, have = ((), set()) if filed is None else _held(store, folder, counted, wanted)
     with sealed.Writer(folder, beginning, counted) as log:
         for key, buffer in wanted.items():
             if key not in have:
@@ -60,14 +65,35 @@ def append(store: Store, folder: Path, manifest: Manifest | None, state: str | N
         return log.finish()
 
 
-def _blocks(store: Store) -> Iterator[tuple[Key, Buffer]]:
-    """All that are to be sealed, those of the same tokens together, so that what a crop cuts off is at the end of the log."""
+def _blocks(store: Store, ahead: Sequence[Sequence[int]] = ()) -> Iterator[tuple[Key, Buffer]]:
+    """All that are to be sealed behind `ahead`, those of the same tokens together, so that what a crop cuts off is at the end of the log."""
     horizons = {id(placement): horizon(placement) for placement in store.placements.values()}
-    for first in range(0, max(map(max, horizons.values())), sealed.BLOCK):
+    starts = dict(zip(horizons, ahead or [[0] * store.rows] * len(horizons), strict=True))
+    for first in range(min(map(min, starts.values())), max(map(max, horizons.values())), sealed.BLOCK):
         for layer, form, buffer in buffers(store):
-            for row, stop in enumerate(horizons[id(buffer.placement)]):
-                if first < stop:
+            for row, (start, stop) in enumerate(zip(starts[id(buffer.placement)], horizons[id(buffer.placement)], strict=True)):
+                if start <= first < stop:
                     yield Key(layer, row, form, first), buffer
+
+
+def _all_counts(store: Store, filed: Filed, ahead: Sequence[Sequence[int]]) -> bool:
+    """Whether what lies in the log up to `ahead` are tokens that the store still has, and would seal today."""
+    placements = store.placements.values()
+    if not store.rows or len(ahead) != len(placements) or any(len(stops) != store.rows for stops in ahead):
+        return False
+    for placement, stops in zip(placements, ahead, strict=True):
+        same = map(placement.kept.entries, filed.lengths)
+        if any(stop > min(length, sealing) for stop, length, sealing in zip(stops, same, horizon(placement), strict=True)):
+            return False
+    return True
+
+
+def _intact(folder: Path, counted: tuple[Blocks, ...]) -> bool:
+    try:
+        Log(folder, counted, indexed=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _held(store: Store, folder: Path, counted: tuple[Blocks, ...], wanted: Mapping[Key, Buffer]) -> tuple[tuple[Blocks, ...], set[Key]]:

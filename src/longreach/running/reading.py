@@ -5,6 +5,7 @@ Knows an extension (or a stock model, to compare with) and token ids. With a bou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,7 @@ from longreach.hf.cache import cache_bytes
 from longreach.hf.extension import Extension
 from longreach.hf.placement import device_of
 from longreach.quantities import CHUNK_SIZE
-from longreach.running.resuming import Kept
+from longreach.running.resuming import Kept, with_end
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def stream(
         tokens = _turns(extension, cache, ids, chunk_size)
     else:
         tokens = _chunks(ids, max(cut, chunk_size // cut * cut), cut, -start % cut)
-    for chunk in tokens:
+    for chunk, ends in zip(tokens, itertools.repeat(False)) if kept is None else with_end(tokens):
         if kept is not None:
-            kept.before(chunk, start, last)
+            kept.before(chunk, start, last, ends)
         chunk = chunk.to(device)
         with torch.no_grad():
             logits = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=0 if losses else 1).logits[0]

@@ -71,10 +71,16 @@ class Kept:
         """What is to be read of a text that begins with what has been read. Raises ValueError where it does not."""
         if self._wanted is None:
             return ids if isinstance(ids, torch.Tensor) else iter(ids)
-        left: torch.Tensor | Iterator[int] = ids[self.tokens :] if isinstance(ids, torch.Tensor) else iter(ids)
-        read: Iterable[int] = ids[: self.tokens].tolist() if isinstance(ids, torch.Tensor) else itertools.islice(left, self.tokens)
-        count, read = 0, iter(read)
-        while part := list(itertools.islice(read, AT_ONCE)):
+        left: torch.Tensor | Iterator[int]
+        parts: Iterator[list[int]]
+        if isinstance(ids, torch.Tensor):
+            left, parts = ids[self.tokens :], (part.tolist() for part in ids[: self.tokens].split(AT_ONCE))
+        else:
+            left = iter(ids)
+            read = itertools.islice(left, self.tokens)
+            parts = iter(lambda: list(itertools.islice(read, AT_ONCE)), [])
+        count = 0
+        for part in parts:
             self._count(part)
             count += len(part)
         if count < self.tokens or self._hash.hexdigest() != self._wanted:
@@ -84,10 +90,10 @@ class Kept:
             )
         return left
 
-    def before(self, chunk: torch.Tensor, start: int, last: torch.Tensor | None) -> None:
-        """The cache holds `start` tokens, `last` are their logits, and `chunk` [n] is read next. The end of a text is not kept, so that something is left to
-        read and a question may follow."""
-        if start > self._saved and time.perf_counter() - self._at >= self._cost / SHARE:
+    def before(self, chunk: torch.Tensor, start: int, last: torch.Tensor | None, ends: bool) -> None:
+        """The cache holds `start` tokens, `last` are their logits, and `chunk` [n] is read next. It is saved when it is time, and where the text `ends` with
+        this chunk, which is not kept: so something is left to read, and a question may follow."""
+        if start > self._saved and (ends or time.perf_counter() - self._at >= self._cost / SHARE):
             self.save(start, last)
         self._count(chunk.tolist())
 
@@ -102,6 +108,17 @@ class Kept:
 
     def _count(self, ids: list[int]) -> None:
         self._hash.update(array("q", ids).tobytes())
+
+
+def with_end(chunks: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
+    """The same, with whether each is the last one."""
+    before: torch.Tensor | None = None
+    for chunk in chunks:
+        if before is not None:
+            yield before, False
+        before = chunk
+    if before is not None:
+        yield before, True
 
 
 def held(folder: Path) -> int:
