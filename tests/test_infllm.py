@@ -62,15 +62,17 @@ def test_every_pair_is_in_one_segment(method):
     assert bool((owner >= 0).equal(torch.ones(n, n).tril().bool()))
     with (
         longreach.extend(model, method),
-        mock.patch.object(chosen, "ask", lambda *a: calls.append((real(*a), a[5])) or calls[-1][0]),
+        mock.patch.object(chosen, "ask", lambda *a: calls.append((real(*a), a[4])) or calls[-1][0]),
     ):
         model(tokens(1, n), use_cache=False)
     calls = calls[: len(calls) // model.config.num_hidden_layers]
     queries = []
     for asked, visible in calls:
-        for t, keys in enumerate(visible[0].tolist()):
+        _, groups, together = visible.shape
+        for t, keys in enumerate(visible.flatten().tolist()):
             i = keys + method.n_local + method.n_init - 1
-            columns = (asked.columns[0, 0, 0] + method.n_init)[asked.work.seen[0, t]].tolist()
+            assert asked.columns.shape[2] == len(asked.work.seen) == groups
+            columns = (asked.columns[0, 0, t // together] + method.n_init)[asked.work.seen[t // together, t % together]].tolist()
             assert len(set(columns)) == len(columns) and all(owner[i, j] == 1 for j in columns), i
             first = max(i // method.exc_block_size * method.exc_block_size, method.n_local + method.n_init)
             full = max(0, first - method.n_local - method.n_init) // method.block_size
