@@ -92,7 +92,7 @@ class GrowingGroups:
 @dataclass(frozen=True)
 class Rank:
     """Place among the keys that a query has chosen, in their order: the first one at position `at`, or aligned to the right, the last one `at` behind the
-    query, the first of those that choose together. It depends on the query, so keys are kept un-rotated and turned when they have been chosen."""
+    query (the first of those that choose together). It depends on the query, so keys are kept un-rotated and turned when they have been chosen."""
 
     at: int = 0
     align: Literal["left", "right"] = "left"

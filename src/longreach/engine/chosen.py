@@ -37,9 +37,11 @@ def nbytes(choice: Choice, heads: int, groups: int, numbers: int, key: int, visi
     """What `queries` queries of a row hold while they choose, beside what the layer holds anyway; `key`: the width of one."""
     blocks, choices = choice.complete(visible), queries
     columns = choice.count(heads, groups) * min(visible, choice.keep * choice.block + choice.block + choice.lag + choice.queries - 1)
-    if choice.queries > 1:  # one choice and one copy for all of them, but each sees its own part
-        choices, queries = 1, min(queries, choice.queries)
+    if choice.queries > 1:  # one choice and one copy for all of a group, but each sees its own part
+        choices = -(-queries // choice.queries)
     compared = 0 if choice.index.width else 4 * groups * key * blocks  # keys are compared in fp32
+    if choice.index.probes:  # two keys of every chunk, which is no smaller than a block
+        compared = min(AT_ONCE, 2 * groups * key * blocks * choices * itemsize)
     return choices * (columns * (numbers * itemsize + 4 * 8)) + queries * (heads * blocks * 3 * 4 + (queries > 1) * columns * 8) + compared
 
 

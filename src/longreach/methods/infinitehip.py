@@ -191,7 +191,7 @@ class InfiniteHiP(Method):
 
     @classmethod
     def recommended(cls, window: int, context: int) -> InfiniteHiP:
-        """The proportions that the paper has on Llama 3 (8192). On smaller windows blocks stay, one small stage is enough, and a token asks sooner."""
+        """The proportions that the paper has on Llama 3 (8192). On smaller windows one stage less is enough, and a token asks sooner."""
         if window >= 8192:
             scale = window // 8192
             return cls(1024 * scale, 256 * scale, 2048 * scale, kept=(32768 * scale, 8192 * scale))

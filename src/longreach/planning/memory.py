@@ -201,8 +201,8 @@ def attention_bytes(layer: Attention, layout: Layout, schedule: Schedule, b: int
     if layout.choice is not None:
         choice, numbers, seen = layout.choice, layer.key_width + layer.value_width, schedule.stored
         queries = {"every": at_once, "last": 1, "single": 1}[choice.who]
-        if choice.queries == 1:
-            queries = min(queries, chosen.queries_at_once(choice, 1, layer.heads, layer.kv_heads, numbers, seen, b))
+        most = choice.queries if choice.index.mass else chosen.queries_at_once(choice, 1, layer.heads, layer.kv_heads, numbers, seen, b)
+        queries = min(queries, most)
         total += chosen.nbytes(choice, layer.heads, layer.kv_heads, numbers, layer.key_width, seen, queries, b)
     if expands_groups and layer.heads > layer.kv_heads:
         total += schedule.stored * layer.heads * (layer.key_width + layer.value_width) * b
