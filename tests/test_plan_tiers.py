@@ -174,15 +174,12 @@ def test_the_dial_offers_what_brings_less_and_says_what_it_costs():
 def test_the_cheapest_is_offered_if_it_halves_what_moves():
     budget = of_nano(1 << 40, Tiered("2MiB", host="1GiB"))
     methods = [method for method in offers.known(512, 16_384) if budget.fits(method, 16_384)]
-    every = {method: budget.spread(method, 16_384) for method in methods}
-    assert {Combined, InfLLM, LongHeads} <= {type(method) for method in every}
-    least = min(spread.moved for spread in every.values())
-    prompt = max(sum(spread.prefill.values()) for spread in every.values())
-    other = replace(next(iter(every.values())), token={"host": 2 * least}, prefill={"host": prompt})
-    cheapest = offers.cheapest(budget, 512, 16_384, other)
-    assert every[cheapest.method].moved == cheapest.moved == least
-    for less in (replace(other, token={"host": 2 * least - 1}), replace(other, prefill={"host": 0}), replace(other, token={})):
-        assert offers.cheapest(budget, 512, 16_384, less) is None
+    every = {method: budget.spread(method, 16_384).moved for method in methods if not isinstance(method, LongHeads)}  # whose prompt would take too long
+    assert {Combined, InfLLM, LongHeads} <= {type(method) for method in methods}
+    least = min(every.values())
+    cheapest = offers.cheapest(budget, 512, 16_384, 2 * least)
+    assert every[cheapest.method] == cheapest.moved == least
+    assert offers.cheapest(budget, 512, 16_384, 2 * least - 1) is None is offers.cheapest(budget, 512, 16_384, 0)
 
 
 def test_tiers_that_are_full_bind():
