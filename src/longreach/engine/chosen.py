@@ -70,15 +70,15 @@ class Asked:
     """The call of a kernel that queries make who have chosen.
 
     q         [R C T, H / C, 1, D], or [R C, H / C, T, D] of queries that choose together; kv and work are of as many rows.
-    columns   [R, C, T or 1, n] of the keys, counted from the first of the segment.
-    complete  [R or 1, T or 1] so many of the segment's keys lie in blocks that were complete for who chose; the index had no say about those behind.
+    columns   [R, C, S, n] of the keys, counted from the first of the segment; S groups of queries choose apart.
+    choosing  [R or 1, S] keys: what is complete of them was chosen from.
     """
 
     q: torch.Tensor
     kv: KV
     work: Chosen
     columns: torch.Tensor
-    complete: torch.Tensor
+    choosing: torch.Tensor
     queries: int
 
     def folded(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,8 +177,7 @@ def ask(layer: Layer, segment: Segment, source: Source, q: torch.Tensor, visible
             behind = (at[..., None] - places.to(exact)[..., None, :])[:, :, None]  # [R, C, 1, S, Q, n]
             slope = alibi.on(exact).view(1, columns.shape[1], -1, 1, 1, 1)
             bias = -(slope * behind).transpose(2, 3).flatten(0, 2).to(q.device, torch.float32)
-    complete = (answer.choosing - choice.lag).clamp_min(0) // choice.block * choice.block
-    return Asked(folded(q, columns.shape), kv, Chosen(seen.flatten(0, 2), bias), columns, complete, q.shape[2])
+    return Asked(folded(q, columns.shape), kv, Chosen(seen.flatten(0, 2), bias), columns, answer.choosing, q.shape[2])
 
 
 def attend(asked: Asked, kernel: Kernel, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -151,7 +151,8 @@ class _Call:
         if choosing:
             for a, asked, first in self.chosen(segment, visible, q, rotated):
                 if isinstance(self.watch, Choices):
-                    self.watch.choose(self.layer.index, self.rows.rows, asked, a, first)
+                    assert segment.choice is not None
+                    self.watch.choose(self.layer.index, self.rows.rows, segment.choice, asked, a, first)
                 out, lse = chosen.attend(asked, self.kernel, self.inputs)
                 merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, a - start)
             return

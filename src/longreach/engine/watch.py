@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from longreach.core.choice import Choice
 from longreach.core.segments import Piece
 from longreach.engine.chosen import Asked
 
@@ -79,18 +80,18 @@ class Choices:
             first = piece.from_key if piece.high is None else max(piece.from_key, i - piece.high + 1)
             whole[rows, first : max(first, min(piece.to_key, i - piece.low + 1))] += 1
 
-    def choose(self, layer: int, rows: slice, asked: Asked, query: int, key: int) -> None:
+    def choose(self, layer: int, rows: slice, choice: Choice, asked: Asked, query: int, key: int) -> None:
         """The first of the queries is `query`, and `key` is the segment's first key."""
-        if (since := max(0, self.first - query)) >= asked.queries:
+        if query + asked.queries <= self.first:
             return
-        each = asked.queries // asked.columns.shape[2]  # so many have chosen together
-        seen = asked.work.seen.unflatten(0, asked.columns.shape[:3]).flatten(2, 3)[:, :, since:]  # [R, C, T, n]
-        columns = asked.columns.repeat_interleave(each, 2)[:, :, since:]
-        by_index = columns < asked.complete.repeat_interleave(each, 1)[:, None, since:, None]
+        columns, device = asked.columns, asked.columns.device
+        counted = (torch.arange(query, query + asked.queries, device=device) >= self.first).view(columns.shape[2], -1)
+        shown = (asked.work.seen.unflatten(0, columns.shape[:3]) & counted[..., None]).sum(3)  # [R, C, S, n]
+        by_index = columns < ((asked.choosing - choice.lag).clamp_min(0) // choice.block * choice.block)[:, None, :, None]
         tokens = key + int(columns.max()) + 1 if columns.numel() else 0
         one = slice(1)  # who choose apart see the same of what is not complete
-        for found, counts, among in ((self.chosen, seen & by_index, slice(None)), (self.always, seen & ~by_index, one)):
-            whole = self._room(found, layer, rows.stop, tokens, columns.device)
+        for found, counts, among in ((self.chosen, shown * by_index, slice(None)), (self.always, shown * ~by_index, one)):
+            whole = self._room(found, layer, rows.stop, tokens, device)
             whole[rows] = whole[rows].scatter_add(1, columns[:, among].flatten(1) + key, counts[:, among].flatten(1).int())
 
     @staticmethod

@@ -180,7 +180,7 @@ def in_tiers(wanted: Method, context: int, budget: Budget) -> str:
 def cheaper(choice: Choice, budget: InTiers) -> str | None:
     """What to say where every token has to wait for what lies below the device: the method that chooses and brings least."""
     brings = budget.spread(choice.method, choice.context)
-    found = offers.cheapest(budget, choice.window.tokens, choice.context, brings)
+    found = offers.cheapest(budget, choice.window.tokens, choice.context, brings.moved)
     if found is None:
         return None
     below = " and ".join(f"{size_text(size)} from {'the host' if name == 'host' else name}" for name, size in brings.token.items() if size)

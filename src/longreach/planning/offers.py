@@ -13,9 +13,7 @@ from longreach.methods import registry
 from longreach.methods.base import Method
 from longreach.methods.combined import Combined
 from longreach.methods.yarn import YaRN
-from longreach.planning.tiers import InTiers, Spread
-
-PROMPT = 4  # times as much as another method's prompt
+from longreach.planning.tiers import InTiers
 
 
 def retrieving(kind: type[Method], window: int, context: int) -> Method | None:
@@ -53,12 +51,14 @@ class Offer:
         return f"{self.method.brief()} would bring {brings}, and recalls {self.method.known}"
 
 
-def cheapest(budget: InTiers, window: int, context: int, than: Spread) -> Offer | None:
-    """The one that fits and whose tokens bring the fewest bytes: at most half of those of another method, for less is not worth what a choice may miss. Its
-    prompt may not bring many times as much; it is allowed some, for what is said of it is the most."""
-    found, prompt = [], PROMPT * sum(than.prefill.values())
-    for method in known(window, context) if than.moved else ():
-        spread = budget.spread(method, context)
-        if budget.fits(method, context) and 2 * spread.moved <= than.moved and sum(spread.prefill.values()) <= prompt:
-            found.append(Offer(method, spread.moved))
+def cheapest(budget: InTiers, window: int, context: int, than: int) -> Offer | None:
+    """The one that fits and whose tokens bring the fewest bytes: at most half of `than`, for less is not worth what a choice may miss. None where every token
+    of a prompt chooses apart: reading would take many times as long."""
+    found = []
+    for method in known(window, context) if than else ():
+        choice = method.choice
+        if choice is None or (choice.who == "every" and choice.queries == 1) or not budget.fits(method, context):
+            continue
+        if 2 * (moved := budget.spread(method, context).moved) <= than:
+            found.append(Offer(method, moved))
     return min(found, key=lambda offer: offer.moved, default=None)
