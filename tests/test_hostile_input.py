@@ -75,7 +75,7 @@ CASES = [
     (f"{PLAN} --model cut.gguf", "could not load 'cut.gguf'"),
     (f"{PLAN} --model t.txt", "does not begin with the letters GGUF"),
     (f"{PLAN} --hardware bad.toml", "is not TOML"),
-    ("plan --context 1e13", "such as 4096 or '4k'"),
+    ("plan --context 1e13", "such as 4096, '4k' or '1m'"),
     ("methods --markdown bin.bin", "not text in UTF-8"),
     ("methods --markdown d", "pass docs/methods.md"),
     ("distances lm-infinite --n-local 99999999999999999999999999", "--n-local must be of type int"),
@@ -83,7 +83,7 @@ CASES = [
     ("distances yarn --factor 4 --png y.png --trained-window 8 --rope-base inf", "--rope-base must be a number above 1"),
     ("distances yarn --factor 4 --png y.png --trained-window 8 --rope-base 1", "--rope-base must be a number above 1"),
     ("distances yarn --factor 4 --png y.png --trained-window 8 --rotary-dims 99999999998", "--rotary-dims must be at most"),
-    (f"{SELF} --length nan", "such as 4096 or '4k'"),
+    (f"{SELF} --length nan", "such as 4096, '4k' or '1m'"),
     (f"{SELF} --length 5k", "--length must be between"),
 ]
 

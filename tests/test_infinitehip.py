@@ -211,7 +211,7 @@ def test_over_tiers_nothing_changes_and_little_is_staged(tmp_path):
     cuts = [96, 200, 40, *[1] * 64]
     with longreach.extend(model, METHOD):
         want = chunked(model, ids, cuts)
-    for device, staging in (("64KiB", "8KiB"), ("64KiB", "1MiB"), ("1MiB", "1MiB")):
+    for device, staging in (("64KiB", "8KiB"), ("64KiB", "1KiB"), ("64KiB", "1MiB"), ("1MiB", "1MiB")):  # the second: not even the least that is looked up
         memory = Tiered(device, "64KiB", f"{tmp_path}:4MiB", block=16, staging=staging)
         with longreach.extend(model, METHOD, memory=memory) as extension:
             assert difference(chunked(model, ids, cuts), want) <= 1e-5

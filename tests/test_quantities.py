@@ -14,7 +14,8 @@ from longreach.quantities import MOST_TOKENS, counted, seconds_of, token_count
 
 
 @pytest.mark.parametrize(
-    ("given", "tokens"), [(4096, 4096), ("4096", 4096), (" 16K ", 16384), ("1.5k", 1536), ("16_384", 16384), (np.int64(7), 7), ("1e3", 1000), (1, 1)]
+    ("given", "tokens"),
+    [(4096, 4096), ("4096", 4096), (" 16K ", 16384), ("1.5k", 1536), ("16_384", 16384), (np.int64(7), 7), ("1e3", 1000), (1, 1), ("1m", 2**20)],
 )
 def test_numbers_of_tokens(given, tokens):
     assert token_count(given) == tokens == common.tokens(given)
@@ -22,7 +23,7 @@ def test_numbers_of_tokens(given, tokens):
 
 @pytest.mark.parametrize("given", ["", "k", "0", 0, -5, "-5", "4.7", "0.3k", 4.0, True, None, "nan", "inf", "1e30", MOST_TOKENS + 1, "4k tokens", b"4k", [4]])
 def test_what_is_no_number_of_tokens(given):
-    with pytest.raises(ValueError, match=r"trained_window must be a positive number of tokens, such as 4096 or '4k', not"):
+    with pytest.raises(ValueError, match=r"trained_window must be a positive number of tokens, such as 4096, '4k' or '1m', not"):
         token_count(given, "trained_window")
 
 

@@ -8,6 +8,7 @@ from operator import index
 
 TIMES = {"s": 1, "m": 60, "h": 3600}
 MOST_SECONDS = 366 * 24 * 3600
+THOUSANDS = {"k": 2**10, "m": 2**20}  # of tokens
 CHUNK_SIZE = 512  # tokens of one forward while a text is read, where nothing else is asked for; no result depends on it, only memory and speed
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 MOST_BYTES = 2**60
@@ -15,7 +16,7 @@ MOST_TOKENS = 2**32  # more than anything reads; beyond it a number is a slip of
 
 
 def token_count(given: str | int, name: str = "context") -> int:
-    """4096, "4096" or "4k" -> 4096; "k" stands for 1024.
+    """4096, "4096" or "4k" -> 4096; "k" stands for 1024, "m" for 1024 of them.
 
     Raises ValueError, naming what it is for, where that is no whole number of at least one token.
     """
@@ -23,13 +24,14 @@ def token_count(given: str | int, name: str = "context") -> int:
     try:
         if isinstance(given, str):
             text = given.strip().lower()
-            found = float(text.removesuffix("k")) * (1024 if text.endswith("k") else 1)
+            unit = next((unit for unit in THOUSANDS if text.endswith(unit)), "")
+            found = float(text.removesuffix(unit)) * THOUSANDS.get(unit, 1)
         elif not isinstance(given, bool):
             found = index(given)
     except (ValueError, TypeError):
         pass
     if not 1 <= found <= MOST_TOKENS or found != int(found):
-        raise ValueError(f"{name} must be a positive number of tokens, such as 4096 or '4k', not {given!r}")
+        raise ValueError(f"{name} must be a positive number of tokens, such as 4096, '4k' or '1m', not {given!r}")
     return int(found)
 
 

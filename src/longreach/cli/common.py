@@ -30,7 +30,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="'nano' (embedded), a 
 
 
 def tokens(text: str | int) -> int:
-    """ "4096" or "4k" -> 4096."""
+    """ "4096" or "4k" -> 4096; "1m" -> 1048576."""
     try:
         return token_count(text, "it")
     except ValueError as error:

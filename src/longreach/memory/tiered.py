@@ -152,7 +152,8 @@ class TieredLayer(Counted):
         number, offset, inside = at.clamp_max(own - 1) // unit, at % unit, at < own
         wanted = torch.zeros(slots.stop - slots.start, -(-own // unit), dtype=torch.bool, device=at.device)
         if sources is None:
-            wanted[row.expand_as(at)[inside], number[inside]] = True
+            of, its, among = torch.broadcast_tensors(row, number, inside)
+            wanted[of[among], its[among]] = True
             sources = self._sources(buffers, base, slots, wanted.nonzero())
         for ids, some, slot in sources:
             table = torch.full((len(buffers), *wanted.shape), -1, device=at.device)
