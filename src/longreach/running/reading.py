@@ -47,7 +47,7 @@ def stream(
     chunk_size: int = CHUNK_SIZE,
     losses: bool = True,
     cache: Any = None,
-    resume: str | Path | None = None,
+    resume: str | Path | Kept | None = None,
 ) -> Iterator[Chunk]:
     """Feed `ids` (one sequence: a 1-D tensor or any iterable of ints, endless ones too) in chunks; yields a `Chunk` after each.
 
@@ -76,7 +76,7 @@ def stream(
     if resume is not None:
         if cache is not None or not isinstance(extension, Extension):
             raise ValueError("a text is resumed under an extension and from a folder alone; pass what extend() returned, and leave out cache")
-        kept = Kept(extension, resume)
+        kept = resume if isinstance(resume, Kept) else Kept(extension, resume)
         cache, last, ids = kept.cache, kept.last, kept.rest(ids)
     cache = DynamicCache() if cache is None else cache
     start = cache.get_seq_length()
