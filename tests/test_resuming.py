@@ -156,6 +156,22 @@ def test_other_folders_and_arguments_are_refused(model, tmp_path):
         next(longreach.stream(model, ids, resume=tmp_path / "kept"))
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_two_readings_of_one_folder_do_not_write_over_each_other(model, begun, tmp_path):
+    """Of other texts or the same: the second to save is refused, the first goes on."""
+    ids, others = tokens(1, 200)[0], tokens(1, 200, seed=3)[0]
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        if begun:
+            read(extension, ids, tmp_path / "kept", most=3)
+            others = ids
+        one, two = (longreach.stream(extension, each, chunk_size=16, resume=tmp_path / "kept") for each in (ids, others))
+        next(one), next(two), next(one)
+        with pytest.raises(ValueError, match="another one keeps a text in it too; nothing was written over"):
+            next(two)
+        list(one)
+        assert list(read(extension, ids, tmp_path / "kept")[0]) == [192]
+
+
 def test_what_is_damaged_is_refused_and_what_was_not_finished_is_cut_off(model, tmp_path):
     ids, folder = tokens(1, 300)[0], tmp_path / "kept"
     with longreach.extend(model, SelfExtend(8, 16)) as extension:
@@ -305,6 +321,74 @@ def test_the_command_goes_on_where_it_was_broken_off(run: Run, folders, tmp_path
     assert "tokens of" in again.err and again.code == 0, "another question about the same text"
     (tmp_path / "book.txt").write_text("other text " * 60)
     refused(run, *options[:-1], "--resume", tmp_path / "kept", says="are not the beginning of this text")
+
+
+SELFEXTEND = ["--method", "selfextend", "--group-size", 32, "--window", 32]
+CHOOSES = ["--method", "lm-infinite", "--n-local", 64, "--n-global", 4, "--top-k", 5, "--top-k-from-layer", 1]
+
+
+def asks(folders: Any, file: Path, question: str, folder: Path, *more: Any, model: str = "llama") -> list[Any]:
+    own = ["--chunk-size", 64, "--resume", folder, *more]
+    return ["run", "--model", folders[model], "--file", file, "--prompt", question, "--max-new-tokens", 3, *own]
+
+
+@pytest.mark.parametrize("model", ["llama", "chat"])
+@pytest.mark.parametrize("method", [SELFEXTEND, ["--method", "infllm", "--n-local", 32, "--n-init", 8, "--block-size", 8, "--exc-block-size", 32]], ids=str)
+@pytest.mark.parametrize("size", [180, 185, 190, 193])
+def test_no_part_of_a_question_is_kept(run: Run, folders, tmp_path, size, method, model):
+    """A chunk ends within the first question: another one, longer or of a letter, goes on nevertheless, to the answer that it has without the folder."""
+    (tmp_path / "book.txt").write_text("".join(f"{i:04d}, " for i in range(90))[:size])
+    first = run(*asks(folders, tmp_path / "book.txt", "and what is 0012, or 0013?" * 4, tmp_path / "kept", *method, model=model))
+    held = resuming.held(tmp_path / "kept")
+    assert first.code == 0 and 64 <= held <= size + 40 and held % 32 == 0
+    for question in ("?", "so?", "Who is the captain of the ship, and where does he come from?" * 3):
+        found = run(*asks(folders, tmp_path / "book.txt", question, tmp_path / "kept", *method, "--json", model=model))
+        assert found.code == 0 and f"{held} tokens of" in found.err
+        whole = run(*asks(folders, tmp_path / "book.txt", question, tmp_path / f"new{len(question)}", *method, "--json", model=model))
+        assert found.json["answer"] == whole.json["answer"]
+
+
+@pytest.mark.parametrize("words", ["The ship sails. " * 4, "Hi."], ids=len)
+def test_a_text_that_is_shorter_than_a_cut_is_looked_at_too(run: Run, folders, tmp_path, words):
+    method = ["--method", "infllm", "--n-local", 64, "--n-init", 8, "--block-size", 16, "--exc-block-size", 64]
+    (tmp_path / "book.txt").write_text("".join(f"{i:04d}, " for i in range(90)))
+    assert run(*asks(folders, tmp_path / "book.txt", "and?", tmp_path / "kept", *method)).code == 0
+    (tmp_path / "book.txt").write_text(words)
+    again = asks(folders, tmp_path / "book.txt", "and?", tmp_path / "kept", *method)
+    refused(run, *again, says="are not the beginning of this text")
+    assert "were read before" not in run(*again).err
+
+
+def test_a_prompt_that_cannot_go_on_from_what_is_held_is_refused(run: Run, folders, tmp_path):
+    """Its last forward would be shorter than the method's cut."""
+    method = ["--method", "infllm", "--n-local", 64, "--n-init", 8, "--block-size", 16, "--exc-block-size", 64]
+    words = "".join(f"{i:04d}, " for i in range(90))
+    (tmp_path / "book.txt").write_text(words)
+    assert run(*asks(folders, tmp_path / "book.txt", "and?", tmp_path / "kept", *method)).code == 0
+    held = resuming.held(tmp_path / "kept")
+    (tmp_path / "book.txt").write_text(words[:held])
+    refused(run, *asks(folders, tmp_path / "book.txt", "?", tmp_path / "kept", *method), says="pass a longer text or question, or name another folder")
+
+
+def test_a_method_that_reads_in_one_forward_is_refused(run: Run, folders, book, tmp_path):
+    refused(run, *asks(folders, book, "and?", tmp_path / "kept", *CHOOSES), says="reads a prompt in one forward); leave out resume (--resume)")
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_an_interrupt_says_whether_anything_is_kept(run: Run, folders, tmp_path, calls, monkeypatch):
+    (tmp_path / "book.txt").write_text("".join(f"{i:04d}, " for i in range(90)))
+    real, left = resuming.Kept.before, [calls]
+
+    def before(self: Any, *args: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(resuming.Kept, "before", before)
+    found = run(*asks(folders, tmp_path / "book.txt", "and?", tmp_path / "kept", *SELFEXTEND))
+    assert found.code == 130 and (tmp_path / "kept").exists() == (calls == 3)
+    assert ("nothing was kept" in found.err) == (calls == 1) and ("what was read so far is in" in found.err) == (calls == 3)
 
 
 @pytest.mark.parametrize("trims", [False, True])

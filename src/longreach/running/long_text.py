@@ -51,7 +51,7 @@ class LongText:
         kept.rest(self.ids)
         if kept.tokens > (early := extension.method.apart(len(self.ids))):
             raise ValueError(
-                f"{str(self.folder)!r} holds {kept.tokens} tokens, and of a prompt of {len(self.ids)} {extension.method.brief()} reads {early} before the rest; "
+                f"{str(self.folder)!r} holds {kept.tokens} tokens; of a prompt of {len(self.ids)} {extension.method.brief()} reads {early} before the rest; "
                 "pass a longer text or question, or name another folder"
             )
         self.extension, self.limit, self.kept = extension, limit, kept
