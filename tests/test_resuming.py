@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import os
 import random
 from pathlib import Path
@@ -434,14 +435,39 @@ def test_files_are_read_in_pieces_of_bytes(tmp_path, encoding, monkeypatch):
     words = "Ein Äpfelchen fiel.\r\n" * 9
     (tmp_path / "a").write_bytes(words.encode(encoding))
     given = encoding if encoding == "latin-1" else None
-    assert "".join(text.pieces(str(tmp_path / "a"), lambda note: None, given)) == words == text.read(str(tmp_path / "a"), 10**6, lambda note: None, given)
+    assert "".join(text.pieces(str(tmp_path / "a"), None, lambda note: None, given)) == words == text.read(str(tmp_path / "a"), 10**6, lambda note: None, given)
 
 
 @pytest.mark.parametrize(
-    ("data", "says"), [(b"", "is empty"), (b" \n" * 9, "is empty"), (b"abcdefgh\xff", "is not UTF-8"), (b"abcdefghijklmnop\0qrstuvw", "is binary")], ids=str
+    ("data", "encoding", "says"),
+    [
+        (b"", None, "is empty"),
+        (b" \n" * 9, None, "is empty"),
+        (b"abcdefgh\xff", None, r"is not UTF-8 text \(byte 0xff at offset 8\)"),
+        (b"\xef\xbb\xbfabcdefgh\xff", None, r"\(byte 0xff at offset 11\)"),
+        (b"\xef\xbb\xbfab\xff", None, r"\(byte 0xff at offset 5\)"),
+        (b"abcdef\xe6\x97zz", None, r"\(byte 0xe6 at offset 6\)"),
+        (b"abcdefghi\xe6\x97", None, r"\(byte 0xe6 at offset 9\)"),
+        (b"abcdefghijklmnop\0qrstuvw", None, r"is binary \(byte 0 at offset 16\)"),
+        ("abcdefghijklmnop\0".encode("utf-16"), None, r"is binary \(byte 0\)"),
+        (b"abcdefghij\x81", "cp1252", r"is not CP1252 text \(byte 0x81 at offset 10\)"),
+    ],
+    ids=str,
 )
-def test_what_is_no_text_is_refused(tmp_path, data, says, monkeypatch):
+def test_what_is_no_text_is_refused_with_the_place_in_the_file(tmp_path, data, encoding, says, monkeypatch):
     monkeypatch.setattr(text, "PIECE", 7)
     (tmp_path / "a").write_bytes(data)
-    with pytest.raises(ValueError, match=says):
-        list(text.pieces(str(tmp_path / "a"), lambda note: None))
+    for read in (text.pieces, text.read):
+        with pytest.raises(ValueError, match=says):
+            list(read(str(tmp_path / "a"), 10**6, lambda note: None, encoding))
+
+
+def test_a_limit_that_is_given_is_kept_to(run: Run, folders, book, tmp_path, monkeypatch):
+    """Of the text, not of the file that is packed; without one it may have any length."""
+    monkeypatch.setattr(text, "LARGEST_FILE", 100)
+    monkeypatch.setattr(text, "PIECE", 70)
+    (tmp_path / "book.gz").write_bytes(gzip.compress(book.read_bytes()))
+    for file in (book, tmp_path / "book.gz"):
+        asked = asks(folders, file, "and?", tmp_path / "kept", *SELFEXTEND)
+        refused(run, *asked, "--max-bytes", 199, says="is longer than 199 bytes; pass a larger --max-bytes")
+        assert run(*asked, "--max-bytes", 200).code == 0 and run(*asked).code == 0

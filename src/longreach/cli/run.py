@@ -70,7 +70,9 @@ def command(
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
     memory: common.Memory = None,
-    max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Refuse a longer text.")] = text.LARGEST_FILE,
+    max_bytes: Annotated[
+        int | None, typer.Option("--max-bytes", min=1, help=f"Refuse a longer text; {text.LARGEST_FILE} if not given, any length with --resume.")
+    ] = None,
     force: common.Force = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
@@ -88,7 +90,7 @@ def command(
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
         unread = document is not None or resume is not None
-        request = text.Request("" if unread else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)
+        request = text.Request("" if unread else text.read(file, max_bytes or text.LARGEST_FILE, out.note, encoding), prompt.strip(), system, hide, depth)
         stored.check(out, document, save_document, request, file, truncate, force)
         if resume is not None:
             stored.check_resume(resume, {"--document": document, "--save-document": save_document, "--hide": hide, "--truncate": truncate}, request, file)
@@ -111,7 +113,7 @@ def command(
             elif save_document is not None:
                 asked = Asked(stored.read_and_save(out, loaded, tokenizer, request, choice, save_document), request.prompt, file=save_document)
             elif resume is not None and file is not None:
-                asked = take_up(out, loaded, tokenizer, request, choice, max_new_tokens, text.pieces(file, out.note, encoding), resume)
+                asked = take_up(out, loaded, tokenizer, request, choice, max_new_tokens, text.pieces(file, max_bytes, out.note, encoding), resume)
                 announce(out, asked)
             else:
                 asked = fit(out, loaded, tokenizer, request, choice, max_new_tokens, truncate)
