@@ -6,6 +6,7 @@ import copy
 import gzip
 import os
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 import longreach
+import methods_matrix
 from commands import Run, refused
 from families import build, tokens
 from histories import constants
 from longreach import InfiniteHiP, InfLLM, LMInfinite, LongHeads, Quest, SelfExtend, SirLLM, StreamingLLM, files
-from longreach.cli import text
+from longreach.cli import parameters, text
 from longreach.memory import sealed
 from longreach.running import long_text, pieces, prompts, resuming
 from longreach.running.conversation import Conversation
@@ -86,6 +88,13 @@ def test_a_text_that_was_read_has_its_last_chunk_left(model, tmp_path):
         assert list(first) == [0, 30, 60, 90] and list(again) == [90] and torch.equal(again[90], first[90]) and cache.get_seq_length() == 100
         longer, _ = read(extension, torch.cat([ids, ids]), tmp_path / "kept", 30)
         assert list(longer) == [90, 120, 150, 180], "a text that has grown"
+
+
+def test_a_shorter_text_that_ends_where_the_folder_does_has_no_chunk_left(model, tmp_path):
+    ids = tokens(1, 100)[0]
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        read(extension, ids, tmp_path / "kept", 30)
+        assert read(extension, ids[:90], tmp_path / "kept", 30) == ({}, None)
 
 
 def test_saving_takes_its_share_of_the_time(model, tmp_path, monkeypatch):
@@ -373,6 +382,25 @@ def test_a_prompt_that_cannot_go_on_from_what_is_held_is_refused(run: Run, folde
 
 def test_a_method_that_reads_in_one_forward_is_refused(run: Run, folders, book, tmp_path):
     refused(run, *asks(folders, book, "and?", tmp_path / "kept", *CHOOSES), says="reads a prompt in one forward); leave out resume (--resume)")
+
+
+def test_options_that_the_folder_was_not_read_with_are_named(run: Run, folders, book, tmp_path):
+    other = ["--method", "selfextend", "--group-size", 16, "--window", 32]
+    assert run(*asks(folders, book, "and?", tmp_path / "a", *SELFEXTEND)).code == 0
+    assert run(*asks(folders, book, "and?", tmp_path / "b", *SELFEXTEND, "--context", 300)).code == 0
+    for folder, options, says in (
+        ("a", [*SELFEXTEND, "--context", 300], "and no declared context; leave out --context, or name another folder"),
+        ("a", other, "; pass --method selfextend --group-size 32 --window 32, or name another folder"),
+        ("b", [*SELFEXTEND, "--context", 301], "and a context of 300 tokens; pass --context 300, or name another folder"),
+        ("b", other, "; pass --method selfextend --group-size 32 --window 32 and pass --context 300, or name another folder"),
+    ):
+        refused(run, *asks(folders, book, "and?", tmp_path / folder, *options), says=says)
+
+
+@pytest.mark.parametrize("method", methods_matrix.METHODS, ids=lambda m: m.brief())
+def test_the_options_of_a_method_make_it_again(method):
+    name, *arguments = shlex.split(parameters.words(method))
+    assert parameters.build(name, arguments) == method
 
 
 @pytest.mark.parametrize("calls", [1, 3])

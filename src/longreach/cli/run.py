@@ -217,6 +217,7 @@ def take_up(
         raise ValueError(fitting.too_long(tokens, max_new_tokens, limit, choice.context is not None, choice.method, window, truncate=""))
     extension, total, beyond = fitting.attached(out, model, choice, window, tokens, int(talk.ids.max()), max_new_tokens, kept=True)
     try:
+        stored.require_same(extension, folder)
         talk.attach(extension, total)
     except BaseException:
         extension.remove()
