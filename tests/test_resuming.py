@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import os
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import pytest
 import torch
 
 import longreach
+import methods_matrix
 from commands import Run, refused
 from families import build, tokens
 from histories import constants
 from longreach import InfiniteHiP, InfLLM, LMInfinite, LongHeads, Quest, SelfExtend, SirLLM, StreamingLLM, files
-from longreach.cli import text
+from longreach.cli import parameters, text
 from longreach.memory import sealed
 from longreach.running import long_text, pieces, prompts, resuming
 from longreach.running.conversation import Conversation
@@ -87,6 +90,13 @@ def test_a_text_that_was_read_has_its_last_chunk_left(model, tmp_path):
         assert list(longer) == [90, 120, 150, 180], "a text that has grown"
 
 
+def test_a_shorter_text_that_ends_where_the_folder_does_has_no_chunk_left(model, tmp_path):
+    ids = tokens(1, 100)[0]
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        read(extension, ids, tmp_path / "kept", 30)
+        assert read(extension, ids[:90], tmp_path / "kept", 30) == ({}, None)
+
+
 def test_saving_takes_its_share_of_the_time(model, tmp_path, monkeypatch):
     """0 s between chunks and 20 s for a save: none follows the first until 400 s have passed; but one comes before the last chunk."""
     now, saved = [0.0], []
@@ -154,6 +164,22 @@ def test_other_folders_and_arguments_are_refused(model, tmp_path):
             next(longreach.stream(extension, ids, cache=cache, resume=tmp_path / "kept"))
     with pytest.raises(ValueError, match="what extend"):
         next(longreach.stream(model, ids, resume=tmp_path / "kept"))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_two_readings_of_one_folder_do_not_write_over_each_other(model, begun, tmp_path):
+    """Of other texts or the same: the second to save is refused, the first goes on."""
+    ids, others = tokens(1, 200)[0], tokens(1, 200, seed=3)[0]
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        if begun:
+            read(extension, ids, tmp_path / "kept", most=3)
+            others = ids
+        one, two = (longreach.stream(extension, each, chunk_size=16, resume=tmp_path / "kept") for each in (ids, others))
+        next(one), next(two), next(one)
+        with pytest.raises(ValueError, match="another one keeps a text in it too; nothing was written over"):
+            next(two)
+        list(one)
+        assert list(read(extension, ids, tmp_path / "kept")[0]) == [192]
 
 
 def test_what_is_damaged_is_refused_and_what_was_not_finished_is_cut_off(model, tmp_path):
@@ -307,6 +333,93 @@ def test_the_command_goes_on_where_it_was_broken_off(run: Run, folders, tmp_path
     refused(run, *options[:-1], "--resume", tmp_path / "kept", says="are not the beginning of this text")
 
 
+SELFEXTEND = ["--method", "selfextend", "--group-size", 32, "--window", 32]
+CHOOSES = ["--method", "lm-infinite", "--n-local", 64, "--n-global", 4, "--top-k", 5, "--top-k-from-layer", 1]
+
+
+def asks(folders: Any, file: Path, question: str, folder: Path, *more: Any, model: str = "llama") -> list[Any]:
+    own = ["--chunk-size", 64, "--resume", folder, *more]
+    return ["run", "--model", folders[model], "--file", file, "--prompt", question, "--max-new-tokens", 3, *own]
+
+
+@pytest.mark.parametrize("model", ["llama", "chat"])
+@pytest.mark.parametrize("method", [SELFEXTEND, ["--method", "infllm", "--n-local", 32, "--n-init", 8, "--block-size", 8, "--exc-block-size", 32]], ids=str)
+@pytest.mark.parametrize("size", [180, 185, 190, 193])
+def test_no_part_of_a_question_is_kept(run: Run, folders, tmp_path, size, method, model):
+    """A chunk ends within the first question: another one, longer or of a letter, goes on nevertheless, to the answer that it has without the folder."""
+    (tmp_path / "book.txt").write_text("".join(f"{i:04d}, " for i in range(90))[:size])
+    first = run(*asks(folders, tmp_path / "book.txt", "and what is 0012, or 0013?" * 4, tmp_path / "kept", *method, model=model))
+    held = resuming.held(tmp_path / "kept")
+    assert first.code == 0 and 64 <= held <= size + 40 and held % 32 == 0
+    for question in ("?", "so?", "Who is the captain of the ship, and where does he come from?" * 3):
+        found = run(*asks(folders, tmp_path / "book.txt", question, tmp_path / "kept", *method, "--json", model=model))
+        assert found.code == 0 and f"{held} tokens of" in found.err
+        whole = run(*asks(folders, tmp_path / "book.txt", question, tmp_path / f"new{len(question)}", *method, "--json", model=model))
+        assert found.json["answer"] == whole.json["answer"]
+
+
+@pytest.mark.parametrize("words", ["The ship sails. " * 4, "Hi."], ids=len)
+def test_a_text_that_is_shorter_than_a_cut_is_looked_at_too(run: Run, folders, tmp_path, words):
+    method = ["--method", "infllm", "--n-local", 64, "--n-init", 8, "--block-size", 16, "--exc-block-size", 64]
+    (tmp_path / "book.txt").write_text("".join(f"{i:04d}, " for i in range(90)))
+    assert run(*asks(folders, tmp_path / "book.txt", "and?", tmp_path / "kept", *method)).code == 0
+    (tmp_path / "book.txt").write_text(words)
+    again = asks(folders, tmp_path / "book.txt", "and?", tmp_path / "kept", *method)
+    refused(run, *again, says="are not the beginning of this text")
+    assert "were read before" not in run(*again).err
+
+
+def test_a_prompt_that_cannot_go_on_from_what_is_held_is_refused(run: Run, folders, tmp_path):
+    """Its last forward would be shorter than the method's cut."""
+    method = ["--method", "infllm", "--n-local", 64, "--n-init", 8, "--block-size", 16, "--exc-block-size", 64]
+    words = "".join(f"{i:04d}, " for i in range(90))
+    (tmp_path / "book.txt").write_text(words)
+    assert run(*asks(folders, tmp_path / "book.txt", "and?", tmp_path / "kept", *method)).code == 0
+    held = resuming.held(tmp_path / "kept")
+    (tmp_path / "book.txt").write_text(words[:held])
+    refused(run, *asks(folders, tmp_path / "book.txt", "?", tmp_path / "kept", *method), says="pass a longer text or question, or name another folder")
+
+
+def test_a_method_that_reads_in_one_forward_is_refused(run: Run, folders, book, tmp_path):
+    refused(run, *asks(folders, book, "and?", tmp_path / "kept", *CHOOSES), says="reads a prompt in one forward); leave out resume (--resume)")
+
+
+def test_options_that_the_folder_was_not_read_with_are_named(run: Run, folders, book, tmp_path):
+    other = ["--method", "selfextend", "--group-size", 16, "--window", 32]
+    assert run(*asks(folders, book, "and?", tmp_path / "a", *SELFEXTEND)).code == 0
+    assert run(*asks(folders, book, "and?", tmp_path / "b", *SELFEXTEND, "--context", 300)).code == 0
+    for folder, options, says in (
+        ("a", [*SELFEXTEND, "--context", 300], "and no declared context; leave out --context, or name another folder"),
+        ("a", other, "; pass --method selfextend --group-size 32 --window 32, or name another folder"),
+        ("b", [*SELFEXTEND, "--context", 301], "and a context of 300 tokens; pass --context 300, or name another folder"),
+        ("b", other, "; pass --method selfextend --group-size 32 --window 32 and pass --context 300, or name another folder"),
+    ):
+        refused(run, *asks(folders, book, "and?", tmp_path / folder, *options), says=says)
+
+
+@pytest.mark.parametrize("method", methods_matrix.METHODS, ids=lambda m: m.brief())
+def test_the_options_of_a_method_make_it_again(method):
+    name, *arguments = shlex.split(parameters.words(method))
+    assert parameters.build(name, arguments) == method
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_an_interrupt_says_whether_anything_is_kept(run: Run, folders, tmp_path, calls, monkeypatch):
+    (tmp_path / "book.txt").write_text("".join(f"{i:04d}, " for i in range(90)))
+    real, left = resuming.Kept.before, [calls]
+
+    def before(self: Any, *args: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(resuming.Kept, "before", before)
+    found = run(*asks(folders, tmp_path / "book.txt", "and?", tmp_path / "kept", *SELFEXTEND))
+    assert found.code == 130 and (tmp_path / "kept").exists() == (calls == 3)
+    assert ("nothing was kept" in found.err) == (calls == 1) and ("what was read so far is in" in found.err) == (calls == 3)
+
+
 @pytest.mark.parametrize("trims", [False, True])
 def test_ids_of_a_prompt_in_pieces_are_those_of_a_conversation(trims):
     chat, plain = tokenizer(chat=True), tokenizer()
@@ -350,14 +463,39 @@ def test_files_are_read_in_pieces_of_bytes(tmp_path, encoding, monkeypatch):
     words = "Ein Äpfelchen fiel.\r\n" * 9
     (tmp_path / "a").write_bytes(words.encode(encoding))
     given = encoding if encoding == "latin-1" else None
-    assert "".join(text.pieces(str(tmp_path / "a"), lambda note: None, given)) == words == text.read(str(tmp_path / "a"), 10**6, lambda note: None, given)
+    assert "".join(text.pieces(str(tmp_path / "a"), None, lambda note: None, given)) == words == text.read(str(tmp_path / "a"), 10**6, lambda note: None, given)
 
 
 @pytest.mark.parametrize(
-    ("data", "says"), [(b"", "is empty"), (b" \n" * 9, "is empty"), (b"abcdefgh\xff", "is not UTF-8"), (b"abcdefghijklmnop\0qrstuvw", "is binary")], ids=str
+    ("data", "encoding", "says"),
+    [
+        (b"", None, "is empty"),
+        (b" \n" * 9, None, "is empty"),
+        (b"abcdefgh\xff", None, r"is not UTF-8 text \(byte 0xff at offset 8\)"),
+        (b"\xef\xbb\xbfabcdefgh\xff", None, r"\(byte 0xff at offset 11\)"),
+        (b"\xef\xbb\xbfab\xff", None, r"\(byte 0xff at offset 5\)"),
+        (b"abcdef\xe6\x97zz", None, r"\(byte 0xe6 at offset 6\)"),
+        (b"abcdefghi\xe6\x97", None, r"\(byte 0xe6 at offset 9\)"),
+        (b"abcdefghijklmnop\0qrstuvw", None, r"is binary \(byte 0 at offset 16\)"),
+        ("abcdefghijklmnop\0".encode("utf-16"), None, r"is binary \(byte 0\)"),
+        (b"abcdefghij\x81", "cp1252", r"is not CP1252 text \(byte 0x81 at offset 10\)"),
+    ],
+    ids=str,
 )
-def test_what_is_no_text_is_refused(tmp_path, data, says, monkeypatch):
+def test_what_is_no_text_is_refused_with_the_place_in_the_file(tmp_path, data, encoding, says, monkeypatch):
     monkeypatch.setattr(text, "PIECE", 7)
     (tmp_path / "a").write_bytes(data)
-    with pytest.raises(ValueError, match=says):
-        list(text.pieces(str(tmp_path / "a"), lambda note: None))
+    for read in (text.pieces, text.read):
+        with pytest.raises(ValueError, match=says):
+            list(read(str(tmp_path / "a"), 10**6, lambda note: None, encoding))
+
+
+def test_a_limit_that_is_given_is_kept_to(run: Run, folders, book, tmp_path, monkeypatch):
+    """Of the text, not of the file that is packed; without one it may have any length."""
+    monkeypatch.setattr(text, "LARGEST_FILE", 100)
+    monkeypatch.setattr(text, "PIECE", 70)
+    (tmp_path / "book.gz").write_bytes(gzip.compress(book.read_bytes()))
+    for file in (book, tmp_path / "book.gz"):
+        asked = asks(folders, file, "and?", tmp_path / "kept", *SELFEXTEND)
+        refused(run, *asked, "--max-bytes", 199, says="is longer than 199 bytes; pass a larger --max-bytes")
+        assert run(*asked, "--max-bytes", 200).code == 0 and run(*asked).code == 0

@@ -17,6 +17,7 @@ import longreach
 from blocks import BLOCK, content, inputs, more, saved
 from families import build
 from longreach import SelfExtend
+from longreach.cli import targets
 from longreach.hf import documents
 from longreach.memory import records, sealed
 from longreach.memory.records import Damaged, Key
@@ -233,3 +234,48 @@ def test_a_folder_of_a_document_is_written_by_one_at_a_time(extension, tmp_path)
         assert other.is_alive() and content(tmp_path / "d") == before
     other.join()
     assert content(tmp_path / "d") != before and documents.size(tmp_path / "d") == sealed.read(tmp_path / "d").nbytes
+
+
+# -- what a broken off save leaves ------------------------------------------------------------------------------------------------------
+
+PART = f".tail-{1:08d}.{'0' * 16}.partial"
+
+
+def test_what_safetensors_leaves_of_a_tail_is_no_obstacle_and_goes(extension, tmp_path):
+    """It writes into a file of its own first: a kill leaves that beside the part. Without a part, or as a link, such a name is somebody else's."""
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / ".tmpAb12Cd").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"holds other things, such as .\.tmpAb12Cd"):
+        documents.writable(folder)
+    (folder / PART).touch()
+    documents.writable(folder)
+    saved(extension, folder, 90)
+    assert not list(folder.glob(".*"))
+    (folder / ".tmpAb12Cd").write_bytes(b"mine")
+    sealed.recover(folder)
+    assert (folder / ".tmpAb12Cd").exists()
+    (folder / ".tmpLonger1").touch()
+    (folder / ".tmpLinke1").symlink_to(tmp_path / "elsewhere")
+    (folder / PART).touch()
+    sealed.recover(folder)
+    assert {path.name for path in folder.glob(".*")} == {".tmpLonger1", ".tmpLinke1"}
+
+
+def test_the_part_goes_last(tmp_path, monkeypatch):
+    """Else a kill between the two would leave a file that nobody knows."""
+    gone = []
+    for name in (PART, ".tmpAb12Cd", f"blocks-{1:08d}"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(os, "unlink", gone.append)
+    sealed.recover(tmp_path)
+    assert Path(gone[0]).name == ".tmpAb12Cd" and len(gone) == 3
+
+
+def test_a_folder_of_leftovers_takes_a_document_on_the_command_line(tmp_path):
+    (tmp_path / PART).touch()
+    (tmp_path / ".tmpAb12Cd").touch()
+    targets.refuse(tmp_path, targets.DOCUMENT, force=False)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is no document that Longreach wrote"):
+        targets.refuse(tmp_path, targets.DOCUMENT, force=False)

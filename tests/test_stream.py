@@ -98,3 +98,14 @@ def test_a_model_that_gives_nan_is_not_scored_on_the_rest(model, bad, token):
             list(longreach.stream(model, tokens(1, 100)[0], chunk_size=30))
     finally:
         hook.remove()
+
+
+def test_ids_of_other_types(model):
+    """Whole numbers of any size are read; others are refused rather than rounded."""
+    ids = tokens(1, 40)[0]
+    want = torch.cat([chunk.losses for chunk in longreach.stream(model, ids, chunk_size=30)])
+    found = torch.cat([chunk.losses for chunk in longreach.stream(model, ids.int(), chunk_size=30)])
+    assert torch.equal(found[1:], want[1:])
+    for wrong in (ids.float(), ids.bool()):
+        with pytest.raises(ValueError, match=r"token ids are whole numbers, not torch.*; pass ids.long\(\)"):
+            next(longreach.stream(model, wrong))

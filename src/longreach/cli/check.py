@@ -91,7 +91,14 @@ def command(
 
 
 def examine(
-    out: Output, model: Any, tokenizer: Any, method: Method | None, declared: int | None, tokens: int, trained_window: int | None, by_profile: profiles.Asked,
+    out: Output,
+    model: Any,
+    tokenizer: Any,
+    method: Method | None,
+    declared: int | None,
+    tokens: int,
+    trained_window: int | None,
+    by_profile: profiles.Asked,
     memory: Tiered | None = None,
 ) -> dict[str, Any]:
     """Everything about one model, as plain data. The model ends in fp32."""

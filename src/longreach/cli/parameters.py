@@ -145,6 +145,24 @@ def _is_method(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Method)
 
 
+def words(method: Method) -> str:
+    """What is passed as --method to have this one: its name, and its parameters that are not the defaults as options."""
+    found = [method.name]
+    for parameter in of(type(method)):
+        value = getattr(method, parameter.name)
+        if parameter.required or value != parameter.default:
+            found += [parameter.option, shlex.quote(_text(value))]
+    return " ".join(found)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Method):
+        return words(value)
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def convert(option: str, annotation: Any, text: str | None) -> Any:
     """The text of an option as a value of its type; raises with the type it wants."""
     if _is_method(annotation) and text and text.strip():

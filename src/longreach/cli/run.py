@@ -6,6 +6,7 @@ Knows the options and the order of the work; reading text, generating and attach
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,7 +70,9 @@ def command(
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
     memory: common.Memory = None,
-    max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Refuse a longer text.")] = text.LARGEST_FILE,
+    max_bytes: Annotated[
+        int | None, typer.Option("--max-bytes", min=1, help=f"Refuse a longer text; {text.LARGEST_FILE} if not given, any length with --resume.")
+    ] = None,
     force: common.Force = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
@@ -87,7 +90,7 @@ def command(
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
         unread = document is not None or resume is not None
-        request = text.Request("" if unread else text.read(file, max_bytes, out.note, encoding), prompt.strip(), system, hide, depth)
+        request = text.Request("" if unread else text.read(file, max_bytes or text.LARGEST_FILE, out.note, encoding), prompt.strip(), system, hide, depth)
         stored.check(out, document, save_document, request, file, truncate, force)
         if resume is not None:
             stored.check_resume(resume, {"--document": document, "--save-document": save_document, "--hide": hide, "--truncate": truncate}, request, file)
@@ -110,12 +113,12 @@ def command(
             elif save_document is not None:
                 asked = Asked(stored.read_and_save(out, loaded, tokenizer, request, choice, save_document), request.prompt, file=save_document)
             elif resume is not None and file is not None:
-                asked = take_up(out, loaded, tokenizer, request, choice, max_new_tokens, text.pieces(file, out.note, encoding), resume)
+                asked = take_up(out, loaded, tokenizer, request, choice, max_new_tokens, text.pieces(file, max_bytes, out.note, encoding), resume)
                 announce(out, asked)
             else:
                 asked = fit(out, loaded, tokenizer, request, choice, max_new_tokens, truncate)
                 announce(out, asked)
-            with asked.extension:
+            with asked.extension, kept_in(out, resume):
                 result = answer(out, model, asked, max_new_tokens, sampling, declared is not None, show_retrieval, hide)
         if not as_json and "answer" in result:
             out.write("\n")
@@ -201,19 +204,40 @@ def take_up(
     out: Output, model: CausalLM, tokenizer: Tokenizer, request: text.Request, choice: stored.Choice, max_new_tokens: int, pieces: Iterator[str], folder: Path
 ) -> Asked:
     """The same of a text that is not in memory, and is kept in a folder while it is read."""
-    from longreach.running.long_text import LongText, prompt_ids
+    from longreach.running import long_text, resuming
 
+    if resuming.held(folder):
+        out.kept = f"{folder} is as it was"
     window, limit = fitting.limits(model, choice)
-    talk = LongText(model, tokenizer, prompt_ids(tokenizer, pieces, request.prompt, request.system), folder, choice.chunk_size)
-    tokens = len(talk.ids)
+    ids = long_text.prompt_ids(tokenizer, pieces, request.prompt, request.system)
+    tokens = len(ids)
+    own = long_text.before_question(tokenizer, tokens, request.prompt, request.system)
+    talk = long_text.LongText(model, tokenizer, ids, folder, own, choice.chunk_size)
     if limit is not None and tokens + max_new_tokens > limit:
         raise ValueError(fitting.too_long(tokens, max_new_tokens, limit, choice.context is not None, choice.method, window, truncate=""))
     extension, total, beyond = fitting.attached(out, model, choice, window, tokens, int(talk.ids.max()), max_new_tokens, kept=True)
-    talk.attach(extension, total)
-    out.kept = f"what was read so far is in {folder}; the same command goes on from there"
+    try:
+        stored.require_same(extension, folder)
+        talk.attach(extension, total)
+    except BaseException:
+        extension.remove()
+        raise
     if talk.known:
         out.note(f"{counted(talk.known, 'token')} of {tokens} were read before; going on from {folder}")
     return Asked(talk, request.prompt, beyond=beyond)
+
+
+@contextmanager
+def kept_in(out: Output, folder: Path | None) -> Iterator[None]:
+    """Inside, a text is read and kept in a folder. Where that is interrupted, it is said whether a save had come already."""
+    from longreach.running import resuming
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is not None and resuming.held(folder):
+            out.kept = f"what was read so far is in {folder}; the same command goes on from there"
+        raise
 
 
 def announce(out: Output, asked: Asked) -> None:

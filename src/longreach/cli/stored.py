@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longreach.cli import profiles, targets, text
+from longreach.cli import parameters, profiles, targets, text
 from longreach.cli.common import Output, progress_bar
 from longreach.quantities import counted
 
@@ -118,11 +118,7 @@ def reopen(out: Output, model: CausalLM, tokenizer: Tokenizer, choice: Choice, f
     from longreach.hf import documents
     from longreach.running.conversation import Conversation
 
-    found = documents.facts(file)
-    try:
-        method, context = longreach.from_json(found["method"]), found["context"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(file)!r} does not say what it was read with ({error}); read the text again and save it") from error
+    method, context = _read_with(documents.facts(file), file)
     if choice.context not in (None, context):
         raise ValueError(f"{str(file)!r} was read for a context of {context} tokens; leave out --context, or read it again with --context {choice.context}")
     if choice.method not in (None, method):
@@ -134,6 +130,32 @@ def reopen(out: Output, model: CausalLM, tokenizer: Tokenizer, choice: Choice, f
     except BaseException:
         extension.remove()
         raise
+
+
+def require_same(extension: Extension, folder: Path) -> None:
+    """Raises ValueError, with the options to pass, where the folder of --resume was read with another method or context."""
+    from longreach.hf import documents
+    from longreach.running import resuming
+
+    if not resuming.held(folder):
+        return
+    method, context = _read_with(documents.facts(folder), folder)
+    if (method, context) == (extension.method, extension.context):
+        return
+    fixes = [] if method == extension.method else [f"pass --method {parameters.words(method)}"]
+    if context != extension.context:
+        fixes.append("leave out --context" if context is None else f"pass --context {context}")
+    declared = "no declared context" if context is None else f"a context of {context} tokens"
+    raise ValueError(f"{str(folder)!r} was read with {method.brief()} and {declared}; {' and '.join(fixes)}, or name another folder")
+
+
+def _read_with(found: Mapping[str, Any], file: Path) -> tuple[Method, int | None]:
+    import longreach
+
+    try:
+        return longreach.from_json(found["method"]), found["context"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(file)!r} does not say what it was read with ({error}); read the text again and save it") from error
 
 
 def summary(model: str, talk: Conversation, file: Path, read: int) -> dict[str, Any]:

@@ -54,10 +54,12 @@ def check_picture(out: Output, png: Path | None, force: bool, option: str = "--p
 
 
 def _is_document(path: Path) -> bool:
+    """Or what is left of one whose first save was broken off."""
     from longreach.hf import documents
+    from longreach.memory import sealed
 
     try:
-        documents.facts(path)
+        documents.facts(path) if (path / sealed.MANIFEST).exists() else documents.writable(path)
     except (ValueError, OSError):
         return False
     return True

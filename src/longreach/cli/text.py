@@ -103,27 +103,31 @@ def read(file: str | None, most: int, note: Callable[[str], None], encoding: str
     return _required(_decode(data, repr(file), most, note, encoding), repr(file))
 
 
-def pieces(file: str, note: Callable[[str], None], encoding: str | None = None) -> Iterator[str]:
-    """The same of a file of any length, a piece at a time."""
+def pieces(file: str, most: int | None, note: Callable[[str], None], encoding: str | None = None) -> Iterator[str]:
+    """The same of a file of any length, a piece at a time. `most` None: any length."""
     if file == BOOK:
         from longreach.running.loading import shipped_book
 
         yield shipped_book()
         return
-    empty = True
+    empty, begin = True, 0
     with _opened(file) as stream:
         data = stream.read(PIECE)
         encoding = encoding or _marked(data, repr(file), note)
         _refuse_utf8(data, repr(file), encoding)
         with _decoded(repr(file), encoding, data):
             decoder = codecs.getincrementaldecoder(encoding or "utf-8-sig")()
-            while data:
-                text = decoder.decode(data)
-                _refuse_binary(text, repr(file), encoding, data)
-                empty = empty and not text.strip()
-                yield text
-                data = stream.read(PIECE)
-            yield decoder.decode(b"", True)
+        ended = False
+        while not ended:
+            ended = not data
+            _refuse_longer(begin + len(data), most, repr(file))
+            with _decoded(repr(file), encoding, data, begin):
+                text = decoder.decode(data, ended)
+            _refuse_binary(text, repr(file), encoding, data, begin)
+            empty = empty and not text.strip()
+            yield text
+            begin += len(data)
+            data = b"" if ended else stream.read(PIECE)
     if empty:
         _required("", repr(file))
 
@@ -161,14 +165,18 @@ def _piped() -> bool:
 
 
 def _decode(data: bytes, source: str, most: int, note: Callable[[str], None], encoding: str | None) -> str:
-    if len(data) > most:
-        raise ValueError(f"{source} is longer than {most} bytes; pass a larger --max-bytes, or a part of the text")
+    _refuse_longer(len(data), most, source)
     encoding = encoding or _marked(data, source, note)
     _refuse_utf8(data, source, encoding)
     with _decoded(source, encoding, data):
         text = data.decode(encoding or "utf-8-sig")
     _refuse_binary(text, source, encoding, data)
     return text
+
+
+def _refuse_longer(size: int, most: int | None, source: str) -> None:
+    if most is not None and size > most:
+        raise ValueError(f"{source} is longer than {most} bytes; pass a larger --max-bytes, or a part of the text")
 
 
 def _marked(data: bytes, source: str, note: Callable[[str], None]) -> str | None:
@@ -181,29 +189,35 @@ def _marked(data: bytes, source: str, note: Callable[[str], None]) -> str | None
 
 def _refuse_utf8(data: bytes, source: str, encoding: str | None) -> None:
     with _decoded(source, encoding, data):
-        if encoding is not None and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")) and _is_utf8(data):
-            raise ValueError(f"{source} is UTF-8 text, not {encoding.upper()}; leave out --text-encoding")
+        if _is_wide(encoding) and _is_utf8(data):
+            raise ValueError(f"{source} is UTF-8 text, not {str(encoding).upper()}; leave out --text-encoding")
 
 
 @contextmanager
-def _decoded(source: str, encoding: str | None, data: bytes) -> Iterator[None]:
-    """What a decoder raises, as a sentence. `data`: the beginning, or all."""
+def _decoded(source: str, encoding: str | None, data: bytes, begin: int = 0) -> Iterator[None]:
+    """What a decoder raises, as a sentence. `data`: what it was given, from the byte `begin` on; it may have left a mark out, or kept bytes of before."""
     try:
         yield
     except LookupError:
         raise ValueError(f"there is no encoding {encoding!r}; pass --text-encoding utf-8, utf-16, latin-1, cp1252 or another that Python knows") from None
     except UnicodeError as error:
-        where = f" (byte 0x{data[error.start]:02x} at offset {error.start})" if isinstance(error, UnicodeDecodeError) and error.object == data else ""
+        where = ""
+        if isinstance(error, UnicodeDecodeError) and (error.object.endswith(data) or data.endswith(error.object)):
+            where = f" (byte 0x{error.object[error.start]:02x} at offset {begin + len(data) - len(error.object) + error.start})"
         name = "UTF-8" if encoding is None else encoding.upper()
         raise ValueError(f"{source} is not {name} text{where}; convert it to UTF-8, or pass --text-encoding NAME, such as latin-1") from None
 
 
-def _refuse_binary(text: str, source: str, encoding: str | None, data: bytes) -> None:
+def _refuse_binary(text: str, source: str, encoding: str | None, data: bytes, begin: int = 0) -> None:
     if "\0" in text:
         if encoding is None and (wide := _wide(data)) is not None:
             raise ValueError(f"{source} looks like {wide.upper()} text; pass --text-encoding {wide}")
-        where = f" at offset {data.index(0)}" if 0 in data else ""
+        where = f" at offset {begin + data.index(0)}" if 0 in data and not _is_wide(encoding) else ""  # there other characters have zeros too
         raise ValueError(f"{source} is binary (byte 0{where}); pass a text file, or --text-encoding NAME if it is one")
+
+
+def _is_wide(encoding: str | None) -> bool:
+    return encoding is not None and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
 
 
 def _wide(data: bytes) -> str | None:

@@ -43,6 +43,8 @@ MANIFEST = "manifest.longreach"
 LARGEST_MANIFEST = 16 * 2**20
 MAPPED = 64  # files that are mapped at the same time: each holds a handle
 OURS = re.compile(r"(?:blocks|tail)-(\d{8})|\.(?:tail-\d{8}|manifest\.longreach)\.[0-9a-f]{16}\.partial")
+TORN = re.compile(r"\.tail-\d{8}\.[0-9a-f]{16}\.partial")
+BESIDE = re.compile(r"\.tmp[0-9A-Za-z]{6}")  # safetensors writes here first what becomes such a part
 MOST = 10**8
 AGAIN = "read the text again and save it"
 
@@ -135,8 +137,8 @@ def recover(folder: Path) -> None:
         return  # nobody can say what counts
     named = {blocks_name(file.number): file.bytes for file in found.blocks}
     keep = {MANIFEST, *named} | (set() if found.tail is None else {tail_path(folder, found.tail.number).name})
-    for entry in list(os.scandir(folder)):
-        if entry.name not in keep and OURS.fullmatch(entry.name) and not entry.is_dir(follow_symlinks=False):
+    for entry, ours in _entries(folder):
+        if entry.name not in keep and ours and not entry.is_dir(follow_symlinks=False):
             os.unlink(entry.path)
         elif entry.name in named and entry.stat(follow_symlinks=False).st_size > named[entry.name] and entry.is_file(follow_symlinks=False):
             os.truncate(entry.path, named[entry.name])
@@ -144,11 +146,20 @@ def recover(folder: Path) -> None:
 
 def writable(folder: Path) -> None:
     """Raises ValueError where a folder holds something that is not of a log, and no manifest says that it is one nevertheless; or a link in its place."""
-    for entry in os.scandir(folder):
-        if (ours := entry.name == MANIFEST or OURS.fullmatch(entry.name) is not None) and not entry.is_file(follow_symlinks=False):
+    for entry, named in _entries(folder):
+        if (ours := named or entry.name == MANIFEST) and not entry.is_file(follow_symlinks=False):
             raise ValueError(f"{entry.path!r} is a link or a folder where a file of a document should be; remove it, or name another folder")
         if not ours and not os.path.lexists(folder / MANIFEST):
             raise ValueError(f"{str(folder)!r} is a folder that holds other things, such as {entry.name!r}; name a new folder for the document")
+
+
+def _entries(folder: Path) -> list[tuple[os.DirEntry[str], bool]]:
+    """What a folder holds, and whether it is of a log. Others use the names of BESIDE too: such a file is ours only beside a part that was to be a tail; so it
+    comes first, and is removed before that."""
+    found = sorted(os.scandir(folder), key=lambda entry: BESIDE.fullmatch(entry.name) is None)
+    torn = any(TORN.fullmatch(entry.name) for entry in found)
+    beside = {entry.name for entry in found if torn and BESIDE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)}
+    return [(entry, entry.name in beside or OURS.fullmatch(entry.name) is not None) for entry in found]
 
 
 def next_number(folder: Path) -> int:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.hf.placement import device_of
 from longreach.quantities import CHUNK_SIZE
 from longreach.running.reading import stream
+from longreach.running.resuming import Kept
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def answer(
     chunk_size: int = CHUNK_SIZE,
     sampling: Sampling = GREEDY,
     cache: Any = None,
-    resume: str | Path | None = None,
+    resume: Kept | None = None,
     stop: tuple[str, ...] = (),
     write: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda done: None,
@@ -80,7 +80,7 @@ def answer(
 
     extension  the one in force on the model; None is the stock model, which reads the prompt in one forward. So does a method that allows no cut.
     cache      that of an earlier answer, to go on from: `ids` still is the whole sequence and begins with what the cache holds.
-    resume     a folder to keep the prompt while it is read, and to go on from; see `stream`.
+    resume     where the prompt is kept while it is read, and what was read of it before; see `stream`.
     stop       strings that end the answer and are left out of its text. White space before the first word is not searched for them.
     stopped    asked between chunks and after each token; once it is true the answer ends there, whole and consistent with its cache.
     """
@@ -90,13 +90,15 @@ def answer(
     config = generation_config(model, tokenizer, max_new_tokens, sampling)
     streamer = _streamer(tokenizer, write)
     started = time.perf_counter()
-    cache = DynamicCache() if cache is None else cache
+    cache = resume.cache if resume is not None else DynamicCache() if cache is None else cache
     known = cache.get_seq_length()
     if known >= len(ids):
         raise ValueError(f"the cache holds {known} tokens and the sequence only {len(ids)}; pass the whole sequence with something new at its end")
     early = known if extension is None else extension.method.apart(len(ids))  # the rest is left for generate, which needs the last token's logits
     if extension is not None and early - known >= (extension.method.cut or 1):
-        for chunk in stream(extension, prompt[0, known:early], chunk_size=chunk_size, losses=False, cache=None if resume else cache, resume=resume):
+        begin = known if resume is None else 0  # `resume` looks at all of it
+        cache = cache if resume is None else None
+        for chunk in stream(extension, prompt[0, begin:early], chunk_size=chunk_size, losses=False, cache=cache, resume=resume):
             cache = chunk.cache
             progress(min(chunk.start + chunk_size, early))
             if stopped is not None and stopped():

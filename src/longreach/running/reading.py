@@ -47,7 +47,7 @@ def stream(
     chunk_size: int = CHUNK_SIZE,
     losses: bool = True,
     cache: Any = None,
-    resume: str | Path | None = None,
+    resume: str | Path | Kept | None = None,
 ) -> Iterator[Chunk]:
     """Feed `ids` (one sequence: a 1-D tensor or any iterable of ints, endless ones too) in chunks; yields a `Chunk` after each.
 
@@ -57,10 +57,11 @@ def stream(
     losses      False skips the language-model head except for the last token of a chunk.
     cache       the `cache` of an earlier chunk, to go on where it ended (its last token's successor has no loss then: NaN).
     resume      a folder to keep what is read, which costs a twentieth of the time at most. If it holds the beginning of this text already, read under the same
-                model, method and declared context, the first chunk is what follows. The last chunk is never kept, so that there is always one.
+                model, method and declared context, the first chunk is what follows. The last chunk is never kept, so the same text always has one left;
+                a shorter one that ends where the folder does has none.
 
-    Raises ValueError if the method's capacity is passed (stream with a bounded method such as LMInfinite), if the model gives a loss that is not finite, or if
-    a folder to resume holds something else or is damaged.
+    Raises ValueError if ids are no whole numbers, if the method's capacity is passed (stream with a bounded method such as LMInfinite), if the model gives a
+    loss that is not finite, or if a folder to resume holds something else or is damaged.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
@@ -69,6 +70,9 @@ def stream(
             ids = ids[0]
         if ids.dim() != 1:
             raise ValueError(f"a stream is one sequence: pass a 1-D tensor of token ids, not one of shape {list(ids.shape)}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"token ids are whole numbers, not {ids.dtype}; pass ids.long()")
+        ids = ids.long()
     model = extension.model if isinstance(extension, Extension) else extension
     device = device_of(model)
     last: torch.Tensor | None = None  # logits [V] that predict the next chunk's first token
@@ -76,7 +80,7 @@ def stream(
     if resume is not None:
         if cache is not None or not isinstance(extension, Extension):
             raise ValueError("a text is resumed under an extension and from a folder alone; pass what extend() returned, and leave out cache")
-        kept = Kept(extension, resume)
+        kept = resume if isinstance(resume, Kept) else Kept(extension, resume)
         cache, last, ids = kept.cache, kept.last, kept.rest(ids)
     cache = DynamicCache() if cache is None else cache
     start = cache.get_seq_length()

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from transformers import DynamicCache
 
 from longreach import files
 from longreach.hf import documents
+from longreach.hf.cache import store_of
 from longreach.hf.extension import Extension
 from longreach.memory import sealed
 
@@ -37,10 +39,12 @@ AT_ONCE = 2**16  # ids
 class Kept:
     """What has been read, and where it is kept. `tokens` of it were found in the folder, `cache` holds them, and `last` [V] predicts the next one."""
 
-    def __init__(self, extension: Extension, folder: str | Path) -> None:
-        """Raises ValueError, with the fix, for a method that cannot go on from the middle of a text, and for a folder that holds something else."""
+    def __init__(self, extension: Extension, folder: str | Path, most: int = sys.maxsize) -> None:
+        """most  tokens that are kept at most: what stands behind them (a question) may be another one next time. The last chunk is never kept.
+
+        Raises ValueError, with the fix, for a method that cannot go on from the middle of a text, and for a folder that holds something else."""
         _require_cuts(extension)
-        self.extension, self.folder = extension, Path(folder)
+        self.extension, self.folder, self.most = extension, Path(folder), most
         self.cache: Any = DynamicCache()
         self.last: torch.Tensor | None = None
         self.tokens, self._hash = 0, hashlib.sha256()
@@ -79,7 +83,7 @@ class Kept:
             left = iter(ids)
             read = itertools.islice(left, self.tokens)
             parts = iter(lambda: list(itertools.islice(read, AT_ONCE)), [])
-        count = 0
+        count, self._hash = 0, hashlib.sha256()
         for part in parts:
             self._count(part)
             count += len(part)
@@ -91,15 +95,22 @@ class Kept:
         return left
 
     def before(self, chunk: torch.Tensor, start: int, last: torch.Tensor | None, ends: bool) -> None:
-        """The cache holds `start` tokens, `last` are their logits, and `chunk` [n] is read next. It is saved when it is time, and where the text `ends` with
-        this chunk, which is not kept: so something is left to read, and a question may follow."""
-        if start > self._saved and (ends or time.perf_counter() - self._at >= self._cost / SHARE):
+        """The cache holds `start` tokens, `last` are their logits, and `chunk` [n] is read next. It is saved when it is time, and where no other save can
+        follow: the text `ends` with this chunk, or `most` lies in it."""
+        final = ends or start + chunk.numel() > self.most
+        if self._saved < start <= self.most and (final or time.perf_counter() - self._at >= self._cost / SHARE):
             self.save(start, last)
         self._count(chunk.tolist())
 
     def save(self, tokens: int, last: torch.Tensor | None) -> None:
         assert last is not None
         begun = time.perf_counter()
+        filed = store.filed if (store := store_of(self.cache)) is not None else None
+        if os.path.lexists(self.folder / sealed.MANIFEST) and documents.facts(self.folder).get("state") != (None if filed is None else filed.state):
+            raise ValueError(
+                f"{str(self.folder)!r} holds something else than this reading has put there, so another one keeps a text in it too; nothing was written over: "
+                "let one end before the other begins, or name a folder for each"
+            )
         logits = base64.b64encode(last.detach().float().cpu().contiguous().numpy().tobytes()).decode()
         notes = {NOTE: json.dumps({"tokens": tokens, "sha256": self._hash.hexdigest()}), LOGITS: logits}
         self.extension.save(self.cache, self.folder, notes=notes)
