@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import transformers as t
 
 import longreach
-from families import BASE, build, tokens
+from families import BASE, WINDOW, build, tokens
 from longreach import Combined, DualChunk, InfiniteHiP, InfLLM, LMInfinite, LongHeads, Quest, ReRoPE, SelfExtend, SirLLM, Stock, Tiered, YaRN, configs
 from longreach.cli import main, parameters
 from longreach.engine.batch import Batch
@@ -87,8 +88,9 @@ def test_blocks_that_have_no_room_are_missing():
     method, architecture = YaRN(64.0), read(build("llama").config, torch.float32)
     schedule, memory = Schedule.of(method, 3600, 3), Tiered("80KiB", host="32KiB")
     one = tiers.spread(architecture, method, schedule, memory)
-    assert one.blocks == 27 * 4 * 128 * 2 * 8 * 4 and one.missing == one.blocks - 112 * 1024 and not one.fits()
-    assert tiers.spread(architecture, method, schedule, memory, 3).missing == 3 * one.blocks - 112 * 1024
+    assert one.blocks == 27 * 4 * 128 * 2 * 8 * 4 and one.missing == one.blocks - 104 * 1024 and not one.fits()  # one slot of 8 KiB stays free
+    assert tiers.spread(architecture, method, schedule, memory, 3).missing == 3 * one.blocks - 104 * 1024
+    assert tiers.spread(architecture, method, schedule, Tiered("112KiB")).missing == one.blocks - 112 * 1024  # nothing moves
 
 
 def planned(context: int = 262_144, hardware: Any = "RTX4090", **more: Any) -> Any:
@@ -189,6 +191,29 @@ def test_tiers_that_are_full_bind():
     assert "to remember everything, pass tiers that hold" in small.warning
     with pytest.raises(ValueError, match=r"no method that keeps less fits either.*to remember everything"):
         dial.choose(NANO, 16_384, of_nano(1000, Tiered("64KiB", host="64KiB")))
+
+
+@pytest.mark.parametrize(("device", "host", "context"), [("150KiB", "", 1000), ("64KiB", "host=160KiB", 1050), ("40KiB", "host=88KiB", 700)])
+@pytest.mark.filterwarnings("ignore:memory binds", "ignore:context")
+def test_what_the_warning_says_can_be_read_to_the_last_token(device, host, context):
+    """With real tiers: the largest context that it names, no token more, and the tiers that it asks for, however they are divided."""
+
+    def tried(context: int, memory: Tiered) -> str | None:
+        with longreach.extend(model, context=context, memory=memory) as extension:
+            if isinstance(extension.method, SelfExtend):
+                list(stream(extension, tokens(1, context)[0], chunk_size=128, losses=False))
+        return extension.choice.warning if "memory binds" in (extension.choice.warning or "") else None
+
+    model, given = build("llama"), Tiered.parse(f"device={device}" + (f",{host}" if host else ""))
+    said = tried(context, given)
+    most, enough = re.search(r"at most (\d+) fits.* tiers that hold ([0-9.]+)KiB together", said).groups()
+    assert tried(int(most), given) is None is not tried(int(most) + 1, given)
+    refused = dial.by_length(configs.Window(WINDOW, "test"), int(most) + 1).method
+    with longreach.extend(model, refused, memory=given) as extension, pytest.raises(ValueError, match="no room left"):
+        list(stream(extension, tokens(1, int(most) + 1)[0], chunk_size=128, losses=False))
+    whole = int(float(enough) * 1024)
+    for part in (0, 64 * 1024, whole // 2, whole - 64 * 1024):
+        assert tried(context, Tiered(whole - part, host=part or None)) is None
 
 
 def test_where_memory_binds_tiers_are_offered():

@@ -169,7 +169,7 @@ def frugal(choice: Choice, budget: Budget, profile: Profile | None = None) -> Ch
 def in_tiers(wanted: Method, context: int, budget: Budget) -> str:
     """How everything could be kept nevertheless."""
     if isinstance(budget, InTiers):
-        return f"to remember everything, pass tiers that hold {size_text(budget.spread(wanted, context).blocks)} together (memory=, --memory)"
+        return f"to remember everything, {budget.fix(wanted, context)}"
     kept = kv_bytes(budget.architecture, wanted, Schedule.of(wanted, max(2, context), 1))
     return (
         f"to remember everything, keep its {gigabytes(kept)} in tiers: memory=Tiered(device=..., host=..., disk=...), --memory device=...,host=...,disk=...; "
