@@ -272,8 +272,11 @@ class Extension:
                 model(ids)
             choices.chosen[layer]     # [B, N]: how often each token was chosen
 
-        `first`: queries from this index on count. Raises ValueError where the method chooses nothing, for a dense reference, and inside another.
+        `first`: queries from this index on count. Raises ValueError for one that is no index, where the method chooses nothing, for a dense reference, and
+        inside another.
         """
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise ValueError(f"first is the index of a query, not {first!r}; pass a whole number from 0 on, or leave it out for all queries")
         if not any(layer.layout.choice for layer in self.facts.layers):
             raise ValueError(chooses_nothing(self.method, self.window.tokens))
         with self._watched(Choices(first)) as watch:
