@@ -232,6 +232,18 @@ def test_extend_asks_the_tiers_it_is_given(monkeypatch):
         assert extension.choice.offer is None or extension.choice.offer in extension.describe()
 
 
+def test_beyond_every_group_size_what_keeps_everything_is_named_with_its_recall():
+    with pytest.raises(ValueError, match="SelfExtend reaches 28736") as refusal:
+        dial.choose(NANO, 65_536)
+    for kind in (InfLLM, InfiniteHiP):
+        command, evidence = re.search(rf"{kind.__name__} \(--method ([^;]*); ([^)]*)\)", str(refusal.value)).groups()
+        name, *options = shlex.split(command)
+        method = parameters.build(name, options)
+        assert method == kind.recommended(512, 65_536) and method.capacity(512) is None and evidence == method.evidence and "32" in evidence
+    with pytest.raises(ValueError, match="only the last 1 tokens"):
+        dial.choose(configs.Window(1, "test"), 65_536)
+
+
 def test_every_method_that_chooses_says_what_it_was_measured_to_find():
     """Whoever adds one states it beside the method; what was not measured is said too."""
     for method in offers.known(512, 4096):

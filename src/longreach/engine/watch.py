@@ -56,7 +56,8 @@ class Choices:
     """What an index chooses for the queries of the forwards under way, as they are computed: nothing is asked twice.
 
     first   queries with an index from this one on count; of a layer that chooses only those who do, for the others see all that they may.
-    chosen  layer that chooses -> [B, N] int32, N tokens of the longest row: how often its index has shown a token, over queries and over those who choose apart in each (heads, groups, or the layer).
+    chosen  layer that chooses -> [B, N] int32, N tokens of the longest row: how often its index has shown a token, over queries and over those who choose
+            apart in each (heads, groups, or the layer).
     always  layer -> [B, N] int32: to how many queries it shows a token whatever the index says: near and first tokens, and a block that is not complete.
     asked   layer -> [B, 1] int32: the queries that count. A layer in which none does is in none of the three.
     """

@@ -15,6 +15,8 @@ from longreach.configs import Window, decoder
 from longreach.memory.budgets import Tiered, size_text
 from longreach.methods.base import Method
 from longreach.methods.dual_chunk import DualChunk
+from longreach.methods.infinitehip import InfiniteHiP
+from longreach.methods.infllm import InfLLM
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
@@ -220,8 +222,15 @@ def by_length(window: Window, context: int) -> Choice:
     raise ValueError(
         f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
         f"group size {group}; declare at most that, choose a larger group with SelfExtend(group_size=...), or read a text of any length "
-        f"with LMInfinite(n_local={length}) (--method lm-infinite --n-local {length}), which remembers only the last {length} tokens"
+        f"with LMInfinite(n_local={length}) (--method lm-infinite --n-local {length}), which remembers only the last {length} tokens{beyond(length, context)}"
     )
+
+
+def beyond(length: int, context: int) -> str:
+    """The methods that keep all of a text of any length, to be added to a sentence; "" where the window is too small for them."""
+    found = [(kind.__name__, offers.retrieving(kind, length, context)) for kind in (InfLLM, InfiniteHiP)]
+    known = [f"{name} (--method {' '.join(method.options())}; {method.evidence})" for name, method in found if method is not None]
+    return f", or with what keeps everything and shows each token blocks of it that it chooses: {' or '.join(known)}" if known else ""
 
 
 def recommended(method: type[Method], window: Window, context: int) -> Method:
