@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import warnings
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -125,6 +126,17 @@ def test_a_plan_has_rows_by_tier_with_the_traffic_and_the_bound(memory, tmp_path
     assert parameters.build("selfextend", words[words.index("selfextend") + 1 : words.index("--dtype")]) == static.method
 
 
+WHY = [(InfLLM(4096), "device=16MiB,host=64GiB", "the index of all users takes"), (SelfExtend(64, 1024), "device=1GiB", r"[0-9.]+GiB of blocks")]
+
+
+@pytest.mark.parametrize(("method", "given", "why"), WHY, ids=["index", "blocks"])
+def test_the_command_says_why_a_method_does_not_fit(capsys, tmp_path, method, given, why):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B.to_dict()))
+    options = ["plan", "--config", tmp_path / "config.json", "--context", "64k", "--hardware", "RTX4090", "--memory", given]
+    assert main([str(option) for option in [*options, "--method", *method.options()]]) == 1
+    assert re.search(f"it does not fit: {why}", capsys.readouterr().out)
+
+
 def test_tiers_are_of_all_users_together(memory):
     """Of 32 GiB each, the tiers hold those of two; a third has no room anywhere, however large the device is."""
     two, three = (planned(memory=memory, concurrency=n, method=YaRN(32.0)).rows[0] for n in (2, 3))
@@ -214,6 +226,35 @@ def test_what_the_warning_says_can_be_read_to_the_last_token(device, host, conte
     whole = int(float(enough) * 1024)
     for part in (0, 64 * 1024, whole // 2, whole - 64 * 1024):
         assert tried(context, Tiered(whole - part, host=part or None)) is None
+
+
+BY_HAND = [
+    (InfLLM(32, 4, 16, 2, repr_topk=8, exc_block_size=16), "device=48KiB,host=4MiB", "an index of"),
+    (SelfExtend(40, 20), "device=96KiB,host=96KiB", "have no room"),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "says"), BY_HAND, ids=["index", "blocks"])
+def test_a_method_by_hand_is_told_what_its_tiers_cannot_keep(method, given, says):
+    """Before anything is read; up to what the warning names it is read, and the tiers that it asks for hold all."""
+    model, context = build("llama"), 1040
+
+    def read_with(memory: Tiered, count: int, declared: int) -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            with longreach.extend(model, method, context=declared, memory=memory) as extension:
+                list(stream(extension, tokens(1, count)[0], chunk_size=128, losses=False))
+        return [str(one.message) for one in found if "pass tiers that hold" in str(one.message)]
+
+    with pytest.raises(ValueError, match="what the method's index keeps would take" if "index" in says else "no room left"):
+        read_with(Tiered.parse(given), context, context)
+    with pytest.warns(UserWarning, match=says):
+        longreach.extend(model, method, context=context, memory=Tiered.parse(given)).remove()
+    (said,) = read_with(Tiered.parse(given), 10, context)
+    most, enough, device = re.search(r"at most (\d+) tokens can.* hold ([0-9.]+)KiB together(?:, of which the device at least ([0-9.]+)KiB)?", said).groups()
+    assert read_with(Tiered.parse(given), int(most), int(most)) == []
+    least = f"device={device or 64}KiB,host={float(enough) - float(device or 64):g}KiB"
+    assert read_with(Tiered.parse(least), context, context) == []
 
 
 def test_where_memory_binds_tiers_are_offered():

@@ -25,6 +25,7 @@ from longreach.planning.machine import free_memory
 from longreach.planning.memory import Budget, Schedule, gigabytes, kv_bytes, largest
 from longreach.planning.profile import Profile
 from longreach.planning.tiers import InTiers
+from longreach.quantities import counted
 
 ORIGINAL_BASE = 10_000  # of rotary frequencies; the authors' models and nano have it
 LARGEST_GROUP = 64  # the authors' range for group sizes ends here
@@ -149,6 +150,15 @@ def budget(config: Any, dtype: torch.dtype, device: torch.device, memory: Tiered
         return Budget(decoder(config, dtype), free) if memory is None else InTiers(decoder(config, dtype), free, memory, device.type == "cpu")
     except ValueError:  # layers whose bytes we cannot count: then memory is no argument
         return None
+
+
+def too_large(method: Method, context: int, budget: Budget | None) -> str | None:
+    """What to warn of where a method was asked for and its tiers cannot keep a declared context: else that is found in the middle of the text."""
+    if not isinstance(budget, InTiers) or budget.spread(method, context).fits():
+        return None
+    most = largest(lambda n: budget.spread(method, n).fits(), context)
+    fewer = f"; at most {counted(most, 'token')} can be read with these" if most else ""
+    return f"{method.brief()} {budget.short(method, context)}{fewer}; {budget.fix(method, context)}"
 
 
 def frugal(choice: Choice, budget: Budget, profile: Profile | None = None) -> Choice:

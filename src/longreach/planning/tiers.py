@@ -56,6 +56,12 @@ class Spread:
         """Of so many users, for whom `missing` was counted."""
         return not self.missing and users * self.summaries <= self.room
 
+    def lacks(self, users: int = 1) -> str | None:
+        """Why it does not fit, in words; None where it does."""
+        if users * self.summaries > self.room:
+            return f"the index of all users takes {size_text(users * self.summaries)} on the device, whose budget has {size_text(self.room)} for it"
+        return f"{size_text(self.missing)} of blocks, and of the slots that stay free, have no room in any tier" if self.missing else None
+
     @property
     def device(self) -> int:
         """Budget of the device at least, for the summaries."""
