@@ -60,6 +60,20 @@ def test_a_document_is_asked_too(run: Run, folders: dict[str, str], book: Path, 
     assert found["retrieval"]["queries"] == found["new_tokens"] and found["retrieval"]["layers"][1]["chosen"]
 
 
+def test_who_does_not_choose_sees_everything(run: Run, folders: dict[str, str], book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only token of an answer is read with the prompt, where Quest does not choose."""
+    titles, draw = [], retrieval.draw
+    monkeypatch.setattr(retrieval, "draw", lambda found, title, *more: (titles.append(title), draw(found, title, *more)))
+    arguments = asked(folders, book, "--method", "quest", "--budget", 16, "--page-size", 4, "--dense-layers", 1, "--show-retrieval", tmp_path / "out.png")
+    (tmp_path / "text").write_text("few words")
+    arguments[arguments.index(book)] = tmp_path / "text"
+    for new in (1, 3):
+        found = run(*arguments, "--max-new-tokens", new, "--force", "--json").json["retrieval"]
+        assert found["queries"] == found["layers"][1]["queries"] == new - 1
+        assert (found["layers"][1]["always"] == [[0, found["tokens"], 1.0]]) == (new == 1) == (not found["layers"][1]["chosen"])
+    assert "no token of the answer chose: each saw all that it may" in titles[0] and "2 tokens of the answer chose" in titles[1]
+
+
 BY_HAND = ["--method", "selfextend", "--group-size", 16, "--window", 32], ["--method", "lm-infinite", "--n-local", 48, "--top-k", 3]
 
 

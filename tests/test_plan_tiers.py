@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import warnings
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -13,7 +15,7 @@ import torch
 import transformers as t
 
 import longreach
-from families import BASE, build, tokens
+from families import BASE, WINDOW, build, tokens
 from longreach import Combined, DualChunk, InfiniteHiP, InfLLM, LMInfinite, LongHeads, Quest, ReRoPE, SelfExtend, SirLLM, Stock, Tiered, YaRN, configs
 from longreach.cli import main, parameters
 from longreach.engine.batch import Batch
@@ -87,8 +89,9 @@ def test_blocks_that_have_no_room_are_missing():
     method, architecture = YaRN(64.0), read(build("llama").config, torch.float32)
     schedule, memory = Schedule.of(method, 3600, 3), Tiered("80KiB", host="32KiB")
     one = tiers.spread(architecture, method, schedule, memory)
-    assert one.blocks == 27 * 4 * 128 * 2 * 8 * 4 and one.missing == one.blocks - 112 * 1024 and not one.fits()
-    assert tiers.spread(architecture, method, schedule, memory, 3).missing == 3 * one.blocks - 112 * 1024
+    assert one.blocks == 27 * 4 * 128 * 2 * 8 * 4 and one.missing == one.blocks - 104 * 1024 and not one.fits()  # one slot of 8 KiB stays free
+    assert tiers.spread(architecture, method, schedule, memory, 3).missing == 3 * one.blocks - 104 * 1024
+    assert tiers.spread(architecture, method, schedule, Tiered("112KiB")).missing == one.blocks - 112 * 1024  # nothing moves
 
 
 def planned(context: int = 262_144, hardware: Any = "RTX4090", **more: Any) -> Any:
@@ -121,6 +124,17 @@ def test_a_plan_has_rows_by_tier_with_the_traffic_and_the_bound(memory, tmp_path
     assert row["moved"]["bound"] == "disk" and f"--memory {memory}" in static.command
     words = shlex.split(static.command)
     assert parameters.build("selfextend", words[words.index("selfextend") + 1 : words.index("--dtype")]) == static.method
+
+
+WHY = [(InfLLM(4096), "device=16MiB,host=64GiB", "the index of all users takes"), (SelfExtend(64, 1024), "device=1GiB", r"[0-9.]+GiB of blocks")]
+
+
+@pytest.mark.parametrize(("method", "given", "why"), WHY, ids=["index", "blocks"])
+def test_the_command_says_why_a_method_does_not_fit(capsys, tmp_path, method, given, why):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B.to_dict()))
+    options = ["plan", "--config", tmp_path / "config.json", "--context", "64k", "--hardware", "RTX4090", "--memory", given]
+    assert main([str(option) for option in [*options, "--method", *method.options()]]) == 1
+    assert re.search(f"it does not fit: {why}", capsys.readouterr().out)
 
 
 def test_tiers_are_of_all_users_together(memory):
@@ -191,6 +205,58 @@ def test_tiers_that_are_full_bind():
         dial.choose(NANO, 16_384, of_nano(1000, Tiered("64KiB", host="64KiB")))
 
 
+@pytest.mark.parametrize(("device", "host", "context"), [("150KiB", "", 1000), ("64KiB", "host=160KiB", 1050), ("40KiB", "host=88KiB", 700)])
+@pytest.mark.filterwarnings("ignore:memory binds", "ignore:context")
+def test_what_the_warning_says_can_be_read_to_the_last_token(device, host, context):
+    """With real tiers: the largest context that it names, no token more, and the tiers that it asks for, however they are divided."""
+
+    def tried(context: int, memory: Tiered) -> str | None:
+        with longreach.extend(model, context=context, memory=memory) as extension:
+            if isinstance(extension.method, SelfExtend):
+                list(stream(extension, tokens(1, context)[0], chunk_size=128, losses=False))
+        return extension.choice.warning if "memory binds" in (extension.choice.warning or "") else None
+
+    model, given = build("llama"), Tiered.parse(f"device={device}" + (f",{host}" if host else ""))
+    said = tried(context, given)
+    most, enough = re.search(r"at most (\d+) fits.* tiers that hold ([0-9.]+)KiB together", said).groups()
+    assert tried(int(most), given) is None is not tried(int(most) + 1, given)
+    refused = dial.by_length(configs.Window(WINDOW, "test"), int(most) + 1).method
+    with longreach.extend(model, refused, memory=given) as extension, pytest.raises(ValueError, match="no room left"):
+        list(stream(extension, tokens(1, int(most) + 1)[0], chunk_size=128, losses=False))
+    whole = int(float(enough) * 1024)
+    for part in (0, 64 * 1024, whole // 2, whole - 64 * 1024):
+        assert tried(context, Tiered(whole - part, host=part or None)) is None
+
+
+BY_HAND = [
+    (InfLLM(32, 4, 16, 2, repr_topk=8, exc_block_size=16), "device=48KiB,host=4MiB", "an index of"),
+    (SelfExtend(40, 20), "device=96KiB,host=96KiB", "have no room"),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "says"), BY_HAND, ids=["index", "blocks"])
+def test_a_method_by_hand_is_told_what_its_tiers_cannot_keep(method, given, says):
+    """Before anything is read; up to what the warning names it is read, and the tiers that it asks for hold all."""
+    model, context = build("llama"), 1040
+
+    def read_with(memory: Tiered, count: int, declared: int) -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            with longreach.extend(model, method, context=declared, memory=memory) as extension:
+                list(stream(extension, tokens(1, count)[0], chunk_size=128, losses=False))
+        return [str(one.message) for one in found if "pass tiers that hold" in str(one.message)]
+
+    with pytest.raises(ValueError, match="what the method's index keeps would take" if "index" in says else "no room left"):
+        read_with(Tiered.parse(given), context, context)
+    with pytest.warns(UserWarning, match=says):
+        longreach.extend(model, method, context=context, memory=Tiered.parse(given)).remove()
+    (said,) = read_with(Tiered.parse(given), 10, context)
+    most, enough, device = re.search(r"at most (\d+) tokens can.* hold ([0-9.]+)KiB together(?:, of which the device at least ([0-9.]+)KiB)?", said).groups()
+    assert read_with(Tiered.parse(given), int(most), int(most)) == []
+    least = f"device={device or 64}KiB,host={float(enough) - float(device or 64):g}KiB"
+    assert read_with(Tiered.parse(least), context, context) == []
+
+
 def test_where_memory_binds_tiers_are_offered():
     budget = dial.Budget(of_nano(0, Tiered("64KiB")).architecture, 0)
     need = budget.needs(dial.choose(NANO, 8192).method, 8192)
@@ -205,6 +271,18 @@ def test_extend_asks_the_tiers_it_is_given(monkeypatch):
     with longreach.extend(model, context=1000, memory=Tiered("48KiB", host="1MiB", staging="64KiB")) as extension:
         assert isinstance(extension.method, SelfExtend) and extension.report()["offer"] == extension.choice.offer
         assert extension.choice.offer is None or extension.choice.offer in extension.describe()
+
+
+def test_beyond_every_group_size_what_keeps_everything_is_named_with_its_recall():
+    with pytest.raises(ValueError, match="SelfExtend reaches 28736") as refusal:
+        dial.choose(NANO, 65_536)
+    for kind in (InfLLM, InfiniteHiP):
+        command, evidence = re.search(rf"{kind.__name__} \(--method ([^;]*); ([^)]*)\)", str(refusal.value)).groups()
+        name, *options = shlex.split(command)
+        method = parameters.build(name, options)
+        assert method == kind.recommended(512, 65_536) and method.capacity(512) is None and evidence == method.evidence and "32" in evidence
+    with pytest.raises(ValueError, match="only the last 1 tokens"):
+        dial.choose(configs.Window(1, "test"), 65_536)
 
 
 def test_every_method_that_chooses_says_what_it_was_measured_to_find():

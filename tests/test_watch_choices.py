@@ -79,6 +79,8 @@ def test_what_is_recorded_is_what_the_truth_shows(method, first):
             if layer in counts:
                 found[:, : counts[layer].shape[1]] += counts[layer] * times
         assert torch.equal(found, total), layer
+        if queries:
+            assert choices.always[layer].shape == choices.chosen.get(layer, choices.always[layer]).shape == (2, LENGTH)
         if choice is None:
             assert layer not in choices.chosen
         elif layer in choices.chosen:  # what no block is complete of was no choice of the index
@@ -131,6 +133,23 @@ def test_tiers_fetch_no_more_for_being_watched(tmp_path):
 
 
 @torch.no_grad()
+def test_what_is_read_together_is_counted_without_the_looks_at_the_model():
+    model, ids = build("llama"), tokens(1, LENGTH)
+    with longreach.extend(model, InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8)) as extension:
+        with extension.watching_choices() as choices:
+            flat = extension.flat()  # the first one compares forwards
+            flat.read({flat.join(): ids[0]})
+        with extension.watching_choices() as plain:
+            model(ids, use_cache=False)
+        with extension.watching() as watch:
+            extension.forward.flat_checked = False
+            extension.flat()
+    for found, want in ((choices.asked, plain.asked), (choices.always, plain.always), (choices.chosen, plain.chosen)):
+        assert found.keys() == want.keys() and all(torch.equal(found[layer], want[layer]) for layer in want)
+    assert not watch.mass
+
+
+@torch.no_grad()
 def test_the_data_has_shares():
     """A decoded token of four heads: a stretch is as often chosen as its share says."""
     model, ids = build("llama"), tokens(1, LENGTH)
@@ -164,6 +183,9 @@ def test_who_chooses_nothing_is_refused():
     fix = r"chooses no keys.*--method infllm --n-local"
     for method in (SelfExtend(3, 8), LMInfinite(9, 3, top_k=2, top_k_from_layer=2)):
         with longreach.extend(model, method) as extension, pytest.raises(ValueError, match=fix), extension.watching_choices():
+            pass
+    for first in (1.5, -1, True, "4"):
+        with longreach.extend(model, Quest(12, 4, 1)) as extension, pytest.raises(ValueError, match="pass a whole number"), extension.watching_choices(first):
             pass
     again = pytest.raises(ValueError, match="watched already")
     with longreach.extend(model, Quest(12, 4, 1)) as extension, extension.watching_choices(), again, extension.watching():

@@ -122,7 +122,9 @@ def show(console: Console, found: Plan) -> None:
     if request.memory is not None:
         console.print(tiers_table(found))
     for row in found.rows:
-        console.print(Text.assemble("  ", (" ".join(row.method.options()), "bold"), f": {row.remark}"), soft_wrap=True)
+        lacks = None if row.tiers is None else row.tiers.lacks(request.concurrency)
+        said = row.remark + (f"; it does not fit: {lacks}" if lacks else "")
+        console.print(Text.assemble("  ", (" ".join(row.method.options()), "bold"), f": {said}"), soft_wrap=True)
     console.print("\nto run")
     for row in shown_commands(found):
         console.print(Text(f"  {row.command}"), soft_wrap=True)

@@ -62,7 +62,9 @@ def place(ids: list[int], sentence: list[int]) -> list[tuple[int, int]]:
 
 
 def title(method: Method, found: dict[str, Any]) -> str:
-    """Method, tokens, budget."""
+    """Method, tokens, budget; where nobody chose, that."""
+    if not found["queries"]:
+        return f"{method.brief()}\n{found['tokens']} tokens; no token of the answer chose: each saw all that it may (a longer answer shows what is chosen)"
     layer = next(layer for layer in found["layers"] if layer["chooses"])
     blocks = f"{layer['keep']} blocks of {layer['block']} tokens" if layer["block"] > 1 else counted(layer["keep"], "token")
     who = f", apart in {layer['apart']} heads" if layer["apart"] > 1 else ""

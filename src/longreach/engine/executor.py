@@ -212,7 +212,7 @@ class _Call:
         first = max(self.rows.start, taking, choices.first)
         if not choosing or first >= stop:
             return
-        choices.ask(self.layer.index, self.rows.rows, stop - first, device)
+        choices.ask(self.layer.index, self.rows.rows, stop - first, stop, device)
         for segment in self.layer.layout.segments:
             if segment.choice is None:
                 for piece in self.pieces(replace(segment.visible, first_query=max(first, segment.visible.first_query))):

@@ -56,9 +56,10 @@ class Choices:
     """What an index chooses for the queries of the forwards under way, as they are computed: nothing is asked twice.
 
     first   queries with an index from this one on count; of a layer that chooses only those who do, for the others see all that they may.
-    chosen  layer -> [B, N] int32: how often its index has shown a token, over queries and over those who choose apart in each (heads, groups, or the layer).
+    chosen  layer that chooses -> [B, N] int32, N tokens of the longest row: how often its index has shown a token, over queries and over those who choose
+            apart in each (heads, groups, or the layer).
     always  layer -> [B, N] int32: to how many queries it shows a token whatever the index says: near and first tokens, and a block that is not complete.
-    asked   layer -> [B] int32: the queries that count.
+    asked   layer -> [B, 1] int32: the queries that count. A layer in which none does is in none of the three.
     """
 
     first: int = 0
@@ -69,9 +70,13 @@ class Choices:
     def wants(self, layer: int) -> bool:
         return True
 
-    def ask(self, layer: int, rows: slice, queries: int, device: torch.device) -> None:
-        """So many queries more."""
+    def ask(self, layer: int, rows: slice, queries: int, tokens: int, device: torch.device) -> None:
+        """So many queries more, of rows that have so many tokens: both counts of a layer speak of the same rows and tokens."""
         self._room(self.asked, layer, rows.stop, 1, device)[rows] += queries
+        counts = [found for found in (self.chosen, self.always) if found is self.always or layer in found]
+        shapes = [found[layer].shape for found in counts if layer in found]
+        for found in counts:
+            self._room(found, layer, max([rows.stop, *(shape[0] for shape in shapes)]), max([tokens, *(shape[1] for shape in shapes)]), device)
 
     def show(self, layer: int, rows: slice, piece: Piece, device: torch.device) -> None:
         """What no index decides about."""

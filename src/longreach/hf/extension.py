@@ -135,12 +135,13 @@ def _chosen(
 ) -> Chosen:
     """The method, asked for or chosen by the dial, and how far it reaches. Raises where that is less than the declared context."""
     window = configs.trained_window(config, trained_window)
-    choice = None
+    choice, weight = None, next(model.parameters())
     if method is None:
         assert context is not None
-        weight = next(model.parameters())
         choice = dial.choose(window, context, dial.budget(config, weight.dtype, weight.device, memory), profile)
         method, context = choice.method, choice.context
+    elif context and memory and (said := dial.too_large(method, context, dial.budget(config, weight.dtype, weight.device, memory))):
+        warnings.warn(said, stacklevel=3)
     if method.needs_context and context is None:
         raise ValueError(
             f"{method.name} fixes its frequencies once for a whole sequence, from the declared context; pass context=N (--context N), "
@@ -272,8 +273,11 @@ class Extension:
                 model(ids)
             choices.chosen[layer]     # [B, N]: how often each token was chosen
 
-        `first`: queries from this index on count. Raises ValueError where the method chooses nothing, for a dense reference, and inside another.
+        `first`: queries from this index on count. Raises ValueError for one that is no index, where the method chooses nothing, for a dense reference, and
+        inside another.
         """
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise ValueError(f"first is the index of a query, not {first!r}; pass a whole number from 0 on, or leave it out for all queries")
         if not any(layer.layout.choice for layer in self.facts.layers):
             raise ValueError(chooses_nothing(self.method, self.window.tokens))
         with self._watched(Choices(first)) as watch:

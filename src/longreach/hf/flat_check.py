@@ -35,6 +35,15 @@ def require_exact(forward: Forward) -> None:
     """Raise where a request that is read beside others would not be what it is alone. A model is looked at once."""
     if forward.flat_checked:
         return
+    watch, forward.watch = forward.watch, None  # who watches the model asks about its texts
+    try:
+        _require_exact(forward)
+    finally:
+        forward.watch = watch
+    forward.flat_checked = True
+
+
+def _require_exact(forward: Forward) -> None:
     facts = forward.facts
     name = type(facts.base).__name__
     if facts.slot_scales:
@@ -55,7 +64,6 @@ def require_exact(forward: Forward) -> None:
             f"{name} gives other logits to a request at index {5 * far} that is read beside others (by {off:.1e}): its code counts the slots of a cache or the "
             "tokens of a forward in place of position_ids; read requests one by one"
         )
-    forward.flat_checked = True
 
 
 def _beside(forward: Forward, starts: Sequence[int]) -> float:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longreach.engine.watch import Choices
 from longreach.methods.base import Method
 from longreach.methods.infllm import InfLLM
 
 if TYPE_CHECKING:
-    from longreach.engine.watch import Choices
+    from longreach.engine.layer import Layer
     from longreach.hf.facts import Facts
 
 
@@ -28,7 +29,7 @@ def retrieved(facts: Facts, choices: Choices, tokens: int, row: int = 0) -> dict
 
     Of every layer: whether it chooses, blocks of how many tokens, at most how many of them, and how many choose `apart` for a query (heads, groups of heads,
     or 1). `chosen`: stretches [first, stop, share] of tokens that its index has shown to the same share of those who chose; `always`: those that queries saw
-    whatever the index said. A share is above 0.
+    whatever the index said; of a layer in which nobody chose, all that the last token may see. A share is above 0.
     """
     layers = []
     for layer, entry in zip(facts.layers, facts.reading.entries, strict=True):
@@ -38,10 +39,19 @@ def retrieved(facts: Facts, choices: Choices, tokens: int, row: int = 0) -> dict
         found: dict[str, Any] = {"layer": layer.index, "chooses": choice is not None, "queries": asked, "apart": apart}
         found |= {"block": None, "keep": None} if choice is None else {"block": choice.block, "keep": choice.keep}
         found["chosen"] = stretches(choices.chosen.get(layer.index), row, tokens, asked * apart)
-        found["always"] = stretches(choices.always.get(layer.index), row, tokens, asked)
+        found["always"] = stretches(choices.always.get(layer.index), row, tokens, asked) if asked else everything(layer, tokens)
         layers.append(found)
     queries = max(layer["queries"] for layer in layers if layer["chooses"])
     return {"method": facts.chosen.method.to_json(), "tokens": tokens, "queries": queries, "layers": layers}
+
+
+def everything(layer: Layer, tokens: int) -> list[list[float]]:
+    """What the last token sees where it does not choose."""
+    found = Choices(tokens - 1)
+    for segment in layer.layout.segments:
+        for piece in segment.visible.pieces(tokens - 1, tokens):
+            found.show(layer.index, slice(0, 1), piece, torch.device("cpu"))
+    return stretches(found.always.get(layer.index), 0, tokens, 1)
 
 
 def stretches(counts: torch.Tensor | None, row: int, tokens: int, of: int) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,14 @@ def size_text(count: int) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.4g}{unit}"
+    return f"{count}B"
+
+
+def size_at_least(count: int) -> str:
+    """As `size_text`, but never less than `count`: for a size to be passed."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{math.ceil(count / size * 100) / 100:g}{unit}"
     return f"{count}B"
 
 

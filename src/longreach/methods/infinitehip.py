@@ -163,7 +163,9 @@ class InfiniteHiP(Method):
     name: ClassVar[str] = "infinitehip"
     paper: ClassVar[str] = "arXiv 2502.08910"
     recalls: ClassVar[str] = "the last window of tokens, the first few, and the small blocks that a search finds"
-    evidence: ClassVar[str] = "on nano at 8 windows it found 16 of 16 far pass keys, as SelfExtend did; longer texts were not measured"
+    evidence: ClassVar[str] = (
+        "on nano it found 16 of 16 far pass keys at 8 windows, as SelfExtend did, and at 32 windows 3 of 4 in Moby-Dick and none of 4 in repeated filler"
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("sink", 0), ("budget", 1), ("query_block", 1), ("first_layers", 0)):

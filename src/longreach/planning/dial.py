@@ -15,6 +15,8 @@ from longreach.configs import Window, decoder
 from longreach.memory.budgets import Tiered, size_text
 from longreach.methods.base import Method
 from longreach.methods.dual_chunk import DualChunk
+from longreach.methods.infinitehip import InfiniteHiP
+from longreach.methods.infllm import InfLLM
 from longreach.methods.lm_infinite import LMInfinite
 from longreach.methods.selfextend import SelfExtend
 from longreach.methods.stock import Stock
@@ -23,6 +25,7 @@ from longreach.planning.machine import free_memory
 from longreach.planning.memory import Budget, Schedule, gigabytes, kv_bytes, largest
 from longreach.planning.profile import Profile
 from longreach.planning.tiers import InTiers
+from longreach.quantities import counted
 
 ORIGINAL_BASE = 10_000  # of rotary frequencies; the authors' models and nano have it
 LARGEST_GROUP = 64  # the authors' range for group sizes ends here
@@ -149,6 +152,15 @@ def budget(config: Any, dtype: torch.dtype, device: torch.device, memory: Tiered
         return None
 
 
+def too_large(method: Method, context: int, budget: Budget | None) -> str | None:
+    """What to warn of where a method was asked for and its tiers cannot keep a declared context: else that is found in the middle of the text."""
+    if not isinstance(budget, InTiers) or budget.spread(method, context).fits():
+        return None
+    most = largest(lambda n: budget.spread(method, n).fits(), context)
+    fewer = f"; at most {counted(most, 'token')} can be read with these" if most else ""
+    return f"{method.brief()} {budget.short(method, context)}{fewer}; {budget.fix(method, context)}"
+
+
 def frugal(choice: Choice, budget: Budget, profile: Profile | None = None) -> Choice:
     """The first of the methods that need less memory and fit, or an error with the largest context that the dial's own choice could have."""
     wanted, context, window = choice.method, choice.context, choice.window
@@ -169,7 +181,7 @@ def frugal(choice: Choice, budget: Budget, profile: Profile | None = None) -> Ch
 def in_tiers(wanted: Method, context: int, budget: Budget) -> str:
     """How everything could be kept nevertheless."""
     if isinstance(budget, InTiers):
-        return f"to remember everything, pass tiers that hold {size_text(budget.spread(wanted, context).blocks)} together (memory=, --memory)"
+        return f"to remember everything, {budget.fix(wanted, context)}"
     kept = kv_bytes(budget.architecture, wanted, Schedule.of(wanted, max(2, context), 1))
     return (
         f"to remember everything, keep its {gigabytes(kept)} in tiers: memory=Tiered(device=..., host=..., disk=...), --memory device=...,host=...,disk=...; "
@@ -220,8 +232,15 @@ def by_length(window: Window, context: int) -> Choice:
     raise ValueError(
         f"no usual parameters reach a context of {context} tokens from a trained window of {length} ({window.reason}): SelfExtend reaches {most} with "
         f"group size {group}; declare at most that, choose a larger group with SelfExtend(group_size=...), or read a text of any length "
-        f"with LMInfinite(n_local={length}) (--method lm-infinite --n-local {length}), which remembers only the last {length} tokens"
+        f"with LMInfinite(n_local={length}) (--method lm-infinite --n-local {length}), which remembers only the last {length} tokens{beyond(length, context)}"
     )
+
+
+def beyond(length: int, context: int) -> str:
+    """The methods that keep all of a text of any length, to be added to a sentence; "" where the window is too small for them."""
+    found = [(kind.__name__, offers.retrieving(kind, length, context)) for kind in (InfLLM, InfiniteHiP)]
+    known = [f"{name} (--method {' '.join(method.options())}; {method.evidence})" for name, method in found if method is not None]
+    return f", or with what keeps everything and shows each token blocks of it that it chooses: {' or '.join(known)}" if known else ""
 
 
 def recommended(method: type[Method], window: Window, context: int) -> Method:

@@ -6,6 +6,7 @@ known only when it runs: what it brings is the most that it can be, and comes fr
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from longreach.configs import Attention, Decoder
 from longreach.core.choice import Choice
 from longreach.core.segments import Layout, forms, summaries
 from longreach.engine import chosen
-from longreach.memory.budgets import Tiered, size_text
+from longreach.memory.budgets import Tiered, size_at_least, size_text
 from longreach.memory.placement import ROLLBACK
 from longreach.memory.tiers import SUMMARIES
 from longreach.methods.base import Method
@@ -24,14 +25,17 @@ from longreach.planning.work import layouts
 from longreach.quantities import CHUNK_SIZE, counted
 
 ITEMSIZE = 4  # bytes of a number, at most
+LARGEST = 3  # tiers: device, host and disk
 
 
 @dataclass(frozen=True)
 class Spread:
     """In bytes, of one user but for `missing`.
 
-    blocks     all of them. `held`: in every tier, when the schedule ends, each where it lies highest. `missing`: those of all users that no tier has room for.
+    blocks     all of them. `held`: in every tier, when the schedule ends, each where it lies highest. `missing`: room that those of all users lack, of which
+               a slot of every kind stays free where there are several tiers.
     summaries  what an index keeps, on the device. `room`: what there is for all users.
+    enough     what tiers have to hold together, however it is divided among them, so that nothing is missing.
     apart      on the device beside its budget: last tokens and bounded forms.
     token      blocks that the last token reads from every tier but the device; `prefill`: that all forwards up to the first new token do.
     at_most    whether they may be fewer.
@@ -42,6 +46,7 @@ class Spread:
     missing: int
     summaries: int
     room: int
+    enough: int
     apart: int
     token: dict[str, int]
     prefill: dict[str, int]
@@ -50,6 +55,17 @@ class Spread:
     def fits(self, users: int = 1) -> bool:
         """Of so many users, for whom `missing` was counted."""
         return not self.missing and users * self.summaries <= self.room
+
+    def lacks(self, users: int = 1) -> str | None:
+        """Why it does not fit, in words; None where it does."""
+        if users * self.summaries > self.room:
+            return f"the index of all users takes {size_text(users * self.summaries)} on the device, whose budget has {size_text(self.room)} for it"
+        return f"{size_text(self.missing)} of blocks, and of the slots that stay free, have no room in any tier" if self.missing else None
+
+    @property
+    def device(self) -> int:
+        """Budget of the device at least, for the summaries."""
+        return math.ceil(self.summaries / SUMMARIES)
 
     @property
     def moved(self) -> int:
@@ -72,45 +88,52 @@ def spread(architecture: Decoder, method: Method, schedule: Schedule, memory: Ti
     budgets, unit = memory.budgets, memory.block
     each = [(layer, layout, n) for (layer, layout), n in layouts(architecture, method).items()]
     sizes = [(*buffers(layer, layout, architecture.itemsize * unit), n) for layer, layout, n in each]
-    counts: Counter[int] = Counter()  # bytes of a block -> buffers that have such
+    counts: Counter[tuple[int, int]] = Counter()  # heads and bytes of a block -> buffers that have such
     for keys, values, n in sizes:
-        counts.update({size: own * n for size, own in Counter([*keys, *values]).items()})
-    whole = sum(size * count for size, count in counts.items())
+        counts.update({kind: own * n for kind, own in Counter([*keys, *values]).items()})
+    whole = sum(kind[1] * count for kind, count in counts.items())
     kept = sum(summary_bytes(layer, layout, architecture.itemsize) * n for layer, layout, n in each) * unit
-    room = int(min(budgets["device"] * SUMMARIES, kept / whole * sum(budgets.values()))) if whole and kept else 0
+    share = kept / whole if whole else 0.0
+    room = int(min(budgets["device"] * SUMMARIES, share * sum(budgets.values())))
     total, count = tier_bytes(architecture, method, schedule, unit), sealed(schedule.stored, unit)
 
-    def placed(size: int, blocks: int) -> list[int]:
-        """Blocks of one kind by tier, the oldest lowest; behind them what has no room."""
-        found, left = [], blocks * counts[size] * users
-        for name, budget in budgets.items():
-            found.append(min(left, (budget - room if name == "device" else budget) * counts[size] // whole))
-            left -= found[-1]
-        return [*found, left]
+    def slots(kind: tuple[int, int]) -> list[int]:
+        return [(budget - room if name == "device" else budget) * counts[kind] // whole for name, budget in budgets.items()]
 
-    def moved(start: int, stop: int) -> Counter[str]:
-        passed, wanted, found = Counter[int](), Counter[int](), Counter[str]()
-        for (layer, layout, n), (keys, values, _) in zip(each, sizes):
-            read = reads(layer, layout, start, stop, unit)
-            for size, compared in [*((size, read.compared) for size in keys[:1]), *((size, 0) for size in values)]:
-                passed[size] += (read.passed + compared) * n
-                wanted[size] += read.chosen * n
-        for size, blocks in passed.items():
-            lie, every = placed(size, sealed(start, unit)), sealed(start, unit) * counts[size] * users
-            below = [(name, lie[tier]) for tier, name in enumerate(budgets) if tier and lie[tier]]
-            for name, some in below:  # evenly, for all of them go by
-                found[name] += size * blocks * some // every
-            if below:
-                found[below[-1][0]] += size * wanted[size]
+    def placed(kind: tuple[int, int], blocks: int) -> list[int]:
+        """Blocks of one kind by tier, the oldest lowest."""
+        found, left = [], blocks * counts[kind] * users
+        for most in slots(kind):
+            found.append(min(left, most))
+            left -= found[-1]
         return found
 
-    held = {size: placed(size, count) for size in counts}
+    def moved(start: int, stop: int) -> Counter[str]:
+        passed, wanted, found = Counter[tuple[int, int]](), Counter[tuple[int, int]](), Counter[str]()
+        for (layer, layout, n), (keys, values, _) in zip(each, sizes):
+            read = reads(layer, layout, start, stop, unit)
+            for kind, compared in [*((kind, read.compared) for kind in keys[:1]), *((kind, 0) for kind in values)]:
+                passed[kind] += (read.passed + compared) * n
+                wanted[kind] += read.chosen * n
+        for kind, blocks in passed.items():
+            lie, every = placed(kind, sealed(start, unit)), sealed(start, unit) * counts[kind] * users
+            below = [(name, lie[tier]) for tier, name in enumerate(budgets) if tier and lie[tier]]
+            for name, some in below:  # evenly, for all of them go by
+                found[name] += kind[1] * blocks * some // every
+            if below:
+                found[below[-1][0]] += kind[1] * wanted[kind]
+        return found
+
+    held, spare = {kind: placed(kind, count) for kind in counts}, 1 if len(budgets) > 1 else 0
+    lost = sum(size for _, size in counts) * (LARGEST + 1) if count else 0  # of every kind the spare slot, and what is left of every budget
+    enough = (total["blocks"] + lost) / (1 - min(share, SUMMARIES))
     return Spread(
         blocks=total["blocks"],
-        held={name: sum(size * held[size][tier] for size in counts) // users for tier, name in enumerate(budgets)},
-        missing=sum(size * found[-1] for size, found in held.items()),
+        held={name: sum(kind[1] * held[kind][tier] for kind in counts) // users for tier, name in enumerate(budgets)},
+        missing=sum(kind[1] * max(0, count * counts[kind] * users + spare - sum(slots(kind))) for kind in counts) if count else 0,
         summaries=total["summaries"],
         room=room,
+        enough=math.ceil(max(enough, total["summaries"] / share if share else 0)),
         apart=total["apart"],
         token=dict(moved(schedule.stored, schedule.stored + 1)),
         prefill=dict(sum((moved(start, start + new) for start, new in schedule.reads()), Counter())),
@@ -123,10 +146,11 @@ def sealed(tokens: int, unit: int) -> int:
     return max(0, tokens - ROLLBACK) // unit
 
 
-def buffers(layer: Attention, layout: Layout, token: int) -> tuple[list[int], list[int]]:
-    """Bytes of a block of every buffer that keeps all tokens: of keys, of values. `token`: bytes of a block of width 1."""
-    keys = [layer.kv_heads * layer.key_width * token for kept in forms(layout).values() if kept.place is None]
-    return keys, [layer.kv_heads * layer.value_width * token] if keys else []
+def buffers(layer: Attention, layout: Layout, token: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Heads and bytes of a block of every buffer that keeps all tokens: of keys, of values. `token`: bytes of a block of width 1."""
+    heads = layer.kv_heads
+    keys = [(heads, heads * layer.key_width * token) for kept in forms(layout).values() if kept.place is None]
+    return keys, [(heads, heads * layer.value_width * token)] if keys else []
 
 
 def summary_bytes(layer: Attention, layout: Layout, itemsize: int) -> float:
@@ -177,16 +201,17 @@ def touched(choice: Choice, layer: Attention, queries: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class InTiers(Budget):
-    """The same over tiers. `lazily`: an arena takes what was written to it, and the host's memory is the device's own, as on a CPU."""
+    """The same over tiers, for a text of which every token is read. `lazily`: an arena takes what was written to it, and the host's memory is the device's own,
+    as on a CPU."""
 
     memory: Tiered
     lazily: bool
 
     def spread(self, method: Method, context: int, chunk: int = CHUNK_SIZE) -> Spread:
-        return spread(self.architecture, method, Schedule.of(method, max(2, context), 1, chunk), self.memory)
+        return spread(self.architecture, method, read_whole(method, context, chunk), self.memory)
 
     def needs(self, method: Method, context: int, chunk: int = CHUNK_SIZE) -> int:
-        found, schedule = self.spread(method, context, chunk), Schedule.of(method, max(2, context), 1, chunk)
+        found, schedule = self.spread(method, context, chunk), read_whole(method, context, chunk)
         tiers = found.held["device"] + found.summaries + found.held.get("host", 0) if self.lazily else self.memory.budgets["device"]
         beside = found.apart + temporary_bytes(self.architecture, method, schedule) + int(self.memory.staging) * bool(found.blocks)
         return round(MARGIN * beside) + tiers * bool(found.blocks)
@@ -198,4 +223,19 @@ class InTiers(Budget):
         found = self.spread(method, context)
         if found.fits():
             return super().short(method, context)
-        return f"keeps {size_text(found.blocks + found.summaries)} of {counted(context, 'token')}, for which the tiers ({self.memory}) have no room"
+        if found.summaries > found.room:
+            index = f"an index of {size_text(found.summaries)} of {counted(context, 'token')}"
+            return f"keeps {index} on the device, whose budget has {size_text(found.room)} for it"
+        beside = " beside the block of each kind that stays free" if len(self.memory.budgets) > 1 else ""
+        return f"keeps {size_text(found.blocks + found.summaries)} of {counted(context, 'token')}, for which the tiers ({self.memory}) have no room{beside}"
+
+    def fix(self, method: Method, context: int) -> str:
+        """Tiers that would do, however they are divided."""
+        found = self.spread(method, context)
+        device = f", of which the device at least {size_at_least(found.device)}" if found.summaries else ""
+        return f"pass tiers that hold {size_at_least(found.enough)} together{device} (memory=, --memory)"
+
+
+def read_whole(method: Method, context: int, chunk: int) -> Schedule:
+    """Reading so many tokens; the one that is answered then is never fed."""
+    return Schedule.of(method, max(1, context) + 1, 1, chunk)
