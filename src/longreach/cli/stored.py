@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longreach.cli import parameters, profiles, targets, text
+from longreach.cli import profiles, targets, text
 from longreach.cli.common import Output, progress_bar
 from longreach.quantities import counted
 
@@ -134,6 +134,7 @@ def reopen(out: Output, model: CausalLM, tokenizer: Tokenizer, choice: Choice, f
 
 def require_same(extension: Extension, folder: Path) -> None:
     """Raises ValueError, with the options to pass, where the folder of --resume was read with another method or context."""
+    from longreach.cli import parameters
     from longreach.hf import documents
     from longreach.running import resuming
 
