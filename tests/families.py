@@ -13,7 +13,7 @@ import torch
 from longreach.checking import families
 from longreach.checking.families import BASE, FAMILIES, REFUSED, WINDOW, rope
 
-__all__ = ["BASE", "DEVICE", "FAMILIES", "REFUSED", "WINDOW", "build", "rope", "tokens"]
+__all__ = ["BASE", "DEVICE", "FAMILIES", "REFUSED", "WINDOW", "build", "each_once", "rope", "tokens"]
 
 DEVICE = os.environ.get("LONGREACH_TEST_DEVICE", "cpu")
 
@@ -24,3 +24,8 @@ def build(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
 
 def tokens(rows: int, count: int, seed: int = 3) -> torch.Tensor:
     return families.tokens(rows, count, seed).to(DEVICE)
+
+
+def each_once(rows: int, count: int, seed: int = 3) -> torch.Tensor:
+    """The same, but no token comes twice in a row: equal ones have equal un-rotated keys in the first layer, and nobody says which of equal blocks is chosen."""
+    return torch.stack([torch.randperm(95, generator=torch.Generator().manual_seed(seed + row))[:count] + 1 for row in range(rows)]).to(DEVICE)

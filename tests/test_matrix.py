@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import longreach
-from families import FAMILIES, WINDOW, build, tokens
+from families import FAMILIES, WINDOW, build, each_once, tokens
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.methods import registry
 from methods_matrix import METHODS, NEUTRAL, UNROTATED, cells, context, each_family, refusal
@@ -51,7 +51,7 @@ def assert_refused(model, method, sentence: str, **arguments) -> None:
 @torch.no_grad()
 def test_fast_equals_dense(family, method):
     """One shot, cached one shot, chunks with decode, a left-padded batch: all against one dense forward."""
-    model, ids = model_of(family), tokens(2, LENGTH)
+    model, ids = model_of(family), (tokens if method.choice is None else each_once)(2, LENGTH)
     declared = context(method, LENGTH)
     if sentence := refusal(family, method):
         assert_refused(model, method, sentence, context=declared)
