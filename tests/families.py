@@ -27,5 +27,6 @@ def tokens(rows: int, count: int, seed: int = 3) -> torch.Tensor:
 
 
 def each_once(rows: int, count: int, seed: int = 3) -> torch.Tensor:
-    """The same, but no token comes twice in a row: equal ones have equal un-rotated keys in the first layer, and nobody says which of equal blocks is chosen."""
+    """The same, but no token comes twice in a row. Equal tokens have equal un-rotated keys in the first layer, and which of two equal blocks is chosen
+    nobody says."""
     return torch.stack([torch.randperm(95, generator=torch.Generator().manual_seed(seed + row))[:count] + 1 for row in range(rows)]).to(DEVICE)
