@@ -11,6 +11,7 @@ from typing import Literal
 from longreach.quantities import byte_count
 
 LARGEST_BLOCK = 256  # tokens; as many as a record of a document has, which blocks divide
+SUMMARIES = 0.5  # of the budget of the device, at most
 
 
 @dataclass(frozen=True)
@@ -105,3 +106,18 @@ def _divided(disk: object) -> tuple[Path, int]:
     if not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder!r} for the blocks on disk; make it first, or name another one")
     return Path(folder), found
+
+
+def room_for_summaries(spec: Tiered, share: float) -> int:
+    """Bytes of the device's budget for what an index keeps of blocks, `share` bytes for every byte of them."""
+    return int(min(spec.budgets["device"] * SUMMARIES, share * sum(spec.budgets.values())))
+
+
+def slots_of(spec: Tiered, room: int, count: int, unit: int) -> list[int]:
+    """By tier, the slots of a kind of which `count` blocks come to every `unit` bytes of all kinds, where summaries have `room` on the device."""
+    return [(budget - room if name == "device" else budget) * count // unit for name, budget in spec.budgets.items()]
+
+
+def spare_of(spec: Tiered) -> int:
+    """Slots of every kind that stay free, to move blocks through."""
+    return 1 if len(spec.budgets) > 1 else 0

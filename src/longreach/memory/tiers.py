@@ -20,11 +20,10 @@ from typing import Any
 import torch
 
 from longreach.memory.arenas import Arena, InFile, InMemory, Kind, runs
-from longreach.memory.budgets import Tiered, size_text
+from longreach.memory.budgets import Tiered, room_for_summaries, size_text, slots_of, spare_of
 from longreach.memory.lane import Lane, Reading
 from longreach.memory.shelves import Block, Entry, Shelf
 
-SUMMARIES = 0.5  # of the device's budget, at most
 
 class Pool:
     """kinds    of every kind of block, how many buffers of all layers fill one with the same tokens.
@@ -42,17 +41,17 @@ class Pool:
         self.fetched = dict.fromkeys(self.names, 0)  # blocks that were asked for, by the fastest tier that had them
         self.evicted = dict.fromkeys(self.names, 0)
         self.waited = 0.0  # seconds
-        self.summaries = int(min(spec.budgets["device"] * SUMMARIES, summaries * sum(spec.budgets.values())))  # bytes that these may take
+        self.summaries = room_for_summaries(spec, summaries)  # bytes that these may take
         self.most_staged = 0  # bytes
         self._staged: list[tuple[weakref.ref[torch.Tensor], int]] = []
         self._gone: deque[Entry] = deque()
         self._lane = Lane()
         unit = sum(kind.nbytes * count for kind, count in kinds.items())  # bytes of the same tokens in all layers
         self._shelves: dict[Kind, list[Shelf]] = {kind: [] for kind in kinds}
+        room = {kind: slots_of(spec, self.summaries, count, unit) for kind, count in kinds.items()}
         for tier, (name, budget) in enumerate(spec.budgets.items()):
-            for kind, count in kinds.items():
-                slots = (budget - self.summaries if tier == 0 else budget) * count // unit
-                if slots < 1:
+            for kind in kinds:
+                if (slots := room[kind][tier]) < 1:
                     raise ValueError(f"{name}={size_text(budget)} is too small for a block of each kind of keys and values; pass at least {size_text(unit)}")
                 folder = spec.folder if name == "disk" else None
                 device = kind.device if name == "device" else torch.device("cpu")
@@ -78,8 +77,7 @@ class Pool:
     def _missing(self, kind: Kind, count: int) -> int:
         """Slots that `count` blocks more of every buffer would need beyond those that there are."""
         shelves = self._shelves[kind]
-        spare = 1 if len(shelves) > 1 else 0
-        return sum(len(shelf.only) - shelf.arena.capacity for shelf in shelves) + count * self.kinds[kind] + spare
+        return sum(len(shelf.only) - shelf.arena.capacity for shelf in shelves) + count * self.kinds[kind] + spare_of(self.spec)
 
     def require_summaries(self, size: int) -> None:
         if size > self.summaries:

@@ -16,9 +16,8 @@ from longreach.configs import Attention, Decoder
 from longreach.core.choice import Choice
 from longreach.core.segments import Layout, forms, summaries
 from longreach.engine import chosen
-from longreach.memory.budgets import Tiered, size_at_least, size_text
+from longreach.memory.budgets import SUMMARIES, Tiered, room_for_summaries, size_at_least, size_text, slots_of, spare_of
 from longreach.memory.placement import ROLLBACK
-from longreach.memory.tiers import SUMMARIES
 from longreach.methods.base import Method
 from longreach.planning.memory import MARGIN, Budget, Schedule, temporary_bytes, tier_bytes
 from longreach.planning.work import layouts
@@ -94,16 +93,15 @@ def spread(architecture: Decoder, method: Method, schedule: Schedule, memory: Ti
     whole = sum(kind[1] * count for kind, count in counts.items())
     kept = sum(summary_bytes(layer, layout, architecture.itemsize) * n for layer, layout, n in each) * unit
     share = kept / whole if whole else 0.0
-    room = int(min(budgets["device"] * SUMMARIES, share * sum(budgets.values())))
+    room = room_for_summaries(memory, share)
     total, count = tier_bytes(architecture, method, schedule, unit), sealed(schedule.stored, unit)
 
-    def slots(kind: tuple[int, int]) -> list[int]:
-        return [(budget - room if name == "device" else budget) * counts[kind] // whole for name, budget in budgets.items()]
+    slots = {kind: slots_of(memory, room, own, whole) for kind, own in counts.items()}
 
     def placed(kind: tuple[int, int], blocks: int) -> list[int]:
         """Blocks of one kind by tier, the oldest lowest."""
         found, left = [], blocks * counts[kind] * users
-        for most in slots(kind):
+        for most in slots[kind]:
             found.append(min(left, most))
             left -= found[-1]
         return found
@@ -124,13 +122,13 @@ def spread(architecture: Decoder, method: Method, schedule: Schedule, memory: Ti
                 found[below[-1][0]] += kind[1] * wanted[kind]
         return found
 
-    held, spare = {kind: placed(kind, count) for kind in counts}, 1 if len(budgets) > 1 else 0
+    held, spare = {kind: placed(kind, count) for kind in counts}, spare_of(memory)
     lost = sum(size for _, size in counts) * (LARGEST + 1) if count else 0  # of every kind the spare slot, and what is left of every budget
     enough = (total["blocks"] + lost) / (1 - min(share, SUMMARIES))
     return Spread(
         blocks=total["blocks"],
         held={name: sum(kind[1] * held[kind][tier] for kind in counts) // users for tier, name in enumerate(budgets)},
-        missing=sum(kind[1] * max(0, count * counts[kind] * users + spare - sum(slots(kind))) for kind in counts) if count else 0,
+        missing=sum(kind[1] * max(0, count * counts[kind] * users + spare - sum(slots[kind])) for kind in counts) if count else 0,
         summaries=total["summaries"],
         room=room,
         enough=math.ceil(max(enough, total["summaries"] / share if share else 0)),
