@@ -16,12 +16,12 @@ from longreach.quantities import counted
 
 Row = dict[str, Any]
 PAGE, README, PICTURES = ROOT / "docs/real-models.md", ROOT / "README.md", ROOT / "docs"
-CORE = ("stock", "old rule", "dial", "tuned", "rerope", "yarn", "lm-infinite")
+CORE = ("stock", "old rule", "second rule", "dial", "tuned", "rerope", "yarn", "lm-infinite")
 FORMS = {"chat": "filler, chat template", "raw": "filler, raw prompt", "novel": "hidden in a novel, raw prompt"}
-NAMES = {"old rule": "the dial's old rule", "dial": "the dial", "rerope": "ReRoPE", "yarn": "YaRN", "lm-infinite": "LM-Infinite"}
+NAMES = {"old rule": "the dial's old rule", "second rule": "its second rule", "dial": "the dial", "rerope": "ReRoPE", "yarn": "YaRN", "lm-infinite": "LM-Infinite"}
 LABELS = NAMES | {"dial": "**the dial**"}
 PICTURE_LABELS = NAMES | {"tuned": "longreach tune"}
-COLOURS = dict(zip(CORE, ("#8a8a8a", "#6fb3e0", canvas.BLUE, "#c0392b", "#2a9d6f", "#8a5ab5", canvas.ORANGE)))
+COLOURS = dict(zip(CORE, ("#8a8a8a", "#6fb3e0", "#9bb8d0", canvas.BLUE, "#c0392b", "#2a9d6f", "#8a5ab5", canvas.ORANGE)))
 
 
 def write_page(models: dict[str, list[Row]]) -> None:
@@ -151,12 +151,12 @@ def made(rows: Sequence[Row]) -> str:
 
 
 def first_table(rows: Sequence[Row]) -> str:
-    """What users get, without what was: the old rule is on the page."""
+    """What users get, without what was: the old rules are on the page."""
     answers, loss = [row for row in rows if row["task"] == "passkeys"], [row for row in rows if row["task"] == "loss"]
     length = {row["windows"]: row["length"] for row in rows}
     columns = [(w, form) for w in (1.5, 2.0) for form in ("chat", "raw") if any((row["windows"], row["form"]) == (w, form) for row in answers)]
     body = []
-    for name in (name for name in ordered(answers) if name in CORE and name != "old rule"):
+    for name in (name for name in ordered(answers) if name in CORE and name not in ("old rule", "second rule")):
         cells = [cell(share(answers, name, w, form)) for w, form in columns]
         if any(cells):
             found = [fmean(row["losses"][-2:]) for row in loss if row["setting"] == name and row["windows"] == 2.0]

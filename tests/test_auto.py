@@ -11,7 +11,7 @@ import longreach
 from families import build
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.configs import Window, trained_window
-from longreach.planning.dial import LARGEST_GROUP, STRETCHED, WHOLE, choose, declare, limit
+from longreach.planning.dial import LARGEST_GROUP, STRETCHED_FAR, WHOLE, choose, declare, limit
 
 
 @pytest.mark.parametrize("length", [512, 2048, 4096, 8192, 32768])
@@ -30,23 +30,26 @@ def test_the_smallest_group_that_keeps_to_two_thirds(length, times):
     assert near + (times * length - near) / smaller > length * 2 // 3
 
 
-@pytest.mark.parametrize(("length", "times"), [(8192, 1.5), (8192, 2), (8192, 8), (32768, 2), (4096, 4)])
-def test_a_raised_base_keeps_keys_near(length, times):
+@pytest.mark.parametrize(
+    ("length", "times", "near", "far"),
+    [(8192, 1.5, 32, 8), (32768, 1.2, 32, 8), (8192, 1.51, 16, 2), (8192, 2, 16, 2), (8192, 8, 16, 2), (32768, 2, 16, 2), (4096, 4, 16, 2)],
+)
+def test_a_raised_base_keeps_keys_near(length, times, near, far):
     context = int(times * length)
     choice = choose(Window(length, "test", 100_000.0), context)
     method = choice.method
-    assert choice.warning is None and method.log_scale is None and abs(method.window - length / 32) <= method.group_size / 2
-    assert method.window % method.group_size == 0 and method.window + (context - method.window) / method.group_size <= length / 8
+    assert choice.warning is None and method.log_scale is None and abs(method.window - length / near) <= method.group_size / 2
+    assert method.window % method.group_size == 0 and method.window + (context - method.window) / method.group_size <= length / far
     fewer = method.group_size - 1
-    near = max(1, round(length / 32 / fewer)) * fewer
-    assert near + (context - near) / fewer > length / 8
+    window = max(1, round(length / near / fewer)) * fewer
+    assert window + (context - window) / fewer > length / far
     assert "100000" in choice.reason and "longreach tune" in choice.reason
     assert choose(Window(length, "test", 10_000.0), context).method == choose(Window(length, "test"), context).method != method
 
 
-def test_what_an_eighth_does_not_reach_is_warned_of_and_then_refused():
+def test_what_half_does_not_reach_is_warned_of_and_then_refused():
     late, whole = Window(8192, "test", 500_000.0), Window(8192, "test")
-    edge = STRETCHED.furthest(8192)
+    edge = STRETCHED_FAR.furthest(8192)
     assert choose(late, edge).warning is None
     beyond = choose(late, edge + 100)
     assert beyond.method == replace(choose(whole, edge + 100).method, log_scale=None) and f"at most {edge}" in beyond.warning
@@ -59,8 +62,8 @@ def test_a_window_that_is_given_is_believed():
     config = build("llama").config
     config.rope_parameters, config.max_position_embeddings = {**config.rope_parameters, "rope_theta": 1e6}, 1024
     assert trained_window(config).base == 1e6 and trained_window(config, 1024).base is None
-    assert choose(trained_window(config), 2000).method == SelfExtend(22, 22)
-    assert choose(trained_window(config, 1024), 2000).method == choose(Window(1024, ""), 2000).method
+    assert choose(trained_window(config), 1500).method == SelfExtend(15, 30)
+    assert choose(trained_window(config, 1024), 1500).method == choose(Window(1024, ""), 1500).method
 
 
 def test_stock_when_the_context_fits():

@@ -22,7 +22,7 @@ def test_every_reading_is_there_once_and_the_ceiling_comes_first():
     assert len(plan) == len(set(plan)) > 400
     assert all(r.setting == "stock" and r.windows <= 1 for r in plan[:4])
     core = {(r.setting, r.windows, r.form) for r in plan if r.task == "passkeys"}
-    assert {(name, w, form) for name in bench.run.CORE for w in (1.5, 2.0) for form in ("chat", "raw", "novel")} <= core
+    assert {(name, w, form) for name in bench.run.CORE if name != "second rule" for w in (1.5, 2.0) for form in ("chat", "raw", "novel")} <= core
     documents = [r.document for r in plan if (r.setting, r.windows, r.form, r.task) == ("dial", 1.5, "chat", "passkeys")]
     assert documents == list(range(4))
 
@@ -31,6 +31,12 @@ def test_the_old_rule_is_the_one_before_the_revision():
     assert bench.run.old_rule(8192, 12288) == SelfExtend(3, 1023, log_scale=8192)
     for context in (600, 1024, 2048, 4096):
         assert bench.run.old_rule(512, context) == dial.choose(Window(512, "nano"), context).method
+
+
+def test_the_second_rule_is_the_dials_up_to_one_and_a_half_windows():
+    for context in (8193, 10000, 12288):
+        assert bench.run.second_rule(8192, context) == dial.choose(Window(8192, "", 1e5), context).method
+    assert bench.run.second_rule(8192, 16384) == SelfExtend(21, 252) != dial.choose(Window(8192, "", 1e5), 16384).method == SelfExtend(5, 510)
 
 
 @pytest.fixture(scope="module")

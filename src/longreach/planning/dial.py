@@ -60,7 +60,9 @@ class Shares:
 
 
 WHOLE = Shares(8, Fraction(2, 3), LARGEST_GROUP)  # the authors' empirical rule: only the lower two thirds are well trained; for L/8 see docs/nano.md
-STRETCHED = Shares(32, Fraction(1, 8), 4 * LARGEST_GROUP)  # where the window was stretched late in training: docs/real-models.md
+STRETCHED = Shares(32, Fraction(1, 8), 4 * LARGEST_GROUP)  # where the window was stretched late in training, up to NOT_FAR windows: docs/real-models.md
+STRETCHED_FAR = Shares(16, Fraction(1, 2), LARGEST_GROUP)  # and beyond
+NOT_FAR = Fraction(3, 2)  # measured at one and a half windows and at two, not between
 
 
 @dataclass(frozen=True)
@@ -203,8 +205,8 @@ def by_length(window: Window, context: int) -> Choice:
     """SelfExtend with the smallest group size that the rules allow; stock when the context fits anyway.
 
     The rule of the authors: w + (N - w) / g <= 2/3 L, for only well-trained positions should be used, with w = L/8 rounded to a multiple of g, and the log
-    scale of the official code with base L. Where the window was stretched (see `stretched`), w = L/32 and at most L/8 come first, without the log scale;
-    what needs more is warned of. The loose rule: every distance is below L.
+    scale of the official code with base L. Where the window was stretched (see `stretched`), there is no log scale, and w = L/32 with distances of at most L/8
+    comes first for N up to 3/2 L, then w = L/16 with at most L/2; what needs more is warned of. The loose rule: every distance is below L.
     """
     if not isinstance(context, int) or isinstance(context, bool) or context < 1:
         raise ValueError(f"context must be a positive number of tokens, not {context!r}; count the prompt and the new tokens")
@@ -213,10 +215,10 @@ def by_length(window: Window, context: int) -> Choice:
         fit = "1 token fits" if context == 1 else f"{context} tokens fit"
         return Choice(Stock(), context, window, f"{fit} the trained window of {length} ({window.reason}): plain attention")
     exceeds = f"{context} tokens exceed the trained window of {length} ({window.reason})"
-    rules = shares_of(window)
+    rules = shares_of(window, context)
     for shares in rules:
         if (method := smallest(window, shares, context)) is not None:
-            because = f", whose frequency base was raised to {window.base:g}" if shares == STRETCHED else ""
+            because = f", whose frequency base was raised to {window.base:g}" if shares in (STRETCHED, STRETCHED_FAR) else ""
             reason = (
                 f"{exceeds}: smallest group size whose largest distance, {method.window + (context - method.window) // method.group_size}, "
                 f"stays within {shares.far} of it ({shares.largest(length)}){because}; {why(window)}"
@@ -264,9 +266,12 @@ def stretched(window: Window) -> bool:
     return window.base is not None and window.base > ORIGINAL_BASE
 
 
-def shares_of(window: Window) -> tuple[Shares, ...]:
-    """The rules for a window, the preferred one first. SmolLM2-135M (base 100000) finds the more the nearer keys are brought: docs/real-models.md."""
-    return (STRETCHED, WHOLE) if stretched(window) else (WHOLE,)
+def shares_of(window: Window, context: int) -> tuple[Shares, ...]:
+    """The rules for a window, the preferred one first. SmolLM2-135M (base 100000) finds more where keys are brought near, and at two windows loses more by
+    groups that are that large: docs/real-models.md."""
+    if not stretched(window):
+        return (WHOLE,)
+    return (STRETCHED_FAR, WHOLE) if context > NOT_FAR * window.tokens else (STRETCHED, STRETCHED_FAR, WHOLE)
 
 
 def smallest(window: Window, shares: Shares, context: int) -> SelfExtend | None:
@@ -280,7 +285,7 @@ def smallest(window: Window, shares: Shares, context: int) -> SelfExtend | None:
 
 def poorly(window: Window, context: int) -> str:
     """What to warn of."""
-    shares, length = shares_of(window)[0], window.tokens
+    shares, length = shares_of(window, context)[0], window.tokens
     return (
         f"context {context} needs distances beyond {shares.far} of the trained window of {length}, where positions are poorly trained; "
         f"a context of at most {shares.furthest(length)} keeps within them"
