@@ -68,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="nano")
     parser.add_argument("--length", default="4k")
+    parser.add_argument("--dtype")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--book", action="store_true", help="hide keys in Moby-Dick, not in filler that repeats one sentence")
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args, rest = parser.parse_known_args()
     method: Method = parameters.build(args.method, rest, [])
-    model, tokenizer = longreach.load(args.model)
+    model, tokenizer = longreach.load(args.model, dtype=args.dtype)
     text = longreach.shipped_book() if args.book else None
     settings = Settings(lengths=(token_count(args.length, "--length"),), depths=DEPTHS, samples=args.samples, seed=args.seed, text=text)
     with torch.no_grad(), longreach.extend(model, method) as extension:
