@@ -177,7 +177,8 @@ class _Layer:
         assert choice is not None
         compared: torch.Tensor | None
         for (shelf, kv), (_, other) in zip(*(memory.shelves(form, step) for form in forms)):  # the same shelves: both forms keep every token
-            parts = self.parts(forms[0], shelf, kv) if kept is not None or choice.index.probes or not any(shelf.firsts) else None
+            shared, compares = any(shelf.firsts), kept is None and not choice.index.probes
+            parts = None if shared and (compares or not memory.at_hand) else self.parts(forms[0], shelf, kv)
             for members in [(n,) for n in shelf.members] if parts is None else [shelf.members]:
                 if not (keys := max(visible.keys_of(self.starts[n]) for n in members)):
                     continue

@@ -40,6 +40,7 @@ def values_kept(forms: Mapping[PositionMap, Retention], shared: bool) -> list[Re
 class Contiguous:
     """The memory of one layer. Implements `memory.layer.LayerMemory`."""
 
+    at_hand: ClassVar[bool] = True
     apart: ClassVar[bool] = False  # whether forms that keep fewer tokens are always read with values of their own
 
     def __init__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -69,7 +69,11 @@ class LayerMemory(Shown, Protocol):
     """One that stores, so that rows go on from what they have read.
 
     What a forward has appended counts once the placements have committed: `settle`. A forward that failed leaves the memory as it was: `discard`.
+
+    at_hand  what rows share can be read where it lies; else whoever has chosen asks for that alone.
     """
+
+    at_hand: ClassVar[bool]
 
     @property
     def held(self) -> Mapping[int, int]:

@@ -50,6 +50,7 @@ class Counted(Contiguous):
 class TieredLayer(Counted):
     """The memory of one layer that keeps every token of some form. Implements `memory.layer.LayerMemory`."""
 
+    at_hand: ClassVar[bool] = False
     apart: ClassVar[bool] = True
     whole: BlockBuffer
 
