@@ -26,7 +26,7 @@ METHODS = [
 class Ledger:
     """Every entry of every form of every row that was ever read, in a list: nothing is shared, moved or forgotten."""
 
-    at_hand = True
+    at_hand, weigh = True, None
 
     def __init__(self, placements: Any, forms: Any) -> None:
         rows = len(next(iter(placements.values())).ends)

@@ -307,8 +307,9 @@ def test_an_index_with_blocks_of_one_token_is_refused(method):
 
 def test_a_policy_that_nothing_feeds_is_refused():
     model = build("llama")
-    with pytest.raises(ValueError, match="leave out policy"):
-        longreach.extend(model, Quest(12, 4, 1), trained_window=128, memory=Tiered("1MiB", policy="mass"))
+    for method, backend in ((SelfExtend(3, 8), "auto"), (Quest(12, 4, 2), "auto"), (Quest(12, 4, 1), "reference")):
+        with pytest.raises(ValueError, match="leave out policy"):
+            longreach.extend(model, method, trained_window=128, memory=Tiered("1MiB", policy="mass"), backend=backend)
     assert not hasattr(model, "longreach")
 
 

@@ -15,6 +15,8 @@ from longreach.memory.placement import Placement
 from longreach.memory.recalled import Recalled
 from longreach.memory.steps import Shelf, Step
 
+Weigh = Callable[[PositionMap, slice, int, torch.Tensor, torch.Tensor], None]  # (positions, rows, start, columns, paid), as `gather` has them; paid is fp32
+
 
 class Shown(Protocol):
     """Writing is not reading: `append` returns nothing, and `view` shows what was appended in the forward under way too.
@@ -23,6 +25,11 @@ class Shown(Protocol):
     """
 
     recalled: Recalled
+
+    @property
+    def weigh(self) -> Weigh | None:
+        """Who wants to know what was paid to the tokens that were gathered; None: nobody."""
+        ...
 
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         """New tokens from index `start` on: keys [n, G, T, D] in every form, values [n, G, T, E]. Of a form that keeps first tokens only, fewer may come."""

@@ -139,10 +139,10 @@ class InfLLM(Method):
         n, far = self.n_local, Constant(self.n_local - 1)
         index = Representatives(self.blocks, self.repr_topk, n, self.heads, self.relevance)
         choice = Choice(index, self.blocks + 1, self.block_size, self.heads, queries=self.exc_block_size, lag=1)
-        segments = [Segment(Identity(), Identity(), Visible(0, n)), Segment(far, Constant(0), Visible(n, first_key=self.n_init), choice=choice)]
+        segments = [Segment(Identity(), Identity(), Visible(0, n))]
         if self.n_init:
             segments.append(Segment(far, Constant(0), Visible(n, last_key=self.n_init)))
-        return Layout(tuple(segments))
+        return Layout((*segments, Segment(far, Constant(0), Visible(n, first_key=self.n_init), choice=choice)))
 
     def distances(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return hidden_to_nan((i - j).clamp(max=self.n_local - 1), j <= i)
