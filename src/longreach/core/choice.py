@@ -98,6 +98,10 @@ class Index(ABC):
         """One of the stages of a choice, by queries as `choose` gets them: what it leaves of what the one `before` has left; the last one, what is chosen."""
         raise NotImplementedError(f"{type(self).__name__} chooses in one stage")
 
+    def compared(self, blocks: int, queries: int) -> tuple[int, ...]:
+        """What so many queries who choose together among so many complete blocks are compared with, in every stage, in widths of a key; for a cost model."""
+        return (blocks * max(1, self.width),)
+
     def require_widths(self, key: int, value: int) -> None:  # noqa: B027
         """Raises ValueError where keys and values of these widths cannot be summarised."""
 

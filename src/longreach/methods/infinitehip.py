@@ -55,6 +55,15 @@ class Scan(Index):
         first = first.expand(q.shape[0], -1, -1)[:, None]
         return self.ids(first, past) if last else first
 
+    def compared(self, blocks: int, queries: int) -> tuple[int, ...]:
+        """Of each chunk two keys, log2(size) + 1 times, with the means of the queries; a stage that would leave all compares nothing."""
+        found, chunks = [], max(1, -(-(blocks * self.chunks[-1] - self.sink) // self.chunks[0]))
+        for size, smaller, kept, stride in zip(self.chunks, (*self.chunks[1:], self.chunks[-1]), self.kept, self.strides):
+            asks = blocks > 0 and chunks > kept // size
+            found.append(asks * chunks * 2 * ((size - 1).bit_length() + 1) * -(-queries // stride))
+            chunks = min(chunks, kept // size) * (size // smaller)
+        return tuple(found)
+
     def ids(self, first: torch.Tensor, past: Past) -> torch.Tensor:
         """Numbers of the blocks that begin there, and of those of the sink."""
         block, candidates = self.chunks[-1], past.candidates[:, None]

@@ -177,7 +177,10 @@ def reads(layer: Attention, layout: Layout, start: int, stop: int, unit: int) ->
             choice = segment.choice
             lengths = stretches(choice, layer, piece.first, piece.last, piece.to_key)
             times = sum(n * min(every, touched(choice, layer, queries, unit)) for queries, n in lengths)
-            found = replace(found, chosen=found.chosen + times, compared=found.compared + (0 if choice.index.width else every))
+            passed = 0 if choice.index.width else every
+            if choice.refresh and stop - start == 1:  # its share of what the first stage goes through
+                passed = -(-every // choice.refresh[0])
+            found = replace(found, chosen=found.chosen + times, compared=found.compared + passed)
     return found
 
 
