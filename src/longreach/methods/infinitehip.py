@@ -148,7 +148,7 @@ class InfiniteHiP(Method):
     sink          first tokens that always stay visible, a multiple of the last of chunks.
     budget        keys that the search leaves, a multiple of the last of chunks.
     chunks        keys of a chunk in every stage, each a multiple of the next.
-    kept          keys that each stage but the last leaves, multiples of its chunk.
+    kept          keys that each stage but the last leaves, multiples of its chunk; with one stage () or, on the command line, none.
     strides       queries of a prompt of which each stage compares the mean.
     query_block   queries of a prompt that search together; a prompt may be cut at multiples of it.
     refresh       how often each stage is asked anew, in decoded tokens, each a multiple of the next; the serving recipes have 96, 24, 8.
@@ -188,7 +188,8 @@ class InfiniteHiP(Method):
         stages = len(self.chunks)
         for name, count in (("chunks", max(1, stages)), ("kept", stages - 1), ("strides", stages), ("refresh", stages)):
             given, of = len(getattr(self, name)), "stage but the last" if name == "kept" else "stage"
-            require(given == count, f"{name} must have one entry for every {of} ({count}), not {given}; chunks says how many stages there are")
+            fix = "chunks says how many stages there are" + ("" if count else f"; pass none, {name}=() or --{name} none")
+            require(given == count, f"{name} must have one entry for every {of} ({count}), not {given}; {fix}")
         for name in ("chunks", "refresh"):
             pairs = zip(getattr(self, name), getattr(self, name)[1:])
             require(all(a % b == 0 for a, b in pairs), f"every entry of {name} must be a multiple of the next, not {getattr(self, name)}")
