@@ -64,6 +64,7 @@ class Index(ABC):
     needs   what `summarise` gets beside the keys: "q", the queries of the block's own tokens, and "v", the values.
     mass    not 0: and "mass", what the queries that are less than so many tokens ahead have paid to every key.
     probes  it has no summaries and looks up keys one by one, un-rotated, in `stages`.
+    first   so many first keys of the segment are among what it chooses, whatever the query.
     """
 
     each: ClassVar[Literal["group", "head"]] = "group"
@@ -77,6 +78,10 @@ class Index(ABC):
 
     @property
     def mass(self) -> int:
+        return 0
+
+    @property
+    def first(self) -> int:
         return 0
 
     def summarise(self, k: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

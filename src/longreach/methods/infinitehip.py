@@ -31,6 +31,10 @@ class Scan(Index):
     frame: ClassVar[Literal["segment", "raw", "block"]] = "raw"
     probes: ClassVar[bool] = True
 
+    @property
+    def first(self) -> int:
+        return self.sink
+
     def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
         found = None
         for number in range(len(self.chunks)):
