@@ -169,10 +169,7 @@ class Choice:
 
     def together(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """The queries first .. last of a forward, in stretches that choose together."""
-        while first < last:
-            stop = min(last, first // self.queries * self.queries + self.queries)
-            yield first, stop
-            first = stop
+        return stretches(first, last, self.queries)
 
     def complete(self, keys: int) -> int:
         """Blocks that are complete for a query that sees so many keys."""
@@ -186,3 +183,11 @@ class Choice:
     def count(self, heads: int, groups: int) -> int:
         """How many choices a query makes in a layer."""
         return {"head": heads, "group": groups, "layer": 1}[self.heads]
+
+
+def stretches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """first .. last, divided at the multiples of `size`."""
+    while first < last:
+        stop = min(last, first - first % size + size)
+        yield first, stop
+        first = stop

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from longreach.core.choice import Choice, Index, Past, Probes
+from longreach.core.choice import Choice, Index, Past, Probes, stretches
 from longreach.core.dense import Dense
 from longreach.core.segments import Chunked, Identity, Layout, Rank, Segment, Visible
 from longreach.methods.base import Method, hidden_to_nan, require, require_integer
@@ -247,13 +247,10 @@ class InfiniteHiP(Method):
 
     def truth(self, dense: Dense) -> torch.Tensor:
         i, j = dense.i, dense.j
-        first, count, step, window, block = int(i[0]), j.shape[1], self.query_block, self.window, self.chunks[-1]
+        first, count, window, block = int(i[0]), j.shape[1], self.window, self.chunks[-1]
         seen, q = dense.seen.expand(len(dense.q), 1, len(i), count), torch.cat([*dense.earlier[:1], dense.q], 2)
         found = hidden_to_nan(i - j, (j <= i) & (i - j < window)).repeat(len(q), 1, 1, 1)
-        starts = [max(first, window), *(n for n in range(first - first % step + step, count, step) if n > max(first, window))]
-        for start, stop in zip(starts, [*starts[1:], count]):
-            if start >= stop:
-                continue
+        for start, stop in stretches(max(first, window), count, self.query_block):
             asked = [[start // every * every] for every in self.refresh] if len(i) == 1 else [[*range(start, stop)]] * len(self.chunks)
             complete = max(0, (asked[0][0] if len(i) == 1 else start) - window + 1) // block * block
             for row in range(len(q)):

@@ -16,8 +16,8 @@ from longreach.configs import Attention, Decoder
 from longreach.core.choice import Choice
 from longreach.core.segments import Layout, forms, summaries
 from longreach.engine import chosen
+from longreach.memory.blocks import sealed
 from longreach.memory.budgets import SUMMARIES, Tiered, room_for_summaries, size_at_least, size_text, slots_of, spare_of
-from longreach.memory.placement import ROLLBACK
 from longreach.methods.base import Method
 from longreach.planning.memory import MARGIN, Budget, Schedule, temporary_bytes, tier_bytes
 from longreach.planning.work import layouts
@@ -137,11 +137,6 @@ def spread(architecture: Decoder, method: Method, schedule: Schedule, memory: Ti
         prefill=dict(sum((moved(start, start + new) for start, new in schedule.reads()), Counter())),
         at_most=method.choice is not None,
     )
-
-
-def sealed(tokens: int, unit: int) -> int:
-    """Blocks of a buffer when so many tokens count."""
-    return max(0, tokens - ROLLBACK) // unit
 
 
 def buffers(layer: Attention, layout: Layout, token: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
