@@ -31,7 +31,7 @@ from transformers import DynamicCache
 
 import longreach
 from families import WINDOW, build
-from longreach import Tiered
+from longreach import Combined, InfiniteHiP, Tiered, YaRN
 from longreach.engine import batch
 from longreach.hf.cache import store_of
 from longreach.memory import buffer, placement, store
@@ -42,7 +42,10 @@ FAMILIES = [
     "llama", "llama-head8", "llama3", "llama-dynamic", "mistral-sliding", "qwen2", "gemma2", "gemma3", "phi", "phi3-longrope", "cohere", "gpt-oss",
     "llama4-rope", "deepseek-v2", "smollm3", "ministral3", "gptj", "falcon", "falcon-alibi", "bloom",
 ]  # fmt: skip
-CUTTABLE = [method for method in METHODS if method.cut == 1 and method.eviction is None]
+CUTTABLE = [
+    *(method for method in METHODS if method.cut == 1 and method.eviction is None),
+    InfiniteHiP(7, 2, 6, (4, 2), (8,), (1, 1), 1, (1, 1), 0), Combined(YaRN(2.0), InfiniteHiP(9, 0, 6, (3,), (), (1,), 1, (1,), 1)),
+]  # fmt: skip
 GATE = 3e-5
 LONGEST = 2000  # declared context
 NEVER = 10_000  # an end token that no model makes

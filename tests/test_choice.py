@@ -15,7 +15,7 @@ from families import build, tokens
 from longreach import Combined, InfiniteHiP, LMInfinite, Quest, Stock, YaRN
 from longreach.core.choice import Choice, Index, Past
 from longreach.core.dense import Dense
-from longreach.core.segments import Affine, Constant, Identity, Layout, Rank, Segment, Visible
+from longreach.core.segments import PLAIN, Affine, Constant, Identity, Layout, Rank, Segment, Visible
 from longreach.engine import chosen, executor
 from longreach.methods.base import Method
 from longreach.running.prefix import Prefix
@@ -313,8 +313,8 @@ def test_what_cannot_be_said_is_refused():
     with pytest.raises(ValueError, match="others do not"):
         Choice(index, 2, 4, refresh=(8,))
     one = Segment(Identity(), Identity(), Visible(), choice=Choice(index, 2, 4))
-    with pytest.raises(ValueError, match="only one segment of a layout may choose"):
-        Layout((one, one))
+    with pytest.raises(ValueError, match="only the last segment of a layout may choose"):
+        Layout((one, PLAIN))
     for wrong in (dict(budget=8), dict(budget=40), dict(page_size=0), dict(dense_layers=-1), dict(queries="some")):
         with pytest.raises(ValueError, match=r"budget|page_size|dense_layers|queries"):
             Quest(**wrong)

@@ -13,6 +13,7 @@ import torch
 
 import longreach
 from commands import Run, refused
+from longreach import InfiniteHiP
 from longreach.cli import parameters
 from longreach.cli.parameters import brief
 from longreach.cli.program import build
@@ -96,6 +97,16 @@ def test_a_new_method_needs_nothing_here(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [p.type for p in parameters.of(Fake)] == ["int", "float", "bool", "int,...", "a | b", "int or none"]
     with pytest.raises(ValueError, match=r"--steps must be of type bool, not 'maybe'"):
         parameters.build("fake", ["--size", "1", "--steps", "maybe"])
+
+
+def test_a_list_without_entries_is_written_none(run: Run) -> None:
+    one = InfiniteHiP(16, 0, 16, (8,), (), (4,), 8, (8,), 0)
+    for typed in (one.options(), shlex.split(parameters.words(one)), shlex.split(brief(one.to_json()))):
+        assert typed[typed.index("--kept") + 1] == "none" and parameters.build(typed[0], typed[1:]) == one
+    options = "infinitehip --chunks 8 --strides 4 --refresh 8 --window 16 --sink 0 --budget 16 --length 4".split()
+    assert run("distances", *options, "--kept", "none", "--json").json["method"]["kept"] == []
+    refused(run, "distances", *options, says="pass none, kept=() or --kept none")
+    refused(run, "distances", *options, "--kept", "", says="--kept is given an empty value")
 
 
 @dataclass(frozen=True)

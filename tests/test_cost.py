@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ import transformers as t
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import BASE, FAMILIES, build, rope, tokens
-from longreach import DualChunk, InfLLM, LMInfinite, Quest, SelfExtend, Stock, StreamingLLM, Tiered, extend, stream
+from longreach import DualChunk, InfiniteHiP, InfLLM, LMInfinite, Quest, SelfExtend, Stock, StreamingLLM, Tiered, extend, stream
 from longreach.core.matrices import matrices
 from longreach.core.segments import Retention
 from longreach.memory.buffer import Buffer
 from longreach.memory.placement import ROLLBACK, Placement
+from longreach.methods import infinitehip
 from longreach.planning import devices, hardware, theory, timing, work
 from longreach.planning.architecture import read
 from longreach.planning.hardware import CARDS, Curve
@@ -137,14 +139,51 @@ def test_pairs_are_those_of_the_matrix(method):
                 groups: dict[int, list[int]] = {}
                 for i in seen:
                     groups.setdefault(i // segment.choice.queries, []).append(i)
+                of = {i: seen[group[0]] for group in groups.values() for i in group}
+                if segment.choice.refresh and stop - start == 1:  # what was answered to an earlier query
+                    of = {start: segment.visible.keys_of(segment.choice.asked(start)[0])}
                 blocks = [segment.choice.complete(seen[group[0]]) for group in groups.values()]
-                keys = [segment.choice.shown(seen[i], seen[group[0]]) for group in groups.values() for i in group]
+                keys = [segment.choice.shown(seen[i], of[i]) for group in groups.values() for i in group]
                 chosen, compared = chosen + sum(keys), compared + sum(blocks) * max(1, segment.choice.index.width)
             pairs += sum(keys)
-        assert (found.pairs, found.chosen, found.scored) == (pairs, chosen, compared), (start, stop)
+        assert (found.pairs, found.chosen) == (pairs, chosen), (start, stop)
+        assert found.scored == compared or layout.choice.index.probes, (start, stop)
     for index in (0, 9, 33, 69):
         spans = [j for first, last in work.spans(layout, index) for j in range(first, last)]
         assert sorted(spans) == (owner[index] >= 0).nonzero()[:, 0].tolist()
+
+
+SCANS = [InfiniteHiP.small(8), InfiniteHiP(8, 4, 8, (12, 4), (24,), (4, 1), 8, (8, 4), 0), InfiniteHiP(8, 0, 8, (8,), (), (3,), 1, (1,), 0)]
+
+
+@pytest.mark.parametrize("method", SCANS, ids=str)
+@torch.no_grad()
+def test_a_scan_compares_as_often_as_is_counted(method, monkeypatch):
+    """One block of queries after the other, then two rounds of decoded tokens: products of a query head and a key, in a layer of the first ones and a later."""
+    model, products = build("llama"), [0]
+
+    def counting(q: torch.Tensor, k: torch.Tensor, real: Any = infinitehip.logits_of) -> torch.Tensor:
+        products[0] += q.shape[1] * q.shape[2] * q.shape[3] * k.shape[3]
+        return real(q, k)
+
+    def forward(start: int, stop: int) -> tuple[int, int]:
+        before = products[0]
+        model(ids[:, start:stop], past_key_values=cache)
+        heads = model.config.num_attention_heads
+        return (products[0] - before) // heads, sum(work.count(method.layout(layer), start, stop).scored for layer in (0, 1))
+
+    monkeypatch.setattr(infinitehip, "logits_of", counting)
+    step, every = max(2, method.query_block), method.refresh[0]
+    prompt, ids = -(-160 // (step * every)) * step * every, tokens(1, 300)
+    with extend(model, method):
+        cache = t.DynamicCache()
+        counted = [forward(start, start + step) for start in range(0, prompt, step)]
+        assert sum(found for found, _ in counted) > 10_000
+        for found, said in counted[32 // step :]:  # blocks are complete; queries that choose apart in one call look at as many chunks as the last of them
+            assert said == found if method.query_block > 1 else found - 32 <= said <= found
+        for start in range(prompt, prompt + 2 * every, every):
+            found, said = zip(*(forward(at, at + 1) for at in range(start, start + every)))
+            assert sum(said) <= sum(found) < sum(said) + 2 * every * len(method.refresh) and sum(found) > 100  # shares are rounded down
 
 
 def test_a_query_that_chooses_sees_full_blocks_and_the_last_one():

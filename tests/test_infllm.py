@@ -60,7 +60,7 @@ def test_the_index_oracle():
 def test_every_pair_is_in_one_segment(method):
     """Queries of a prompt too: the published code shows keys near the edge of the window twice to them (to query 4 key 1, to query 6 key 3, ...)."""
     model, n, calls, real = build("llama"), 24, [], chosen.ask
-    owner = matrices(method.layout().segments, n).segment  # raises where two segments show one pair; the second is the one that chooses
+    owner = matrices(method.layout().segments, n).segment  # raises where two segments show one pair; the last is the one that chooses
     assert bool((owner >= 0).equal(torch.ones(n, n).tril().bool()))
     with (
         longreach.extend(model, method),
@@ -73,7 +73,7 @@ def test_every_pair_is_in_one_segment(method):
         for group, t in itertools.product(*map(range, visible.shape[1:])):
             i = int(visible[0, group, t]) + method.n_local + method.n_init - 1
             columns = (asked.columns[0, 0, group] + method.n_init)[asked.work.seen[group, t]].tolist()
-            assert len(set(columns)) == len(columns) and all(owner[i, j] == 1 for j in columns), i
+            assert len(set(columns)) == len(columns) and all(owner[i, j] == 2 for j in columns), i
             first = max(i // method.exc_block_size * method.exc_block_size, method.n_local + method.n_init)
             full = max(0, first - method.n_local - method.n_init) // method.block_size
             waiting = set(range(method.n_init + full * method.block_size, i - method.n_local + 1))

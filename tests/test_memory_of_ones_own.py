@@ -26,6 +26,8 @@ METHODS = [
 class Ledger:
     """Every entry of every form of every row that was ever read, in a list: nothing is shared, moved or forgotten."""
 
+    at_hand, weigh = True, None
+
     def __init__(self, placements: Any, forms: Any) -> None:
         rows = len(next(iter(placements.values())).ends)
         self.forms, self.rows, self.new = {**forms}, [{} for _ in range(rows)], {}

@@ -7,6 +7,8 @@ import gzip
 import os
 import random
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from families import build, tokens
 from histories import constants
 from longreach import InfiniteHiP, InfLLM, LMInfinite, LongHeads, Quest, SelfExtend, SirLLM, StreamingLLM, files
 from longreach.cli import parameters, text
+from longreach.hf import documents
 from longreach.memory import sealed
 from longreach.running import long_text, pieces, prompts, resuming
 from longreach.running.conversation import Conversation
@@ -180,6 +183,26 @@ def test_two_readings_of_one_folder_do_not_write_over_each_other(model, begun, t
             next(two)
         list(one)
         assert list(read(extension, ids, tmp_path / "kept")[0]) == [192]
+
+
+def test_a_save_that_another_one_overtakes_is_refused(model, monkeypatch, tmp_path):
+    """Two begin to save at the same instant: what the folder holds is looked at when nobody else can write to it any more."""
+    ids, others, real = tokens(1, 200)[0], tokens(1, 200, seed=3)[0], documents._folder
+    with longreach.extend(model, SelfExtend(8, 16)) as extension:
+        one, two = (longreach.stream(extension, each, chunk_size=16, resume=tmp_path / "kept") for each in (ids, others))
+        next(one), next(two)
+
+        @contextmanager
+        def overtaken(file: Path) -> Iterator[Path]:
+            monkeypatch.setattr(documents, "_folder", real)
+            next(one)
+            with real(file) as folder:
+                yield folder
+
+        monkeypatch.setattr(documents, "_folder", overtaken)
+        with pytest.raises(ValueError, match="another one keeps a text in it too; nothing was written over"):
+            next(two)
+        assert extension.load(tmp_path / "kept").cache.get_seq_length() == 16 and sum(1 for _ in one) > 5
 
 
 def test_what_is_damaged_is_refused_and_what_was_not_finished_is_cut_off(model, tmp_path):

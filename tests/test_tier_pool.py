@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from random import Random
 from typing import Any
 
 import pytest
@@ -83,13 +84,56 @@ def test_what_was_written_once_leaves_for_nothing(tmp_path, monkeypatch):
 def test_the_one_with_the_least_mass_goes_first_and_mass_decays(tmp_path):
     of = pool(tmp_path, 3, 0, 9, policy="mass", decay=0.5)
     a, b, c = (put(of, n) for n in range(3))
-    of.touch([a, b, c], [1.0, 0.1, 0.4])
+    for block, more in ((a, 1.0), (b, 0.1), (c, 0.4)):
+        of.touch([block], more)
     d = put(of, 3)
     assert where(of, b) == ["disk"] and where(of, a) == ["device"]
-    of.touch([c, d], [0.5, 5.0])  # c: 0.4 / 2 + 0.5; a: 1.0 / 2
+    of.touch([c], 0.5)
+    of.touch([d], 5.0)  # c: 0.4 / 2 + 0.5; a: 1.0 / 2
     put(of, 4)
     assert where(of, a) == ["disk"] and where(of, c) == where(of, d) == ["device"]
-    assert c.entry.score == pytest.approx(0.7)
+    assert of.score(c.entry) == pytest.approx(0.7 / 2)
+
+
+def test_the_order_of_eviction_is_that_of_the_scores_in_plain_python(tmp_path):
+    """Random uses, payments and new blocks: what leaves the device is the first of those with the least score in the order of use, none that is chosen."""
+    of, random = pool(tmp_path, 5, 40, policy="mass", decay=0.3), Random(1)
+    blocks: list[Block] = []
+    device: list[Block] = []  # the one that came or was used last at the end
+    scores: dict[Block, float] = {}
+    left, paid = 0, False
+
+    def comes(block: Block, chosen: list[Block]) -> None:
+        nonlocal left
+        if len(device) == 5:
+            device.remove(min((each for each in device if each not in chosen), key=scores.__getitem__))  # of equal ones, the first
+            left += scores[block] > 0
+        device.append(block)
+
+    for _ in range(300):
+        of.require(1)
+        if paid:
+            scores = {block: 0.3 * score for block, score in scores.items()}
+        paid = False
+        for _ in range(random.randrange(3) if len(blocks) >= 3 else 0):
+            chosen = random.sample(blocks, 3)
+            of.on_device(chosen)
+            device.sort(key=lambda block: chosen.index(block) if block in chosen else -1)
+            for block in chosen:
+                if block not in device:
+                    comes(block, chosen)
+            mass = [random.choice([0.0, 0.25, random.random()]) for _ in chosen]
+            for block, more in zip(chosen, mass):
+                of.touch([block], more)
+                scores[block] += more
+            paid = True
+        if len(blocks) < 30 and random.random() < 0.4:
+            blocks.append(of.put(KIND, torch.full(KIND.shape, float(len(blocks)))))
+            scores[blocks[-1]] = 0.0
+            comes(blocks[-1], [])
+        assert list(of._shelves[KIND][0].only) == [block.entry for block in device]
+    assert [of.score(block.entry) for block in blocks] == pytest.approx([scores[block] for block in blocks])
+    assert len(blocks) == 30 and left > 100 and values(of, blocks) == list(range(30))
 
 
 def test_slots_of_blocks_that_nobody_holds_are_free_again(tmp_path):
@@ -155,6 +199,7 @@ def test_the_next_blocks_are_read_while_these_are_attended_to(tmp_path, monkeypa
         (dict(device="1MiB", block=48), "a block has 1, 2, 4"),
         (dict(device="1MiB", policy="fifo"), "policy must be 'lru' or 'mass'"),
         (dict(device="1MiB", decay=2), "decay is the share"),
+        (dict(device="1MiB", decay=0), "decay is the share"),
     ],
     ids=str,
 )
@@ -167,6 +212,7 @@ def test_budgets_are_read_as_people_write_them(tmp_path):
     found = Tiered.parse(f"device=1.5MiB, host=2GiB,disk={tmp_path}:8KiB")
     assert found.budgets == {"device": 3 * 2**19, "host": 2**31, "disk": 8192} and found.folder == tmp_path
     assert Tiered.parse(str(found)) == found
+    assert str(Tiered.parse("device=1MiB,policy=mass")) == "device=1MiB,policy=mass" and Tiered.parse("device=1MiB,policy=mass").policy == "mass"
     for text, sentence in (("512MiB", "is no budget"), ("host=1MiB", "says nothing of the device"), ("device=1MiB,device=2MiB", "budget of its own")):
         with pytest.raises(ValueError, match=sentence):
             Tiered.parse(text)

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import longreach
 from families import build, tokens
 from histories import constants
-from longreach import LongHeads, Quest, SelfExtend, Tiered, YaRN, files
+from longreach import InfLLM, LongHeads, Quest, SelfExtend, Tiered, YaRN, files
 from longreach.hf.cache import cache_bytes, store_of
 from longreach.memory.arenas import InFile, InMemory
 from longreach.memory.bodies import Bodies
@@ -103,6 +103,24 @@ def test_what_is_chosen_comes_to_the_device_and_nothing_else_is_fetched(tmp_path
     fetched = sum(after["tiers"][name]["fetched"] - before["tiers"][name]["fetched"] for name in after["tiers"])
     assert 0 < fetched <= 2 * 2 * 2 * 3  # layers, keys and values, heads, blocks that each may choose
     assert after["tiers"]["disk"]["fetched"] > before["tiers"]["disk"]["fetched"]
+
+
+@pytest.mark.parametrize("method", [Quest(12, 4, 0), InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8)], ids=str)
+@torch.no_grad()
+def test_requests_that_decode_together_fetch_what_they_have_chosen(method, tmp_path):
+    model, texts = build("llama"), [tokens(1, n, seed=n)[0] for n in (70, 61)]
+    with longreach.extend(model, method, trained_window=128, memory=budgets(tmp_path, 60, 2, 200)) as extension:
+        fetched, logits = [], []
+        for together in (False, True):
+            flat = extension.flat()
+            rows = [flat.join() for _ in texts]
+            flat.read({row: text[:-1] for row, text in zip(rows, texts)}, "none")
+            before = sum(tier["fetched"] for tier in checked(extension)["tiers"].values())
+            last = {row: text[-1:] for row, text in zip(rows, texts)}
+            found = [flat.read(each) for each in ([last] if together else [{row: token} for row, token in last.items()])]
+            fetched.append(sum(tier["fetched"] for tier in checked(extension)["tiers"].values()) - before)
+            logits.append(torch.stack([row for each in found for row in each.values()]))
+        assert fetched[0] == fetched[1] > 0 and difference(*logits) <= 1e-5
 
 
 @torch.no_grad()
@@ -289,8 +307,9 @@ def test_an_index_with_blocks_of_one_token_is_refused(method):
 
 def test_a_policy_that_nothing_feeds_is_refused():
     model = build("llama")
-    with pytest.raises(ValueError, match="leave out policy"):
-        longreach.extend(model, Quest(12, 4, 1), trained_window=128, memory=Tiered("1MiB", policy="mass"))
+    for method, backend in ((SelfExtend(3, 8), "auto"), (Quest(12, 4, 2), "auto"), (Quest(12, 4, 1), "reference")):
+        with pytest.raises(ValueError, match="leave out policy"):
+            longreach.extend(model, method, trained_window=128, memory=Tiered("1MiB", policy="mass"), backend=backend)
     assert not hasattr(model, "longreach")
 
 

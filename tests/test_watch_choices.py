@@ -87,6 +87,7 @@ def test_what_is_recorded_is_what_the_truth_shows(method, first):
             visible = next(segment.visible for segment in method.layout(layer).segments if segment.choice)
             complete = visible.first_key + choice.complete(visible.keys_of(LENGTH - 1)) * choice.block
             assert not choices.chosen[layer][:, complete:].any()
+            assert not choices.chosen[layer][:, visible.first_key : visible.first_key + getattr(method, "sink", 0)].any()
 
 
 @pytest.mark.parametrize("method", [InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=8), Quest(12, 4, 1, "all"), LongHeads(12, 10, 3)], ids=str)

@@ -159,7 +159,7 @@ def _text(value: Any) -> str:
     if isinstance(value, Method):
         return words(value)
     if isinstance(value, tuple):
-        return ",".join(map(_text, value))
+        return ",".join(map(_text, value)) or "none"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -199,8 +199,8 @@ def _convert(annotation: Any, text: str) -> Any:
             if str(choice) == text:
                 return choice
         raise ValueError(text)
-    if typing.get_origin(annotation) is tuple:
-        return tuple(_convert(typing.get_args(annotation)[0], part) for part in text.split(",") if part.strip())
+    if typing.get_origin(annotation) is tuple:  # "none" has no entry; nothing at all is refused, for it is a variable that was not set
+        return tuple(_convert(typing.get_args(annotation)[0], part) for part in text.split(",") if part.strip() and text.lower() != "none")
     if annotation is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
@@ -236,4 +236,4 @@ def typed(value: Any) -> str:
     """A value of a parameter as one would type it."""
     if isinstance(value, dict):
         return f'"{brief(value)}"'
-    return ",".join(str(part) for part in value) if isinstance(value, list | tuple) else str(value)
+    return ",".join(str(part) for part in value) or "none" if isinstance(value, list | tuple) else str(value)

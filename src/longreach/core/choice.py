@@ -64,6 +64,7 @@ class Index(ABC):
     needs   what `summarise` gets beside the keys: "q", the queries of the block's own tokens, and "v", the values.
     mass    not 0: and "mass", what the queries that are less than so many tokens ahead have paid to every key.
     probes  it has no summaries and looks up keys one by one, un-rotated, in `stages`.
+    first   so many first keys of the segment are among what it chooses, whatever the query.
     """
 
     each: ClassVar[Literal["group", "head"]] = "group"
@@ -77,6 +78,10 @@ class Index(ABC):
 
     @property
     def mass(self) -> int:
+        return 0
+
+    @property
+    def first(self) -> int:
         return 0
 
     def summarise(self, k: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -97,6 +102,10 @@ class Index(ABC):
     def stage(self, number: int, q: torch.Tensor, before: torch.Tensor | None, past: Past) -> torch.Tensor:
         """One of the stages of a choice, by queries as `choose` gets them: what it leaves of what the one `before` has left; the last one, what is chosen."""
         raise NotImplementedError(f"{type(self).__name__} chooses in one stage")
+
+    def compared(self, blocks: int, queries: int) -> tuple[int, ...]:
+        """What so many queries who choose together among so many complete blocks are compared with, in every stage, in widths of a key; for a cost model."""
+        return (blocks * max(1, self.width),)
 
     def require_widths(self, key: int, value: int) -> None:  # noqa: B027
         """Raises ValueError where keys and values of these widths cannot be summarised."""
@@ -160,10 +169,7 @@ class Choice:
 
     def together(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """The queries first .. last of a forward, in stretches that choose together."""
-        while first < last:
-            stop = min(last, first // self.queries * self.queries + self.queries)
-            yield first, stop
-            first = stop
+        return stretches(first, last, self.queries)
 
     def complete(self, keys: int) -> int:
         """Blocks that are complete for a query that sees so many keys."""
@@ -177,3 +183,11 @@ class Choice:
     def count(self, heads: int, groups: int) -> int:
         """How many choices a query makes in a layer."""
         return {"head": heads, "group": groups, "layer": 1}[self.heads]
+
+
+def stretches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """first .. last, divided at the multiples of `size`."""
+    while first < last:
+        stop = min(last, first - first % size + size)
+        yield first, stop
+        first = stop

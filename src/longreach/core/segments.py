@@ -230,8 +230,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """All segments of one kind of layer, in the order in which they are merged. At most one of them chooses. `beside`: forms of keys that no segment reads;
-    an eviction makes the others of them anew."""
+    """All segments of one kind of layer, in the order in which they are merged. At most one of them chooses, the last: what its queries pay to a
+    key is known when it is merged. `beside`: forms of keys that no segment reads; an eviction makes the others of them anew."""
 
     segments: tuple[Segment, ...]
     beside: tuple[PositionMap, ...] = ()
@@ -239,8 +239,8 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.segments:
             raise ValueError("a layout needs at least one segment")
-        if sum(segment.choice is not None for segment in self.segments) > 1:
-            raise ValueError("only one segment of a layout may choose; choose among the keys of both in one index")
+        if any(segment.choice is not None for segment in self.segments[:-1]):
+            raise ValueError("only the last segment of a layout may choose; move it there, or choose among the keys of two in one index")
         for segment in self.segments:
             if segment.choice is not None and (mass := segment.choice.index.mass):
                 bands = [paying.visible for paying, _ in self.paying(mass)]

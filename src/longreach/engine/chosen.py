@@ -17,6 +17,7 @@ from longreach.core.encodings import Rotary, Table, exact_device
 from longreach.core.segments import Rank, Segment
 from longreach.engine.batch import Batch
 from longreach.engine.layer import QUERY, Inputs, Layer
+from longreach.kernels import mass
 from longreach.kernels.protocol import KV, Chosen, Kernel
 from longreach.memory.layer import Shown
 from longreach.memory.recalled import Recalled
@@ -184,6 +185,14 @@ def attend(asked: Asked, kernel: Kernel, inputs: Inputs) -> tuple[torch.Tensor, 
     """-> out [R, H, T, E], lse [R, H, T]."""
     out, lse = kernel.attend(asked.q, asked.kv, asked.work, inputs.scale, inputs.softcap)
     return asked.unfolded(out), asked.unfolded(lse)
+
+
+def weigh(asked: Asked, segment: Segment, lse: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """lse [R, H, T] of all segments -> what the queries have paid to the columns, all heads that share a choice together: [R, C, S, n] fp32."""
+    if inputs.sink is not None:
+        lse = torch.logaddexp(lse, inputs.sink.float().view(1, -1, 1))
+    paid = mass.paid(asked.q, asked.kv.k, asked.folded(lse - segment.lse_bias), asked.work, inputs.scale, inputs.softcap)
+    return paid.sum(1).unflatten(0, asked.columns.shape[:3])
 
 
 def probes(layer: Layer, memory: Shown, rows: slice, segment: Segment, first: int, stop: int) -> Probes:

@@ -155,6 +155,9 @@ class _Call:
                     self.watch.choose(self.layer.index, self.rows.rows, segment.choice, asked, a, first)
                 out, lse = chosen.attend(asked, self.kernel, self.inputs)
                 merge.add(out, lse + segment.lse_bias if segment.lse_bias else lse, a - start)
+                if (weigh := self.memory.weigh) is not None and merge.lse is not None:
+                    paid = chosen.weigh(asked, segment, merge.lse[:, :, a - start : a - start + asked.queries], self.inputs)
+                    weigh(self.layer.form_of(segment.kept), self.rows.rows, first, asked.columns, paid)
             return
         for piece in self.pieces(visible):
             turned = self.query(segment.query_positions, segment, q, rotated)[:, :, piece.first - start : piece.last - start]

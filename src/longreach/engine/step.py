@@ -95,7 +95,7 @@ class _Layer:
         for segment in self.layer.layout.segments:
             if segment.choice is not None:
                 asking, turned = (self.query(positions, segment, q, rotated) for positions in (segment.compared[0], segment.query_positions))
-                parts = self.choose(segment, turned, asking)
+                parts = self.choose(segment, turned, asking, merge.lse)
             else:
                 parts = self.segment(segment, self.query(segment.query_positions, segment, q, rotated))
             for out, lse in parts:
@@ -145,8 +145,11 @@ class _Layer:
             every[0][index], every[1][index] = out, lse
         return every
 
-    def choose(self, segment: Segment, q: torch.Tensor, asking: torch.Tensor) -> Iterator[Part]:
-        """The same of a segment whose keys an index chooses; `asking`: the queries in its frame. The only query of each row chooses."""
+    def choose(self, segment: Segment, q: torch.Tensor, asking: torch.Tensor, others: torch.Tensor | None) -> Iterator[Part]:
+        """The same of a segment whose keys an index chooses; `asking`: the queries in its frame. The only query of each row chooses.
+
+        others  [n, H, 1] the log-sum-exp of the segments before it, which are all others; None: there is none.
+        """
         visible, starts, choice = segment.visible, self.starts, segment.choice
         assert choice is not None
         parts: list[tuple[tuple[int, ...], Part]] = []
@@ -158,7 +161,13 @@ class _Layer:
             else:
                 answer = chosen.choose(choice, source, asking[index], seen, 0)
             asked = chosen.ask(self.layer, segment, source, q[index], seen[..., None], answer)
-            parts.append((members, chosen.attend(asked, self.kernel, self.inputs)))
+            out, lse = chosen.attend(asked, self.kernel, self.inputs)
+            if (weigh := self.memory.weigh) is not None:
+                of_all = lse + segment.lse_bias if others is None else torch.logaddexp(others[index], lse + segment.lse_bias)
+                row = self.singles.step.rows[members[0]]
+                paid = chosen.weigh(asked, segment, of_all, self.inputs)
+                weigh(self.layer.form_of(segment.kept), slice(row, row + len(members)), visible.first_key, asked.columns, paid)
+            parts.append((members, (out, lse)))
         if parts:
             yield self.whole(parts)
 
@@ -177,7 +186,8 @@ class _Layer:
         assert choice is not None
         compared: torch.Tensor | None
         for (shelf, kv), (_, other) in zip(*(memory.shelves(form, step) for form in forms)):  # the same shelves: both forms keep every token
-            parts = self.parts(forms[0], shelf, kv) if kept is not None or choice.index.probes or not any(shelf.firsts) else None
+            shared, compares = any(shelf.firsts), kept is None and not choice.index.probes
+            parts = None if shared and (compares or not memory.at_hand) else self.parts(forms[0], shelf, kv)
             for members in [(n,) for n in shelf.members] if parts is None else [shelf.members]:
                 if not (keys := max(visible.keys_of(self.starts[n]) for n in members)):
                     continue

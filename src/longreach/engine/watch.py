@@ -92,7 +92,8 @@ class Choices:
         columns, device = asked.columns, asked.columns.device
         counted = (torch.arange(query, query + asked.queries, device=device) >= self.first).view(columns.shape[2], -1)
         shown = (asked.work.seen.unflatten(0, columns.shape[:3]) & counted[..., None]).sum(3)  # [R, C, S, n]
-        by_index = columns < ((asked.choosing - choice.lag).clamp_min(0) // choice.block * choice.block)[:, None, :, None]
+        complete = ((asked.choosing - choice.lag).clamp_min(0) // choice.block * choice.block)[:, None, :, None]
+        by_index = (columns >= choice.index.first) & (columns < complete)
         tokens = key + int(columns.max()) + 1 if columns.numel() else 0
         one = slice(1)  # who choose apart see the same of what is not complete
         for found, counts, among in ((self.chosen, shown * by_index, slice(None)), (self.always, shown * ~by_index, one)):

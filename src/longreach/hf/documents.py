@@ -82,12 +82,13 @@ def writable(file: Path) -> None:
     sealed.writable(file)
 
 
-def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str, str]) -> None:
+def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str, str], alone: bool = False) -> None:
     """Write a cache that `forward` filled to the folder `file`, which holds all of it afterwards, or what it held before.
 
     ids    [B, T] or a list: the tokens that the cache has read, to verify and to continue with. After `generate` the cache has not read
            the last new token, so they are `sequence[:, :cache.get_seq_length()]`.
     notes  names and texts to keep beside it.
+    alone  raise ValueError where the folder holds something else than this cache has put there, or comes from. No other process can get in between.
     """
     own = _own_store(forward, cache)
     store = own.fork()
@@ -115,6 +116,8 @@ def save(forward: Forward, cache: Any, file: Path, ids: Any, notes: Mapping[str,
     said = json.loads(json.dumps(said))
     metadata = {KEY: "tail", **{f"{NOTE}{name}": text for name, text in notes.items()}}
     with _folder(file) as folder:
+        if alone:
+            sealing.require_own(folder, own)
         before = _counting(folder)
         same = None if before is None else _same(before.facts, said)
         written = sealing.append(store, folder, before, same, () if before is None else _ahead(before.facts))

@@ -111,6 +111,10 @@ def extend(
 
 
 def _tiers(given: Tiered, facts: Facts) -> Tiers:
+    if given.policy == "mass" and not any(layer.layout.choice and not layer.dense for layer in facts.layers):
+        raise ValueError(
+            f"policy='mass' goes by what queries pay to blocks that they have chosen, and here {facts.chosen.method} attends to everything; leave out policy"
+        )
     found = []
     for layer, entry in zip(facts.layers, facts.reading.entries, strict=True):
         found.append(Stored(layer.kept, entry.heads, entry.queries, entry.key_width, entry.value_width, entry.dtype, facts.device_of_layer(layer.index)))

@@ -28,9 +28,14 @@ class Run(Base):
     stop: int = 0
 
 
+def sealed(entries: int, unit: int) -> int:
+    """The blocks of a row that has so many entries."""
+    return max(0, entries - placements.ROLLBACK) // unit
+
+
 def horizon(placement: Placement, end: int) -> int:
     """Where the blocks of a row of `end` entries end."""
-    return max(0, end - placements.ROLLBACK) // placement.unit * placement.unit
+    return sealed(end, placement.unit) * placement.unit
 
 
 def coming(placement: Placement) -> int:
@@ -107,7 +112,7 @@ def allocated(unit: int, forwards: Iterable[tuple[int, int]]) -> tuple[int, int]
     for start, new in forwards:
         stop = start + new
         size = placements.room(size, stop - first, None)
-        horizon = max(0, stop - placements.ROLLBACK) // unit * unit
+        horizon = sealed(stop, unit) * unit
         if horizon > first:
             first = horizon
             size = most if size > most >= stop - first else size

@@ -24,8 +24,9 @@ class Tiered:
     host     bytes of blocks in the memory of the host; None: none.
     disk     "FOLDER:SIZE", bytes of blocks in files of a folder, which has to be there; None: none. The files have no names and are gone with the process.
     block    tokens of a block: 1, 2, 4, ... 256.
-    policy   which block makes room: "lru", the one that was used longest ago; "mass", the one with the least attention, which decays by `decay` with every
-             forward. `extend` refuses "mass": nothing tells the tiers yet how much attention blocks get. Blocks that the query under way has chosen stay.
+    policy   which block makes room: "lru", the one that was used longest ago; "mass", the one with the least attention of those who chose it, under a method
+             that chooses: score <- decay * score + (what all heads and queries of a forward have paid to it). Blocks that the query under way has chosen stay.
+    decay    the share of its score that a block keeps with every forward that pays; InfLLM's paper has 0.1.
     staging  bytes at most of blocks that are being read, or attended to, and have no slot on the device. They come on top of the budgets, as the new tokens
              of a forward and the last tokens do, which a crop may take back.
 
@@ -51,8 +52,8 @@ class Tiered:
             raise ValueError(f"a block has 1, 2, 4, ... or {LARGEST_BLOCK} tokens, not {self.block!r}; leave out block for 128")
         if self.policy not in ("lru", "mass"):
             raise ValueError(f"policy must be 'lru' or 'mass', not {self.policy!r}")
-        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
-            raise ValueError(f"decay is the share of its mass that a block keeps with every forward, from 0 to 1, not {self.decay!r}; leave it out for 0.1")
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 < self.decay <= 1:
+            raise ValueError(f"decay is the share of its mass that a block keeps with every forward, above 0, at most 1, not {self.decay!r}; leave out for 0.1")
 
     @property
     def folder(self) -> Path | None:
@@ -70,15 +71,18 @@ class Tiered:
         given: dict[str, str] = {}
         for part in text.split(","):
             name, sign, value = part.strip().partition("=")
-            if not sign or name not in ("device", "host", "disk", "staging") or name in given:
-                raise ValueError(f"{part!r} is no budget of its own; pass for example device=512MiB,host=1GiB,disk=FOLDER:8GiB (staging=32MiB may be added)")
+            if not sign or name not in ("device", "host", "disk", "staging", "policy") or name in given:
+                raise ValueError(
+                    f"{part!r} is no budget of its own; pass for example device=512MiB,host=1GiB,disk=FOLDER:8GiB (staging=32MiB and policy=mass may be added)"
+                )
             given[name] = value
         if "device" not in given:
             raise ValueError(f"{text!r} says nothing of the device, where blocks are used; add for example device=512MiB")
         return cls(**given)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return ",".join(f"{name}={f'{self.folder}:' if name == 'disk' else ''}{size_text(size)}" for name, size in self.budgets.items())
+        said = [f"{name}={f'{self.folder}:' if name == 'disk' else ''}{size_text(size)}" for name, size in self.budgets.items()]
+        return ",".join(said if self.policy == "lru" else [*said, f"policy={self.policy}"])
 
 
 def size_text(count: int) -> str:

@@ -23,6 +23,7 @@ from longreach.kernels.protocol import KV, gather
 from longreach.kernels.tiles import between
 from longreach.memory.bases import Base, BaseShelf
 from longreach.memory.buffer import Buffer
+from longreach.memory.layer import Weigh
 from longreach.memory.placement import Placement
 from longreach.memory.recalled import Recalled
 from longreach.memory.steps import Shelf, Step
@@ -40,6 +41,7 @@ def values_kept(forms: Mapping[PositionMap, Retention], shared: bool) -> list[Re
 class Contiguous:
     """The memory of one layer. Implements `memory.layer.LayerMemory`."""
 
+    at_hand: ClassVar[bool] = True
     apart: ClassVar[bool] = False  # whether forms that keep fewer tokens are always read with values of their own
 
     def __init__(self, placements: Mapping[Place, Placement], forms: Mapping[Form, Retention]) -> None:
@@ -50,6 +52,10 @@ class Contiguous:
         self.whole = self._buffer(placements[longest.tail], longest.head)  # the values
         self.recalled = Recalled()
         self.tails = self._tails() if self.apart or self.whole.placement.shared else {}  # values once more, for the forms that keep fewer than `whole`
+
+    @property
+    def weigh(self) -> Weigh | None:
+        return None
 
     def _buffer(self, placement: Placement, first: int = 0) -> Buffer:
         return Buffer(placement, first)
@@ -219,6 +225,10 @@ def _together(k: torch.Tensor, v: torch.Tensor, index: int) -> KV:
 
 class Passing:
     """The keys and values of a forward that nobody stores: those of the rows at hand, from index 0 on. Implements `memory.layer.Shown`."""
+
+    @property
+    def weigh(self) -> Weigh | None:
+        return None
 
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         self._rows, self._keys, self._values = rows, keys, values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -15,6 +15,8 @@ from longreach.memory.placement import Placement
 from longreach.memory.recalled import Recalled
 from longreach.memory.steps import Shelf, Step
 
+Weigh = Callable[[PositionMap, slice, int, torch.Tensor, torch.Tensor], None]  # (positions, rows, start, columns, paid), as `gather` has them; paid is fp32
+
 
 class Shown(Protocol):
     """Writing is not reading: `append` returns nothing, and `view` shows what was appended in the forward under way too.
@@ -23,6 +25,11 @@ class Shown(Protocol):
     """
 
     recalled: Recalled
+
+    @property
+    def weigh(self) -> Weigh | None:
+        """Who wants to know what was paid to the tokens that were gathered; None: nobody."""
+        ...
 
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         """New tokens from index `start` on: keys [n, G, T, D] in every form, values [n, G, T, E]. Of a form that keeps first tokens only, fewer may come."""
@@ -69,7 +76,11 @@ class LayerMemory(Shown, Protocol):
     """One that stores, so that rows go on from what they have read.
 
     What a forward has appended counts once the placements have committed: `settle`. A forward that failed leaves the memory as it was: `discard`.
+
+    at_hand  what rows share can be read where it lies; else whoever has chosen asks for that alone.
     """
+
+    at_hand: ClassVar[bool]
 
     @property
     def held(self) -> Mapping[int, int]:

@@ -55,8 +55,6 @@ class Tiers(Blocked):
     def __init__(self, spec: Tiered, layers: Sequence[Stored]) -> None:
         if any(isinstance(form, Summary) and kept.place is None for layer in layers for form, kept in layer.forms.items()):
             raise ValueError("an index with blocks of one token keeps as much as all keys, which tiers do not take; pass a larger block (page_size, chunk)")
-        if spec.policy == "mass":
-            raise ValueError("nothing tells the tiers yet how much attention blocks get, so policy='mass' would be the same as 'lru'; leave out policy")
         self.spec, self.unit = spec, spec.block
         kinds = Counter(kind for layer in layers for kind in layer.kinds(spec.block))
         self._entry = {form: size for layer in layers for form, size in layer.summaries().items()}

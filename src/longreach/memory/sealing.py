@@ -5,6 +5,7 @@ Knows stores, their buffers and logs; not models, methods or what else a documen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def form_of(store: Store, index: int, name: str) -> Form | None:
 def horizon(placement: Placement) -> list[int]:
     """Entries of every row that are sealed: whole blocks that no crop is expected to reach. Bounded forms move, and are small."""
     return [0 if placement.tail is not None else max(0, end - ROLLBACK) // sealed.BLOCK * sealed.BLOCK for end in placement.ends]
+
+
+def require_own(folder: Path, store: Store) -> None:
+    """Raises ValueError where a folder, which nobody else writes to meanwhile, holds something else than this store has put there, or comes from."""
+    state = None if store.filed is None else store.filed.state
+    if os.path.lexists(folder / sealed.MANIFEST) and sealed.read(folder).facts.get("state") != state:
+        raise ValueError(
+            f"{str(folder)!r} holds something else than this reading has put there, so another one keeps a text in it too; nothing was written over: let one "
+            "end before the other begins, or name a folder for each"
+        )
 
 
 def append(store: Store, folder: Path, manifest: Manifest | None, state: str | None, ahead: Sequence[Sequence[int]] = ()) -> tuple[Blocks, ...]:

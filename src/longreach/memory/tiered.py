@@ -23,6 +23,7 @@ from longreach.memory.block_buffer import BlockBuffer
 from longreach.memory.buffer import Buffer
 from longreach.memory.contiguous import Contiguous
 from longreach.memory.lane import Reading
+from longreach.memory.layer import Weigh
 from longreach.memory.placement import Placement
 from longreach.memory.steps import Step
 from longreach.memory.tiers import Pool
@@ -50,6 +51,7 @@ class Counted(Contiguous):
 class TieredLayer(Counted):
     """The memory of one layer that keeps every token of some form. Implements `memory.layer.LayerMemory`."""
 
+    at_hand: ClassVar[bool] = False
     apart: ClassVar[bool] = True
     whole: BlockBuffer
 
@@ -114,6 +116,25 @@ class TieredLayer(Counted):
             return super().gather(positions, rows, start, stop, columns)
         k, v = self._picked((keys, self.whole), rows, start, stop, places_of(columns, keys.heads_of(rows)))
         return KV(as_rows(k, columns), as_rows(v, columns))
+
+    @property
+    def weigh(self) -> Weigh | None:
+        return self._weigh if self.pool.weighs else None
+
+    def _weigh(self, positions: PositionMap, rows: slice, start: int, columns: torch.Tensor, paid: torch.Tensor) -> None:
+        """columns and paid [R, C, T, n]: the blocks of the keys and those of the values get the same."""
+        keys = self.keys[positions]
+        assert isinstance(keys, BlockBuffer)
+        if start >= (own := keys.begins(rows)):
+            return
+        base, slots = keys.base_of(rows)
+        at, count = columns + start, -(-own // keys.unit)
+        slot = torch.arange(len(columns), device=at.device).clamp_max(slots.stop - slots.start - 1)[:, None, None, None]
+        mass = paid.new_zeros(slots.stop - slots.start, count)
+        mass.view(-1).scatter_add_(0, (slot * count + at.clamp_max(own - 1) // keys.unit).flatten(), paid.where(at < own, 0.0).flatten())
+        (ids, found), runs = (mass.nonzero(), mass[mass != 0].tolist()), [buffer.runs[base][slots] for buffer in (keys, self.whole)]
+        for (slot, number), more in zip(ids.tolist(), found):
+            self.pool.touch([run[slot][number] for run in runs], more)
 
     def at_once(self, positions: PositionMap, rows: slice) -> int:
         keys = self.keys[positions]

@@ -11,6 +11,7 @@ fails, loses no block at any moment, and the forward can be repeated. Where ther
 from __future__ import annotations
 
 import gc
+import math
 import time
 import weakref
 from collections import Counter, deque
@@ -22,7 +23,7 @@ import torch
 from longreach.memory.arenas import Arena, InFile, InMemory, Kind, runs
 from longreach.memory.budgets import Tiered, room_for_summaries, size_text, slots_of, spare_of
 from longreach.memory.lane import Lane, Reading
-from longreach.memory.shelves import Block, Entry, Shelf
+from longreach.memory.shelves import Block, ByMass, ByUse, Entry, Shelf
 
 
 class Pool:
@@ -35,7 +36,8 @@ class Pool:
     def __init__(self, spec: Tiered, kinds: Mapping[Kind, int], summaries: float = 0.0) -> None:
         self.spec, self.kinds = spec, dict(kinds)
         self.names = list(spec.budgets)
-        self.step = 0  # forwards
+        self.step = 0  # forwards in which blocks were paid to
+        self._paid = False  # in the last forward, or the one under way
         self._entries: dict[Entry, None] = {}  # of all blocks
         self._moving = False  # what lies where is being changed, or was when something was raised
         self.fetched = dict.fromkeys(self.names, 0)  # blocks that were asked for, by the fastest tier that had them
@@ -56,14 +58,19 @@ class Pool:
                 folder = spec.folder if name == "disk" else None
                 device = kind.device if name == "device" else torch.device("cpu")
                 arena: Arena = InMemory(kind, slots, device) if folder is None else InFile(kind, slots, folder)
-                self._shelves[kind].append(Shelf(tier, arena))
+                self._shelves[kind].append(Shelf(tier, arena, ByMass() if self.weighs else ByUse()))
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it is to be told what blocks are paid."""
+        return self.spec.policy == "mass"
 
     # -- room -----------------------------------------------------------------------------------------------------------------
 
     def require(self, count: int) -> None:
-        """Room for `count` blocks more of every buffer. Raises ValueError where there is none."""
-        self.step += 1
+        """Before a forward: room for `count` blocks more of every buffer. Raises ValueError where there is none."""
         self._sweep()
+        self.step, self._paid = self.step + self._paid, False
         if any(self._missing(kind, count) > 0 for kind in self.kinds):
             gc.collect()  # caches that nobody can reach any more
             self._sweep()
@@ -125,7 +132,7 @@ class Pool:
     def put(self, kind: Kind, entries: torch.Tensor) -> Block:
         """entries [G, tokens, width], for which `require` has found room -> a block, on the device."""
         self._sweep()
-        block = Block(Entry(kind, [None] * len(self.names), step=self.step), self._gone)
+        block = Block(Entry(kind, [None] * len(self.names)), self._gone)
         self._moving = True
         slot = self._slot(0, kind)
         self._shelves[kind][0].arena.write(slot, entries)
@@ -144,13 +151,16 @@ class Pool:
         self._entries[entry] = None
         shelves[tier].only[entry] = None
 
-    def touch(self, blocks: Sequence[Block], mass: Sequence[float]) -> None:
-        """What blocks have got of the attention of the forward under way, for the policy "mass"."""
-        for block, more in zip(blocks, mass, strict=True):
-            entry = block.entry
-            entry.score, entry.step = self._score(entry) + more, self.step
+    def touch(self, blocks: Sequence[Block], mass: float) -> None:
+        """What each of these has got of the attention of the forward under way, for the policy "mass". All scores decay together, so ranks need not."""
+        self._paid = True
+        for entry in (block.entry for block in blocks):
+            entry.score, entry.step = self.score(entry) + mass, self.step
+            entry.rank = math.log2(entry.score) - self.step * math.log2(self.spec.decay) if entry.score else -math.inf
+            self._shelves[entry.kind][entry.tier].only.ranked(entry)
 
-    def _score(self, entry: Entry) -> float:
+    def score(self, entry: Entry) -> float:
+        """The mass of a block: decay * what it was in the forward before, and what it got in the one under way."""
         return entry.score * self.spec.decay ** (self.step - entry.step)
 
     def _slot(self, tier: int, kind: Kind, chosen: Collection[Entry] = ()) -> int:
@@ -172,8 +182,7 @@ class Pool:
 
     def _victim(self, shelf: Shelf, chosen: Collection[Entry]) -> Entry:
         """Of those that are chosen together none makes room on the device; elsewhere, where there is no other."""
-        left = (entry for entry in shelf.only if entry not in chosen)
-        found = min(left, key=self._score, default=None) if self.spec.policy == "mass" else next(left, None)  # of equal scores, the one used longest ago
+        found = shelf.only.first(chosen)
         return found if found is not None else next(iter(shelf.only))
 
     def _lower(self, entry: Entry, tier: int, chosen: Collection[Entry]) -> None:

@@ -136,8 +136,8 @@ class Method(ABC):
             value = getattr(self, f.name)
             if value == f.default:
                 continue
-            typed = f'"{" ".join(value.options())}"' if isinstance(value, Method) else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            found += ["--" + f.name.replace("_", "-"), typed]
+            typed = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+            found += ["--" + f.name.replace("_", "-"), f'"{" ".join(value.options())}"' if isinstance(value, Method) else typed]
         return found
 
     def to_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from longreach.core.choice import Choice, Index, Past, Probes
+from longreach.core.choice import Choice, Index, Past, Probes, stretches
 from longreach.core.dense import Dense
 from longreach.core.segments import Chunked, Identity, Layout, Rank, Segment, Visible
 from longreach.methods.base import Method, hidden_to_nan, require, require_integer
@@ -30,6 +30,10 @@ class Scan(Index):
 
     frame: ClassVar[Literal["segment", "raw", "block"]] = "raw"
     probes: ClassVar[bool] = True
+
+    @property
+    def first(self) -> int:
+        return self.sink
 
     def choose(self, q: torch.Tensor, past: Past) -> torch.Tensor:
         found = None
@@ -54,6 +58,15 @@ class Scan(Index):
             first = found.masked_fill(best.values[..., :keep].isneginf(), NONE).sort(-1).values
         first = first.expand(q.shape[0], -1, -1)[:, None]
         return self.ids(first, past) if last else first
+
+    def compared(self, blocks: int, queries: int) -> tuple[int, ...]:
+        """Of each chunk two keys, log2(size) + 1 times, with the means of the queries; a stage that would leave all compares nothing."""
+        found, chunks = [], max(1, -(-(blocks * self.chunks[-1] - self.sink) // self.chunks[0]))
+        for size, smaller, kept, stride in zip(self.chunks, (*self.chunks[1:], self.chunks[-1]), self.kept, self.strides):
+            asks = blocks > 0 and chunks > kept // size
+            found.append(asks * chunks * 2 * ((size - 1).bit_length() + 1) * -(-queries // stride))
+            chunks = min(chunks, kept // size) * (size // smaller)
+        return tuple(found)
 
     def ids(self, first: torch.Tensor, past: Past) -> torch.Tensor:
         """Numbers of the blocks that begin there, and of those of the sink."""
@@ -139,7 +152,7 @@ class InfiniteHiP(Method):
     sink          first tokens that always stay visible, a multiple of the last of chunks.
     budget        keys that the search leaves, a multiple of the last of chunks.
     chunks        keys of a chunk in every stage, each a multiple of the next.
-    kept          keys that each stage but the last leaves, multiples of its chunk.
+    kept          keys that each stage but the last leaves, multiples of its chunk; with one stage () or, on the command line, none.
     strides       queries of a prompt of which each stage compares the mean.
     query_block   queries of a prompt that search together; a prompt may be cut at multiples of it.
     refresh       how often each stage is asked anew, in decoded tokens, each a multiple of the next; the serving recipes have 96, 24, 8.
@@ -179,7 +192,8 @@ class InfiniteHiP(Method):
         stages = len(self.chunks)
         for name, count in (("chunks", max(1, stages)), ("kept", stages - 1), ("strides", stages), ("refresh", stages)):
             given, of = len(getattr(self, name)), "stage but the last" if name == "kept" else "stage"
-            require(given == count, f"{name} must have one entry for every {of} ({count}), not {given}; chunks says how many stages there are")
+            fix = "chunks says how many stages there are" + ("" if count else f"; pass none, {name}=() or --{name} none")
+            require(given == count, f"{name} must have one entry for every {of} ({count}), not {given}; {fix}")
         for name in ("chunks", "refresh"):
             pairs = zip(getattr(self, name), getattr(self, name)[1:])
             require(all(a % b == 0 for a, b in pairs), f"every entry of {name} must be a multiple of the next, not {getattr(self, name)}")
@@ -233,13 +247,10 @@ class InfiniteHiP(Method):
 
     def truth(self, dense: Dense) -> torch.Tensor:
         i, j = dense.i, dense.j
-        first, count, step, window, block = int(i[0]), j.shape[1], self.query_block, self.window, self.chunks[-1]
+        first, count, window, block = int(i[0]), j.shape[1], self.window, self.chunks[-1]
         seen, q = dense.seen.expand(len(dense.q), 1, len(i), count), torch.cat([*dense.earlier[:1], dense.q], 2)
         found = hidden_to_nan(i - j, (j <= i) & (i - j < window)).repeat(len(q), 1, 1, 1)
-        starts = [max(first, window), *(n for n in range(first - first % step + step, count, step) if n > max(first, window))]
-        for start, stop in zip(starts, [*starts[1:], count]):
-            if start >= stop:
-                continue
+        for start, stop in stretches(max(first, window), count, self.query_block):
             asked = [[start // every * every] for every in self.refresh] if len(i) == 1 else [[*range(start, stop)]] * len(self.chunks)
             complete = max(0, (asked[0][0] if len(i) == 1 else start) - window + 1) // block * block
             for row in range(len(q)):

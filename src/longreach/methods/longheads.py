@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from longreach.core.choice import Choice, Index, Past
+from longreach.core.choice import Choice, Index, Past, stretches
 from longreach.core.dense import Dense
 from longreach.core.segments import Chunked, Identity, Layout, Rank, Segment, Visible
 from longreach.kernels.products import products
@@ -117,15 +117,12 @@ class LongHeads(Method):
         return hidden_to_nan(torch.where(i < self.dense, i - j, torch.minimum(i - j, last - j.clamp(max=self.chunk))), j <= i)
 
     def truth(self, dense: Dense) -> torch.Tensor:
-        i, j, size, step = dense.i, dense.j, self.chunk, self.together
+        i, j, size = dense.i, dense.j, self.chunk
         first, count = int(i[0]), j.shape[1]
         seen, q = dense.seen.expand(len(dense.q), 1, len(i), count), torch.cat([*dense.earlier[:1], dense.q], 2)
         found = (i - j).double().masked_fill((i < j) | (i >= self.dense), torch.nan).repeat(*q.shape[:2], 1, 1)
         represented = [self._representation(dense, q, n) for n in range(count // size)]
-        for start in [first, *range(first - first % step + step, count, step)]:
-            stop = min(count, start - start % step + step)
-            if (start := max(start, self.dense)) >= stop:
-                continue
+        for start, stop in stretches(max(first, self.dense), count, self.together):
             own = start // size
             visible = seen[:, :, start - first, : own * size].unflatten(2, (own, size)).any(-1)  # [B, 1, chunks]; a mask may hide all of one
             number = torch.arange(own, device=q.device)

@@ -16,8 +16,8 @@ from longreach.configs import Attention, Decoder
 from longreach.core.choice import Choice
 from longreach.core.segments import Layout, forms, summaries
 from longreach.engine import chosen
+from longreach.memory.blocks import sealed
 from longreach.memory.budgets import SUMMARIES, Tiered, room_for_summaries, size_at_least, size_text, slots_of, spare_of
-from longreach.memory.placement import ROLLBACK
 from longreach.methods.base import Method
 from longreach.planning.memory import MARGIN, Budget, Schedule, temporary_bytes, tier_bytes
 from longreach.planning.work import layouts
@@ -139,11 +139,6 @@ def spread(architecture: Decoder, method: Method, schedule: Schedule, memory: Ti
     )
 
 
-def sealed(tokens: int, unit: int) -> int:
-    """Blocks of a buffer when so many tokens count."""
-    return max(0, tokens - ROLLBACK) // unit
-
-
 def buffers(layer: Attention, layout: Layout, token: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Heads and bytes of a block of every buffer that keeps all tokens: of keys, of values. `token`: bytes of a block of width 1."""
     heads = layer.kv_heads
@@ -177,7 +172,10 @@ def reads(layer: Attention, layout: Layout, start: int, stop: int, unit: int) ->
             choice = segment.choice
             lengths = stretches(choice, layer, piece.first, piece.last, piece.to_key)
             times = sum(n * min(every, touched(choice, layer, queries, unit)) for queries, n in lengths)
-            found = replace(found, chosen=found.chosen + times, compared=found.compared + (0 if choice.index.width else every))
+            passed = 0 if choice.index.width else every
+            if choice.refresh and stop - start == 1:  # its share of what the first stage goes through
+                passed = -(-every // choice.refresh[0])
+            found = replace(found, chosen=found.chosen + times, compared=found.compared + passed)
     return found
 
 

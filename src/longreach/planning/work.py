@@ -50,7 +50,9 @@ def count(layout: Layout, start: int, stop: int) -> Counts:
             first, choosing = segment.choice.of(start, stop)
             visible = replace(visible, first_query=max(first, visible.first_query))
         for piece in visible.pieces(start, stop):
-            if choosing and segment.choice is not None and segment.choice.queries > 1:
+            if choosing and segment.choice is not None and segment.choice.refresh and stop - start == 1:
+                total += taken(segment.choice, segment.visible.keys_of(segment.choice.asked(start)[0]), visible.keys_of(start))
+            elif choosing and segment.choice is not None and (segment.choice.queries > 1 or segment.choice.refresh):
                 for a, b in segment.choice.together(piece.first, piece.last):
                     total += together(segment.choice, visible.keys_of(a), visible.keys_of(b - 1))
             elif choosing and segment.choice is not None:
@@ -75,9 +77,16 @@ def chosen(choice: Choice, first: int, last: int) -> Counts:
 
 
 def together(choice: Choice, first: int, last: int) -> Counts:
-    """The same of queries that choose together, as the first of them does; one comparison with what is complete for it is counted."""
+    """The same of queries that choose together, as the first of them does, among what is complete for it."""
     pairs = ramp(last) - ramp(first - 1) - (last - first + 1) * (first - choice.shown(first))
-    return Counts(pairs, choice.complete(first) * max(1, choice.index.width), 1, pairs)
+    return Counts(pairs, sum(choice.index.compared(choice.complete(first), last - first + 1)), 1, pairs)
+
+
+def taken(choice: Choice, asked: int, keys: int) -> Counts:
+    """The same of one query that sees `keys` keys and takes what was answered to an earlier one, which saw `asked`: its share of every stage."""
+    pairs = choice.shown(keys, asked)
+    stages = choice.index.compared(choice.complete(asked), 1)
+    return Counts(pairs, sum(of // every for of, every in zip(stages, choice.refresh)), 1, pairs)
 
 
 def sum_of_quotients(x: int, block: int) -> int:

@@ -27,7 +27,6 @@ from transformers import DynamicCache
 
 from longreach import files
 from longreach.hf import documents
-from longreach.hf.cache import store_of
 from longreach.hf.extension import Extension
 from longreach.memory import sealed
 
@@ -105,15 +104,9 @@ class Kept:
     def save(self, tokens: int, last: torch.Tensor | None) -> None:
         assert last is not None
         begun = time.perf_counter()
-        filed = store.filed if (store := store_of(self.cache)) is not None else None
-        if os.path.lexists(self.folder / sealed.MANIFEST) and documents.facts(self.folder).get("state") != (None if filed is None else filed.state):
-            raise ValueError(
-                f"{str(self.folder)!r} holds something else than this reading has put there, so another one keeps a text in it too; nothing was written over: "
-                "let one end before the other begins, or name a folder for each"
-            )
         logits = base64.b64encode(last.detach().float().cpu().contiguous().numpy().tobytes()).decode()
         notes = {NOTE: json.dumps({"tokens": tokens, "sha256": self._hash.hexdigest()}), LOGITS: logits}
-        self.extension.save(self.cache, self.folder, notes=notes)
+        documents.save(self.extension.forward, self.cache, self.folder, None, notes, alone=True)
         self._saved, self._at = tokens, time.perf_counter()
         self._cost = self._at - begun
 
