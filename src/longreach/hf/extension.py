@@ -37,7 +37,7 @@ from longreach.hf.verify import verify
 from longreach.memory.budgets import Tiered
 from longreach.memory.contiguous import Contiguous
 from longreach.memory.layer import Memory
-from longreach.memory.pooled import Stored, Tiers
+from longreach.memory.pooled import Tiers
 from longreach.methods.base import Method
 from longreach.planning import dial
 from longreach.planning.profile import Profile
@@ -99,7 +99,7 @@ def extend(
         facts = verify(seam, chosen, dense=backend == "reference")
         if facts.remark:
             warnings.warn(facts.remark, stacklevel=2)
-        extension = Extension(facts, Attachment(seam, Forward(facts, _tiers(memory, facts) if isinstance(memory, Tiered) else memory or Contiguous)))
+        extension = Extension(facts, Attachment(seam, Forward(facts, Tiers(memory, facts.stored) if isinstance(memory, Tiered) else memory or Contiguous)))
     except BaseException:  # an interrupt may have broken off what cleans up
         seam.remove()
         registration.unregister(name)
@@ -108,13 +108,6 @@ def extend(
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", extension.describe())
     return extension
-
-
-def _tiers(given: Tiered, facts: Facts) -> Tiers:
-    found = []
-    for layer, entry in zip(facts.layers, facts.reading.entries, strict=True):
-        found.append(Stored(layer.kept, entry.heads, entry.queries, entry.key_width, entry.value_width, entry.dtype, facts.device_of_layer(layer.index)))
-    return Tiers(given, found)
 
 
 def _profile_of(base: Any, given: Profile | str | Path) -> Profile:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from longreach.running.sampling import GREEDY, Sampling
 
-Finish = Literal["stop", "length", "error"]
+Finish = Literal["stop", "length", "error", "held"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Event:
     token    the new token, None while the prompt is read.
     logprob  its log-probability by the model's own logits, before temperature and top-p, where the job asks for it.
     best     the most likely tokens and their log-probabilities, the first the best, as many as the job asks for.
-    finish   how the job ended; None: it goes on. After "error" `problem` says why, and there is no token.
+    finish   how the job ended; None: it goes on. With "error" `problem` says why, and there is no token. "held": a document is there.
     """
 
     job: Job
