@@ -24,7 +24,8 @@ from longreach.running import prompts
 
 if TYPE_CHECKING:
     from longreach.hf.interfaces import Tokenizer
-    from longreach.running.generation import Answer, Sampling
+    from longreach.running.generation import Answer
+    from longreach.running.sampling import Sampling
 
 TAKES_METHOD_PARAMETERS = True
 WRONG = 2  # the exit code after a line that was refused, where lines are piped in

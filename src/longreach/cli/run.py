@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from longreach.hf.extension import Extension
     from longreach.hf.interfaces import CausalLM, Tokenizer
     from longreach.running.conversation import Conversation
-    from longreach.running.generation import Answer, Sampling
+    from longreach.running.generation import Answer
     from longreach.running.long_text import LongText
+    from longreach.running.sampling import Sampling
 
 TAKES_METHOD_PARAMETERS = True
 
@@ -128,7 +129,7 @@ def command(
 
 def sampling_of(out: Output, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
     """What the options say; a temperature of 0 is greedy. What has no effect is said."""
-    from longreach.running.generation import Sampling
+    from longreach.running.sampling import Sampling
 
     if temperature is None and top_p is not None:
         temperature = 1.0

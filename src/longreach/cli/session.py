@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from longreach.methods.base import Method
     from longreach.planning.dial import Choice as DialChoice
     from longreach.running.conversation import Conversation
-    from longreach.running.generation import Answer, Sampling
+    from longreach.running.generation import Answer
+    from longreach.running.sampling import Sampling
 
 ROOM = 1024  # tokens for questions and answers where no context is declared
 FIRST = 8  # an eighth of the trained window is left for the first question where plain attention is to begin

@@ -37,7 +37,7 @@ from longreach.hf.verify import verify
 from longreach.memory.budgets import Tiered
 from longreach.memory.contiguous import Contiguous
 from longreach.memory.layer import Memory
-from longreach.memory.pooled import Stored, Tiers
+from longreach.memory.pooled import Tiers
 from longreach.methods.base import Method
 from longreach.planning import dial
 from longreach.planning.profile import Profile
@@ -115,10 +115,7 @@ def _tiers(given: Tiered, facts: Facts) -> Tiers:
         raise ValueError(
             f"policy='mass' goes by what queries pay to blocks that they have chosen, and here {facts.chosen.method} attends to everything; leave out policy"
         )
-    found = []
-    for layer, entry in zip(facts.layers, facts.reading.entries, strict=True):
-        found.append(Stored(layer.kept, entry.heads, entry.queries, entry.key_width, entry.value_width, entry.dtype, facts.device_of_layer(layer.index)))
-    return Tiers(given, found)
+    return Tiers(given, facts.stored)
 
 
 def _profile_of(base: Any, given: Profile | str | Path) -> Profile:

@@ -18,6 +18,7 @@ from longreach.engine.layer import Layer
 from longreach.hf.interfaces import CausalLM
 from longreach.hf.registration import Configs
 from longreach.hf.rotary import Key
+from longreach.memory.stored import Placed
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 from longreach.planning import dial
@@ -160,3 +161,11 @@ class Facts:
         """Where a layer computes, and so keeps its keys and values."""
         weight = next(self.reading.modules[index].parameters())
         return self.reading.entries[index].device if weight.is_meta else weight.device
+
+    @property
+    def stored(self) -> list[Placed]:
+        """What every layer stores of a token."""
+        return [
+            Placed(layer.kept, e.heads, e.queries, e.key_width, e.value_width, e.dtype.itemsize, e.dtype, self.device_of_layer(layer.index))
+            for layer, e in zip(self.layers, self.reading.entries, strict=True)
+        ]

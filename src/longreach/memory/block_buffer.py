@@ -88,6 +88,12 @@ class BlockBuffer(Buffer):
         run[share.slot] = (*run[share.slot], *(self.pool.put(self.kind(made), new) for new in made.split(self.unit, 1)))
         self.runs[share.base] = tuple(run)
 
+    def _adopt_bases(self, row: int, other: Buffer) -> None:
+        assert isinstance(other, BlockBuffer)
+        for share in self.placement.shares[row]:
+            self.runs[share.base] = other.runs[share.base]
+        self._drop()
+
     def thaw(self, row: int, start: int, stop: int) -> Callable[[], None]:
         """Read entries start .. stop of a block that is about to be cut -> what puts them into the tail when the placement has been rewound."""
         kept = self.view(slice(row, row + 1), start, stop)[0]

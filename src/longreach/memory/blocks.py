@@ -97,6 +97,10 @@ class Blocked(ABC):
         buffer. Raises ValueError where there is no room for what is added."""
 
     @abstractmethod
+    def has_room(self, blocks: int, summaries: int, layers: Sequence[LayerMemory]) -> bool:
+        """Whether there is room for so many blocks more of every buffer, and for bytes of what an index keeps in these layers, what it keeps now among them."""
+
+    @abstractmethod
     def thaw(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], lengths: Mapping[int, int]) -> list[Callable[[], None]]:
         """Rows are about to be cut to so many tokens. What is left of a block that is cut is read -> calls that put it into the tails, and let go of the blocks
         behind it, once the placements have been rewound."""

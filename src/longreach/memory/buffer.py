@@ -247,6 +247,27 @@ class Buffer(Bodies):
         """What was left out of `restore`: entries [H, C, D] of a row from `start` on, in their order."""
         self.view(slice(row, row + 1), start, start + entries.shape[1])[0].copy_(entries)
 
+    def adopt(self, row: int, other: Buffer, its: int) -> None:
+        """What row `its` of another buffer holds, as the placement says that this row has it: frozen entries become common to both, others are copied."""
+        self._own()
+        other.arrange()
+        if other.head is not None:
+            with torch.inference_mode(False):
+                if self.head is None:
+                    self.head = other.head.new_zeros((len(self.placement.ends), *other.head.shape[1:]))
+            self.head[row] = other.head[its]
+        self._adopt_bases(row, other)
+        first, end = self.placement.places.firsts[row], self.placement.ends[row]
+        if other.bodies:
+            self._arrange(next(iter(other.bodies.values())))
+        if self.placement.tail != 0 and first < end:
+            kept = other.view(slice(its, its + 1), first, end)[0]
+            self.bodies[self.places.buckets[row]][self.places.slots[row], :, : end - first] = kept
+
+    def _adopt_bases(self, row: int, other: Buffer) -> None:
+        for share in self.placement.shares[row]:
+            self.bases[share.base] = other.bases[share.base]
+
     def take_over(self, longer: Buffer) -> None:
         """Copy what is to be kept from a buffer that keeps more of the same tokens."""
         if not longer.bodies:

@@ -23,7 +23,7 @@ from longreach.kernels.protocol import KV, gather
 from longreach.kernels.tiles import between
 from longreach.memory.bases import Base, BaseShelf
 from longreach.memory.buffer import Buffer
-from longreach.memory.layer import Weigh
+from longreach.memory.layer import LayerMemory, Weigh
 from longreach.memory.placement import Placement
 from longreach.memory.recalled import Recalled
 from longreach.memory.steps import Shelf, Step
@@ -75,6 +75,10 @@ class Contiguous:
         return {key: size for buffer in self.buffers for key, size in buffer.held.items()}
 
     @property
+    def frozen(self) -> dict[int, int]:
+        return {id(base.entries): base.entries.nbytes for buffer in self.buffers for base in buffer.bases.values()}
+
+    @property
     def shared(self) -> set[Place]:
         return {buffer.placement.kept.place for buffer in self.buffers if buffer.shared}
 
@@ -94,6 +98,14 @@ class Contiguous:
         for buffer in self.buffers:
             if buffer.placement.kept.place == place:
                 buffer.freeze(bases)
+
+    def adopt(self, row: int, other: LayerMemory, its: int) -> None:
+        assert isinstance(other, Contiguous)
+        for form, buffer in self.keys.items():
+            buffer.adopt(row, other.keys[form], its)
+        self.whole.adopt(row, other.whole, its)
+        for tail, buffer in self.tails.items():
+            buffer.adopt(row, other.tails.get(tail, other.whole), its)
 
     def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
         for positions, new in keys.items():

@@ -88,6 +88,11 @@ class LayerMemory(Shown, Protocol):
         ...
 
     @property
+    def frozen(self) -> Mapping[int, int]:
+        """Of these, what nobody writes to any more and forks read."""
+        ...
+
+    @property
     def shared(self) -> Collection[Place]:
         """Which forms, by their places, somebody else reads too who does not know that they may be frozen."""
         ...
@@ -110,6 +115,10 @@ class LayerMemory(Shown, Protocol):
 
     def freeze(self, place: Place, bases: Collection[Base]) -> None:
         """What lies in new bases of the forms of one place is not written to any more. The placement adopts them next."""
+        ...
+
+    def adopt(self, row: int, other: LayerMemory, its: int) -> None:
+        """An empty row gets what row `its` of another memory of the same kind holds, after the placements have made room for it."""
         ...
 
     def fork(self, placements: Mapping[Place, Placement]) -> LayerMemory:

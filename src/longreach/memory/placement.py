@@ -7,7 +7,7 @@ indices, pads are never stored. Knows lengths and what is to be kept; no tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from longreach.core.segments import Retention
@@ -273,6 +273,17 @@ class Placement:
         self.shares.append(())
         self.places = Places.of([*places.buckets, 0], [*places.firsts, 0], {0: 0, **places.rooms}, places.age)
 
+    def occupy(self, row: int, shares: Shares, first: int, end: int) -> None:
+        """A row that is empty gets shares, and entries first .. end of its own, which the buffers receive next; fewer of a bounded form, where nobody goes
+        back to them."""
+        self.ends[row] = end
+        self.share([*self.shares[:row], shares, *self.shares[row + 1 :]])
+        if self.tail != 0:
+            first = first if self.tail is None else max(first, end - self.tail - ROLLBACK)
+            places = self.places
+            self.places = Places.of(places.buckets, [*places.firsts[:row], first, *places.firsts[row + 1 :]], places.rooms, places.age)
+            self._make_room({row: end - first}, None if self.tail is None else self.tail + ROLLBACK + SLACK)
+
     def select(self, rows: Sequence[int]) -> None:
         """Rows become the rows `rows` of before."""
         self.ends = [self.ends[row] for row in rows]
@@ -307,38 +318,3 @@ def alike(placements: Iterable[Placement], rows: Sequence[int]) -> list[object]:
             beside = sides(placement.shares)
             keys = [(key, beside[row]) for key, row in zip(keys, rows, strict=True)]
     return keys
-
-
-# -- what it will take ------------------------------------------------------------------------------------------------------------------
-
-
-def allocated(kept: Retention, forwards: Iterator[tuple[int, int]], chunked: int, step: int, prompt: int, stored: int) -> int:
-    """Entries that are allocated for a row after it has read `chunked` tokens in forwards of `step`, those up to `prompt` in one, and one at a time up to
-    `stored`; `forwards` are these as (start, tokens)."""
-    if kept.tail == 0:
-        return kept.head
-    return kept.head + (_growing(kept, chunked, step, prompt, stored) if kept.tail is None else _bounded(kept.tail, forwards))
-
-
-def _growing(kept: Retention, chunked: int, step: int, prompt: int, stored: int) -> int:
-    """Only the forwards at which a bucket grows are looked at."""
-    size = 0
-    while size < kept.entries(chunked):
-        size = room(size, kept.entries(min(-(-(kept.first + (size + 1) * kept.block) // step) * step, chunked)), None)
-    size = room(size, kept.entries(prompt), None)
-    while size < kept.entries(stored):
-        size = room(size, size + 1, None)
-    return size
-
-
-def _bounded(tail: int, forwards: Iterator[tuple[int, int]]) -> int:
-    keep = tail + ROLLBACK
-    most, size, first = keep + SLACK, 0, 0
-    for start, new in forwards:
-        if size == most:
-            break
-        stop = start + new
-        if stop - first > most:
-            first = max(first, stop - keep)
-        size = room(size, stop - first, most)
-    return size

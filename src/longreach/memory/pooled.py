@@ -1,4 +1,4 @@
-"""The tiers of an extension: what its layers store, the pool that all of them use, and what is reported of it. Knows layers' sizes; not models or methods."""
+"""The tiers of an extension: the pool that all of its layers use, and what is reported of it. Knows layers' sizes; not models or methods."""
 
 from __future__ import annotations
 
@@ -6,53 +6,26 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from longreach.core.segments import Form, Place, Retention, Summary
 from longreach.memory import blocks
-from longreach.memory.arenas import Kind
 from longreach.memory.block_buffer import BlockBuffer
 from longreach.memory.blocks import Blocked
 from longreach.memory.budgets import Tiered, size_text
 from longreach.memory.buffer import Buffer
 from longreach.memory.layer import LayerMemory
 from longreach.memory.placement import Placement
+from longreach.memory.stored import Placed
 from longreach.memory.tiered import Counted, TieredLayer
 from longreach.memory.tiers import Pool
 from longreach.quantities import counted
 
 
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """What one layer stores of a token, and how long."""
-
-    forms: Mapping[Form, Retention]
-    heads: int
-    queries: int  # heads
-    key_width: int
-    value_width: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def kinds(self, block: int) -> list[Kind]:
-        """Of the buffers whose entries go to blocks."""
-        widths = [self.key_width for form, kept in self.forms.items() if kept.place is None]
-        widths += [self.value_width] if widths else []
-        return [Kind((self.heads, block, width), self.dtype, self.device) for width in widths]
-
-    def summaries(self) -> dict[Summary, int]:
-        """Bytes of one entry of what an index keeps."""
-        key, group = self.heads * self.key_width * self.dtype.itemsize, self.queries // self.heads
-        return {form: key * form.index.numbers(group) for form in self.forms if isinstance(form, Summary)}
-
-
 class Tiers(Blocked):
     """The memories of all layers and caches of an extension, over one pool. Raises ValueError where a tier is too small for a block."""
 
-    def __init__(self, spec: Tiered, layers: Sequence[Stored]) -> None:
+    def __init__(self, spec: Tiered, layers: Sequence[Placed]) -> None:
         if any(isinstance(form, Summary) and kept.place is None for layer in layers for form, kept in layer.forms.items()):
             raise ValueError("an index with blocks of one token keeps as much as all keys, which tiers do not take; pass a larger block (page_size, chunk)")
         self.spec, self.unit = spec, spec.block
@@ -78,6 +51,11 @@ class Tiers(Blocked):
             if planned + self._summaries(set(self._living) - set(own), own) > self.pool.summaries:
                 gc.collect()  # caches that nobody can reach any more
             self.pool.require_summaries(planned + self._summaries(set(self._living) - set(own), own))
+
+    def has_room(self, blocks: int, summaries: int, layers: Sequence[LayerMemory]) -> bool:
+        own = [layer for layer in layers if isinstance(layer, TieredLayer)]
+        others = self._summaries(set(self._living) - set(own), own)
+        return self.pool.has_room(blocks) and (not self._entry or summaries + others <= self.pool.summaries)
 
     def _planned(self, form: Summary, buffer: Buffer) -> int:
         """Bytes that the bodies of a buffer will have."""

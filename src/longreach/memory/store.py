@@ -101,11 +101,16 @@ class Store:
         self.layers = [self.memory(self.placements, forms) for forms in self.forms]
         self.offsets, self.scores, self.lengths = [0] * rows, [None] * rows, [0] * rows  # last: an interrupt before leaves a store without rows
 
+    def prepare(self) -> None:
+        """A store that has never held anything says where rows will lie."""
+        if not self.layers:
+            self._begin(0)
+
     def past(self, mask: torch.Tensor | None) -> list[Past]:
         """What a mask [B, seen] of the slots so far leaves visible; see `memory.past`."""
-        return past(self.slots, self.lengths, self._reaches, mask)
+        return past(self.slots, self.lengths, self.reaches, mask)
 
-    def _reaches(self, row: int) -> int:
+    def reaches(self, row: int) -> int:
         """The smallest length to which a row can be cut."""
         floor = 0 if (scores := self.scores[row]) is None else scores.floor
         return max(floor, *(placement.reaches(row) for placement in self.placements.values()))
@@ -155,10 +160,10 @@ class Store:
         """Before anything is written: what is long and others read too is frozen, and all rows go on in tails of their own."""
         if self.forked:
             shared = {place for layer in self.layers for place in layer.shared}
-            self._freeze(range(self.rows), shared)
+            self.freeze(range(self.rows), shared)
             self.forked = bool(shared)
 
-    def _freeze(self, rows: Collection[int], which: Collection[Place] | None = None) -> None:
+    def freeze(self, rows: Collection[int], which: Collection[Place] | None = None) -> None:
         """What rows hold where it is long, in these places."""
         for place, placement in self.placements.items():
             if (which is None or place in which) and (cut := placement.cut(rows)) is not None:
@@ -228,7 +233,7 @@ class Store:
             return
         left = self.slots.without(slots)
         lengths = [left.tokens(row) for row in range(self.rows)]
-        least = [self._reaches(row) for row in range(self.rows)]
+        least = [self.reaches(row) for row in range(self.rows)]
         for row, (length, floor) in enumerate(zip(lengths, least, strict=True)):
             if length < floor:
                 raise ValueError(
@@ -275,8 +280,7 @@ class Store:
         """One more row, which is empty -> its number."""
         self._change()
         self.filed = None
-        if not self.layers:
-            self._begin(0)
+        self.prepare()
         for placement in self.placements.values():
             placement.join()
         for layer in self.layers:
@@ -291,7 +295,7 @@ class Store:
     def rewind(self, row: int, length: int) -> None:
         """Forget what a row holds at index `length` and later, or raise and leave everything as it is."""
         self._change()
-        if length < (least := self._reaches(row)):
+        if length < (least := self.reaches(row)):
             raise ValueError(
                 f"cannot go back to token {length}: of {self.lengths[row]} tokens the last {self.lengths[row] - least} can be forgotten; crop less, or join() "
                 "and read the text again"
@@ -313,7 +317,7 @@ class Store:
             self.blocked.require(self.placements, self.layers, len(rows) / self.rows)
         index = index % self.rows
         self._part()
-        self._freeze([row for row, times in Counter(index.tolist()).items() if times > 1])
+        self.freeze([row for row, times in Counter(index.tolist()).items() if times > 1])
         for placement in self.placements.values():
             placement.select(index.tolist())
         for layer in self.layers:

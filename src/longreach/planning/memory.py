@@ -1,6 +1,6 @@
 """A layout -> bytes: what the store allocates, to the byte, and what a forward needs beside it.
 
-Asks memory/placement.py how many entries a buffer will have, and counts buffers and numbers; the tests compare with real ones. Knows no models' weights
+Asks memory/declared.py how many entries a buffer will have, and counts buffers and numbers; the tests compare with real ones. Knows no models' weights
 beyond their sizes, no seconds.
 """
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from longreach.configs import Attention, Decoder
 from longreach.core.eviction import ALONE, Eviction
-from longreach.core.segments import Layout, Retention, forms, queries, summaries
+from longreach.core.segments import Form, Layout, Retention, forms, queries, summaries
 from longreach.engine import chosen
 from longreach.engine.executor import QUERIES_AT_ONCE
-from longreach.memory import blocks, placement
-from longreach.memory.contiguous import values_kept
+from longreach.memory import blocks, declared
 from longreach.memory.placement import ROLLBACK, SLACK
+from longreach.memory.stored import Stored
 from longreach.methods.base import Method
 from longreach.planning.work import layouts
 from longreach.quantities import CHUNK_SIZE, counted
@@ -118,21 +118,16 @@ class Schedule:
 
 def entries(kept: Retention, schedule: Schedule) -> int:
     """Entries that a buffer of the store has allocated per row at the end of the schedule."""
-    return placement.allocated(kept, schedule.forwards(), schedule.chunked, schedule.step, schedule.prompt, schedule.stored)
+    return declared.allocated(kept, schedule.forwards(), schedule.chunked, schedule.step, schedule.prompt, schedule.stored)
 
 
 def buffers(layer: Attention, layout: Layout, schedule: Schedule, itemsize: int, rows: int = 1) -> Iterator[tuple[Retention, int]]:
     """What is kept, and how many bytes are allocated, for every key form and the values of one layer and row, and beside them. `rows`: of the batch; where
     there are several, values are kept once more for every shorter tail."""
-    kept_forms, key = forms(layout), layer.kv_heads * layer.key_width * itemsize
-    for kept in kept_forms.values():
-        yield kept, entries(kept, schedule) * key
-    for kept in values_kept(kept_forms, shared=rows > 1):
-        yield kept, entries(kept, schedule) * layer.kv_heads * layer.value_width * itemsize
-    for form, kept in summaries(layout).items():
-        yield kept, entries(kept, schedule) * key * form.index.numbers(layer.heads // layer.kv_heads)
-    for of, kept in queries(layout).items():
-        yield kept, entries(kept, schedule) * layer.heads * (layer.key_width * itemsize if of.what == "q" else 4)
+    kept: dict[Form, Retention] = dict([*forms(layout).items(), *summaries(layout).items(), *queries(layout).items()])
+    stored = Stored(kept, layer.kv_heads, layer.heads, layer.key_width, layer.value_width, itemsize)
+    for each, size in stored.buffers(shared=rows > 1):
+        yield each, entries(each, schedule) * size
 
 
 def kv_bytes(architecture: Decoder, method: Method, schedule: Schedule, rows: int = 1) -> int:

@@ -15,6 +15,7 @@ from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.quantities import CHUNK_SIZE
 from longreach.running import generation, prompts
 from longreach.running.prefix import Prefix, common
+from longreach.running.sampling import GREEDY, Sampling
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Conversation:
         question: str,
         max_new_tokens: int = 128,
         *,
-        sampling: generation.Sampling = generation.GREEDY,
+        sampling: Sampling = GREEDY,
         write: Callable[[str], None] = lambda text: None,
         progress: Callable[[int], None] = lambda done: None,
         stopped: Callable[[], bool] | None = None,

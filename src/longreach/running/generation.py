@@ -21,22 +21,7 @@ from longreach.hf.placement import device_of
 from longreach.quantities import CHUNK_SIZE
 from longreach.running.reading import stream
 from longreach.running.resuming import Kept
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """temperature None is greedy. Whatever else the checkpoint's own generation settings say stays in force."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"the seed must be a whole number of at most 63 bits, not {self.seed}; pass a smaller one")
-
-
-GREEDY = Sampling()
+from longreach.running.sampling import GREEDY, Sampling
 
 
 @dataclass(frozen=True)

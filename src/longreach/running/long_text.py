@@ -19,6 +19,7 @@ from longreach.quantities import CHUNK_SIZE
 from longreach.running import generation, prompts
 from longreach.running.pieces import ALIKE, token_ids
 from longreach.running.resuming import Kept
+from longreach.running.sampling import GREEDY, Sampling
 
 
 @dataclass
@@ -64,7 +65,7 @@ class LongText:
         question: str,
         max_new_tokens: int,
         *,
-        sampling: generation.Sampling = generation.GREEDY,
+        sampling: Sampling = GREEDY,
         write: Callable[[str], None] = lambda text: None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> generation.Answer:

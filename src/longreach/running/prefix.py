@@ -5,7 +5,7 @@ Knows caches, ids and reading in chunks; not what the ids mean: no conversations
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from longreach.hf.cache import take_back
 from longreach.hf.extension import Extension
 from longreach.quantities import CHUNK_SIZE
 from longreach.running.reading import stream
+
+STRETCH = 1024  # ids that are compared at once
 
 
 @dataclass
@@ -54,6 +56,12 @@ class Prefix:
         return held
 
 
-def common(one: list[int], other: list[int]) -> int:
+def common(one: Sequence[int], other: Sequence[int]) -> int:
     """The length of the longest common beginning."""
-    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    shorter = min(len(one), len(other))
+    for at in range(0, shorter, STRETCH):
+        if one[at : at + STRETCH] != other[at : at + STRETCH]:
+            for n in range(at, min(at + STRETCH, shorter)):
+                if one[n] != other[n]:
+                    return n
+    return shorter

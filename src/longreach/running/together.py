@@ -1,30 +1,24 @@
 """Many prompts, generated for together: every forward decodes a token of each request that has begun and reads a chunk of those that are still reading.
 
-Knows an extension's flat forwards and logits processors; not text, files or clocks. Waiting requests take the places of those that are done, and a document
-that several prompts begin with is read once and forked.
+Knows rows of flat forwards; not text, files or clocks. Waiting requests take the places of those that are done, and a document that several prompts begin with
+is read once and forked. Requests that come at any time, with settings of their own and a budget of memory, are for serving/scheduler.py.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from longreach.hf.extension import Extension
-from longreach.methods.base import Method
 from longreach.quantities import CHUNK_SIZE
-from longreach.running.generation import GREEDY, Sampling
+from longreach.running.rows import Row, chunk, forward, shareable, tokens
+from longreach.running.sampling import GREEDY, Sampler, Sampling, ends_of
 
 AT_ONCE = 16
-OTHERS: dict[str, tuple[Any, ...]] = {  # settings of a checkpoint that would change a token, and what they are where they do nothing
-    "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0), "bad_words_ids": (None,), "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []), "sequence_bias": (None,), "typical_p": (None, 1.0),
-    "epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0), "guidance_scale": (None, 1, 1.0), "min_length": (None, 0), "min_new_tokens": (None, 0),
-    "exponential_decay_length_penalty": (None,), "watermarking_config": (None,), "encoder_repetition_penalty": (None, 1.0),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,25 +49,12 @@ class Turn:
 
 
 @dataclass(eq=False)
-class _Row:
-    """What one row of the flat forwards reads: `end` tokens of a prompt and then its answer, or no more than the document (`asks` is False)."""
-
-    name: int
-    request: Request
-    end: int
-    asks: bool
-    generator: torch.Generator
-    read: int = 0
-    new: list[int] = field(default_factory=list)
-
-
-@dataclass(eq=False)
 class _Group:
     """Waiting requests whose first `shared` ids are the same, and the row that holds these."""
 
     requests: deque[Request]
     shared: int
-    document: _Row | None = None
+    document: Row | None = None
 
 
 class Pool:
@@ -97,14 +78,13 @@ class Pool:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         model: Any = extension.model
         config = model.generation_config
-        own = config.eos_token_id
-        self.ends = set(ends) if ends is not None else set() if own is None else {own} if isinstance(own, int) else set(own)
+        self.ends = ends_of(config) if ends is None else frozenset(ends)
         self.at_once, self.chunk_size, self.context = at_once, chunk_size, extension.context
-        self.method = extension.method
-        self._draws, self._processors = sampling.temperature is not None, _processors(config, sampling)
+        self.method, self._config, self._sampling = extension.method, config, sampling
+        Sampler(config, sampling)  # before anything is read, settings that are not honoured are refused
         self._flat = extension.flat()
         self._queue: deque[_Group] = deque()
-        self._rows: list[_Row] = []
+        self._rows: dict[Row, Request] = {}
 
     @property
     def busy(self) -> bool:
@@ -134,10 +114,8 @@ class Pool:
                     f"a prompt has {count} tokens, and with {new} new ones it exceeds the declared context of {self.context}; shorten it, or "
                     f"extend(model, context={count + new})"
                 )
-        if len(requests) > 1 and self.at_once > 1 and self.method.cut is not None:
-            shared = min(self.method.apart(shared + self.method.cut), *(self.method.apart(len(request.ids)) for request in requests))
-        else:
-            shared = 0
+        several = len(requests) > 1 and self.at_once > 1
+        shared = shareable(self.method, shared, [len(request.ids) for request in requests]) if several else 0
         if shared:
             self._queue.append(_Group(deque(requests), shared))
         else:
@@ -147,26 +125,27 @@ class Pool:
     def step(self) -> Turn:
         """One forward, for all that have a place. If it fails the pool is of no use any more."""
         self._admit()
-        new: dict[int, list[int]] = {}
-        reads: dict[Request, tuple[int, int]] = {}
+        counts: dict[Row, int] = {}
         budget = max(self.chunk_size, self.method.cut or 1)
         for row in self._rows:
-            ids, at = (row.new[-1:], 0) if row.new else (row.request.ids, row.read)
-            count = 1 if row.new else _next(self.method, row.read, row.end, budget)
-            budget -= 0 if row.new else count
-            if count > 0:
-                new[row.name] = ids[at : at + count]
-                reads[row.request] = row.read, row.read + count
-                row.read += count
-        logits = self._flat.read(new)
+            if row.decodes:
+                counts[row] = len(row.ids) - row.read
+            elif count := chunk(self.method, row.read, row.end, budget):
+                counts[row] = count
+                budget -= count
+        counts = {row: count for row, count in counts.items() if count}
+        reads = {self._rows[row]: (row.read, row.read + count) for row, count in counts.items()}
         done = {}
-        for row in [row for row in self._rows if row.name in new and row.asks and row.read == row.end + len(row.new)]:
-            row.new.append(self._token(row, logits[row.name]))
-            stopped = row.new[-1] in self.ends or row.request.stop(row.new)
-            if stopped or len(row.new) >= row.request.max_new_tokens:
-                done[row.request] = Generated(row.new, "stop" if stopped else "length")
+        for row, token in tokens(forward(self._flat, counts)).items():
+            if isinstance(token, ValueError):
+                raise token
+            row.ids.append(token)
+            request, new = self._rows[row], row.new
+            stopped = token in self.ends or request.stop(new)
+            if stopped or len(new) >= request.max_new_tokens:
+                done[request] = Generated(new, "stop" if stopped else "length")
                 self._flat.leave(row.name)
-                self._rows.remove(row)
+                del self._rows[row]
         return Turn(reads, done)
 
     def _admit(self) -> None:
@@ -177,29 +156,23 @@ class Pool:
             if document is not None and document.read < group.shared:
                 return
             if document is not None and len(group.requests) == 1:  # the last goes on where the document lies
-                self._rows.remove(document)
+                del self._rows[document]
                 self._begin(document.name, group.requests.popleft(), group.shared)
             elif full:
                 return
             elif document is not None:
                 self._begin(self._flat.fork(document.name), group.requests.popleft(), group.shared)
             elif group.shared:
-                group.document = self._begin(self._flat.join(), group.requests[0], 0, group.shared)
+                group.document = Row(self._flat.join(), group.requests[0].ids[: group.shared], None)
+                self._rows[group.document] = group.requests[0]
             else:
                 self._begin(self._flat.join(), group.requests.popleft(), 0)
             if not group.requests:
                 self._queue.popleft()
 
-    def _begin(self, name: int, request: Request, read: int, end: int | None = None) -> _Row:
-        generator = torch.Generator().manual_seed(request.seed % 2**63)
-        self._rows.append(_Row(name, request, len(request.ids) if end is None else end, end is None, generator, read))
-        return self._rows[-1]
-
-    def _token(self, row: _Row, logits: torch.Tensor) -> int:
-        scores = logits.float()[None]
-        if self._processors:
-            scores = self._processors(torch.tensor([row.request.ids + row.new], device=scores.device), scores)
-        return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=row.generator) if self._draws else scores.argmax(-1))
+    def _begin(self, name: int, request: Request, read: int) -> None:
+        sampler = Sampler(self._config, replace(self._sampling, seed=request.seed))
+        self._rows[Row(name, [*request.ids], sampler, read)] = request
 
 
 def generate(
@@ -235,45 +208,3 @@ def generate(
             found[request] = generated
             progress(len(found))
     return [found[request] for request in requests]
-
-
-def _next(method: Method, read: int, prompt: int, budget: int) -> int:
-    """How many more tokens of a prompt to read, of which `budget` are to be read at most, where the method allows to cut it there."""
-    if budget < (method.cut or 1):
-        return 0
-    if method.cut is None or prompt - read <= budget:
-        return prompt - read
-    last = min((read + budget) // method.cut * method.cut, method.apart(prompt))
-    return last - read if last > read else prompt - read
-
-
-def _processors(config: Any, sampling: Sampling) -> Any:
-    """What stock `generate` does to logits under the checkpoint's own settings with ours over them. Raises ValueError for those that are not honoured here."""
-    from transformers import (
-        LogitsProcessorList,
-        MinPLogitsWarper,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    for name, idle in OTHERS.items():
-        if (value := getattr(config, name, None)) not in idle:
-            raise ValueError(
-                f"the checkpoint's generation settings have {name}={value}, which is not honoured here; set model.generation_config.{name} = None, or use "
-                "model.generate for each prompt"
-            )
-    found = LogitsProcessorList()
-    if config.repetition_penalty not in (None, 1.0):
-        found.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    if sampling.temperature is not None:
-        if sampling.temperature != 1.0:
-            found.append(TemperatureLogitsWarper(sampling.temperature))
-        if config.top_k:
-            found.append(TopKLogitsWarper(config.top_k))
-        if sampling.top_p is not None and sampling.top_p < 1.0:
-            found.append(TopPLogitsWarper(sampling.top_p))
-        if config.min_p is not None:
-            found.append(MinPLogitsWarper(config.min_p))
-    return found

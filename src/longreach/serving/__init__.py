@@ -1,0 +1,1 @@
+"""Many requests at once: a scheduler of flat forwards, and what serves them."""
