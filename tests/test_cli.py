@@ -41,7 +41,7 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nonsense"], "choose one of: demo, run, chat, methods, distances, check"),
+        (["nonsense"], "choose one of: demo, run, chat, serve, methods, distances, check"),
         (["distances"], "see longreach distances --help"),
         (["distances", "stock", "--length", "x"], "--length"),
         (["distances", "stock", "--length", 0], "must be a positive number of tokens"),

@@ -1,0 +1,153 @@
+"""`longreach serve`: a model for many clients at once, over HTTP and in the words of OpenAI's API.
+
+Knows the options and how a server begins and ends; what is served is in the room `serving`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longreach.cli import common, fitting, profiles, stored
+from longreach.cli.common import Output
+from longreach.quantities import byte_count, counted, seconds_of
+
+if TYPE_CHECKING:
+    from longreach.hf.extension import Extension
+    from longreach.hf.interfaces import CausalLM
+    from longreach.serving.limits import Limits
+
+TAKES_METHOD_PARAMETERS = True
+PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
+LOCAL = ("127.0.0.1", "localhost", "::1")
+LINES = ("request", "method", "route", "status", "prompt_tokens", "cached_tokens", "new_tokens", "seconds")
+
+
+def size(text: str) -> int:
+    try:
+        return byte_count(text, "it")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def time(text: str) -> float:
+    try:
+        return seconds_of(text, "it")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def command(
+    context: typer.Context,
+    model: common.Model = "nano",
+    declared: common.Context = None,
+    method: common.MethodName = None,
+    host: Annotated[str, typer.Option("--host", help="The address to listen at; other machines reach 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option("--name", help="What clients call the model; by default the last part of --model.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="LONGREACH_API_KEY", help="What clients must send; better in the variable LONGREACH_API_KEY.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer to a chat request that names no other.")] = 1024,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Answers that may be on their way at a time; more requests get 429.")] = 64,
+    max_body: Annotated[Any, typer.Option("--max-body", parser=size, metavar="SIZE", help="The largest request, such as 64MiB.")] = "64MiB",
+    timeout: Annotated[Any, typer.Option("--timeout", parser=time, metavar="TIME", help="The longest time for an answer, such as 10m.")] = "10m",
+    drain: Annotated[Any, typer.Option("--drain", parser=time, metavar="TIME", help="How long answers may go on after SIGTERM or Ctrl-C.")] = "30s",
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    trained_window: common.TrainedWindow = None,
+    profile: common.ProfileFile = None,
+    no_profile: common.NoProfile = False,
+    memory: common.Memory = None,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Serve a model to OpenAI's clients: completions, chat, streaming; see docs/serving.md. Needs pip install 'longreach\\[serve]'.
+
+    Without --context and --method, the context is the trained window. Parameters of a method are options too: see `longreach methods`.
+    """
+    with common.output(as_json, verbose, quiet) as out:
+        if lacking := [package.replace("_", "-") for package in PACKAGES if find_spec(package) is None]:
+            raise ValueError(f"serving needs {' and '.join(lacking)}; pip install 'longreach[serve]'")
+        from longreach.serving.limits import Limits
+
+        limits = Limits(body=max_body, waiting=queue, seconds=timeout, answer=max_new_tokens)
+        chosen = common.method_of(context, method)
+        by_profile = profiles.asked(profile, no_profile, chosen, model=model)
+        if host not in LOCAL and api_key is None:
+            out.warn(f"{host} may be reached from other machines, and anybody there may ask; pass --api-key KEY (or LONGREACH_API_KEY), or leave out --host")
+        with common.quiet_transformers(verbose):
+            loaded, tokenizer = common.load_model(out, model, dtype, device)
+            choice = stored.Choice(chosen, declared, trained_window, 512, by_profile, memory)
+            with attached(out, loaded, choice) as extension:
+                stored.announce(out, extension)
+                serve(out, extension, tokenizer, name or Path(model).stem, limits, host, port, api_key, drain)
+        out.finish({"model": model, "ended": True}, lambda console: None)
+
+
+def attached(out: Output, model: CausalLM, choice: stored.Choice) -> Extension:
+    """The method in force for all requests; by default that of the trained window."""
+    import longreach
+
+    window, limit = fitting.limits(model, choice)
+    context = choice.context
+    if context is None and choice.method is None:
+        context = window
+        out.note(f"the context is the trained window of {counted(window, 'token')}; --context N serves a longer one")
+    profile = profiles.find(out, choice.profile, model, choice.method, context, choice.trained_window)
+    return longreach.extend(model, choice.method, context=context or limit, trained_window=choice.trained_window, profile=profile, memory=choice.memory)
+
+
+def serve(
+    out: Output, extension: Extension, tokenizer: Any, name: str, limits: Limits, host: str, port: int, api_key: str | None, drain: float
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, then let answers end."""
+    import uvicorn
+
+    from longreach.serving.api import application
+    from longreach.serving.scheduler import Scheduler
+    from longreach.serving.service import Service
+
+    log(out)
+    service = Service(extension, tokenizer, name, limits, Scheduler(extension))
+    app = application(service, api_key, host in LOCAL)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host, port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=max(1, round(drain)), ws="none")
+    )
+    bound = server.config.bind_socket()
+    where = f"[{host}]" if ":" in host else host
+    out.say(f"{name} is served at http://{where}:{bound.getsockname()[1]}/v1")
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}  # uvicorn raises them anew when it has ended
+    try:
+        server.run(sockets=[bound])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    out.note("ended")
+
+
+class Line(logging.Formatter):
+    """One JSON object a line: when, how serious, what, and the facts of a request. Never a text of one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {"time": self.formatTime(record), "level": record.levelname.lower(), "event": record.getMessage(), **getattr(record, "said", {})}
+        if record.exc_info:
+            said["error"] = self.formatException(record.exc_info)
+        return json.dumps(said)
+
+
+def log(out: Output) -> None:
+    """What is logged goes to standard error."""
+    handler = logging.StreamHandler(out.errors.file)
+    handler.setFormatter(Line())
+    for name, level in (("longreach.serving", logging.WARNING if out.quiet else logging.INFO), ("uvicorn.error", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
