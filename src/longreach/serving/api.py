@@ -54,7 +54,6 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
         docs_url=None,  # a page that takes its scripts from elsewhere
         redoc_url=None,
         responses=problems.DOCUMENTED,
-        max_body_size=service.limits.body,
         redirect_slashes=False,
     )
     app.add_middleware(

@@ -52,7 +52,7 @@ class Guard:
 
         try:
             refused = self._refused(scope["path"], Headers(scope=scope))
-            await (refused or self.app)(scope, receive if refused else self._in_time(receive), answer)
+            await (refused or self.app)(scope, receive if refused else self._limited(receive), answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.note(route, status)
@@ -60,26 +60,32 @@ class Guard:
             logger.info("answered", extra={"said": {**said, "seconds": round(time.perf_counter() - begun, 4)}})
 
     def _refused(self, path: str, headers: Headers) -> Response | None:
-        host = headers.get("host", "")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return Said(403, f"requests from the web pages of {origin[:100]!r} are not taken; ask from a program, or from this server's own page").response()
-        with suppress(ValueError):
-            if self.local and urlsplit(f"//{host}").hostname not in LOCAL:
-                return Said(403, f"this server is for its own machine, and goes by {', '.join(LOCAL)}; not by {host[:100]!r}").response()
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
+            said = "are not taken; ask from a program, or from this server's own page"
+            return Said(403, f"requests from the web pages of {origin[:100]!r} {said}").response()
+        if self.local and _name(host) not in LOCAL:
+            return Said(403, f"this server is for its own machine, and goes by {', '.join(LOCAL)}; not by {host[:100]!r}").response()
         if self._key is not None and path not in OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode("utf-8", "replace"), self._key):
                 said = "pass the server's API key in the header 'Authorization: Bearer KEY'"
                 return Said(401, f"the API key is wrong or missing; {said}", None, "invalid_api_key").response({"WWW-Authenticate": "Bearer"})
+        with suppress(ValueError):
+            if int(headers.get("content-length", "0")) > self.limits.body:
+                return Said(413, self._too_large).response()
         return None
 
-    def _in_time(self, receive: Receive) -> Callable[[], Awaitable[Message]]:
-        """The same, where the whole of a request must have come in time."""
-        end, whole = time.perf_counter() + self.limits.body_seconds, False
+    @property
+    def _too_large(self) -> str:
+        return f"the request is larger than the {self.limits.body} bytes that this server takes; send less, or start it with a larger --max-body"
+
+    def _limited(self, receive: Receive) -> Callable[[], Awaitable[Message]]:
+        """The same, where the whole of a request must come in time and not be too large."""
+        end, left, whole = time.perf_counter() + self.limits.body_seconds, self.limits.body, False
 
         async def received() -> Message:
-            nonlocal whole
+            nonlocal whole, left
             if whole:
                 return await receive()
             try:
@@ -87,6 +93,16 @@ class Guard:
             except TimeoutError:
                 raise HTTPException(408, f"the request did not arrive within {self.limits.body_seconds:g} seconds; send it at once") from None
             whole = not message.get("more_body", False)
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, self._too_large)
             return message
 
         return received
+
+
+def _name(host: str) -> str | None:
+    """The name in a Host header."""
+    with suppress(ValueError):
+        return urlsplit(f"//{host}").hostname
+    return None

@@ -6,6 +6,7 @@ Knows FastAPI's errors and ours; not what was asked.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ GONE = 499  # in logs only: the client has left
 AGAIN = {"Retry-After": "1"}
 NOT_AGAIN = {"x-should-retry": "false"}  # OpenAI's clients ask again at once otherwise
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error", 429: "rate_limit_error"}
+OF_UNIONS = re.compile(r"(str|Part|constrained-.*|.*\[.*\])$")  # how pydantic names the kinds that a value may have
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": replies.ErrorAnswer, "description": what}
     for status, what in {
@@ -89,17 +91,20 @@ def said(error: Exception, limits: Limits) -> Said:
 
 
 def invalid(error: RequestValidationError) -> Said:
-    """What is told of a request that is not of its shape."""
-    first = error.errors()[0]
-    context = first.get("ctx", {})
-    if isinstance(cause := context.get("error"), Refused):
+    """What is told of a request that is not of its shape. Of a value that could have been one of several things, what it almost was."""
+    found = error.errors()
+    same = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
+    first = max(same, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, Refused):
         return Said(400, str(cause), cause.param, cause.code)
-    where = ".".join(str(part) for part in first["loc"][1:]) or None
-    if first["type"] == "json_invalid":
-        return Said(400, f"the body is no JSON ({context.get('error')}); send an object, with Content-Type: application/json")
+    place = first["loc"][1:]
+    where = ".".join(str(part) for n, part in enumerate(place) if n == 0 or not OF_UNIONS.match(str(part))) or None
+    if first["type"] == "json_invalid" or where is None:
+        return Said(400, f"the body is no JSON object ({cause or first['msg']}); send one, with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
         return Said(400, f"unrecognized request argument supplied: {where}", where, "unknown_parameter")
-    return Said(400, f"{where or 'the body'}: {first['msg'].removeprefix('Value error, ')}", where)
+    return Said(400, f"{where}: {first['msg'].removeprefix('Value error, ')}", where)
 
 
 def attach(app: FastAPI, limits: Limits) -> None:
@@ -112,9 +117,7 @@ def attach(app: FastAPI, limits: Limits) -> None:
     @app.exception_handler(HTTPException)
     async def of_http(http: Request, error: HTTPException) -> Response:
         sentence = str(error.detail)
-        if error.status_code == 413:
-            sentence = f"the request is larger than the {limits.body} bytes that this server takes; send less, or start it with a larger --max-body"
-        elif sentence == "Not Found":
+        if sentence == "Not Found":
             sentence = f"there is nothing at {http.url.path[:200]!r}; /openapi.json says what there is"
         elif sentence == "Method Not Allowed":
             sentence = f"{http.method} does nothing at {http.url.path[:200]!r}; /openapi.json says what does"

@@ -18,16 +18,17 @@ class Writer:
     """The text of one answer. `push` takes its tokens, `take` hands out what is certain by now; all parts together are the whole text, which is
     `decode(ids)` up to the first stop string.
 
-    Only the last tokens are decoded anew: two stretches that begin at a whole character, the new text is by what the longer one is longer. So a
-    token costs the same at any length, and a tokenizer that writes the first word of a text differently does so in both.
+    Only the last tokens are decoded anew: what an earlier stretch and a new token make together, without what the stretch makes alone, is new. So a token
+    costs the same at any length, and a tokenizer that writes the first word of a text differently does so in both. The stretch begins at a whole character and
+    has text, or a space behind it would be taken for one at the beginning.
     """
 
     tokenizer: Tokenizer
     stop: tuple[str, ...] = ()
     stopped: bool = False  # a stop string was written
     _ids: list[int] = field(default_factory=list)  # the last tokens
-    _old: int = 0  # so many of them were in the shorter stretch
-    _sent: int = 0  # characters of the longer stretch that were handed on
+    _old: int = 0  # so many of them are the earlier stretch
+    _sent: int = 0  # characters of these tokens' text that were handed on
     _held: str = ""  # whole characters that may be the beginning of a stop string
     _ready: str = ""
 
@@ -39,9 +40,8 @@ class Writer:
         if len(whole) > self._sent:
             self._add(whole[self._sent :])
             self._sent = len(whole)
-        if whole == text:
-            self._ids, self._old = self._ids[self._old :], len(self._ids) - self._old
-            self._sent = len(decode(self.tokenizer, self._ids)) if self._old else 0
+        if whole == text and (newer := decode(self.tokenizer, self._ids[self._old :])):
+            self._ids, self._old, self._sent = self._ids[self._old :], len(self._ids) - self._old, len(newer)
         return self.stopped
 
     def take(self, last: bool = False) -> str:
