@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -176,6 +181,17 @@ def test_system_messages_and_half_characters() -> None:
             assert "".join(part.choices[0].delta.content or "" for part in parts) == text
         with pytest.raises(openai.BadRequestError, match="the prompt has 34 tokens and with 40 new ones needs 74, more than the context of 64"):
             server.client.chat.completions.create(model="nano", messages=messages, max_tokens=40)
+
+
+def test_the_examples_of_the_page(server: Served) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs/serving.md").read_text(encoding="utf-8").replace("http://127.0.0.1:8000", server.url)
+    [python] = re.findall(r"```python\n(.*?)```", page, re.S)
+    done = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "48213" in done.stdout.splitlines()[0] and done.stdout.count("\n") == 1, done
+    [curl] = re.findall(r"^curl .*$", page, re.M)
+    _, url, _, header, _, data = shlex.split(curl)
+    found = httpx.post(url, content=data, headers=dict([header.split(": ")]))
+    assert found.status_code == 200 and found.json()["usage"]["completion_tokens"] == 16
 
 
 def longreach_book() -> str:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -257,7 +257,7 @@ def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             found.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGINT"])
 def test_answers_end_before_the_server_does(number: int) -> None:
     with process("--context", "1024") as (server, url):
         client = openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
@@ -276,13 +276,15 @@ def test_answers_end_before_the_server_does(number: int) -> None:
         assert [line["new_tokens"] for line in lines if line["event"] == "answered"][-1] == 150 and SECRET not in err
 
 
+@pytest.mark.slow
 def test_an_answer_that_outlasts_the_drain_is_broken_off() -> None:
     with process("--context", "1024", "--drain", "1s") as (server, url):
         client = openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
         stream = client.completions.create(model="nano", prompt=SECRET, max_tokens=1000, temperature=0, n=16, stream=True)
-        next(stream)
+        parts = [next(stream)]
         begun = time.monotonic()
         server.send_signal(signal.SIGTERM)
-        with pytest.raises((openai.APIError, httpx.HTTPError, Exception)):
-            list(stream)
+        with suppress(Exception):  # what a client makes of a connection that ends is its own
+            parts += stream
         assert server.wait(timeout=60) == 0 and time.monotonic() - begun < 30
+        assert len(parts) > 16 and all(choice.finish_reason is None for part in parts for choice in part.choices)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import socket
+import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +19,7 @@ import typer
 
 from longreach.cli import common, fitting, profiles, stored
 from longreach.cli.common import Output
-from longreach.quantities import byte_count, counted, seconds_of
+from longreach.quantities import CHUNK_SIZE, byte_count, counted, seconds_of
 
 if TYPE_CHECKING:
     from longreach.hf.extension import Extension
@@ -26,7 +29,16 @@ if TYPE_CHECKING:
 TAKES_METHOD_PARAMETERS = True
 PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 LOCAL = ("127.0.0.1", "localhost", "::1")
-LINES = ("request", "method", "route", "status", "prompt_tokens", "cached_tokens", "new_tokens", "seconds")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the server listens, steps and ends."""
+
+    host: str
+    api_key: str | None
+    step_ms: int
+    drain: float
 
 
 def size(text: str) -> int:
@@ -59,6 +71,9 @@ def command(
     max_body: Annotated[Any, typer.Option("--max-body", parser=size, metavar="SIZE", help="The largest request, such as 64MiB.")] = "64MiB",
     timeout: Annotated[Any, typer.Option("--timeout", parser=time, metavar="TIME", help="The longest time for an answer, such as 10m.")] = "10m",
     drain: Annotated[Any, typer.Option("--drain", parser=time, metavar="TIME", help="How long answers may go on after SIGTERM or Ctrl-C.")] = "30s",
+    step_ms: Annotated[
+        int, typer.Option("--step-ms", min=1, help="Milliseconds of one forward: the chunks of prompts are so short, while others wait for their next token.")
+    ] = 500,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
@@ -83,13 +98,31 @@ def command(
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         if host not in LOCAL and api_key is None:
             out.warn(f"{host} may be reached from other machines, and anybody there may ask; pass --api-key KEY (or LONGREACH_API_KEY), or leave out --host")
-        with common.quiet_transformers(verbose):
+        with listening(host, port) as where, common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
-            choice = stored.Choice(chosen, declared, trained_window, 512, by_profile, memory)
-            with attached(out, loaded, choice) as extension:
+            with attached(out, loaded, stored.Choice(chosen, declared, trained_window, CHUNK_SIZE, by_profile, memory)) as extension:
                 stored.announce(out, extension)
-                serve(out, extension, tokenizer, name or Path(model).stem, limits, host, port, api_key, drain)
-        out.finish({"model": model, "ended": True}, lambda console: None)
+                serve(out, extension, tokenizer, name or called(model), limits, where, Options(host, api_key, step_ms, drain))
+
+
+def called(model: str) -> str:
+    """What clients call a model: the id of a Hub, or the last part of a path."""
+    path = Path(model).expanduser()
+    return (path.stem if path.suffix.lower() == ".gguf" else path.resolve().name) if path.exists() else model
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """The socket. A port that others have is known before a model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, kind, protocol)
+        if sys.platform != "win32":
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"{host} port {port} cannot be listened at ({reason}); pass another --port, 0 for any that is free, or another --host") from error
+    return found
 
 
 def attached(out: Output, model: CausalLM, choice: stored.Choice) -> Extension:
@@ -106,7 +139,7 @@ def attached(out: Output, model: CausalLM, choice: stored.Choice) -> Extension:
 
 
 def serve(
-    out: Output, extension: Extension, tokenizer: Any, name: str, limits: Limits, host: str, port: int, api_key: str | None, drain: float
+    out: Output, extension: Extension, tokenizer: Any, name: str, limits: Limits, where: socket.socket, options: Options
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then let answers end."""
     import uvicorn
@@ -116,17 +149,18 @@ def serve(
     from longreach.serving.service import Service
 
     log(out)
-    service = Service(extension, tokenizer, name, limits, Scheduler(extension))
-    app = application(service, api_key, host in LOCAL)
+    service = Service(extension, tokenizer, name, limits, Scheduler(extension, step_ms=options.step_ms))
+    app = application(service, options.api_key, options.host in LOCAL)
     server = uvicorn.Server(
-        uvicorn.Config(app, host, port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=max(1, round(drain)), ws="none")
+        uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=max(1, round(options.drain)), ws="none")
     )
-    bound = server.config.bind_socket()
-    where = f"[{host}]" if ":" in host else host
-    out.say(f"{name} is served at http://{where}:{bound.getsockname()[1]}/v1")
+    address, port = where.getsockname()[:2]
+    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}  # uvicorn raises them anew when it has ended
     try:
-        server.run(sockets=[bound])
+        out.finish({"url": url, "model": name, "context": service.room.context, "method": service.facts["method"]}, lambda console: None)
+        out.say(f"{name} is served at {url}/v1")
+        server.run(sockets=[where])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

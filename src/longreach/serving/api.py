@@ -67,6 +67,8 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
 
     @app.get("/health")
     async def health() -> replies.Health:
+        if not service.worker.alive:
+            raise Stopping
         return replies.Health()
 
     @app.get("/metrics", response_class=Response, responses=METRICS)
@@ -114,6 +116,16 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
                 own[piece.index].append(piece)
             return shape.answer({**head, "object": shape.whole}, own, tally.usage())
 
+    document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """What FastAPI writes of the routes, without the answer to what is not of its shape that is not ours."""
+        for path in document()["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return document()
+
+    app.openapi = openapi  # type: ignore[method-assign]
     return app
 
 
@@ -134,7 +146,7 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     head = {**head, "object": shape.part}
     usage: dict[str, Any] = {"usage": None} if request.wants_usage else {}
-    for index in range(len(asked.jobs)):
+    for index in range(len(asked.writers)):
         if (choice := shape.begin(index)) is not None:
             yield event({**head, "choices": [choice], **usage})
     try:

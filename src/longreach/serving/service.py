@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import Tokenizer
@@ -25,7 +25,7 @@ from longreach.serving.limits import Limits
 from longreach.serving.metrics import Metrics
 from longreach.serving.protocol import ChatRequest, CompletionRequest, Refused, TokenizeRequest
 from longreach.serving.scheduler import Scheduler
-from longreach.serving.texts import speller
+from longreach.serving.texts import Writer, speller
 from longreach.serving.worker import Asked, Piece, TooLong, Worker
 from longreach.version import __version__
 
@@ -100,20 +100,20 @@ class Service:
         if count > self.limits.waiting:
             raise Refused("n", f"{count} answers at a time are more than the {self.limits.waiting} of this server; ask for fewer", None)
 
-        def jobs(stops: Any) -> list[Job]:
-            return [
-                Job(
-                    ids=prompts.ids[number // prompts.n],
-                    max_new_tokens=prompts.new[number // prompts.n],
-                    sampling=prompts.samplings[number],
-                    logprobs=prompts.logprobs,
-                    stop=stop,
-                    document=document,
-                )
-                for number, stop in enumerate(stops)
-            ]
+        writers = [Writer(self.tokenizer, prompts.stop) for _ in range(count)]
+        jobs = [_job(prompts, number, writer, document) for number, writer in enumerate(writers)]
 
-        asked = self.worker.ask(jobs, [prompts.stop] * count)
+        def begin(scheduler: Scheduler) -> list[Job]:
+            for number, job in enumerate(jobs):
+                try:
+                    scheduler.add(job)
+                except BaseException:
+                    for other in jobs[:number]:
+                        scheduler.cancel(other)
+                    raise
+            return jobs
+
+        asked = self.worker.ask(begin, writers)
         tally = Tally(sum(map(len, prompts.ids)))
         late = asyncio.get_running_loop().call_later(self.limits.seconds, asked.pieces.put_nowait, TooLong())
         try:
@@ -143,3 +143,15 @@ class Service:
             seen[piece.index] = now
             tally.new += 1
             yield piece
+
+
+def _job(prompts: Prompts, number: int, writer: Writer, document: str | None) -> Job:
+    prompt = number // prompts.n
+    return Job(
+        ids=prompts.ids[prompt],
+        max_new_tokens=prompts.new[prompt],
+        sampling=prompts.samplings[number],
+        logprobs=prompts.logprobs,
+        stop=lambda new: writer.push(new[-1]),
+        document=document,
+    )

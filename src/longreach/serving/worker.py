@@ -10,11 +10,11 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from longreach.hf.interfaces import Tokenizer
 from longreach.serving.jobs import Event, Job
@@ -22,7 +22,6 @@ from longreach.serving.scheduler import Scheduler
 from longreach.serving.texts import Writer
 
 T = TypeVar("T")
-Stop = Callable[[Sequence[int]], bool]
 logger = logging.getLogger("longreach.serving")
 
 
@@ -48,38 +47,38 @@ class Gone(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token has added to one of the answers. `index`: which of those that were asked for together. `token` is None where it ends the answer and is
-    no part of it."""
+    """What one forward has done for one of the answers. `index`: which of those that were asked for together. `token` is None where only the prompt was read
+    (`read` tokens of it so far), and where it ends the answer and is no part of it."""
 
     index: int
-    text: str
-    token: int | None
-    logprob: float | None
-    best: tuple[tuple[int, float], ...]
+    read: int
     cached: int
-    finish: Literal["stop", "length"] | None
+    text: str = ""
+    token: int | None = None
+    logprob: float | None = None
+    best: tuple[tuple[int, float], ...] = ()
+    finish: Literal["stop", "length", "held"] | None = None
 
 
 @dataclass(eq=False)
 class Asked:
-    """Jobs that were asked for together, and what has come of them. The queue is bounded by the new tokens that they may have."""
+    """What was asked for together, and what has come of it. The queue is bounded by the new tokens that they may have.
 
-    jobs: list[Job]
+    begin      hands jobs to the scheduler, in the thread -> those jobs. What it raises is the answer.
+    writers    of each job.
+    progress   whether pieces without a token are wanted too.
+    """
+
+    begin: Callable[[Scheduler], Sequence[Job]]
     writers: list[Writer]
+    progress: bool
     loop: asyncio.AbstractEventLoop
+    jobs: Sequence[Job] = ()
     pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
-    taken: asyncio.Future[None] = field(init=False)  # by the scheduler, or refused with a ValueError
+    taken: asyncio.Future[None] = field(init=False)  # by the scheduler, or what `begin` has raised
 
     def __post_init__(self) -> None:
         self.taken = self.loop.create_future()
-
-
-@dataclass(eq=False)
-class _Task(Generic[T]):
-    """Work that is done in parts between the steps of the scheduler."""
-
-    parts: Iterator[Any]
-    done: Future[T]
 
 
 class Worker:
@@ -89,7 +88,6 @@ class Worker:
         self.scheduler, self.tokenizer, self.most = scheduler, tokenizer, most
         self.stats = scheduler.stats()
         self._answers: dict[Job, tuple[Asked, int]] = {}  # job -> whose it is
-        self._tasks: deque[_Task[Any]] = deque()
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._taken = 0  # answers that are on their way, as asyncio counts them
@@ -102,6 +100,10 @@ class Worker:
     def on_their_way(self) -> int:
         return self._taken
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def start(self) -> None:
         self._thread.start()
 
@@ -111,26 +113,21 @@ class Worker:
         self._tell(lambda: None)
         self._thread.join()
 
-    def ask(self, jobs: Callable[[Sequence[Stop]], list[Job]], stops: Sequence[tuple[str, ...]]) -> Asked:
-        """Hand jobs to the scheduler. `jobs` makes them of what says, after each token, whether a stop string ends them; `stops` are the strings of each.
-
-        Raises Busy where too many are on their way, and Stopping at the end. `cancel` must follow, whatever happens.
-        """
+    def ask(self, begin: Callable[[Scheduler], Sequence[Job]], writers: list[Writer], progress: bool = False) -> Asked:
+        """Have jobs begun, one for each writer; see `Asked`. Raises Busy where too many are on their way, and Stopping at the end. `cancel` must follow,
+        whatever happens."""
         if self._ending:
             raise Stopping
-        if self._taken + len(stops) > self.most:
+        if self._taken + len(writers) > self.most:
             raise Busy
-        writers = [Writer(self.tokenizer, stop) for stop in stops]
-        made = jobs([_stopper(writer) for writer in writers])
-        asked = Asked(made, writers, asyncio.get_running_loop())
-        self._taken += len(made)
+        asked = Asked(begin, writers, progress, asyncio.get_running_loop())
+        self._taken += len(writers)
         self._tell(lambda: self._add(asked))
         return asked
 
     async def pieces(self, asked: Asked) -> AsyncIterator[Piece]:
-        """What comes of them, until all have ended. Raises what was put among the pieces: ValueError for jobs that the scheduler refuses, Failed where a
-        forward fails, and what others put there to end it."""
-        left = len(asked.jobs)
+        """What comes of them, until all have ended. Raises Failed where a forward fails, and whatever others have put among the pieces to end it."""
+        left = len(asked.writers)
         while left:
             piece = await asked.pieces.get()
             if isinstance(piece, Exception):
@@ -140,22 +137,24 @@ class Worker:
 
     def cancel(self, asked: Asked) -> None:
         """Nobody waits for these any more. Those that have ended stay ended."""
-        self._taken -= len(asked.jobs)
+        self._taken -= len(asked.writers)
         self._tell(lambda: self._drop(asked))
 
-    async def do(self, parts: Iterator[Any], result: Callable[[], T]) -> T:
-        """Work on the model that is done in parts, between the steps of the scheduler -> its result. Cancelled between two parts."""
+    async def do(self, work: Callable[[Scheduler], T]) -> T:
+        """Something short, done between two steps of the scheduler -> what it returns, or raises."""
         if self._ending:
             raise Stopping
-        task = _Task(parts, Future[T]())
+        done: Future[T] = Future()
 
-        def finished() -> Iterator[Any]:
-            yield from parts
-            task.done.set_result(result())
+        def command() -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(work(self.scheduler))
+                except Exception as error:
+                    done.set_exception(error)
 
-        task.parts = finished()
-        self._tell(lambda: self._tasks.append(task))
-        return await asyncio.wrap_future(task.done)
+        self._tell(command)
+        return await asyncio.wrap_future(done)
 
     # -- the thread's side --------------------------------------------------------------------------------------------------------
 
@@ -167,35 +166,30 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._commands or self._tasks or self.scheduler.busy or self._ending):
+                while not (self._commands or self.scheduler.busy or self._ending):
                     self._changed.wait()
                 commands = [*self._commands]
                 self._commands.clear()
             for command in commands:
-                command()
+                try:
+                    command()
+                except Exception:  # a thread that dies would leave everybody waiting
+                    logger.exception("the scheduler failed")
             if self._ending:
                 break
             if self.scheduler.busy:
                 self._step()
-            if self._tasks:
-                self._part()
             self.stats = self.scheduler.stats()
         self._fail(list(self._answers), Stopping())
-        for task in self._tasks:
-            if task.done.set_running_or_notify_cancel():
-                task.done.set_exception(Stopping())
 
     def _add(self, asked: Asked) -> None:
-        problem = None
-        for index, job in enumerate(asked.jobs):
-            try:
-                self.scheduler.add(job)
-                self._answers[job] = asked, index
-            except Exception as error:
-                self._drop(asked)
-                problem = error
-                break
-        self._call(asked.loop, _settle, asked.taken, problem)
+        try:
+            asked.jobs = asked.begin(self.scheduler)
+        except Exception as error:
+            self._call(asked.loop, _settle, asked.taken, error)
+            return
+        self._answers |= {job: (asked, index) for index, job in enumerate(asked.jobs)}
+        self._call(asked.loop, _settle, asked.taken, None)
 
     def _drop(self, asked: Asked) -> None:
         for job in asked.jobs:
@@ -219,23 +213,9 @@ class Worker:
                 del self._answers[event.job]
             if event.finish == "error":
                 found.append((asked, Failed(event.problem)))
-            elif event.token is not None:
+            elif event.token is not None or event.finish is not None or asked.progress:
                 found.append((asked, _piece(asked, index, event)))
         self._send(found)
-
-    def _part(self) -> None:
-        task = self._tasks[0]
-        if task.done.cancelled():
-            self._tasks.popleft()
-            return
-        try:
-            next(task.parts)
-        except StopIteration:
-            self._tasks.popleft()
-        except Exception as error:
-            self._tasks.popleft()
-            with suppress(Exception):
-                task.done.set_exception(error)
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> list[Job]:
         """All that were asked for together with one of these end with an error -> their jobs that had not ended."""
@@ -271,12 +251,11 @@ def _settle(taken: asyncio.Future[None], problem: Exception | None) -> None:
         taken.set_exception(problem)
 
 
-def _stopper(writer: Writer) -> Stop:
-    return lambda new: writer.push(new[-1])
-
-
 def _piece(asked: Asked, index: int, event: Event) -> Piece:
     writer = asked.writers[index]
-    ends = event.finish == "stop" and not writer.stopped  # by a token of the model's own, which is no text
     finish = None if event.finish == "error" else event.finish
-    return Piece(index, writer.take(finish is not None), None if ends else event.token, event.logprob, event.best, event.cached, finish)
+    if event.token is None:
+        return Piece(index, event.read, event.cached, finish=finish)
+    ends = finish == "stop" and not writer.stopped  # by a token of the model's own, which is no text
+    text = writer.take(finish is not None)
+    return Piece(index, event.read, event.cached, text, None if ends else event.token, event.logprob, event.best, finish)

@@ -115,9 +115,7 @@ def event(data: dict[str, Any] | str) -> bytes:
 
 
 def _finish(pieces: Sequence[Piece]) -> replies.Finish:
-    finish = pieces[-1].finish
-    assert finish is not None
-    return finish
+    return "length" if pieces[-1].finish == "length" else "stop"
 
 
 def _finite(logprob: float | None) -> float:
