@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -38,8 +42,10 @@ class Served:
 
 
 @contextmanager
-def served(extension: Extension, tokenizer: Any, *, limits: Limits | None = None, key: str | None = None) -> Iterator[Served]:
-    service = Service(extension, tokenizer, "nano", limits or Limits(), Scheduler(extension))
+def served(
+    extension: Extension, tokenizer: Any, *, limits: Limits | None = None, key: str | None = None, documents: Path | None = None
+) -> Iterator[Served]:
+    service = Service(extension, tokenizer, "nano", limits or Limits(), Scheduler(extension), documents)
     app = application(service, key)
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
@@ -52,3 +58,22 @@ def served(extension: Extension, tokenizer: Any, *, limits: Limits | None = None
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def process(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`longreach serve` in a process of its own, and its address."""
+    command = [sys.executable, "-m", "longreach.cli", "serve", "--port", "0", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as found:
+        assert found.stderr is not None
+        try:
+            said = []
+            for line in found.stderr:
+                said.append(line)
+                if " is served at " in line:
+                    break
+            else:
+                raise AssertionError(said)
+            yield found, line.split(" is served at ")[1].strip()
+        finally:
+            found.kill()

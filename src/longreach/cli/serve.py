@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longreach import files
 from longreach.cli import common, fitting, profiles, stored
 from longreach.cli.common import Output
 from longreach.quantities import CHUNK_SIZE, byte_count, counted, seconds_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from longreach.serving.limits import Limits
 
 TAKES_METHOD_PARAMETERS = True
+CONNECTIONS = 1024  # that are open at a time
 PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -39,6 +41,8 @@ class Options:
     api_key: str | None
     step_ms: int
     drain: float
+    budget: int | None
+    documents: Path | None
 
 
 def size(text: str) -> int:
@@ -66,11 +70,18 @@ def command(
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="LONGREACH_API_KEY", help="What clients must send; better in the variable LONGREACH_API_KEY.")
     ] = None,
+    documents: Annotated[
+        Path | None, typer.Option("--documents", help="Keep texts that clients upload in this folder, read once and asked any number of times.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer to a chat request that names no other.")] = 1024,
     queue: Annotated[int, typer.Option("--queue", min=1, help="Answers that may be on their way at a time; more requests get 429.")] = 64,
-    max_body: Annotated[Any, typer.Option("--max-body", parser=size, metavar="SIZE", help="The largest request, such as 64MiB.")] = "64MiB",
+    max_body: Annotated[Any, typer.Option("--max-body", parser=size, metavar="SIZE", help="The largest request, such as 16MiB.")] = "16MiB",
     timeout: Annotated[Any, typer.Option("--timeout", parser=time, metavar="TIME", help="The longest time for an answer, such as 10m.")] = "10m",
     drain: Annotated[Any, typer.Option("--drain", parser=time, metavar="TIME", help="How long answers may go on after SIGTERM or Ctrl-C.")] = "30s",
+    kv_budget: Annotated[
+        Any,
+        typer.Option("--kv-budget", parser=size, metavar="SIZE", help="Keys and values of all requests together; half of the free memory if not given."),
+    ] = None,
     step_ms: Annotated[
         int, typer.Option("--step-ms", min=1, help="Milliseconds of one forward: the chunks of prompts are so short, while others wait for their next token.")
     ] = 500,
@@ -93,22 +104,35 @@ def command(
             raise ValueError(f"serving needs {' and '.join(lacking)}; pip install 'longreach[serve]'")
         from longreach.serving.limits import Limits
 
+        folder = None if documents is None else files.folder(documents, "folder for documents")
         limits = Limits(body=max_body, waiting=queue, seconds=timeout, answer=max_new_tokens)
         chosen = common.method_of(context, method)
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
+        if memory is not None and kv_budget is not None:
+            raise ValueError("--memory has budgets of its own; leave out --kv-budget")
         if host not in LOCAL and api_key is None:
             out.warn(f"{host} may be reached from other machines, and anybody there may ask; pass --api-key KEY (or LONGREACH_API_KEY), or leave out --host")
         with listening(host, port) as where, common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             with attached(out, loaded, stored.Choice(chosen, declared, trained_window, CHUNK_SIZE, by_profile, memory)) as extension:
                 stored.announce(out, extension)
-                serve(out, extension, tokenizer, name or called(model), limits, where, Options(host, api_key, step_ms, drain))
+                budget = kv_budget or (None if memory is not None else half_of_the_free(extension))
+                serve(out, extension, tokenizer, name or called(model), limits, where, Options(host, api_key, step_ms, drain, budget, folder))
 
 
 def called(model: str) -> str:
     """What clients call a model: the id of a Hub, or the last part of a path."""
     path = Path(model).expanduser()
     return (path.stem if path.suffix.lower() == ".gguf" else path.resolve().name) if path.exists() else model
+
+
+def half_of_the_free(extension: Extension) -> int | None:
+    """Bytes for keys and values. The other half is for the forwards, and for what else runs here."""
+    from longreach.hf.placement import device_of
+    from longreach.planning.machine import free_memory
+
+    free = free_memory(device_of(extension.model))
+    return None if free is None else free // 2
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -138,9 +162,7 @@ def attached(out: Output, model: CausalLM, choice: stored.Choice) -> Extension:
     return longreach.extend(model, choice.method, context=context or limit, trained_window=choice.trained_window, profile=profile, memory=choice.memory)
 
 
-def serve(
-    out: Output, extension: Extension, tokenizer: Any, name: str, limits: Limits, where: socket.socket, options: Options
-) -> None:
+def serve(out: Output, extension: Extension, tokenizer: Any, name: str, limits: Limits, where: socket.socket, options: Options) -> None:
     """Serve until SIGTERM or Ctrl-C, then let answers end."""
     import uvicorn
 
@@ -149,14 +171,18 @@ def serve(
     from longreach.serving.service import Service
 
     log(out)
-    service = Service(extension, tokenizer, name, limits, Scheduler(extension, step_ms=options.step_ms))
+    service = Service(extension, tokenizer, name, limits, Scheduler(extension, budget=options.budget, step_ms=options.step_ms), options.documents)
     app = application(service, options.api_key, options.host in LOCAL)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=max(1, round(options.drain)), ws="none")
-    )
+    drain = max(1, round(options.drain))
+    quiet: Any = dict(log_config=None, access_log=False, server_header=False, ws="none")
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=drain, limit_concurrency=CONNECTIONS, **quiet))
     address, port = where.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}  # uvicorn raises them anew when it has ended
+
+    def end(number: int, frame: Any) -> None:  # before uvicorn listens to signals, and once more when it raises them anew at its end
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         out.finish({"url": url, "model": name, "context": service.room.context, "method": service.facts["method"]}, lambda console: None)
         out.say(f"{name} is served at {url}/v1")

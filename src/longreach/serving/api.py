@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from longreach.serving import problems, replies
 from longreach.serving.asking import Prompts
 from longreach.serving.guard import Guard
 from longreach.serving.limits import Limits
-from longreach.serving.protocol import ChatRequest, CompletionRequest, Sampled, TokenizeRequest
+from longreach.serving.protocol import ChatRequest, CompletionRequest, DocumentName, DocumentRequest, Missing, Sampled, TokenizeRequest
 from longreach.serving.service import Service, Tally
 from longreach.serving.worker import Asked, Failed, Gone, Piece, Stopping, TooLong
 from longreach.serving.writing import Chat, Plain, Shape, event
@@ -63,7 +63,7 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
 
     def require_model(name: str | None) -> None:
         if name not in (None, service.name):
-            raise problems.Missing(f"there is no model {name!r} here; pass {service.name!r}, or leave out model", "model", "model_not_found")
+            raise Missing(f"there is no model {name!r} here; pass {service.name!r}, or leave out model", "model", "model_not_found")
 
     @app.get("/health")
     async def health() -> replies.Health:
@@ -89,6 +89,27 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
         require_model(request.model)
         return await service.tokens(request)
 
+    @app.get("/v1/documents")
+    async def documents() -> replies.Documents:
+        return replies.Documents(data=service.documents.all())
+
+    @app.post("/v1/documents", status_code=201, responses=problems.TAKEN)
+    async def upload(request: DocumentRequest, http: Request) -> replies.Document:
+        asked = await service.documents.begin(request)
+        watched = asyncio.create_task(_until_gone(http, asked, service.metrics.cancelled.inc))
+        try:
+            return await service.documents.go_on(request.name, asked)
+        finally:
+            watched.cancel()
+
+    @app.get("/v1/documents/{name}")
+    async def one(name: DocumentName) -> replies.Document:
+        return service.documents.one(name)
+
+    @app.delete("/v1/documents/{name}", responses=problems.TAKEN)
+    async def delete(name: DocumentName) -> replies.Deleted:
+        return await service.documents.remove(name)
+
     @app.post("/v1/completions", response_model=replies.Completion, responses=STREAMED)
     async def completions(request: CompletionRequest, http: Request) -> Any:
         require_model(request.model)
@@ -99,14 +120,14 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
     async def chat(request: ChatRequest, http: Request) -> Any:
         require_model(request.model)
         prompts = await service.chat(request)
-        return await answered(http, request, prompts, Chat(service.spell, prompts.logprobs), request.document)
+        return await answered(http, request, prompts, Chat(service.spell, prompts.logprobs))
 
-    async def answered(http: Request, request: Sampled, prompts: Prompts, shape: Shape, document: str | None = None) -> Any:
+    async def answered(http: Request, request: Sampled, prompts: Prompts, shape: Shape) -> Any:
         head = {"id": shape.prefix + secrets.token_hex(12), "created": int(time.time()), "model": service.name, "system_fingerprint": service.fingerprint}
         async with AsyncExitStack() as stack:
-            asked, tally = await stack.enter_async_context(service.asked(prompts, document))
+            asked, tally = await stack.enter_async_context(service.asked(prompts))
             stack.callback(lambda: http.scope["state"]["facts"].update(tally.facts()))
-            watched = asyncio.create_task(_until_gone(http, asked))
+            watched = asyncio.create_task(_until_gone(http, asked, service.metrics.cancelled.inc))
             stack.callback(watched.cancel)
             pieces = service.pieces(asked, tally, prompts.n)
             if request.stream:
@@ -163,8 +184,9 @@ async def _events(
     yield event("[DONE]")
 
 
-async def _until_gone(http: Request, asked: Asked) -> None:
+async def _until_gone(http: Request, asked: Asked, count: Callable[[], None]) -> None:
     """Tells those who wait for an answer when its client has left. The request itself was received before."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
+    count()
     asked.pieces.put_nowait(Gone())

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from longreach.hf.interfaces import Tokenizer
 from longreach.running import prompts
+from longreach.running.prefix import common
 from longreach.running.sampling import Sampling
 from longreach.serving.protocol import GREEDY_BELOW, ChatRequest, CompletionRequest, Message, Refused, Sampled, TokenizeRequest
 
@@ -19,7 +20,8 @@ COMPLETION_TOKENS = 16  # OpenAI's own, where a completion names none
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is asked: the ids of every prompt, the new tokens that each answer may have, and how they are drawn. Answer k of prompt p is number p * n + k."""
+    """What is asked: the ids of every prompt, the new tokens that each answer may have, and how they are drawn. Answer k of prompt p is number p * n + k.
+    `shared`: so many of the first ids are likely to come again. `document`: the name of one that all of them begin with, and `held` how many ids that are."""
 
     ids: list[list[int]]
     new: list[int]
@@ -27,6 +29,9 @@ class Prompts:
     samplings: list[Sampling]
     logprobs: int | None
     stop: tuple[str, ...]
+    shared: int = 0
+    document: str | None = None
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,19 @@ class Room:
 
 @dataclass(frozen=True)
 class About:
-    """A document that was read before: its text, and the system message that it was read with."""
+    """A document that was read before: its text, the system message that it was read with, and the ids that questions about it begin with."""
 
     text: str
     system: str | None
+    ids: list[int] = field(default_factory=list)
+
+
+def opening(tokenizer: Tokenizer, about: About) -> list[int]:
+    """The ids that every question about a document begins with."""
+    if not prompts.has_template(tokenizer):
+        return chat_ids(tokenizer, [], about)
+    one, other = (chat_ids(tokenizer, [Message(role="user", content=text)], about) for text in ("a", "Why?"))
+    return one[: common(one, other)]
 
 
 def completion(request: CompletionRequest, tokenizer: Tokenizer, room: Room) -> Prompts:
@@ -60,9 +74,16 @@ def completion(request: CompletionRequest, tokenizer: Tokenizer, room: Room) -> 
 
 
 def chat(request: ChatRequest, tokenizer: Tokenizer, room: Room, about: About | None = None) -> Prompts:
-    ids = chat_ids(tokenizer, request.messages, about)
+    ids, shared = chat_ids(tokenizer, request.messages, about), 0
+    if len(request.messages) > 1:  # the turns before the last one
+        last = request.messages[-1]
+        other = last.model_copy(update={"content": "b" if last.text.startswith("a") else "a"})
+        shared = common(ids, chat_ids(tokenizer, [*request.messages[:-1], other], about))
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return _prompts(request, [ids], request.max_completion_tokens or request.max_tokens, logprobs, room, "messages")
+    found = _prompts(request, [ids], request.max_completion_tokens or request.max_tokens, logprobs, room, "messages")
+    if about is not None and (held := len(about.ids)) < len(ids) and ids[:held] == about.ids:
+        return replace(found, document=request.document, held=held, shared=max(0, shared - held))
+    return replace(found, shared=shared)
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], about: About | None = None) -> list[int]:

@@ -17,7 +17,7 @@ class Limits:
     answer        new tokens of a chat answer where the request names none.
     """
 
-    body: int = 64 * 2**20
+    body: int = 16 * 2**20
     waiting: int = 64
     seconds: float = 600.0
     body_seconds: float = 60.0

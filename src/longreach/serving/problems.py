@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from longreach.serving import replies
 from longreach.serving.limits import Limits
-from longreach.serving.protocol import Refused
+from longreach.serving.protocol import Missing, Refused, Taken
 from longreach.serving.worker import Busy, Failed, Gone, Stopping, TooLong
 
 GONE = 499  # in logs only: the client has left
@@ -35,17 +35,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     }.items()
 }  # fmt: skip
 
-
-class Missing(Exception):
-    """There is no such thing: 404."""
-
-    def __init__(self, sentence: str, param: str | None, code: str) -> None:
-        super().__init__(sentence)
-        self.param, self.code = param, code
-
-
-class Taken(Exception):
-    """There is such a thing already: 409."""
+TAKEN: dict[int | str, dict[str, Any]] = {409: {"model": replies.ErrorAnswer, "description": "There is one of this name already, or it is being read."}}
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,18 @@ class Refused(ValueError):
         self.param, self.code = param, code
 
 
+class Missing(Exception):
+    """There is no such thing: 404."""
+
+    def __init__(self, sentence: str, param: str | None, code: str) -> None:
+        super().__init__(sentence)
+        self.param, self.code = param, code
+
+
+class Taken(Exception):
+    """There is such a thing already: 409."""
+
+
 PLAIN = "leave it out, or pass 0"
 # OpenAI's field -> the values that change nothing, and what to do with any other
 UNMET: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -14,12 +14,14 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import Tokenizer
 from longreach.serving import asking, replies
 from longreach.serving.asking import Prompts, Room
+from longreach.serving.documents import Documents
 from longreach.serving.jobs import Job
 from longreach.serving.limits import Limits
 from longreach.serving.metrics import Metrics
@@ -52,7 +54,7 @@ class Tally:
 class Service:
     """A model that is asked over HTTP. `name` is what clients call it."""
 
-    def __init__(self, extension: Extension, tokenizer: Tokenizer, name: str, limits: Limits, scheduler: Scheduler) -> None:
+    def __init__(self, extension: Extension, tokenizer: Tokenizer, name: str, limits: Limits, scheduler: Scheduler, documents: Path | None = None) -> None:
         self.extension, self.tokenizer, self.name, self.limits = extension, tokenizer, name, limits
         self.created = int(time.time())
         self.facts = extension.report()
@@ -64,6 +66,7 @@ class Service:
         self.spell = speller(tokenizer)
         # Long texts take seconds to become tokens. A thread of its own does it, with a tokenizer of its own: the worker's is not to be changed meanwhile.
         self._encoder, self._encoding = copy.deepcopy(tokenizer), ThreadPoolExecutor(1, "longreach-text")
+        self.documents = Documents(documents, self.worker, self._encoded, self.room, limits)
 
     def start(self) -> None:
         self.worker.start()
@@ -81,10 +84,12 @@ class Service:
         return await self._encoded(lambda tokenizer: asking.completion(request, tokenizer, self.room))
 
     async def chat(self, request: ChatRequest) -> Prompts:
-        return await self._encoded(lambda tokenizer: asking.chat(request, tokenizer, self.room))
+        about = None if request.document is None else await self.documents.about(request.document)
+        return await self._encoded(lambda tokenizer: asking.chat(request, tokenizer, self.room, about))
 
     async def tokens(self, request: TokenizeRequest) -> replies.Tokens:
-        ids = await self._encoded(lambda tokenizer: asking.tokens(request, tokenizer))
+        about = None if request.document is None else await self.documents.about(request.document)
+        ids = await self._encoded(lambda tokenizer: asking.tokens(request, tokenizer, about))
         return replies.Tokens(count=len(ids), max_model_len=self.room.context, tokens=ids)
 
     def model(self) -> replies.Model:
@@ -94,14 +99,14 @@ class Service:
     # -- answers ------------------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def asked(self, prompts: Prompts, document: str | None = None) -> AsyncIterator[tuple[Asked, Tally]]:
+    async def asked(self, prompts: Prompts) -> AsyncIterator[tuple[Asked, Tally]]:
         """Inside, the answers are on their way. Whatever ends it, an answer or a client that has gone, nothing is computed for them any more."""
         count = len(prompts.ids) * prompts.n
         if count > self.limits.waiting:
             raise Refused("n", f"{count} answers at a time are more than the {self.limits.waiting} of this server; ask for fewer", None)
 
-        writers = [Writer(self.tokenizer, prompts.stop) for _ in range(count)]
-        jobs = [_job(prompts, number, writer, document) for number, writer in enumerate(writers)]
+        writers = self.worker.writers(count, prompts.stop)
+        jobs = [_job(prompts, number, writer) for number, writer in enumerate(writers)]
 
         def begin(scheduler: Scheduler) -> list[Job]:
             for number, job in enumerate(jobs):
@@ -145,13 +150,14 @@ class Service:
             yield piece
 
 
-def _job(prompts: Prompts, number: int, writer: Writer, document: str | None) -> Job:
+def _job(prompts: Prompts, number: int, writer: Writer) -> Job:
     prompt = number // prompts.n
     return Job(
-        ids=prompts.ids[prompt],
+        ids=prompts.ids[prompt][prompts.held :],
         max_new_tokens=prompts.new[prompt],
         sampling=prompts.samplings[number],
         logprobs=prompts.logprobs,
         stop=lambda new: writer.push(new[-1]),
-        document=document,
+        document=prompts.document,
+        shared=prompts.shared,
     )

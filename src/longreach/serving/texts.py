@@ -16,7 +16,7 @@ HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for bytes that are
 @dataclass(eq=False)
 class Writer:
     """The text of one answer. `push` takes its tokens, `take` hands out what is certain by now; all parts together are the whole text, which is
-    `decode(ids)` up to the first stop string.
+    `decode(ids)` up to the first stop string, or up to its last whole character.
 
     Only the last tokens are decoded anew: what an earlier stretch and a new token make together, without what the stretch makes alone, is new. So a token
     costs the same at any length, and a tokenizer that writes the first word of a text differently does so in both. The stretch begins at a whole character and
@@ -45,12 +45,9 @@ class Writer:
         return self.stopped
 
     def take(self, last: bool = False) -> str:
-        """What was written since. `last`: no further token comes, so that nothing is held back any more."""
+        """What was written since. `last`: no further token comes, so that nothing is held back but half a character, which the answer ends before."""
         if last and not self.stopped:
-            self._add(decode(self.tokenizer, self._ids)[self._sent :])
-            self._ids, self._old, self._sent = [], 0, 0
-            if not self.stopped:
-                self._ready, self._held = self._ready + self._held, ""
+            self._ready, self._held = self._ready + self._held, ""
         found, self._ready = self._ready, ""
         return found
 

@@ -113,6 +113,9 @@ class Worker:
         self._tell(lambda: None)
         self._thread.join()
 
+    def writers(self, count: int, stop: tuple[str, ...] = ()) -> list[Writer]:
+        return [Writer(self.tokenizer, stop) for _ in range(count)]
+
     def ask(self, begin: Callable[[Scheduler], Sequence[Job]], writers: list[Writer], progress: bool = False) -> Asked:
         """Have jobs begun, one for each writer; see `Asked`. Raises Busy where too many are on their way, and Stopping at the end. `cancel` must follow,
         whatever happens."""
@@ -215,6 +218,7 @@ class Worker:
                 found.append((asked, Failed(event.problem)))
             elif event.token is not None or event.finish is not None or asked.progress:
                 found.append((asked, _piece(asked, index, event)))
+        self.stats = self.scheduler.stats()  # who gets an answer finds it counted
         self._send(found)
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> list[Job]:
