@@ -17,6 +17,7 @@ from longreach.hf.flat import Flat
 from longreach.memory.budgets import Tiered
 from longreach.running.generation import Sampling
 from longreach.running.together import Pool, Request
+from longreach.serving import room
 from longreach.serving.jobs import Event, Job, Stats
 from longreach.serving.scheduler import Scheduler
 
@@ -178,6 +179,36 @@ def test_jobs_end_as_they_say():
             extension.model.generation_config.eos_token_id = None
 
 
+def test_a_question_to_the_caller_that_fails_ends_that_job():
+    with longreach.extend(model_of(), Stock()) as extension:
+        good, bad = Job(ids(20, 1), 3), Job(ids(20, 2), 3, stop=lambda new: 1 / 0 > 0)
+        found = run(Scheduler(extension), [good, bad])
+        assert new(found[good]) == alone(extension, [good])[0]
+        assert (found[bad][-1].finish, found[bad][-1].problem) == ("error", "ZeroDivisionError: division by zero")
+
+
+def test_what_cannot_be_kept_is_let_go(monkeypatch):
+    with longreach.extend(model_of(), Stock()) as extension:
+        job = Job(ids(200, 1), 3)
+        (want,) = alone(extension, [job])
+
+        def short(*given: Any) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(Flat, "take", short)
+        scheduler = Scheduler(extension)
+        assert new(run(scheduler, [job])[job]) == want
+        assert (scheduler.stats().held, scheduler.stats().prefixes) == (0, 0)
+
+
+def test_the_usual_budget_is_half_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(room, "free_memory", lambda device: 1000)
+    with longreach.extend(model_of(), Stock()) as extension:
+        assert room.usual_budget(extension) == 500
+    with longreach.extend(model_of(), Stock(), memory=Tiered(device="8MiB")) as extension:
+        assert room.usual_budget(extension) is None
+
+
 def test_what_cannot_be_is_refused():
     with longreach.extend(model_of(), SelfExtend(3, 8), context=100) as extension:
         scheduler = Scheduler(extension, budget=50_000)
@@ -214,33 +245,30 @@ def test_what_cannot_be_is_refused():
 
 @pytest.mark.parametrize("method", [Stock(), LMInfinite(9, 3), InfLLM.small(8)], ids=str)
 def test_a_forward_that_fails_ends_those_for_which_it_fails_alone(method, monkeypatch):
-    """One job is poison for every forward that it is in, from its third on."""
+    """One job is poison for the forward that reads its end."""
     real = Flat.read
     with longreach.extend(model_of(), method) as extension:
         jobs = [Job(ids(70 + n, n), NEW) for n in range(4)]
         want = alone(extension, jobs)
-        bad = jobs[2]
-        count = 0
+        bad, count = jobs[2], 0
 
         def read(self: Flat, new: dict[int, list[int]], *more: Any) -> Any:
             nonlocal count
-            if any(chunk == bad.ids[60:] for chunk in new.values()):
+            if any(len(chunk) > 4 and chunk == bad.ids[-len(chunk) :] for chunk in new.values()):
                 count += 1
                 raise RuntimeError("out of memory")
             return real(self, new, *more)
 
+        scheduler = Scheduler(extension, clock=lambda: 0.0)
         monkeypatch.setattr(Flat, "read", read)
-        scheduler = Scheduler(extension, chunk_size=60, clock=lambda: 0.0)
-        for job in jobs:
-            scheduler.add(job)
-        found = run(scheduler)
+        found = run(scheduler, jobs)
         for job, alone_tokens in zip(jobs, want, strict=True):
             last = found[job][-1]
-            if job is bad and count:
+            if job is bad:
                 assert (last.finish, last.token, last.problem) == ("error", None, "RuntimeError: out of memory")
             else:
                 assert new(found[job]) == alone_tokens and last.finish == "length"
-        assert (scheduler.stats().failed >= 2) == (count > 0)
+        assert scheduler.stats().failed == count == 2
 
 
 def test_a_model_that_gives_nan_ends_that_job(monkeypatch):

@@ -7,6 +7,7 @@ and folders; not queues, tokens that are drawn, or clocks.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -16,15 +17,26 @@ from typing import Any, Literal, cast
 
 from longreach.hf.extension import Extension
 from longreach.hf.flat import Snapshot
+from longreach.memory.blocks import Blocked
 from longreach.memory.budgets import size_at_least, size_text
 from longreach.memory.declared import Need
+from longreach.planning.machine import free_memory
 from longreach.running.prefix import common
 from longreach.running.rows import Row, shareable
 from longreach.serving.jobs import Job
 from longreach.serving.prefixes import WORTH, Document, Prefix, Prefixes
 
+logger = logging.getLogger("longreach.serving")
+SHARE = 0.5  # of the memory that is free: a forward needs some too, and so does the rest of the machine
 GROWTH = 64  # tokens that room is made for at a time, where less was reserved than an answer takes
 REST = "rest"  # in the notes of a document on disk: its last tokens, which are read with every question
+
+
+def usual_budget(extension: Extension) -> int | None:
+    """Bytes of keys and values where nobody says how many: half of the memory that is free. None, which is no limit, where that is not known, and over tiers,
+    which have budgets of their own."""
+    free = free_memory(extension.facts.reading.entries[0].device)
+    return None if free is None or isinstance(extension.forward.memory, Blocked) else int(SHARE * free)
 
 
 @dataclass(eq=False)
@@ -119,8 +131,11 @@ class Room:
         if place.moved is not None:
             shutil.rmtree(place.moved, ignore_errors=True)
         if place.row in self.places:
-            if keep and place.holds is None and self.sound(place.row) >= WORTH:
-                self._take(place.row)
+            try:
+                if keep and place.holds is None and self.sound(place.row) >= WORTH:
+                    self._take(place.row)
+            except Exception:  # too little memory: the answer is there, and only what would have come after it is slower
+                logger.warning("what job %d has read could not be kept", place.number, exc_info=True)
             self._free(place.row)
 
     def _free(self, row: Row) -> None:

@@ -44,8 +44,8 @@ class Scheduler:
             for event in scheduler.step():     # one forward
                 ...
 
-    budget      bytes of keys and values of all jobs, prefixes and documents; None: no limit. A job waits until there is room for all that it may need. Tiers
-                have budgets of their own.
+    budget      bytes of keys and values of all jobs, prefixes and documents, such as `room.usual_budget`; None: no limit. A job waits until there is room for
+                all that it may need. Tiers have budgets of their own.
     at_once     jobs that have memory at one time.
     step_ms     milliseconds that a forward should take at most: chunks of prompts are as long as that allows, at the depth that they are read at.
     chunk_size  tokens of prompts in one forward at most. A method that allows no cut reads a prompt whole.
@@ -283,7 +283,11 @@ class Scheduler:
         logprob = None if scores is None else float(scores[token])
         best = () if scores is None or not job.logprobs else _best(scores, job.logprobs)
         finish: Finish | None = None
-        if token in (self._ends if job.ends is None else job.ends) or job.stop(row.new):
+        try:
+            stops = token in (self._ends if job.ends is None else job.ends) or job.stop(row.new)
+        except Exception as problem:  # of whoever asks: it is this job's own
+            return self._ended(place, f"{type(problem).__name__}: {problem}")
+        if stops:
             finish = "stop"
         elif len(row.ids) - row.prompt >= job.max_new_tokens:
             finish = "length"
