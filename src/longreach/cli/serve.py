@@ -35,7 +35,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Options:
-    """How the server listens, steps and ends."""
+    """How the server listens, steps and ends. `budget`: bytes of keys and values; None: the usual ones."""
 
     host: str
     api_key: str | None
@@ -116,23 +116,13 @@ def command(
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             with attached(out, loaded, stored.Choice(chosen, declared, trained_window, CHUNK_SIZE, by_profile, memory)) as extension:
                 stored.announce(out, extension)
-                budget = kv_budget or (None if memory is not None else half_of_the_free(extension))
-                serve(out, extension, tokenizer, name or called(model), limits, where, Options(host, api_key, step_ms, drain, budget, folder))
+                serve(out, extension, tokenizer, name or called(model), limits, where, Options(host, api_key, step_ms, drain, kv_budget, folder))
 
 
 def called(model: str) -> str:
     """What clients call a model: the id of a Hub, or the last part of a path."""
     path = Path(model).expanduser()
     return (path.stem if path.suffix.lower() == ".gguf" else path.resolve().name) if path.exists() else model
-
-
-def half_of_the_free(extension: Extension) -> int | None:
-    """Bytes for keys and values. The other half is for the forwards, and for what else runs here."""
-    from longreach.hf.placement import device_of
-    from longreach.planning.machine import free_memory
-
-    free = free_memory(device_of(extension.model))
-    return None if free is None else free // 2
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -167,11 +157,13 @@ def serve(out: Output, extension: Extension, tokenizer: Any, name: str, limits: 
     import uvicorn
 
     from longreach.serving.api import application
+    from longreach.serving.room import usual_budget
     from longreach.serving.scheduler import Scheduler
     from longreach.serving.service import Service
 
     log(out)
-    service = Service(extension, tokenizer, name, limits, Scheduler(extension, budget=options.budget, step_ms=options.step_ms), options.documents)
+    scheduler = Scheduler(extension, budget=options.budget or usual_budget(extension), step_ms=options.step_ms)
+    service = Service(extension, tokenizer, name, limits, scheduler, options.documents)
     app = application(service, options.api_key, options.host in LOCAL)
     drain = max(1, round(options.drain))
     quiet: Any = dict(log_config=None, access_log=False, server_header=False, ws="none")
