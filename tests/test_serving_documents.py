@@ -170,6 +170,17 @@ def test_an_upload_that_is_broken_off_leaves_nothing(server: Served, tmp_path: P
     assert upload(server).status_code == 201
 
 
+def test_a_disk_that_fails_is_told_and_nothing_is_kept(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(snapshot: Any, folder: Path, *given: Any) -> None:
+        raise OSError(28, "No space left on device", str(folder / "blocks"))
+
+    monkeypatch.setattr(server.service.worker.scheduler.room.flat, "save", full)
+    found = upload(server)
+    assert found.status_code == 500 and "No space left on device" in found.json()["error"]["message"] and str(tmp_path) not in found.text
+    monkeypatch.undo()
+    assert httpx.get(f"{server.url}/v1/documents").json()["data"] == [] and upload(server).status_code == 201
+
+
 def test_while_it_is_read_its_progress_is_seen_and_others_go_on(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = server.service.worker.scheduler
     real = scheduler.step

@@ -26,7 +26,7 @@ from longreach.serving.jobs import Job
 from longreach.serving.limits import Limits
 from longreach.serving.protocol import NAME, DocumentRequest, Missing, Refused, Taken
 from longreach.serving.scheduler import Scheduler
-from longreach.serving.worker import Asked, Worker
+from longreach.serving.worker import Asked, Failed, Worker
 
 T = TypeVar("T")
 Encoded = Callable[[Callable[[Tokenizer], T]], Awaitable[T]]
@@ -108,6 +108,8 @@ class Documents:
             whole = True
         except ValueError as error:
             raise Refused("text", self._hidden(error), None) from error
+        except Failed as error:
+            raise Failed(self._hidden(error)) from error
         finally:
             del self._reading[name]
             self.worker.cancel(asked)
