@@ -19,12 +19,16 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["check", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["check", "--help"], ["serve", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    heavy = "{'torch', 'transformers', 'matplotlib', 'tokenizers', 'numpy'}"
+    heavy = "{'torch', 'transformers', 'matplotlib', 'tokenizers', 'numpy', 'fastapi', 'uvicorn'}"
     found = python(f"import sys; from longreach.cli import main; code = main({arguments!r}); print(code, sorted({heavy} & set(sys.modules)), file=sys.stderr)")
     assert found.stderr.strip() == "0 []"
     assert "Usage: longreach" in found.stdout
+
+
+def test_who_serves_nothing_needs_nothing_for_it() -> None:
+    assert python("import sys, longreach; print(sorted({'fastapi', 'uvicorn', 'pydantic', 'longreach.serving'} & set(sys.modules)))").stdout.strip() == "[]"
 
 
 def test_help_lists_every_command_and_no_arguments_are_help(run: Run) -> None:
@@ -41,7 +45,7 @@ def test_version(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nonsense"], "choose one of: demo, run, chat, methods, distances, check"),
+        (["nonsense"], "choose one of: demo, run, chat, serve, methods, distances, check"),
         (["distances"], "see longreach distances --help"),
         (["distances", "stock", "--length", "x"], "--length"),
         (["distances", "stock", "--length", 0], "must be a positive number of tokens"),

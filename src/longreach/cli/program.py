@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": "demo",
     "run": "run",
     "chat": "chat",
+    "serve": "serve",
     "methods": "methods",
     "distances": "distances",
     "check": "check",

@@ -15,7 +15,7 @@ Knows ids and snapshots; schedules nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,12 +50,13 @@ class Prefix:
 @dataclass(eq=False)
 class Document:
     """A text that has a name. `ids` are all of its tokens, of which the prefix has read those that can be read for every question. `folder`: where it is on
-    disk; then it may leave the memory."""
+    disk; then it may leave the memory. `notes` are kept there beside it."""
 
     name: str
     ids: Sequence[int]
     folder: Path | None = None
     prefix: Prefix | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

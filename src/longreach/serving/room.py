@@ -220,18 +220,20 @@ class Room:
         if row.read:
             snapshot = self.flat.take(row.name)
             if document.folder is not None:
-                self.flat.save(snapshot, document.folder, row.ids, {REST: json.dumps([*document.ids[row.read :]])})
+                self.flat.save(snapshot, document.folder, row.ids, {**document.notes, REST: json.dumps([*document.ids[row.read :]])})
             document.prefix = Prefix(row.ids, snapshot, row.read, document=document.name)
         self.leave(place, keep=False)
         self.prefixes.name(document)
 
-    def load(self, name: str, folder: Path) -> None:
+    def load(self, name: str, folder: Path) -> Document:
         """A document from a folder, in the place of one that has its name; others leave the memory for it."""
         snapshot, ids, notes = self.flat.load(folder)
         rest = self._rest(notes, folder) if self.method.cut != 1 or REST in notes else []
         prefix = Prefix(ids, snapshot, len(ids), document=name)
-        self.prefixes.name(Document(name, [*ids, *rest], folder, prefix))
+        document = Document(name, [*ids, *rest], folder, prefix, notes)
+        self.prefixes.name(document)
         self._clear(but=prefix)
+        return document
 
     def _rest(self, notes: dict[str, str], folder: Path) -> list[int]:
         """The last tokens of a document. What others have saved may end where no prompt may be cut."""

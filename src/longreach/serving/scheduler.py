@@ -124,23 +124,23 @@ class Scheduler:
             shared = len(ids) - len(job.ids) + job.shared
             place.marks.add(shareable(self.method, shared, [len(ids), shared + 1]))
 
-    def hold(self, name: str, ids: Sequence[int], folder: Path | None = None) -> Job:
+    def hold(self, name: str, ids: Sequence[int], folder: Path | None = None, notes: Mapping[str, str] | None = None) -> Job:
         """Read a document once, for jobs that name it: all of it that can be read whatever follows -> a job, which says how far it is and ends with "held".
-        `folder`: it is saved there, and may leave the memory and come back. One of this name is replaced when it is over.
+        `folder`: it is saved there, with `notes`, and may leave the memory and come back. One of this name is replaced when it is over.
 
         Raises ValueError for what cannot be, and where the method allows no cut.
         """
         if self.method.cut is None:
             raise ValueError(f"{self.method.brief()} reads a prompt whole, so that no document is read once for several; pass another method")
-        document = Document(name, checked := self._checked(ids), folder)
+        document = Document(name, checked := self._checked(ids), folder, notes=notes or {})
         job = Job(ids, 0)
         self._wait(job, Row(-1, checked[: self.method.apart(len(ids) + 1)], None), document)  # a question has one token at least
         return job
 
-    def load(self, name: str, folder: Path) -> None:
+    def load(self, name: str, folder: Path) -> Document:
         """A document that `hold` has saved, or `extension.save`. Raises ValueError for what is not of this model, method and context."""
-        self.room.load(name, folder)
         self._changed = True
+        return self.room.load(name, folder)
 
     def release(self, name: str) -> None:
         """Forget a document; its folder stays. Jobs that have begun go on. Raises ValueError where there is none."""

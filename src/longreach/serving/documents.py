@@ -1,0 +1,179 @@
+"""Documents with names: texts that are read once, kept in a folder as sealed blocks, and asked any number of times, also after the server was started anew.
+
+A document is a folder of its name, as `longreach run --save-document` writes it; it is there when its manifest is, so one that was being read when the server
+was killed is not, and those before it are. Names are checked where requests are, and here once more: nothing outside the folder is read, written or removed.
+Knows files, the worker and what is asked; not HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from longreach.hf import documents as saved
+from longreach.hf.interfaces import Tokenizer
+from longreach.memory.sealed import MANIFEST
+from longreach.running.prefix import common
+from longreach.serving import asking, replies
+from longreach.serving.asking import About, Room
+from longreach.serving.jobs import Job
+from longreach.serving.limits import Limits
+from longreach.serving.protocol import NAME, DocumentRequest, Missing, Refused, Taken
+from longreach.serving.scheduler import Scheduler
+from longreach.serving.worker import Asked, Failed, Worker
+
+T = TypeVar("T")
+Encoded = Callable[[Callable[[Tokenizer], T]], Awaitable[T]]
+NONE = "this server keeps no documents; start it with --documents FOLDER"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One that is being read: so many of its tokens are."""
+
+    tokens: int
+    read: int = 0
+
+
+class Documents:
+    """The documents of one folder; None: none can be kept. `encoded` calls a function with a tokenizer, in a thread for texts."""
+
+    def __init__(self, folder: Path | None, worker: Worker, encoded: Encoded, room: Room, limits: Limits) -> None:
+        self.folder, self.worker, self.encoded, self.room, self.limits = folder, worker, encoded, room, limits
+        self._reading: dict[str, Reading] = {}
+        self._known: dict[str, About] = {}  # those that the scheduler holds
+        self._loading = asyncio.Lock()
+
+    def all(self) -> list[replies.Document]:
+        """Those that are kept, and those that are being read."""
+        kept = [] if self.folder is None else sorted(entry.name for entry in os.scandir(self.folder) if self._there(entry.name))
+        return [self.one(name) for name in dict.fromkeys([*kept, *self._reading])]
+
+    def one(self, name: str) -> replies.Document:
+        if (reading := self._reading.get(name)) is not None:
+            return replies.Document(id=name, status="reading", tokens=reading.tokens, read=reading.read, bytes=0)
+        place = self._place(name)
+        if not self._there(name):
+            raise Missing(f"there is no document {name!r}; GET /v1/documents lists them, and POST makes one", "document", "document_not_found")
+        try:
+            tokens, size = int(saved.facts(place)["seen"]), saved.size(place)
+        except (ValueError, TypeError, KeyError) as error:
+            raise Refused("document", f"the document {name!r} is damaged ({self._hidden(error)}); delete it and upload its text again", None) from error
+        return replies.Document(id=name, status="ready", tokens=tokens, read=tokens, bytes=size)
+
+    async def begin(self, request: DocumentRequest) -> Asked:
+        """Have a text read and saved -> how that goes on; `go_on` must follow. Raises Taken where there is one of the name, and Refused where it cannot be."""
+        name, place = request.name, self._place(request.name)
+        if name in self._reading or os.path.lexists(place / MANIFEST) or os.path.islink(place):
+            raise Taken(f"there is a document {name!r} already; delete it first, or choose another name")
+        if len(self.all()) >= self.limits.documents:
+            raise Refused("name", f"there are {self.limits.documents} documents, as many as this server keeps; delete one first", None)
+        self._reading[name] = Reading(0)
+        try:
+            about = About(request.text, request.system)
+            ids = await self.encoded(lambda tokenizer: asking.opening(tokenizer, about))
+            if self.room.context is not None and len(ids) >= self.room.context:
+                raise Refused(
+                    "text",
+                    f"the text has {len(ids)} tokens, and with a question more than the context of {self.room.context}; upload a shorter one, or start the "
+                    "server with a larger --context",
+                    "context_length_exceeded",
+                )
+            self._reading[name] = Reading(len(ids))
+            notes = {"document": about.text} | ({} if about.system is None else {"system": about.system})
+
+            def hold(scheduler: Scheduler) -> list[Job]:
+                return [scheduler.hold(name, ids, place, notes)]
+
+            asked = self.worker.ask(hold, self.worker.writers(1), progress=True)
+        except BaseException:
+            del self._reading[name]
+            raise
+        self._known[name] = replace(about, ids=ids)
+        return asked
+
+    async def go_on(self, name: str, asked: Asked) -> replies.Document:
+        """Wait until it is read and saved."""
+        whole = False
+        try:
+            await asked.taken
+            async for piece in self.worker.pieces(asked):
+                self._reading[name] = replace(self._reading[name], read=piece.read)
+            whole = True
+        except ValueError as error:
+            raise Refused("text", self._hidden(error), None) from error
+        except Failed as error:
+            raise Failed(self._hidden(error)) from error
+        finally:
+            del self._reading[name]
+            self.worker.cancel(asked)
+            if not whole:
+                self._known.pop(name, None)
+        return self.one(name)
+
+    async def about(self, name: str) -> About:
+        """What is asked about, in the scheduler's hands from now on."""
+        if name in self._reading:
+            raise Refused("document", f"the document {name!r} is still being read; ask again when GET /v1/documents/{name} says that it is ready", None)
+        self.one(name)
+        async with self._loading:
+            if name not in self._known:
+                self._known[name] = await self._load(name)
+        return self._known[name]
+
+    async def _load(self, name: str) -> About:
+        place = self._place(name)
+        try:
+            held = await self.worker.do(lambda scheduler: scheduler.load(name, place))
+            if "document" not in held.notes:
+                raise ValueError("it was saved without its text")
+            about = About(held.notes["document"], held.notes.get("system"), [*held.ids])
+            begins = await self.encoded(lambda tokenizer: asking.opening(tokenizer, about))
+            if common(about.ids, begins) < min(len(about.ids), len(begins)):
+                raise ValueError("the tokenizer of this model makes other tokens of it")
+        except ValueError as error:
+            said = f"the document {name!r} cannot be asked ({self._hidden(error)}); delete it and upload its text again"
+            raise Refused("document", said, None) from error
+        return about
+
+    async def remove(self, name: str) -> replies.Deleted:
+        """Requests that have begun go on."""
+        if name in self._reading:
+            raise Taken(f"the document {name!r} is still being read; end the request that uploads it first")
+        place = self._place(name)
+        if not os.path.lexists(place / MANIFEST) or os.path.islink(place):
+            self.one(name)  # which says that there is none
+
+        def forget(scheduler: Scheduler) -> None:
+            if name in scheduler.documents:
+                scheduler.release(name)
+            (place / MANIFEST).unlink(missing_ok=True)  # from now on it is no document
+            shutil.rmtree(place, ignore_errors=True)
+
+        self._known.pop(name, None)
+        await self.worker.do(forget)
+        return replies.Deleted(id=name)
+
+    # -- files --------------------------------------------------------------------------------------------------------------------
+
+    def _place(self, name: str) -> Path:
+        if self.folder is None:
+            raise Refused("document", NONE, None)
+        if re.fullmatch(NAME, name) is None:
+            raise Refused("name", "a document's name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with a letter or a digit", None)
+        return self.folder / name
+
+    def _there(self, name: str) -> bool:
+        """Whether a document of this name lies in the folder itself, and not behind a link."""
+        place = self._place(name) if re.fullmatch(NAME, name) else None
+        return place is not None and not place.is_symlink() and (place / MANIFEST).is_file()
+
+    def _hidden(self, error: Exception) -> str:
+        """A sentence that says nothing of where the folder is."""
+        return str(error).replace(f"{self.folder}{os.sep}", "")

@@ -1,0 +1,86 @@
+"""`longreach serve`: what is refused before anything is served, and what is said."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import socket
+import sys
+from typing import Any
+
+import pytest
+
+from commands import Run, refused
+from longreach.cli import serve
+from longreach.cli.console import Discard, Output, Terminal
+
+
+@pytest.fixture
+def unserved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """-> what would be served, instead of serving it."""
+    found: list[Any] = []
+    monkeypatch.setattr(serve, "serve", lambda *given: found.append(given))
+    return found
+
+
+def test_without_the_packages_one_command_installs_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("uvicorn", "prometheus_client") else real(name))
+    refused(run, "serve", says="serving needs uvicorn and prometheus-client; pip install 'longreach[serve]'")
+
+
+def test_what_is_refused(run: Run, unserved: list[Any]) -> None:
+    refused(run, "serve", "--max-body", "many", says="such as 512MiB or 8GiB")
+    refused(run, "serve", "--timeout", "-1s", says="90s, 10m or 1.5h")
+    refused(run, "serve", "--host", "no.such.host.invalid", says="cannot be listened at")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        refused(run, "serve", "--port", other.getsockname()[1], says="pass another --port, 0 for any that is free")
+    refused(run, "serve", "--port", 0, "--context", 4096, "--method", "stock", says="reaches 512 tokens on a trained window of 512")
+    assert not unserved
+
+
+def test_no_argument_serves_nano_in_its_window(run: Run, unserved: list[Any]) -> None:
+    found = run("serve", "--port", 0)
+    assert (found.code, found.out) == (0, "") and "the context is the trained window of 512 tokens" in found.err and "warning" not in found.err
+    [(_, extension, _, name, limits, _, options)] = unserved
+    assert (name, extension.context, extension.method.name, limits.waiting, options.host, options.step_ms) == ("nano", 512, "stock", 64, "127.0.0.1", 500)
+    assert not extension.attached  # it was taken off again
+
+
+def test_the_words_of_run(run: Run, unserved: list[Any], folders: dict[str, str]) -> None:
+    words = ("--context", 256, "--method", "selfextend", "--group-size", 8, "--window", 16, "--dtype", "float32", "--memory", "device=1GiB")
+    assert run("serve", "--port", 0, "--model", folders["chat"], "--name", "mine", "--queue", 3, *words).code == 0
+    [(_, extension, _, name, limits, _, _)] = unserved
+    assert (extension.context, name, limits.waiting) == (256, "mine", 3)
+    assert (extension.method.group_size, extension.method.window, extension.report()["memory"] is not None) == (8, 16, True)
+    assert serve.called(folders["chat"]) == "chat" and serve.called("org/model-1.5") == "org/model-1.5"
+
+
+def test_bound_elsewhere_without_a_key_is_said(run: Run, unserved: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "warning: 0.0.0.0 may be reached from other machines" in run("serve", "--host", "0.0.0.0", "--port", 0).err
+    monkeypatch.setenv("LONGREACH_API_KEY", "sesame")
+    assert "warning" not in run("serve", "--host", "0.0.0.0", "--port", 0).err
+    assert [given[-1].api_key for given in unserved] == [None, "sesame"]
+
+
+def test_a_line_of_the_log_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    serve.log(Output(False, sys.stdout, Terminal(stderr=True, file=sys.stderr)))
+    logger = logging.getLogger("longreach.serving")
+    try:
+        logger.info("answered", extra={"said": {"status": 200, "seconds": 0.5}})
+        try:
+            raise RuntimeError("two\nlines")
+        except RuntimeError:
+            logger.exception("failed")
+        first, second = map(json.loads, capsys.readouterr().err.splitlines())
+        assert (first["event"], first["level"], first["status"], first["seconds"]) == ("answered", "info", 200, 0.5) and first["time"]
+        assert second["level"] == "error" and "two\nlines" in second["error"]
+        serve.log(Output(False, sys.stdout, Terminal(file=Discard()), quiet=True))
+        logger.info("answered")
+        assert capsys.readouterr().err == ""
+    finally:
+        for name in ("longreach.serving", "uvicorn.error"):
+            other = logging.getLogger(name)
+            other.handlers, other.propagate = [], True
+            other.setLevel(logging.NOTSET)
