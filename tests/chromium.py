@@ -60,27 +60,32 @@ def ask_the_example(page: Any) -> None:
 
 def picture(file: Path) -> None:
     """Questions about the example, as README shows them."""
-    import longreach
-    from longreach.drawing import canvas
-    from longreach.files import write_by
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
     from playwright.sync_api import expect
+
+    import longreach
+    from longreach.drawing import canvas
+    from longreach.files import write_by
     from served import served
 
     model, tokenizer = longreach.load("nano")
-    with longreach.extend(model, context=4096) as extension, served(extension, tokenizer) as server, browser() as found:
-        with opened(found, server.url, 1120, 940) as page:
-            ask_the_example(page)
-            page.locator("#question").fill("Remind me: what is the pass key?")
-            page.keyboard.press("Enter")
-            expect(page.locator(".cost").nth(1)).to_contain_text("tokens")
-            expect(page.locator("#status")).to_have_text("Answered.")
-            page.mouse.move(0, 0)
-            page.locator("#question").blur()
-            page.wait_for_timeout(1500)  # the last picture is drawn
-            shot = file.with_suffix(".raw.png")
-            page.screenshot(path=shot, full_page=True)
+    shot = file.with_suffix(".raw.png")
+    with (
+        longreach.extend(model, context=4096) as extension,
+        served(extension, tokenizer) as server,
+        browser() as found,
+        opened(found, server.url, 1120, 940) as page,
+    ):
+        ask_the_example(page)
+        page.locator("#question").fill("Remind me: what is the pass key?")
+        page.keyboard.press("Enter")
+        expect(page.locator(".cost").nth(1)).to_contain_text("tokens")
+        expect(page.locator("#status")).to_have_text("Answered.")
+        page.mouse.move(0, 0)
+        page.locator("#question").blur()
+        page.wait_for_timeout(1500)  # the last picture is drawn
+        page.screenshot(path=shot, full_page=True)
     signed = PngInfo()
     for name, text in canvas.SIGNATURE.items():
         signed.add_text(name, text)

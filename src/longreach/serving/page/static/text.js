@@ -2,7 +2,7 @@
 
 import { post } from "./server.js";
 
-const LARGEST = 64 * 2 ** 20; // bytes: what the server takes by default
+const LARGEST = 64 * 2 ** 20; // bytes: more would stall the page. What the server takes, it says itself
 const PAUSE = 350; // milliseconds without a change before tokens are counted
 
 /** The words of a file. Throws an Error, in plain words, for what is no text. */
