@@ -160,6 +160,9 @@ def test_the_method_in_force_is_the_one_that_answers(server: Served) -> None:
     assert found["distances"] == seen.picture(method, 1900) and found["last"] == seen.strip(method, 1900) and not found["rescales"]
     assert [one["name"] for one in get(server, "/page/methods")["data"] if one["served"]] == ["selfextend"]
     assert sorted(one["name"] for one in get(server, "/page/methods")["data"]) == METHODS
+    dial = get(server, "/page/sight?tokens=8000&method=dial")["sight"]
+    assert dial["method"] == planned(8000).to_json() and not dial["served"] and "--context 8000 --method selfextend" in dial["command"]
+    assert get(server, "/page/sight?tokens=9000000&method=dial")["problem"]
     assert get(server, "/page/sight?tokens=64&method=quest")["sight"]["chosen"] is not None
     assert routes.command("my.gguf", longreach.Stock(), None) == "longreach serve --model MODEL --method stock"
 
@@ -168,6 +171,13 @@ def test_the_method_in_force_is_the_one_that_answers(server: Served) -> None:
 def test_what_cannot_be_seen_is_refused(server: Served, query: str) -> None:
     answer = httpx.get(f"{server.url}/page/sight?{query}")
     assert answer.status_code == (404 if "nonsense" in query else 400) and answer.json()["error"]["message"]
+
+
+def planned(context: int) -> Method:
+    """What `extend(model, context=N)` chooses."""
+    model, _ = longreach.load("nano")
+    with longreach.extend(model, context=context) as extension:
+        return extension.method
 
 
 # -- the rest of the page ---------------------------------------------------------------------------------------------------------
@@ -188,7 +198,13 @@ def test_memory_is_told_by_tier() -> None:
 
 
 def test_memory_without_tiers_is_that_of_the_device(server: Served) -> None:
-    server.until(lambda: get(server, "/page/state") == {"running": 0, "waiting": 0, "memory": [{"name": "device", "bytes": 0, "budget": None}]})
+    before = get(server, "/page/state")
+    assert [set(place) for place in before["memory"]] == [{"name", "bytes", "budget"}] and before["memory"][0]["name"] == "device"
+    used = server.client.completions.create(model="nano", prompt="Whale! " * 50, max_tokens=2).usage
+    assert used is not None and used.prompt_tokens_details is not None
+    server.until(lambda: get(server, "/page/state")["running"] == 0)
+    read = get(server, "/page/state")["read"] - before["read"]
+    assert read == used.prompt_tokens - (used.prompt_tokens_details.cached_tokens or 0) > 100
 
 
 def test_the_example_fits_and_is_answered(server: Served) -> None:

@@ -21,6 +21,7 @@ from longreach.serving.page import files, seen
 from longreach.serving.protocol import Missing
 from longreach.serving.service import Service
 
+DIAL = "dial"  # stands for the method that it chooses
 SAMPLE = "The pass key is 48213. Remember it. 48213 is the pass key."
 QUESTION = "What is the pass key?"
 LONGEST_SAMPLE = 16_384  # tokens
@@ -38,6 +39,7 @@ class State(BaseModel):
 
     running: int
     waiting: int
+    read: int = Field(description="Tokens of prompts, since the beginning.")
     memory: list[Place]
 
 
@@ -91,7 +93,7 @@ def attach(app: FastAPI, service: Service) -> None:
         if isinstance(memory, Tiers):  # whose bookkeeping belongs to the worker
             report = await service.worker.do(lambda scheduler: memory.report())
             places = [Place(name=name, bytes=one["bytes"], budget=one["budget"]) for name, one in report["tiers"].items()]
-        return State(running=stats.running, waiting=stats.waiting, memory=places)
+        return State(running=stats.running, waiting=stats.waiting, read=stats.read, memory=places)
 
     @app.get("/page/methods")
     async def methods() -> Methods:
@@ -100,7 +102,8 @@ def attach(app: FastAPI, service: Service) -> None:
 
     @app.get("/page/sight")
     def sight(tokens: Annotated[int, Query(ge=1, le=seen.MOST_TOKENS)], method: Annotated[str | None, Query(max_length=100)] = None) -> Look:
-        """Of the method in force; of another one, with the setting that its authors recommend for a text of so many tokens."""
+        """Of the method in force; of another one, with the setting that its authors recommend for a text of so many tokens; or of `dial`, what the dial
+        would choose for it."""
         return look(service, method, tokens)
 
     @app.get("/page/sample")
@@ -123,14 +126,10 @@ def _file(name: str) -> Callable[[], Response]:
 def look(service: Service, name: str | None, tokens: int) -> Look:
     extension = service.extension
     window, own = extension.facts.chosen.window, extension.method
-    served = name is None or name == own.name
-    method = own
+    served, method = name is None or name == own.name, own
     if not served:
-        kind = registry().get(str(name))
-        if kind is None:
-            raise Missing(f"there is no method {name!r}; /page/methods lists them", "method", "method_not_found")
         try:
-            method = dial.recommended(kind, window, tokens)
+            method = dial.choose(window, tokens).method if name == DIAL else dial.recommended(_kind(str(name)), window, tokens)
         except ValueError as error:
             return Look(problem=str(error))
     choice = method.choice
@@ -149,6 +148,13 @@ def look(service: Service, name: str | None, tokens: int) -> Look:
         command=command(service.name, method, extension.context if served else tokens),
     )
     return Look(sight=sight)
+
+
+def _kind(name: str) -> type[Method]:
+    kind = registry().get(name)
+    if kind is None:
+        raise Missing(f"there is no method {name!r}; /page/methods lists them", "method", "method_not_found")
+    return kind
 
 
 def command(model: str, method: Method, context: int | None) -> str:

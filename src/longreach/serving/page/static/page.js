@@ -1,13 +1,13 @@
 // The page: what the controls do. Requests are in server.js, conversation in talk.js, pictures in sight.js.
 
 import { Trouble, get, useKey } from "./server.js";
-import { fit, picture, ruler, said } from "./sight.js";
+import { fit, gauge, picture, ruler, said } from "./sight.js";
 import { ask, forget, messages, started } from "./talk.js";
 import { counter, read, takeDrops } from "./text.js";
 import { define, number, sentence, size } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
-const now = { tokens: 0, facts: null, sight: null, cached: null, stop: null, followed: true };
+const now = { tokens: 0, facts: null, sight: null, cached: null, stop: null, followed: true, reads: 0 };
 const PICTURE_PAUSE = 300, IDLE = 10_000, BUSY = 2_000; // milliseconds
 
 // -- what is said -----------------------------------------------------------------------------------------------------------------
@@ -46,22 +46,26 @@ async function begin() {
     ["weights", dtype],
   ]);
   const { data } = await get("/page/methods");
-  $("method").replaceChildren(...data.map(({ name, served }) => new Option(served ? `${name} (served)` : name, served ? "" : name, served, served)));
+  const own = data.map(({ name, served }) => new Option(served ? `${name} (served)` : name, served ? "" : name, served, served));
+  $("method").replaceChildren(new Option("what the dial chooses", "dial"), ...own);
   measured(now.tokens);
   watch();
 }
 
-let watching;
+let watching, seen;
 async function watch() {
   clearTimeout(watching);
   if (!document.hidden) {
     try {
-      const { running, waiting, memory } = await get("/page/state");
-      const held = ({ bytes, budget }) => (budget === null ? size(bytes) : `${size(bytes)} of ${size(budget)}`);
+      const { running, waiting, read, memory } = await get("/page/state");
+      const at = performance.now();
+      now.reads = seen && at > seen.at ? (1000 * (read - seen.read)) / (at - seen.at) : 0;
+      seen = { read, at };
+      const held = ({ bytes, budget }) => (budget === null ? [size(bytes)] : [gauge(bytes, budget), `${size(bytes)} of ${size(budget)}`]);
       define($("state"), [
         ["answering", number(running)],
         ["waiting", number(waiting)],
-        ...memory.map((place) => [`memory, ${place.name}`, held(place)]),
+        ...memory.map((place) => [`memory, ${place.name}`, ...held(place)]),
       ]);
     } catch (error) {
       define($("state"), [["server", error.message]]);
@@ -144,7 +148,10 @@ async function question() {
   busy(true);
   $("question").value = "";
   const begun = performance.now();
-  const clock = setInterval(() => ($("clock").textContent = `${((performance.now() - begun) / 1000).toFixed(0)} s`), 1000);
+  const clock = setInterval(() => {
+    const seconds = `${number(Math.floor((performance.now() - begun) / 1000))} s`;
+    $("clock").textContent = now.reads > 1 ? `${seconds}, the server reads ${number(Math.round(now.reads))} tokens/s` : seconds;
+  }, 1000);
   const told = {
     reading: () => ($("status").textContent = now.tokens ? `Reading ${number(now.tokens)} tokens…` : "Reading…"),
     answering: () => {

@@ -67,6 +67,14 @@ export function picture(svg, sight) {
   svg.replaceChildren(...drawn);
 }
 
+/** How much of a budget is taken, as a bar beside the words that say it. */
+export function gauge(held, budget) {
+  const bar = node("svg", { viewBox: "0 0 48 8", class: "gauge", "aria-hidden": "true" });
+  const part = (width, name) => node("rect", { width, height: 8, rx: 2, class: name });
+  bar.append(part(48, "unseen"), part(48 * Math.min(1, held / budget), "filled"));
+  return bar;
+}
+
 /** In words what the picture shows. */
 export function said(sight) {
   const { tokens, trained_window: window, capacity } = sight;

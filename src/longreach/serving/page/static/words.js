@@ -27,11 +27,11 @@ export function sentence(words) {
 /** Terms and what they are, into a list of definitions. */
 export function define(list, pairs) {
   list.replaceChildren(
-    ...pairs.map(([term, meaning]) => {
+    ...pairs.map(([term, ...meaning]) => {
       const group = document.createElement("div");
-      for (const [kind, words] of [["dt", term], ["dd", meaning]]) {
+      for (const [kind, parts] of [["dt", [term]], ["dd", meaning]]) {
         const node = document.createElement(kind);
-        node.textContent = words;
+        node.append(...parts);
         group.append(node);
       }
       return group;
