@@ -48,10 +48,15 @@ def opened(found: Any, url: str, width: int = 1200, height: int = 900, scheme: s
         context.close()
 
 
+def be_brief(page: Any, tokens: int = 24) -> None:
+    page.locator("#most").evaluate("(field, tokens) => { field.value = tokens }", tokens)
+
+
 def ask_the_example(page: Any) -> None:
     from playwright.sync_api import expect
 
     expect(page.locator("#sight-said")).to_contain_text("farthest")
+    be_brief(page)
     page.get_by_role("button", name="Try an example").click()
     expect(page.locator("#fit")).to_contain_text("times the trained window")
     page.keyboard.press("Enter")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import longreach
-from chromium import ask_the_example, browser, installed, opened
+from chromium import ask_the_example, be_brief, browser, installed, opened
 from served import Served, served
 
 pytest.importorskip("playwright", reason="the page is tested with playwright: pip install 'longreach[dev]'")
@@ -94,6 +94,7 @@ def test_a_text_is_dropped_and_asked_about_by_keyboard(chromium: Any, server: Se
         expect(page.locator("#fit")).to_contain_text("times the trained window of 512, inside the context of 2,048.")
         told = page.locator("#fit").text_content().split(" tokens")[0].replace(",", "")
         assert 512 < int(told) < 1200
+        be_brief(page)
         tab_to(page, "question")
         page.keyboard.type("What is the pass key?")
         page.keyboard.press("Enter")
@@ -245,6 +246,7 @@ def answering(answer: dict[str, Any] | None) -> Any:
 def test_what_goes_wrong_is_said_in_plain_words(chromium: Any, server: Served) -> None:
     with opened(chromium, server.url) as page:
         expect(page.locator("#facts")).to_contain_text("nano")
+        be_brief(page)
         page.locator("#question").fill("Why?")
         for answer, says in PROBLEMS:
             page.route("**/v1/chat/completions", answering(answer))
