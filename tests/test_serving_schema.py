@@ -20,6 +20,7 @@ EXAMPLES = 20
 OPERATIONS = {
     "GET /health", "GET /metrics", "GET /v1/models", "GET /v1/models/{name}", "POST /tokenize", "POST /v1/completions", "POST /v1/chat/completions",
     "GET /v1/documents", "POST /v1/documents", "GET /v1/documents/{name}", "DELETE /v1/documents/{name}",
+    "GET /page/state", "GET /page/methods", "GET /page/sight", "GET /page/sample",
 }  # fmt: skip
 
 

@@ -5,20 +5,19 @@ Knows options, the terminal and the commands of the conversation; what is attach
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import common, profiles, stored, text
+from longreach.cli import common, profiles, stored, talking, text
 from longreach.cli.common import Output
 from longreach.cli.console import stopping_gently
 from longreach.cli.run import sampling_of
 from longreach.cli.session import ROOM, Session
+from longreach.cli.talking import HINT, questions
 from longreach.quantities import CHUNK_SIZE, counted
 from longreach.running import prompts
 
@@ -37,8 +36,8 @@ COMMANDS = {
     "/facts": "the method in force, its layers, capacity and measured exactness",
     "/quit": "end, as Ctrl-D does",
 }
-HINT = "/help lists the commands, /quit or Ctrl-D ends"
-LEAVING = "Ctrl-C again leaves, and so do /quit and Ctrl-D; during an answer Ctrl-C stops the answer only"
+# options of a model that is loaded here
+OWN = ("declared", "method", "truncate", "chunk_size", "dtype", "device", "trained_window", "profile", "no_profile", "memory")
 
 
 def command(
@@ -55,6 +54,12 @@ def command(
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; greedy if not given or 0.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; 0 if not given.")] = None,
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Tokens of one forward while reading.")] = CHUNK_SIZE,
+    server: Annotated[
+        str | None, typer.Option("--server", metavar="URL", help="Ask the model of a server, such as http://127.0.0.1:8000, instead of loading one.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option("--api-key-env", metavar="NAME", help="The environment variable that holds the API key of --server.")
+    ] = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
@@ -81,6 +86,12 @@ def command(
             raise ValueError(text.NOTHING_TO_DECODE)
         for option, value in (("--system", system), *(("--hide", sentence) for sentence in hide or [])):
             text.check_argument(option, value)
+        if server is not None or api_key_env is not None:
+            result, wrong = elsewhere(out, context)
+            out.finish(result if wrong is None else {**result, "error": wrong}, lambda console: None)
+            if wrong is not None:
+                raise typer.Exit(WRONG)
+            return
         chosen = common.method_of(context, method)
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
@@ -122,38 +133,39 @@ def fit(tokenizer: Tokenizer, document: str, hidden: list[str], declared: int | 
     return document, cut
 
 
+def elsewhere(out: Output, context: typer.Context) -> tuple[dict[str, Any], str | None]:
+    """The conversation with the model of a server. What only a model that is loaded here can honour is refused."""
+    from longreach.cli import remote
+
+    given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    asked = context.params
+    if asked["server"] is None:
+        raise ValueError("--api-key-env is about the key of a server; pass --server URL too, or leave it out")
+    wrong = [parameter.opts[0] for parameter in context.command.params if parameter.name in given.intersection(OWN)]
+    if wrong := wrong + [word for word in context.args if word.startswith("-")]:
+        verb = "is" if len(wrong) == 1 else "are"
+        raise ValueError(f"{' and '.join(wrong)} {verb} for the server to decide; pass to `longreach serve` there, or leave out --server")
+    server = remote.Server.parse(asked["server"], remote.key_of(asked["api_key_env"]))
+    document = text.read(asked["file"], text.LARGEST_FILE, out.note, asked["encoding"]) if asked["file"] is not None else ""
+    hidden = asked["hide"] or []
+    for n, sentence in enumerate(hidden):
+        document = prompts.hide(document, sentence.strip(), (n + 1) / (len(hidden) + 1))
+    settings = {name: asked[name] for name in ("system", "max_new_tokens", "temperature", "seed")}
+    return remote.chat(out, server, asked["model"] if "model" in given else None, document, **settings)
+
+
 def converse(session: Session, sampling: Sampling) -> tuple[list[dict[str, Any]], str | None]:
-    """Questions and commands until one ends it -> the turns as plain data, and what went wrong. At a terminal nothing but the user ends it; where
-    questions are piped in, nobody would see what the first wrong line did to those after it, so it is the last."""
-    out, turns = session.out, []
-    asking = sys.stdin.isatty()
-    try:
-        for line in questions(out, asking):
-            name, _, rest = line.partition(" ")
-            if name in ("/quit", "/exit"):
-                break
-            try:
-                if name.startswith("/"):
-                    obey(session, name, rest.strip())
-                elif (found := ask(session, line, sampling, asking)) is not None:
-                    turns.append(turn(line, found))
-            except (ValueError, OSError) as error:
-                if not asking or isinstance(error, BrokenPipeError):
-                    raise
-                out.error(" ".join(str(error).split()))
-            except KeyboardInterrupt:  # in the work of a command, which is put back; an answer has its own way to stop
-                if not asking:
-                    raise
-                out.note(f"\n{name if name.startswith('/') else 'the question'} is given up; the conversation goes on")
-            answered = f"{counted(len(turns), 'question')} answered, the conversation is not saved"
-            out.kept = f"the conversation is saved in {session.saved}" if session.saved else answered
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        wrong = " ".join(str(error).split())
-        out.error(wrong)
-        return turns, wrong
-    return turns, None
+    """Questions and commands until one ends it -> the turns as plain data, and what went wrong."""
+    out, asking = session.out, sys.stdin.isatty()
+
+    def asked(line: str) -> dict[str, Any] | None:
+        found = ask(session, line, sampling, asking)
+        return None if found is None else turn(line, found)
+
+    def kept(answered: str) -> str:
+        return f"the conversation is saved in {session.saved}" if session.saved else f"{answered}, the conversation is not saved"
+
+    return talking.converse(out, questions(out, asking), asking, asked, lambda name, rest: obey(session, name, rest), kept)
 
 
 def obey(session: Session, name: str, rest: str) -> None:
@@ -162,8 +174,7 @@ def obey(session: Session, name: str, rest: str) -> None:
     if name in ("/save", "/load") and not rest:
         raise ValueError(f"{name} needs the name of a file, such as {name} talk.safetensors")
     if name == "/help":
-        width = max(map(len, COMMANDS))
-        out.say("\n".join(f"{usage.ljust(width)}  {meaning}" for usage, meaning in COMMANDS.items()))
+        out.say(talking.help_lines(COMMANDS))
     elif name == "/reset":
         session.reset()
         out.note("the turns are forgotten; the text will be read again with the next question")
@@ -214,42 +225,3 @@ def turn(question: str, found: Answer) -> dict[str, Any]:
         "question": question, "answer": found.text.strip(), "finish": found.finish, "new_tokens": found.tokens,
         "prefill_seconds": round(found.prefill_seconds, 4), "decode_seconds": round(found.decode_seconds, 4), "kv_store_bytes": found.store_bytes,
     }  # fmt: skip
-
-
-def questions(out: Output, asking: bool) -> Iterator[str]:
-    """Lines that are not empty, until the input ends. Ctrl-C at the prompt gives a line up; twice in a row it leaves."""
-    if asking:
-        import readline  # noqa: F401  gives input() a history and editing
-    elif isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    pressed = False
-    while True:
-        try:
-            line = _typed(out) if asking else sys.stdin.readline()
-        except KeyboardInterrupt:
-            if not asking or pressed:
-                raise
-            pressed = True
-            out.note(f"\n{LEAVING}")
-            continue
-        except UnicodeDecodeError:
-            raise ValueError("a question on standard input is not UTF-8 text; convert it to UTF-8 first") from None
-        pressed = False
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
-
-
-def _typed(out: Output) -> str:
-    """A line from the terminal; the prompt shows in quiet mode too. Python edits lines only where it sees the real standard output."""
-    prompt = "\n> "
-    if not out.stdout.isatty():
-        out.errors.file.write(prompt)
-        out.errors.file.flush()
-        prompt = ""
-    try:
-        with redirect_stdout(out.stdout):
-            return input(prompt) + "\n"
-    except EOFError:
-        return ""

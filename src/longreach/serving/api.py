@@ -20,6 +20,7 @@ from longreach.serving import problems, replies
 from longreach.serving.asking import Prompts
 from longreach.serving.guard import Guard
 from longreach.serving.limits import Limits
+from longreach.serving.page import routes
 from longreach.serving.protocol import ChatRequest, CompletionRequest, DocumentName, DocumentRequest, Missing, Sampled, TokenizeRequest
 from longreach.serving.service import Service, Tally
 from longreach.serving.worker import Asked, Failed, Gone, Piece, Stopping, TooLong
@@ -60,6 +61,7 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
         Guard, key=key, local=local, limits=service.limits, note=lambda path, status: service.metrics.answered.labels(path, str(status)).inc()
     )
     problems.attach(app, service.limits)
+    routes.attach(app, service)
 
     def require_model(name: str | None) -> None:
         if name not in (None, service.name):

@@ -20,10 +20,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longreach.serving.limits import Limits
+from longreach.serving.page import files
 from longreach.serving.problems import Said
 
 logger = logging.getLogger("longreach.serving")
-OPEN = ("/health",)  # to everybody
+OPEN = ("/health", *files.FILES)  # to everybody: a browser sends no key for a page
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
