@@ -68,7 +68,7 @@ def test_it_equals_the_contiguous_one(method: Method, tmp_path):
             if memory:
                 checked(extension)
             twin = extension.fork(cache)
-            start = max(33, *map(store_of(cache)._reaches, range(2)))  # bounded forms do not go back farther
+            start = max(33, *map(store_of(cache).reaches, range(2)))  # bounded forms do not go back farther
             cache.crop(start)
             for each, stop in ((cache, start), (twin, 60), (cache, start + 1)):
                 parts.append(model(ids[:, stop : stop + 1], past_key_values=each).logits)

@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from longreach.core.segments import Place, Retention
-from longreach.memory import blocks
+from longreach.memory import blocks, placement
 from longreach.memory.adopting import CHAIN
 from longreach.memory.bases import COPIED
-from longreach.memory.placement import ROLLBACK, SLACK, SMALLEST, STEP, Placement, bucket_of, room
+from longreach.memory.placement import Placement, bucket_of, room
 from longreach.memory.store import Store
 from longreach.memory.stored import Stored
 
@@ -38,8 +38,8 @@ def _growing(kept: Retention, chunked: int, step: int, prompt: int, stored: int)
 
 
 def _bounded(tail: int, forwards: Iterator[tuple[int, int]]) -> int:
-    keep = tail + ROLLBACK
-    most, size, first = keep + SLACK, 0, 0
+    keep = tail + placement.ROLLBACK
+    most, size, first = keep + placement.SLACK, 0, 0
     for start, new in forwards:
         if size == most:
             break
@@ -78,7 +78,7 @@ def need(store: Store, layers: Sequence[Stored], totals: Mapping[int, int], comi
     on from nothing counts: they are there already. What rows hold that are `taken` counts for the stores that they go to, too (`adopting.adopt`). While a
     buffer grows, it is there twice: that is not counted, as other memory of a forward is not."""
     store.settle()
-    places = {place: _rows(placement, place, totals, coming, taken) for place, placement in store.placements.items()}
+    places = {place: _rows(lying, place, totals, coming, taken) for place, lying in store.placements.items()}
     count = store.rows + len(coming) + len(taken)
     nbytes, summaries = sum({key: size for layer in store.layers for key, size in layer.frozen.items()}.values()), 0
     for layer in layers:
@@ -96,14 +96,14 @@ def need(store: Store, layers: Sequence[Stored], totals: Mapping[int, int], comi
 Row = tuple[int, int, int]  # the first entry of its own, the end, and the bucket that it lies in
 
 
-def _rows(placement: Placement, place: Place, totals: Mapping[int, int], coming: Sequence[Coming], taken: Collection[int]) -> tuple[list[Row], int]:
+def _rows(lying: Placement, place: Place, totals: Mapping[int, int], coming: Sequence[Coming], taken: Collection[int]) -> tuple[list[Row], int]:
     """All rows, and columns that are to be frozen."""
-    places, entries, frozen = placement.places, placement.kept.entries, 0
-    ends = [max(end, entries(totals.get(row, 0))) for row, end in enumerate(placement.ends)]
+    places, entries, frozen = lying.places, lying.kept.entries, 0
+    ends = [max(end, entries(totals.get(row, 0))) for row, end in enumerate(lying.ends)]
     found = [*zip(places.firsts, ends, places.buckets, strict=True)]
     for row in taken:
-        first, end, bucket = places.firsts[row], placement.ends[row], places.buckets[row]
-        freezes, begin = _adopted(placement, row)
+        first, end, bucket = places.firsts[row], lying.ends[row], places.buckets[row]
+        freezes, begin = _adopted(lying, row)
         if freezes:  # where it lies, or as a copy
             frozen += places.rooms[bucket] if len(places.members[bucket]) == 1 else end - first
             found[row] = end, ends[row], 0
@@ -114,16 +114,16 @@ def _rows(placement: Placement, place: Place, totals: Mapping[int, int], coming:
             source = each.source.placements[place]
             _, first = _adopted(source, 0)
             bucket = bucket_of((source.ends[0] - first) * source.kept.block)  # where it lies before it goes back to `begin`
-            first = 0 if placement.tail is not None else min(first, entries(each.begin)) // placement.unit * placement.unit
+            first = 0 if lying.tail is not None else min(first, entries(each.begin)) // lying.unit * lying.unit
         found.append((first, entries(each.total), bucket))
     return found, frozen
 
 
-def _adopted(placement: Placement, row: int) -> tuple[bool, int]:
+def _adopted(lying: Placement, row: int) -> tuple[bool, int]:
     """-> (whether it is frozen when it is adopted, the first entry of its own that whoever adopts it has)."""
-    first, end = placement.places.firsts[row], placement.ends[row]
-    freezes = placement.tail is None and placement.unit == 1 and end - first >= COPIED
-    if placement.tail is None and len(placement.shares[row]) + freezes > CHAIN:
+    first, end = lying.places.firsts[row], lying.ends[row]
+    freezes = lying.tail is None and lying.unit == 1 and end - first >= COPIED
+    if lying.tail is None and len(lying.shares[row]) + freezes > CHAIN:
         return freezes, 0
     return freezes, end if freezes else first
 
@@ -132,11 +132,11 @@ def _columns(kept: Retention, rows: Sequence[Row], unit: int) -> int:
     """Columns of the bodies of all rows: each has at most the room of the longest row that may lie in its bucket."""
     if kept.tail == 0:
         return 0
-    most = ROLLBACK + 2 * unit + SLACK if unit > 1 else math.inf if kept.tail is None else kept.tail + ROLLBACK + SLACK
+    most = placement.ROLLBACK + 2 * unit + placement.SLACK if unit > 1 else math.inf if kept.tail is None else kept.tail + placement.ROLLBACK + placement.SLACK
     own = [(int(min(end - first, most)), bucket) for first, end, bucket in rows]
     longest = max((entries for entries, _ in own), default=0)
     if not longest:
         return 0
     lies = [max(bucket, bucket_of(entries * kept.block)) for entries, bucket in own]
-    edges = [min(longest, math.floor(SMALLEST * STEP**bucket / kept.block) + 1) for bucket in lies]
-    return sum(int(min(most, max(edge + SLACK, edge + edge // 8))) for edge in edges)
+    edges = [min(longest, math.floor(placement.SMALLEST * placement.STEP**bucket / kept.block) + 1) for bucket in lies]
+    return sum(int(min(most, max(edge + placement.SLACK, edge + edge // 8))) for edge in edges)
