@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +66,20 @@ def test_a_window_that_is_given_is_believed():
     assert trained_window(config).base == 1e6 and trained_window(config, 1024).base is None
     assert choose(trained_window(config), 1500).method == SelfExtend(15, 30)
     assert choose(trained_window(config, 1024), 1500).method == choose(Window(1024, ""), 1500).method
+
+
+def test_the_tables_of_the_page_are_the_dials():
+    """Both, row by row: g and w at some lengths in windows, and how far the rule reaches without a warning."""
+    page = (Path(__file__).parents[1] / "docs/methods.md").read_text()
+    tables = re.findall(r"^\| L \|.* rule holds up to \|\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert len(tables) == 2
+    for table, base, lengths in zip(tables, (None, 1e5), ((2, 4, 8, 16), (1.5, 2, 4, 8, 16)), strict=True):
+        for row in table.splitlines():
+            length, *cells, furthest = (int(number) for number in re.findall(r"\d+", row))
+            window = Window(length, "test", base)
+            found = [choose(window, int(times * length)).method for times in lengths]
+            assert [(method.group_size, method.window) for method in found] == list(zip(cells[::2], cells[1::2], strict=True)), row
+            assert choose(window, furthest).warning is None and choose(window, furthest + 100).warning is not None, row
 
 
 def test_stock_when_the_context_fits():
