@@ -110,7 +110,7 @@ def single_tokens_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def flat(cls: Any, new: Any, device: torch.device, store: Any) -> batch.Batch:
         found = real(cls, new, device, store)
-        found.singles = None if found.singles is None else replace(found.singles, columns=found.singles.columns.flip(0))
+        found.singles = None if found.singles is None else replace(found.singles, columns=found.singles.columns.flip(0), stretch=None)
         return found
 
     monkeypatch.setattr(batch.Batch, "flat", classmethod(flat))
