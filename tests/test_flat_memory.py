@@ -56,6 +56,81 @@ def test_requests_never_hold_more_than_was_said(method, seed):
         assert flat.held([]) == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "seed"),
+    [(Stock(), 2), (SelfExtend(3, 8), 5), (LMInfinite(200, 10), 1), (InfLLM(64, 8, 32, 3, exc_block_size=32), 0)],
+    ids=str,
+)
+def test_what_was_said_holds_in_whatever_order_they_come_and_are_taken(method, seed):
+    """Several come and are taken, of which was said together, and all are read in between and leave."""
+    draw = random.Random(seed)
+    with longreach.extend(build("llama"), method) as extension:
+        flat, totals, kept = extension.flat(), {}, []
+        for _ in range(10):
+            coming = []
+            for _ in range(draw.randint(1, 3)):
+                total, source, begin = draw.randint(1, 1500), None, 0
+                if kept and draw.random() < 0.6:
+                    source = draw.choice(kept)
+                    begin = draw.randint(max(1, source.reaches), source.length)
+                    total = begin + draw.choice([0, 1, 3, draw.randint(0, 1500)])
+                coming.append((total, source, begin))
+            taken = [request for request in totals if flat.length(request) and draw.random() < 0.3]
+            most = flat.need(totals, coming, taken).nbytes + flat.beside(kept)
+
+            def read():
+                todo = [request for request in totals if flat.length(request) < totals[request]]
+                if todo:
+                    some = draw.sample(todo, draw.randint(1, len(todo)))
+                    flat.read({each: [7] * min(totals[each] - flat.length(each), draw.choice((1, 1, 60, 400, 513))) for each in some}, logits="none")
+                    assert flat.held(kept) <= most  # noqa: B023
+
+            for act in draw.sample([*coming, *taken], len(coming) + len(taken)):
+                while draw.random() < 0.5:
+                    read()
+                if isinstance(act, int):
+                    kept.append(flat.take(act))
+                else:
+                    total, source, begin = act
+                    totals[flat.join() if source is None else flat.begin(source, begin)] = total
+                assert flat.held(kept) <= most
+            while draw.random() < 0.9:
+                read()
+            while len(totals) > 5 or (totals and draw.random() < 0.3):
+                flat.leave(gone := draw.choice([*totals]))
+                del totals[gone]
+                assert flat.held(kept) <= most
+            if len(kept) > 3 or (kept and draw.random() < 0.3):
+                kept.pop(draw.randrange(len(kept)))
+
+
+@pytest.mark.parametrize("method", [Stock(), LMInfinite(200, 10)], ids=str)
+def test_what_goes_back_brings_its_room_along(method):
+    """It is copied as a whole before it goes back."""
+    with longreach.extend(build("llama"), method) as extension:
+        flat = extension.flat()
+        flat.read({(own := flat.join()): [7] * 300}, logits="none")
+        kept = flat.take(own)
+        flat.leave(own)
+        said = flat.need({}, [(210, kept, 205)]).nbytes + flat.beside([kept])
+        flat.begin(kept, 205)
+        assert flat.held([kept]) <= said
+
+
+def test_what_goes_on_from_a_snapshot_holds_no_first_tokens_twice():
+    """A shorter tail of the values is copied from all of them, but their first tokens are theirs alone."""
+    with longreach.extend(build("llama"), InfLLM(64, 8, 32, 3, exc_block_size=32)) as extension:
+        flat = extension.flat()
+        flat.read({(own := flat.join()): [7] * 633}, logits="none")
+        kept = flat.take(own)
+        flat.read({own: [7] * 229}, logits="none")
+        said = flat.need({own: 862}, [(569, kept, 566)]).nbytes + flat.beside([kept])
+        flat.begin(kept, 566)
+        buffers = [buffer for layer in flat._store.layers for buffer in layer.buffers]
+        assert any(buffer.first for buffer in buffers) and all((buffer.head is None) == (not buffer.first) for buffer in buffers)
+        assert flat.held([kept]) <= said
+
+
 @pytest.mark.parametrize("method", [Stock(), SelfExtend(3, 8)], ids=str)
 def test_what_was_said_is_not_much_more(method):
     with longreach.extend(build("llama"), method) as extension:

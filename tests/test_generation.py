@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from longreach.running import generation
 from longreach.running.generation import Sampling
+from longreach.running.sampling import OTHERS, Sampler
 from tiny import llama, tokenizer
 
 HOT = Sampling(temperature=5.0, seed=3)
@@ -62,3 +64,44 @@ def test_a_request_within_a_request_changes_neither(model: Any) -> None:
     one, inner = sampled(model), []
     outer = sampled(model, write=lambda text: inner.append(sampled(model)) if len(inner) < 2 else None)
     assert outer == one and inner == [one, one]
+
+
+OURS = {"do_sample", "temperature", "top_p", "max_new_tokens", "max_length", "num_return_sequences"}  # each request says it
+HONOURED = {"eos_token_id", "repetition_penalty", "top_k", "min_p"}
+IDLE = {
+    *("bos_token_id", "pad_token_id", "decoder_start_token_id"),  # prompts are whole
+    *("num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping", "low_memory"),  # of several beams
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile"),  # how it is computed
+    *("continuous_batching_config", "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "use_mtp"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type"),  # sooner, no others
+    *("remove_invalid_values", "renormalize_logits"),  # NaN raises; a softmax follows
+    *("output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"),
+    *("transformers_version", "_from_model_config", "_commit_hash"),
+}
+
+
+def test_every_setting_that_transformers_knows_is_honoured_or_refused_or_changes_no_token() -> None:
+    """A new one has to be looked at: if it changes a token, it goes to OTHERS."""
+    config = GenerationConfig()
+    assert not [name for name in vars(config) if name not in {*OTHERS, *OURS, *HONOURED, *IDLE}]
+    assert not OTHERS.keys() & (OURS | HONOURED | IDLE)
+    Sampler(config, HOT)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name in vars(GenerationConfig())])
+def test_settings_that_would_change_a_token_are_refused(name: str) -> None:
+    config = GenerationConfig()
+    for idle in OTHERS[name]:
+        setattr(config, name, idle)
+        Sampler(config, HOT)
+    setattr(config, name, 4)
+    with pytest.raises(ValueError, match=rf"have {name}=4, which is not honoured here; set model\.generation_config\.{name} = None"):
+        Sampler(config, HOT)
+
+
+def test_among_them_those_that_need_no_processor_of_logits() -> None:
+    for name, value in {"num_beams": 4, "stop_strings": ["a"], "top_h": 0.4, "penalty_alpha": 0.6, "dola_layers": "high", "max_time": 0.1}.items():
+        config = GenerationConfig()
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match=f"{name}=.*not honoured here"):
+            Sampler(config, generation.GREEDY)

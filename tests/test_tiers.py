@@ -308,8 +308,11 @@ def test_an_index_with_blocks_of_one_token_is_refused(method):
 def test_a_policy_that_nothing_feeds_is_refused():
     model = build("llama")
     for method, backend in ((SelfExtend(3, 8), "auto"), (Quest(12, 4, 2), "auto"), (Quest(12, 4, 1), "reference")):
-        with pytest.raises(ValueError, match="leave out policy"):
+        with pytest.raises(ValueError, match=r"chooses nothing; leave out policy$"):
             longreach.extend(model, method, trained_window=128, memory=Tiered("1MiB", policy="mass"), backend=backend)
+    said = r"LMInfinite\(.*\) chooses nothing; leave out policy; it was chosen with a warning: memory binds: SelfExtend"
+    with pytest.raises(ValueError, match=said):  # the tiers were too small for what reads everything
+        longreach.extend(model, context=400, trained_window=128, memory=Tiered("8KiB", policy="mass"))
     assert not hasattr(model, "longreach")
 
 

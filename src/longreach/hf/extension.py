@@ -97,9 +97,10 @@ def extend(
     seam = legacy.seam_of(model, name, before) or StandardSeam(model, base, name, before)
     try:
         facts = verify(seam, chosen, dense=backend == "reference")
+        kept = _tiers(memory, facts) if isinstance(memory, Tiered) else memory or Contiguous
         if facts.remark:
             warnings.warn(facts.remark, stacklevel=2)
-        extension = Extension(facts, Attachment(seam, Forward(facts, _tiers(memory, facts) if isinstance(memory, Tiered) else memory or Contiguous)))
+        extension = Extension(facts, Attachment(seam, Forward(facts, kept)))
     except BaseException:  # an interrupt may have broken off what cleans up
         seam.remove()
         registration.unregister(name)
@@ -112,8 +113,10 @@ def extend(
 
 def _tiers(given: Tiered, facts: Facts) -> Tiers:
     if given.policy == "mass" and not any(layer.layout.choice and not layer.dense for layer in facts.layers):
+        choice = facts.chosen.choice
+        why = f"; it was chosen with a warning: {choice.warning}" if choice is not None and choice.warning else ""  # whoever is refused hears no other
         raise ValueError(
-            f"policy='mass' goes by what queries pay to blocks that they have chosen, and here {facts.chosen.method} attends to everything; leave out policy"
+            f"policy='mass' goes by what queries pay to blocks that they have chosen, and here {facts.chosen.method} chooses nothing; leave out policy{why}"
         )
     return Tiers(given, facts.stored)
 

@@ -147,7 +147,10 @@ class Flat:
     def need(self, totals: Mapping[int, int], coming: Sequence[tuple[int, Snapshot | None, int]] = (), taken: Collection[int] = ()) -> Need:
         """What is held at most until each request has read `totals` tokens in all (of others: what they have read), and so have those that are `coming`:
         (total, the snapshot that it goes on from or None, how many of the tokens of that). Of snapshots, those count that are about to be `taken` of some
-        requests; what those that are there add is `beside`."""
+        requests; what those that are there add is `beside`, those among them that others go on from.
+
+        It holds in whatever order they come (`begin` or `join`), are taken, each once, read in any forwards, and leave. Whoever crops a request, takes another
+        one, or has one more come or read further, asks again."""
         self._store.prepare()
         rows = {self._row(request): total for request, total in totals.items()}
         more = [Coming(total, None if source is None else source.store, begin) for total, source, begin in coming]

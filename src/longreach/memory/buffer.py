@@ -251,7 +251,7 @@ class Buffer(Bodies):
         """What row `its` of another buffer holds, as the placement says that this row has it: frozen entries become common to both, others are copied."""
         self._own()
         other.arrange()
-        if other.head is not None:
+        if self.first and other.head is not None:  # values of a shorter tail come from those that have a head
             with torch.inference_mode(False):
                 if self.head is None:
                     self.head = other.head.new_zeros((len(self.placement.ends), *other.head.shape[1:]))

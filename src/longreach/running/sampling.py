@@ -17,12 +17,14 @@ OTHERS: dict[str, tuple[Any, ...]] = {  # settings of a checkpoint that would ch
     "forced_eos_token_id": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []), "sequence_bias": (None,), "typical_p": (None, 1.0),
     "epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0), "guidance_scale": (None, 1, 1.0), "min_length": (None, 0), "min_new_tokens": (None, 0),
     "exponential_decay_length_penalty": (None,), "watermarking_config": (None,), "encoder_repetition_penalty": (None, 1.0),
+    "num_beams": (None, 1), "constraints": (None,), "force_words_ids": (None,), "penalty_alpha": (None, 0, 0.0), "dola_layers": (None,), "top_h": (None,),
+    "stop_strings": (None, []), "max_time": (None,), "token_healing": (None, False), "assistant_ensemble_weight": (None,), "is_assistant": (None, False),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature None is greedy. Whatever else the checkpoint's own generation settings say stays in force."""
+    """temperature None is greedy. Whatever else the checkpoint's own generation settings say of tokens stays in force, or is refused (`OTHERS`)."""
 
     temperature: float | None = None
     top_p: float | None = None
