@@ -16,11 +16,13 @@ import httpx
 import openai
 import pytest
 import torch
+from pydantic import ValidationError
 
 import longreach
 import tiny
 from longreach.running.conversation import Conversation
 from longreach.running.generation import answer
+from longreach.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from served import Served, served
 
 PROMPT = "Call me Ishmael. Some years ago"
@@ -214,7 +216,8 @@ NEVER: Any = {"model": "nano", "messages": QUESTION}
         ({"frequency_penalty": 0.5}, "frequency_penalty", "leave it out, or pass 0"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "leave it out"),
         ({"nonsense": 1}, "nonsense", "unrecognized request argument supplied: nonsense"),
-        ({"\ud800": 1}, "", "the body is no JSON object"),
+        ({"\ud800": 1}, "\\ud800", "unrecognized request argument supplied: \\ud800"),
+        ({"x" * 5000: 1}, "x" * 100, "unrecognized request argument supplied: x"),
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ({"temperature": float("nan")}, "temperature", "finite number"),
         ({"temperature": "hot"}, "temperature", "valid number"),
@@ -241,9 +244,31 @@ def test_what_cannot_be_is_refused_by_name(server: Served, given: dict[str, Any]
 
 
 @pytest.mark.parametrize(
+    ("kind", "given", "most"),
+    [
+        (CompletionRequest, {"prompt": [0.5] * 1000}, 4),
+        (CompletionRequest, {"prompt": ["a", *[0.5] * 1000]}, 4),
+        (CompletionRequest, {"prompt": [[0.5] * 1000] * 1000}, 4),
+        (CompletionRequest, {"prompt": "a", "stop": [0.5] * 1000}, 2),
+        (CompletionRequest, {"prompt": "a", **{f"k{number}": 1 for number in range(1000)}}, 1),
+        (ChatRequest, {"messages": [{}] * 1000}, 2),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}, 3),
+        (TokenizeRequest, {"messages": [{f"k{number}": 1 for number in range(1000)}] * 1000}, 3),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_only_so_many_errors_are_made_of_a_large_body(kind: Any, given: dict[str, Any], most: int) -> None:
+    """One for each of megabytes of wrong items takes seconds, and memory many times that of the body."""
+    with pytest.raises(ValidationError) as found:
+        kind.model_validate(given)
+    assert 1 <= found.value.error_count() <= most
+
+
+@pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"prompt": ""}, None),
+        ({"prompt": [0.5] * 1000}, "0: Input should be a valid string"),
         ({"prompt": []}, "at least 1"),
         ({"prompt": [[]]}, "makes no tokens"),
         ({"prompt": [5000]}, "a token is a number from 0 to 2047"),

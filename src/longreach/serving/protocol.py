@@ -6,7 +6,7 @@ where it would change the answer.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -25,8 +25,15 @@ def _whole(text: str) -> str:
     return text
 
 
+def _shown(name: str) -> str:
+    return name[:100].encode(errors="backslashreplace").decode()
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 DocumentName = Annotated[str, Field(pattern=NAME, description="1 to 64 letters, digits, dots, hyphens and underscores.")]
+T = TypeVar("T")
+FirstWrong = Annotated[list[T], Field(fail_fast=True)]  # at the first wrong item of megabytes: every other would become an error too
+Some = Annotated[FirstWrong[T], Field(min_length=1)]
 StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
@@ -34,6 +41,17 @@ class Given(BaseModel):
     """What a client sends."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: Any) -> Any:
+        """Of the names that are none of ours the first is told, as text and cut. Each of them would become an error, which is ten times as large."""
+        if not isinstance(value, dict):
+            return value
+        first = next((name for name in value if name not in cls.model_fields), None)
+        if first is None:
+            return value
+        return {_shown(first): None} | {name: one for name, one in value.items() if name in cls.model_fields}
 
 
 class StreamOptions(Given):
@@ -50,7 +68,7 @@ class Sampled(Given):
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED, description="The same request with the same seed gets the same answer.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[FirstWrong[StopText], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -120,9 +138,7 @@ UNMET: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 class CompletionRequest(Sampled):
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Annotated[list[int], Field(min_length=1)] | Annotated[list[list[int]], Field(min_length=1)] = (
-        Field(description="A text, a list of texts, the ids of tokens, or a list of such lists.")
-    )
+    prompt: Text | Some[Text] | Some[int] | Some[FirstWrong[int]] = Field(description="A text, a list of texts, the ids of tokens, or a list of such lists.")
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: Any = None
     echo: Any = None
@@ -136,7 +152,7 @@ class Part(Given):
 
 class Message(Given):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | FirstWrong[Part]
     name: str | None = None
     refusal: str | None = None
 
@@ -146,7 +162,7 @@ class Message(Given):
 
 
 class ChatRequest(Sampled):
-    messages: list[Message] = Field(min_length=1)
+    messages: Some[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -176,7 +192,7 @@ class ChatRequest(Sampled):
 class TokenizeRequest(Given):
     model: Text | None = None
     prompt: Text | None = Field(None, description="A text as /v1/completions takes it.")
-    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(None, description="Messages as /v1/chat/completions takes them.")
+    messages: Some[Message] | None = Field(None, description="Messages as /v1/chat/completions takes them.")
     document: DocumentName | None = None
 
     @model_validator(mode="after")
