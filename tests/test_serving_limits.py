@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import signal
@@ -138,6 +139,32 @@ def test_an_answer_that_takes_too_long(nano: Any) -> None:
         assert (found.status_code, found.headers["x-should-retry"]) == (408, "false") and "longer than 0.3 seconds" in found.json()["error"]["message"]
         with pytest.raises(openai.APIError, match="longer than"):
             list(server.client.completions.create(model="nano", prompt="x", max_tokens=1000, temperature=0, stream=True))
+        server.until(lambda: idle(server))
+        assert server.service.worker.stats.decoded < 1500
+
+
+def test_a_client_that_does_not_read_holds_nothing_for_longer(nano: Any) -> None:
+    """What is sent to it is never taken, as when its window is full."""
+    body = json.dumps({**ASK, "max_tokens": 1000, "n": 2, "stream": True}).encode()
+    came, stuck = [{"type": "http.request", "body": body}], asyncio.Event()
+
+    async def receive() -> Any:
+        return came.pop() if came else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            stuck.set()
+            await asyncio.Event().wait()
+
+    async def ask(server: Served) -> None:
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"", "query_string": b"", "headers": headers}
+        answering = asyncio.create_task(server.app({**scope, "asgi": {"spec_version": "2.3"}}, receive, send))
+        await stuck.wait()
+        await asyncio.wait_for(answering, 20)
+
+    with served(*nano, limits=Limits(seconds=0.3)) as server:
+        asyncio.run(ask(server))
         server.until(lambda: idle(server))
         assert server.service.worker.stats.decoded < 1500
 

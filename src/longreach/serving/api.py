@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request, Response
@@ -30,6 +30,7 @@ from longreach.version import __version__
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "With stream=true, server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
+LAST = 1.0  # seconds for the event that says that it took too long
 METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
@@ -98,7 +99,7 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
     @app.post("/v1/documents", status_code=201, responses=problems.TAKEN)
     async def upload(request: DocumentRequest, http: Request) -> replies.Document:
         asked = await service.documents.begin(request)
-        watched = asyncio.create_task(_until_gone(http, asked, service.metrics.cancelled.inc))
+        watched = asyncio.create_task(_until_gone(http, service, asked))
         try:
             return await service.documents.go_on(request.name, asked)
         finally:
@@ -129,11 +130,11 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
         async with AsyncExitStack() as stack:
             asked, tally = await stack.enter_async_context(service.asked(prompts))
             stack.callback(lambda: http.scope["state"]["facts"].update(tally.facts()))
-            watched = asyncio.create_task(_until_gone(http, asked, service.metrics.cancelled.inc))
+            watched = asyncio.create_task(_until_gone(http, service, asked))
             stack.callback(watched.cancel)
             pieces = service.pieces(asked, tally, prompts.n)
             if request.stream:
-                return Events(stack.pop_all(), _events(head, request, asked, tally, pieces, shape, service.limits))
+                return Events(stack.pop_all(), _events(head, request, asked, tally, pieces, shape, service.limits), service.limits.seconds + LAST)
             own: list[list[Piece]] = [[] for _ in prompts.samplings]
             async for piece in pieces:
                 own[piece.index].append(piece)
@@ -153,15 +154,18 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
 
 
 class Events(StreamingResponse):
-    """An answer as server-sent events. `kept` is left when it ends, however it does."""
+    """An answer as server-sent events. `kept` is left when it ends, however it does. `seconds`: a client that does not read what is sent to it is not waited
+    for any longer."""
 
-    def __init__(self, kept: AsyncExitStack, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, kept: AsyncExitStack, events: AsyncIterator[bytes], seconds: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._kept = kept
+        self._kept, self._seconds = kept, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._kept:
-            await super().__call__(scope, receive, send)
+            with suppress(TimeoutError):  # uvicorn closes the connection of an answer that is not whole
+                async with asyncio.timeout(self._seconds):
+                    await super().__call__(scope, receive, send)
 
 
 async def _events(
@@ -186,9 +190,9 @@ async def _events(
     yield event("[DONE]")
 
 
-async def _until_gone(http: Request, asked: Asked, count: Callable[[], None]) -> None:
+async def _until_gone(http: Request, service: Service, asked: Asked) -> None:
     """Tells those who wait for an answer when its client has left. The request itself was received before."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
-    count()
-    asked.pieces.put_nowait(Gone())
+    service.metrics.cancelled.inc()
+    service.worker.end(asked, Gone())

@@ -120,7 +120,7 @@ class Service:
 
         asked = self.worker.ask(begin, writers)
         tally = Tally(sum(map(len, prompts.ids)))
-        late = asyncio.get_running_loop().call_later(self.limits.seconds, asked.pieces.put_nowait, TooLong())
+        late = asyncio.get_running_loop().call_later(self.limits.seconds, self.worker.end, asked, TooLong())
         try:
             try:
                 await asked.taken

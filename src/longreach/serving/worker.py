@@ -75,6 +75,7 @@ class Asked:
     loop: asyncio.AbstractEventLoop
     jobs: Sequence[Job] = ()
     pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
+    left: bool = False  # nobody waits for it any more
     taken: asyncio.Future[None] = field(init=False)  # by the scheduler, or what `begin` has raised
 
     def __post_init__(self) -> None:
@@ -139,9 +140,19 @@ class Worker:
             yield piece
 
     def cancel(self, asked: Asked) -> None:
-        """Nobody waits for these any more. Those that have ended stay ended."""
+        """Nobody waits for these any more. Those that have ended stay ended, and a second call does nothing."""
+        if asked.left:
+            return
+        asked.left = True
         self._taken -= len(asked.writers)
         self._tell(lambda: self._drop(asked))
+
+    def end(self, asked: Asked, why: Exception) -> None:
+        """The same, and whoever reads the pieces gets `why` as the next one."""
+        self.cancel(asked)
+        while not asked.pieces.empty():
+            asked.pieces.get_nowait()
+        asked.pieces.put_nowait(why)
 
     async def do(self, work: Callable[[Scheduler], T]) -> T:
         """Something short, done between two steps of the scheduler -> what it returns, or raises."""
