@@ -189,6 +189,15 @@ def test_nothing_is_computed_for_clients_that_have_left(server: Served) -> None:
     assert "longreach_cancelled_total 4.0" in httpx.get(f"{server.url}/metrics").text
 
 
+def test_answers_that_end_well_are_not_counted_as_cancelled(server: Served) -> None:
+    for _ in range(3):
+        for stream in (True, False):
+            assert httpx.post(f"{server.url}/v1/completions", json={**ASK, "stream": stream}).status_code == 200
+        list(server.client.completions.create(model="nano", prompt="x", max_tokens=4, stream=True))
+    server.until(lambda: idle(server))
+    assert "longreach_cancelled_total 0.0" in httpx.get(f"{server.url}/metrics").text
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -191,8 +191,10 @@ async def _events(
 
 
 async def _until_gone(http: Request, service: Service, asked: Asked) -> None:
-    """Tells those who wait for an answer when its client has left. The request itself was received before."""
+    """Tells those who wait for an answer when its client has left. The request itself was received before. After the end of an answer the same is received."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
+    if asked.left:
+        return
     service.metrics.cancelled.inc()
     service.worker.end(asked, Gone())

@@ -130,14 +130,17 @@ class Worker:
         return asked
 
     async def pieces(self, asked: Asked) -> AsyncIterator[Piece]:
-        """What comes of them, until all have ended. Raises Failed where a forward fails, and whatever others have put among the pieces to end it."""
+        """What comes of them, until all have ended; then nobody waits for them. Raises Failed where a forward fails, and why others have ended it (`end`)."""
         left = len(asked.writers)
-        while left:
-            piece = await asked.pieces.get()
-            if isinstance(piece, Exception):
-                raise piece
-            left -= piece.finish is not None
-            yield piece
+        try:
+            while left:
+                piece = await asked.pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                left -= piece.finish is not None
+                yield piece
+        finally:
+            self.cancel(asked)
 
     def cancel(self, asked: Asked) -> None:
         """Nobody waits for these any more. Those that have ended stay ended, and a second call does nothing."""
