@@ -169,6 +169,49 @@ def test_a_client_that_does_not_read_holds_nothing_for_longer(nano: Any) -> None
         assert server.service.worker.stats.decoded < 1500
 
 
+@contextmanager
+def encoding(server: Served, number: int) -> Iterator[None]:
+    """Inside, one of the threads for texts does nothing else: 0 that for short ones, 1 that for long ones."""
+    begun, over = threading.Event(), threading.Event()
+    server.service._encoders[number][0].submit(lambda: (begun.set(), over.wait(30)))
+    assert begun.wait(30)
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def test_a_text_that_waits_to_become_tokens_is_counted_and_has_its_time(nano: Any) -> None:
+    text = {"messages": [{"role": "user", "content": "x"}]}
+    for path, body in (("completions", ASK), ("chat/completions", text), ("../tokenize", text)):
+        with served(*nano, limits=Limits(waiting=1, seconds=1.0)) as server, encoding(server, 0):
+            found: list[int] = []
+            first = threading.Thread(target=lambda: found.append(httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).status_code))  # noqa: B023
+            first.start()
+            server.until(lambda: server.service.worker.on_their_way == 1)
+            assert httpx.post(f"{server.url}/v1/completions", json=ASK).status_code == 429
+            first.join()
+            assert found == [408] and server.service.worker.on_their_way == 0
+
+
+def test_a_client_that_leaves_while_its_text_waits_is_noticed(server: Served) -> None:
+    with encoding(server, 0):
+        for path, body in (("completions", ASK), ("completions", {**ASK, "stream": True}), ("../tokenize", {"prompt": "x"})):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{server.url}/v1/{path}", json=body, timeout=0.2)
+            server.until(lambda: not server.service.worker.on_their_way)
+        assert "longreach_cancelled_total 3.0" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_short_texts_do_not_wait_for_long_ones_and_hopeless_ones_do_not_become_tokens(server: Served) -> None:
+    with encoding(server, 1):
+        assert httpx.post(f"{server.url}/v1/completions", json=ASK, timeout=60).status_code == 200
+        long = "word " * 20_000
+        for path, body in (("completions", {"prompt": long}), ("chat/completions", {"messages": [{"role": "user", "content": long}]})):
+            error = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).json()["error"]
+            assert error["code"] == "context_length_exceeded" and error["message"].startswith("the text has 100000 characters, and 1024 tokens")
+
+
 # -- clients that leave -----------------------------------------------------------------------------------------------------------
 
 

@@ -11,10 +11,10 @@ import asyncio
 import os
 import re
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from longreach.hf import documents as saved
 from longreach.hf.interfaces import Tokenizer
@@ -22,14 +22,13 @@ from longreach.memory.sealed import MANIFEST
 from longreach.running.prefix import common
 from longreach.serving import asking, replies
 from longreach.serving.asking import About, Room
-from longreach.serving.jobs import Job
 from longreach.serving.limits import Limits
 from longreach.serving.protocol import NAME, DocumentRequest, Missing, Refused, Taken
 from longreach.serving.scheduler import Scheduler
 from longreach.serving.worker import Asked, Failed, Worker
 
 T = TypeVar("T")
-Encoded = Callable[[Callable[[Tokenizer], T]], Awaitable[T]]
+Encoded = Callable[[int, Callable[[Tokenizer], T]], Coroutine[Any, Any, T]]
 NONE = "this server keeps no documents; start it with --documents FOLDER"
 
 
@@ -42,7 +41,8 @@ class Reading:
 
 
 class Documents:
-    """The documents of one folder; None: none can be kept. `encoded` calls a function with a tokenizer, in a thread for texts."""
+    """The documents of one folder; None: none can be kept. `encoded` calls a function with a tokenizer, in a thread for
+    texts of so many characters."""
 
     def __init__(self, folder: Path | None, worker: Worker, encoded: Encoded, room: Room, limits: Limits) -> None:
         self.folder, self.worker, self.encoded, self.room, self.limits = folder, worker, encoded, room, limits
@@ -67,8 +67,8 @@ class Documents:
             raise Refused("document", f"the document {name!r} is damaged ({self._hidden(error)}); delete it and upload its text again", None) from error
         return replies.Document(id=name, status="ready", tokens=tokens, read=tokens, bytes=size)
 
-    async def begin(self, request: DocumentRequest) -> Asked:
-        """Have a text read and saved -> how that goes on; `go_on` must follow. Raises Taken where there is one of the name, and Refused where it cannot be."""
+    async def add(self, request: DocumentRequest, asked: Asked) -> replies.Document:
+        """Read a text and save it. Raises Taken where there is one of the name, and Refused where it cannot be."""
         name, place = request.name, self._place(request.name)
         if name in self._reading or os.path.lexists(place / MANIFEST) or os.path.islink(place):
             raise Taken(f"there is a document {name!r} already; delete it first, or choose another name")
@@ -76,46 +76,32 @@ class Documents:
             raise Refused("name", f"there are {self.limits.documents} documents, as many as this server keeps; delete one first", None)
         self._reading[name] = Reading(0)
         try:
-            about = About(request.text, request.system)
-            ids = await self.encoded(lambda tokenizer: asking.opening(tokenizer, about))
-            if self.room.context is not None and len(ids) >= self.room.context:
-                raise Refused(
-                    "text",
-                    f"the text has {len(ids)} tokens, and with a question more than the context of {self.room.context}; upload a shorter one, or start the "
-                    "server with a larger --context",
-                    "context_length_exceeded",
-                )
-            self._reading[name] = Reading(len(ids))
-            notes = {"document": about.text} | ({} if about.system is None else {"system": about.system})
-
-            def hold(scheduler: Scheduler) -> list[Job]:
-                return [scheduler.hold(name, ids, place, notes)]
-
-            asked = self.worker.ask(hold, self.worker.writers(1), progress=True)
-        except BaseException:
+            await self._read(name, place, About(request.text, request.system), asked)
+        finally:
             del self._reading[name]
-            raise
-        self._known[name] = replace(about, ids=ids)
-        return asked
+        return self.one(name)
 
-    async def go_on(self, name: str, asked: Asked) -> replies.Document:
-        """Wait until it is read and saved."""
-        whole = False
+    async def _read(self, name: str, place: Path, about: About, asked: Asked) -> None:
+        self.room.check(len(about.text), "text")
+        ids = await self.worker.prepared(asked, self.encoded(len(about.text), lambda tokenizer: asking.opening(tokenizer, about)))
+        if self.room.context is not None and len(ids) >= self.room.context:
+            raise Refused(
+                "text",
+                f"the text has {len(ids)} tokens, and with a question more than the context of {self.room.context}; upload a shorter one, or start the "
+                "server with a larger --context",
+                "context_length_exceeded",
+            )
+        self._reading[name] = Reading(len(ids))
+        notes = {"document": about.text} | ({} if about.system is None else {"system": about.system})
         try:
-            await asked.taken
+            await self.worker.ask(asked, lambda scheduler: [scheduler.hold(name, ids, place, notes)], self.worker.writers(1))
             async for piece in self.worker.pieces(asked):
                 self._reading[name] = replace(self._reading[name], read=piece.read)
-            whole = True
         except ValueError as error:
             raise Refused("text", self._hidden(error), None) from error
         except Failed as error:
             raise Failed(self._hidden(error)) from error
-        finally:
-            del self._reading[name]
-            self.worker.cancel(asked)
-            if not whole:
-                self._known.pop(name, None)
-        return self.one(name)
+        self._known[name] = replace(about, ids=ids)
 
     async def about(self, name: str) -> About:
         """What is asked about, in the scheduler's hands from now on."""
@@ -134,7 +120,7 @@ class Documents:
             if "document" not in held.notes:
                 raise ValueError("it was saved without its text")
             about = About(held.notes["document"], held.notes.get("system"), [*held.ids])
-            begins = await self.encoded(lambda tokenizer: asking.opening(tokenizer, about))
+            begins = await self.encoded(len(about.text), lambda tokenizer: asking.opening(tokenizer, about))
             if common(about.ids, begins) < min(len(about.ids), len(begins)):
                 raise ValueError("the tokenizer of this model makes other tokens of it")
         except ValueError as error:

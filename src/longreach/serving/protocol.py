@@ -97,6 +97,11 @@ class Sampled(Given):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def answers(self) -> int:
+        """How many are asked for together."""
+        return self.n or 1
+
+    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -143,6 +148,11 @@ class CompletionRequest(Sampled):
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
+
+    @property
+    def answers(self) -> int:
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return super().answers * (len(self.prompt) if several else 1)
 
 
 class Part(Given):

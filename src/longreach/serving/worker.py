@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,23 +62,26 @@ class Piece:
 
 @dataclass(eq=False)
 class Asked:
-    """What was asked for together, and what has come of it. The queue is bounded by the new tokens that they may have.
+    """What is asked for together, from when it is counted, and what has come of it. The queue is bounded by the new tokens that they may have.
 
+    count      of answers.
+    progress   whether pieces without a token are wanted too.
     begin      hands jobs to the scheduler, in the thread -> those jobs. What it raises is the answer.
     writers    of each job.
-    progress   whether pieces without a token are wanted too.
     """
 
-    begin: Callable[[Scheduler], Sequence[Job]]
-    writers: list[Writer]
+    count: int
     progress: bool
     loop: asyncio.AbstractEventLoop
+    begin: Callable[[Scheduler], Sequence[Job]] | None = None
+    writers: list[Writer] = field(default_factory=list)
     jobs: Sequence[Job] = ()
     pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
     left: bool = False  # nobody waits for it any more
-    taken: asyncio.Future[None] = field(init=False)  # by the scheduler, or what `begin` has raised
+    taken: asyncio.Future[None] = field(init=False)  # by the scheduler, or what `begin` has raised, or why it has ended before
 
     def __post_init__(self) -> None:
+        self.since = self.loop.time()
         self.taken = self.loop.create_future()
 
 
@@ -117,21 +120,37 @@ class Worker:
     def writers(self, count: int, stop: tuple[str, ...] = ()) -> list[Writer]:
         return [Writer(self.tokenizer, stop) for _ in range(count)]
 
-    def ask(self, begin: Callable[[Scheduler], Sequence[Job]], writers: list[Writer], progress: bool = False) -> Asked:
-        """Have jobs begun, one for each writer; see `Asked`. Raises Busy where too many are on their way, and Stopping at the end. `cancel` must follow,
-        whatever happens."""
+    def enter(self, count: int, progress: bool = False) -> Asked:
+        """Count so many answers as on their way; see `Asked`. Raises Busy where too many are, and Stopping at the end. `cancel` must follow, whatever
+        happens."""
         if self._ending:
             raise Stopping
-        if self._taken + len(writers) > self.most:
+        if self._taken + count > self.most:
             raise Busy
-        asked = Asked(begin, writers, progress, asyncio.get_running_loop())
-        self._taken += len(writers)
-        self._tell(lambda: self._add(asked))
-        return asked
+        self._taken += count
+        return Asked(count, progress, asyncio.get_running_loop())
+
+    async def prepared(self, asked: Asked, work: Coroutine[Any, Any, T]) -> T:
+        """What is to be done before it can begin -> its result. Raises why it has ended meanwhile."""
+        doing = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((doing, asked.taken), return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                await asked.taken
+            return await doing
+        finally:
+            doing.cancel()
+
+    async def ask(self, asked: Asked, begin: Callable[[Scheduler], Sequence[Job]], writers: list[Writer]) -> None:
+        """Have its jobs begun, one for each writer. Returns when the scheduler has taken them."""
+        asked.begin, asked.writers = begin, writers
+        if not asked.left:
+            self._tell(lambda: self._add(asked))
+        await asked.taken
 
     async def pieces(self, asked: Asked) -> AsyncIterator[Piece]:
         """What comes of them, until all have ended; then nobody waits for them. Raises Failed where a forward fails, and why others have ended it (`end`)."""
-        left = len(asked.writers)
+        left = asked.count
         try:
             while left:
                 piece = await asked.pieces.get()
@@ -147,12 +166,13 @@ class Worker:
         if asked.left:
             return
         asked.left = True
-        self._taken -= len(asked.writers)
+        self._taken -= asked.count
         self._tell(lambda: self._drop(asked))
 
     def end(self, asked: Asked, why: Exception) -> None:
-        """The same, and whoever reads the pieces gets `why` as the next one."""
+        """The same, and whoever waits for it to begin, or for its next piece, gets `why`."""
         self.cancel(asked)
+        _settle(asked.taken, why)
         while not asked.pieces.empty():
             asked.pieces.get_nowait()
         asked.pieces.put_nowait(why)
@@ -200,6 +220,8 @@ class Worker:
         self._fail(list(self._answers), Stopping())
 
     def _add(self, asked: Asked) -> None:
+        if asked.left or asked.begin is None:
+            return
         try:
             asked.jobs = asked.begin(self.scheduler)
         except Exception as error:
