@@ -280,6 +280,17 @@ def test_what_the_scheduler_refuses_is_told_before_a_stream_begins(server: Serve
         server.until(lambda: idle(server))
 
 
+def test_what_the_scheduler_refuses_later_is_no_failure_of_the_model(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(place: Any) -> Any:
+        raise ValueError("documents leave no room for this job; release one")
+
+    monkeypatch.setattr(server.service.worker.scheduler.room, "enter", full)
+    found = httpx.post(f"{server.url}/v1/completions", json=ASK)
+    assert found.status_code == 400 and found.json()["error"]["message"] == "documents leave no room for this job; release one"
+    stream = httpx.post(f"{server.url}/v1/completions", json={**ASK, "stream": True}).text
+    assert json.loads(stream.removeprefix("data: "))["error"]["message"] == "documents leave no room for this job; release one"
+
+
 # -- what is noted ----------------------------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ class Documents:
         try:
             tokens, size = int(saved.facts(place)["seen"]), saved.size(place)
         except (ValueError, TypeError, KeyError) as error:
-            raise Refused("document", f"the document {name!r} is damaged ({self._hidden(error)}); delete it and upload its text again", None) from error
+            raise Refused("document", f"the document {name!r} is damaged ({self.hidden(error)}); delete it and upload its text again", None) from error
         return replies.Document(id=name, status="ready", tokens=tokens, read=tokens, bytes=size)
 
     async def add(self, request: DocumentRequest, asked: Asked) -> replies.Document:
@@ -98,9 +98,9 @@ class Documents:
             async for piece in self.worker.pieces(asked):
                 self._reading[name] = replace(self._reading[name], read=piece.read)
         except ValueError as error:
-            raise Refused("text", self._hidden(error), None) from error
+            raise Refused("text", self.hidden(error), None) from error
         except Failed as error:
-            raise Failed(self._hidden(error)) from error
+            raise type(error)(self.hidden(error)) from error
         self._known[name] = replace(about, ids=ids)
 
     async def about(self, name: str) -> About:
@@ -124,7 +124,7 @@ class Documents:
             if common(about.ids, begins) < min(len(about.ids), len(begins)):
                 raise ValueError("the tokenizer of this model makes other tokens of it")
         except ValueError as error:
-            said = f"the document {name!r} cannot be asked ({self._hidden(error)}); delete it and upload its text again"
+            said = f"the document {name!r} cannot be asked ({self.hidden(error)}); delete it and upload its text again"
             raise Refused("document", said, None) from error
         return about
 
@@ -160,6 +160,8 @@ class Documents:
         place = self._place(name) if re.fullmatch(NAME, name) else None
         return place is not None and not place.is_symlink() and (place / MANIFEST).is_file()
 
-    def _hidden(self, error: Exception) -> str:
+    def hidden(self, error: Exception) -> str:
         """A sentence that says nothing of where the folder is."""
+        if self.folder is None:
+            return str(error)
         return str(error).replace(f"{self.folder}{os.sep}", "")

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from longreach.serving import replies
 from longreach.serving.limits import Limits
 from longreach.serving.protocol import Missing, Refused, Taken
-from longreach.serving.worker import Busy, Failed, Gone, Stopping, TooLong
+from longreach.serving.worker import Busy, Failed, Gone, Stopping, TooLong, Unfit
 
 GONE = 499  # in logs only: the client has left
 AGAIN = {"Retry-After": "1"}
@@ -74,6 +74,8 @@ def said(error: Exception, limits: Limits) -> Said:
             return Said(408, f"the answer took longer than {limits.seconds:g} seconds; ask for fewer new tokens, or start the server with a larger --timeout")
         case Gone():
             return Said(GONE, "the client has left")
+        case Unfit():
+            return Said(400, str(error))
         case Failed():
             return Said(500, f"the model failed, and the server goes on: {error}")
         case _:

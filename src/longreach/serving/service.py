@@ -28,7 +28,7 @@ from longreach.serving.metrics import Metrics
 from longreach.serving.protocol import ChatRequest, CompletionRequest, Message, Refused, TokenizeRequest
 from longreach.serving.scheduler import Scheduler
 from longreach.serving.texts import Writer, speller
-from longreach.serving.worker import Asked, Piece, TooLong, Worker
+from longreach.serving.worker import Asked, Failed, Piece, TooLong, Worker
 from longreach.version import __version__
 
 T = TypeVar("T")
@@ -161,16 +161,19 @@ class Service:
         """What comes of them, counted and timed."""
         seen: dict[int, float] = {}
         begun = time.perf_counter()
-        async for piece in self.worker.pieces(asked):
-            now = time.perf_counter()
-            if piece.index not in seen:
-                self.metrics.first.observe(now - begun)
-                tally.cached += piece.cached if piece.index % n == 0 else 0
-            else:
-                self.metrics.between.observe(now - seen[piece.index])
-            seen[piece.index] = now
-            tally.new += 1
-            yield piece
+        try:
+            async for piece in self.worker.pieces(asked):
+                now = time.perf_counter()
+                if piece.index not in seen:
+                    self.metrics.first.observe(now - begun)
+                    tally.cached += piece.cached if piece.index % n == 0 else 0
+                else:
+                    self.metrics.between.observe(now - seen[piece.index])
+                seen[piece.index] = now
+                tally.new += 1
+                yield piece
+        except Failed as error:  # a document may be read again, whose files have names
+            raise type(error)(self.documents.hidden(error)) from error
 
 
 def _job(prompts: Prompts, number: int, writer: Writer) -> Job:

@@ -37,6 +37,10 @@ class Failed(Exception):
     """A forward failed, and the answer with it."""
 
 
+class Unfit(Failed):
+    """No forward failed: the scheduler found that the answer cannot be when its turn came, as where documents leave no room for it. The sentence has the fix."""
+
+
 class TooLong(Exception):
     """An answer takes longer than it may."""
 
@@ -251,7 +255,7 @@ class Worker:
             if event.finish is not None:
                 del self._answers[event.job]
             if event.finish == "error":
-                found.append((asked, Failed(event.problem)))
+                found.append((asked, _problem(event.problem or "")))
             elif event.token is not None or event.finish is not None or asked.progress:
                 found.append((asked, _piece(asked, index, event)))
         self.stats = self.scheduler.stats()  # who gets an answer finds it counted
@@ -280,6 +284,12 @@ class Worker:
 def _deliver(pieces: Sequence[tuple[Asked, Piece | Exception]]) -> None:
     for asked, piece in pieces:
         asked.pieces.put_nowait(piece)
+
+
+def _problem(said: str) -> Failed:
+    """Our own ValueErrors have a fix in them, and are no failure of the model."""
+    own = "ValueError: "
+    return Unfit(said.removeprefix(own)) if said.startswith(own) else Failed(said)
 
 
 def _settle(taken: asyncio.Future[None], problem: Exception | None) -> None:
