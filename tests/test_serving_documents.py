@@ -158,6 +158,17 @@ def test_one_of_another_method_or_damaged_is_said(nano: Any, tmp_path: Path) -> 
         assert httpx.delete(f"{server.url}/v1/documents/book").status_code == 200
 
 
+def test_a_damaged_one_does_not_stand_in_the_way_of_others(server: Served, tmp_path: Path) -> None:
+    for name in ("bad", "good"):
+        assert upload(server, name, "Call me Ishmael.").status_code == 201
+    (tmp_path / "bad" / MANIFEST).write_text('{"x":')
+    assert [one["id"] for one in httpx.get(f"{server.url}/v1/documents").json()["data"]] == ["good"]
+    assert upload(server, "other", "Call me Ahab.").status_code == 201
+    found = httpx.get(f"{server.url}/v1/documents/bad")
+    assert found.status_code == 400 and "is damaged" in found.json()["error"]["message"] and str(tmp_path) not in found.text
+    assert httpx.delete(f"{server.url}/v1/documents/bad").status_code == 200 and not (tmp_path / "bad").exists()
+
+
 def test_an_upload_that_is_broken_off_leaves_nothing(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = server.service.worker.scheduler
     real = scheduler.step

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,28 +52,39 @@ class Documents:
         self._loading = asyncio.Lock()
 
     def all(self) -> list[replies.Document]:
-        """Those that are kept, and those that are being read."""
+        """Those that are kept, and those that are being read. One that is damaged or was just removed is left out: GET of its name says so."""
+        found = []
+        for name in self._names():
+            with suppress(Missing, Refused):
+                found.append(self.one(name))
+        return found
+
+    def _names(self) -> list[str]:
         kept = [] if self.folder is None else sorted(entry.name for entry in os.scandir(self.folder) if self._there(entry.name))
-        return [self.one(name) for name in dict.fromkeys([*kept, *self._reading])]
+        return [*dict.fromkeys([*kept, *self._reading])]
 
     def one(self, name: str) -> replies.Document:
         if (reading := self._reading.get(name)) is not None:
             return replies.Document(id=name, status="reading", tokens=reading.tokens, read=reading.read, bytes=0)
         place = self._place(name)
-        if not self._there(name):
-            raise Missing(f"there is no document {name!r}; GET /v1/documents lists them, and POST makes one", "document", "document_not_found")
+        self._require(name)
         try:
             tokens, size = int(saved.facts(place)["seen"]), saved.size(place)
         except (ValueError, TypeError, KeyError) as error:
+            self._require(name)  # it may have been removed meanwhile
             raise Refused("document", f"the document {name!r} is damaged ({self.hidden(error)}); delete it and upload its text again", None) from error
         return replies.Document(id=name, status="ready", tokens=tokens, read=tokens, bytes=size)
+
+    def _require(self, name: str) -> None:
+        if not self._there(name):
+            raise Missing(f"there is no document {name!r}; GET /v1/documents lists them, and POST makes one", "document", "document_not_found")
 
     async def add(self, request: DocumentRequest, asked: Asked) -> replies.Document:
         """Read a text and save it. Raises Taken where there is one of the name, and Refused where it cannot be."""
         name, place = request.name, self._place(request.name)
         if name in self._reading or os.path.lexists(place / MANIFEST) or os.path.islink(place):
             raise Taken(f"there is a document {name!r} already; delete it first, or choose another name")
-        if len(self.all()) >= self.limits.documents:
+        if len(self._names()) >= self.limits.documents:
             raise Refused("name", f"there are {self.limits.documents} documents, as many as this server keeps; delete one first", None)
         self._reading[name] = Reading(0)
         try:
