@@ -114,7 +114,8 @@ def test_links_out_of_the_folder_are_no_documents(nano: Any, tmp_path: Path) -> 
     with served(nano[2], nano[1], documents=inside) as server:
         assert httpx.get(f"{server.url}/v1/documents").json()["data"] == []
         assert ask(server.url, "?").status_code == httpx.delete(f"{server.url}/v1/documents/book").status_code == 404
-        assert upload(server).status_code == 409
+        found = upload(server)
+        assert found.status_code == 409 and "is no document; choose another name" in found.json()["error"]["message"]
     assert (outside / "book" / MANIFEST).is_file()
 
 
@@ -167,6 +168,22 @@ def test_a_damaged_one_does_not_stand_in_the_way_of_others(server: Served, tmp_p
     found = httpx.get(f"{server.url}/v1/documents/bad")
     assert found.status_code == 400 and "is damaged" in found.json()["error"]["message"] and str(tmp_path) not in found.text
     assert httpx.delete(f"{server.url}/v1/documents/bad").status_code == 200 and not (tmp_path / "bad").exists()
+
+
+def test_names_of_other_things_in_the_folder_are_taken(server: Served, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "private.jpg").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "odd" / MANIFEST).mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for name in ("photos", "notes.txt", "nowhere", "odd"):
+        found = upload(server, name)
+        said = f"the name {name!r} belongs to something in the server's folder that is no document; choose another name"
+        assert (found.status_code, found.json()["error"]["message"]) == (409, said)
+        assert httpx.delete(f"{server.url}/v1/documents/{name}").status_code == ask(server.url, "?", name).status_code == 404
+    assert server.service.worker.stats.read == 0 and (tmp_path / "photos" / "private.jpg").exists()
+    assert upload(server, "empty", "Call me Ishmael.").status_code == 201
 
 
 def test_an_upload_that_is_broken_off_leaves_nothing(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,8 +82,10 @@ class Documents:
     async def add(self, request: DocumentRequest, asked: Asked) -> replies.Document:
         """Read a text and save it. Raises Taken where there is one of the name, and Refused where it cannot be."""
         name, place = request.name, self._place(request.name)
-        if name in self._reading or os.path.lexists(place / MANIFEST) or os.path.islink(place):
+        if name in self._reading or self._there(name):
             raise Taken(f"there is a document {name!r} already; delete it first, or choose another name")
+        if not self._free(place):
+            raise Taken(f"the name {name!r} belongs to something in the server's folder that is no document; choose another name")
         if len(self._names()) >= self.limits.documents:
             raise Refused("name", f"there are {self.limits.documents} documents, as many as this server keeps; delete one first", None)
         self._reading[name] = Reading(0)
@@ -145,8 +147,7 @@ class Documents:
         if name in self._reading:
             raise Taken(f"the document {name!r} is still being read; end the request that uploads it first")
         place = self._place(name)
-        if not os.path.lexists(place / MANIFEST) or os.path.islink(place):
-            self.one(name)  # which says that there is none
+        self._require(name)
 
         def forget(scheduler: Scheduler) -> None:
             if name in scheduler.documents:
@@ -171,6 +172,19 @@ class Documents:
         """Whether a document of this name lies in the folder itself, and not behind a link."""
         place = self._place(name) if re.fullmatch(NAME, name) else None
         return place is not None and not place.is_symlink() and (place / MANIFEST).is_file()
+
+    @staticmethod
+    def _free(place: Path) -> bool:
+        """Whether a document can be saved there, where none is: what was left of one that was not finished is no hindrance."""
+        if not os.path.lexists(place):
+            return True
+        if place.is_symlink() or not place.is_dir() or os.path.lexists(place / MANIFEST):
+            return False
+        try:
+            saved.writable(place)
+        except (OSError, ValueError):  # which names files that are none of the client's
+            return False
+        return True
 
     def hidden(self, error: Exception) -> str:
         """A sentence that says nothing of where the folder is."""
