@@ -11,7 +11,7 @@ import asyncio
 import os
 import re
 import shutil
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,10 +68,12 @@ class Documents:
             return replies.Document(id=name, status="reading", tokens=reading.tokens, read=reading.read, bytes=0)
         place = self._place(name)
         self._require(name)
+        before = self._stamp(place)
         try:
             tokens, size = int(saved.facts(place)["seen"]), saved.size(place)
-        except (ValueError, TypeError, KeyError) as error:
-            self._require(name)  # it may have been removed meanwhile
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            if self._stamp(place) != before:  # it was removed or replaced meanwhile
+                return self.one(name)
             raise Refused("document", f"the document {name!r} is damaged ({self.hidden(error)}); delete it and upload its text again", None) from error
         return replies.Document(id=name, status="ready", tokens=tokens, read=tokens, bytes=size)
 
@@ -138,9 +140,16 @@ class Documents:
             if common(about.ids, begins) < min(len(about.ids), len(begins)):
                 raise ValueError("the tokenizer of this model makes other tokens of it")
         except ValueError as error:
+            self._require(name)  # it may have been removed meanwhile
             said = f"the document {name!r} cannot be asked ({self.hidden(error)}); delete it and upload its text again"
             raise Refused("document", said, None) from error
         return about
+
+    def held(self, name: str, ids: Sequence[int], scheduler: Scheduler) -> None:
+        """In the thread of the model: raises Missing where the document that a request began with was removed or replaced since."""
+        there = scheduler.room.prefixes.documents.get(name)
+        if there is None or [*there.ids] != [*ids]:
+            raise Missing(f"the document {name!r} was removed while it was asked about; ask again where it was uploaded anew", "document", "document_not_found")
 
     async def remove(self, name: str) -> replies.Deleted:
         """Requests that have begun go on."""
@@ -155,8 +164,9 @@ class Documents:
             (place / MANIFEST).unlink(missing_ok=True)  # from now on it is no document
             shutil.rmtree(place, ignore_errors=True)
 
-        self._known.pop(name, None)
-        await self.worker.do(forget)
+        async with self._loading:  # who loads it now would know one that is gone
+            self._known.pop(name, None)
+            await self.worker.do(forget)
         return replies.Deleted(id=name)
 
     # -- files --------------------------------------------------------------------------------------------------------------------
@@ -172,6 +182,15 @@ class Documents:
         """Whether a document of this name lies in the folder itself, and not behind a link."""
         place = self._place(name) if re.fullmatch(NAME, name) else None
         return place is not None and not place.is_symlink() and (place / MANIFEST).is_file()
+
+    @staticmethod
+    def _stamp(place: Path) -> tuple[int, int] | None:
+        """Another one for every time that a document is written; None: there is none."""
+        try:
+            found = os.stat(place / MANIFEST)
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     @staticmethod
     def _free(place: Path) -> bool:

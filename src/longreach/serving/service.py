@@ -136,6 +136,8 @@ class Service:
         jobs = [_job(prompts, number, writer) for number, writer in enumerate(writers)]
 
         def begin(scheduler: Scheduler) -> list[Job]:
+            if prompts.document is not None:
+                self.documents.held(prompts.document, prompts.ids[0][: prompts.held], scheduler)
             for number, job in enumerate(jobs):
                 try:
                     scheduler.add(job)

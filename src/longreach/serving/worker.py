@@ -38,7 +38,7 @@ class Failed(Exception):
 
 
 class Unfit(Failed):
-    """No forward failed: the scheduler found that the answer cannot be when its turn came, as where documents leave no room for it. The sentence has the fix."""
+    """The scheduler found when its turn came that the answer cannot be, as where documents leave no room for it. The sentence has the fix."""
 
 
 class TooLong(Exception):
