@@ -229,6 +229,8 @@ NEVER: Any = {"model": "nano", "messages": QUESTION}
         ({"stop": ""}, "stop", "at least 1"),
         ({"seed": 2**63}, "seed", "less than or equal to"),
         ({"messages": []}, "messages", "at least 1"),
+        ({"max_tokens": 10**4000}, "max_tokens", "less than or equal to 2147483647"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0", "the message of the user has no content; pass a text"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system', 'developer', 'user' or 'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content", "'text'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "surrogate"),
@@ -287,6 +289,23 @@ def test_prompts_that_cannot_be(server: Served, given: dict[str, Any], says: str
         assert found.status_code == 200 and found.json()["usage"]["prompt_tokens"] == 1
     else:
         assert found.status_code == 400 and says in found.json()["error"]["message"]
+
+
+def test_bodies_that_no_parser_takes_are_refused_with_a_fix(server: Served) -> None:
+    for body in (b'{"seed":' + b"1" * 5000 + b"}", b"[" * 100_000, b'{"prompt":"\xff"}'):
+        found = httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert found.status_code == 400 and found.json()["error"]["message"].endswith("; send it without")
+    found = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, headers={"Content-Encoding": "gzip"})
+    assert found.status_code == 415 and "leave out the header" in found.json()["error"]["message"]
+    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, headers={"Content-Encoding": "identity"}).status_code == 200
+
+
+def test_an_answer_without_content_is_an_empty_one(server: Served) -> None:
+    def tokens(content: str | None, **more: Any) -> Any:
+        messages = [*QUESTION, {"role": "assistant", "content": content, **more}, {"role": "user", "content": "And then?"}]
+        return httpx.post(f"{server.url}/tokenize", json={"messages": messages}).json()["tokens"]
+
+    assert tokens(None, refusal="I will not.") == tokens(None) == tokens("")
 
 
 def test_models_and_errors_have_openais_shape(client: openai.OpenAI, server: Served) -> None:

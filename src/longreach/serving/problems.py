@@ -111,6 +111,8 @@ def attach(app: FastAPI, limits: Limits) -> None:
         sentence = str(error.detail)
         if sentence == "Not Found":
             sentence = f"there is nothing at {http.url.path[:200]!r}; /openapi.json says what there is"
+        elif sentence == "There was an error parsing the body":  # FastAPI's, of what Python's own parser raises
+            sentence = "the body is JSON that nests too deep, has a number of thousands of digits, or is no UTF-8; send it without"
         elif sentence == "Method Not Allowed":
             sentence = f"{http.method} does nothing at {http.url.path[:200]!r}; /openapi.json says what does"
         return Said(error.status_code, sentence).response(error.headers)

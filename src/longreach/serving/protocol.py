@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 LARGEST_SEED = 2**63 - 1
 MOST_CHOICES = 16
+MOST_TOKENS = 2**31 - 1
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a document: never a path, and nothing that is hidden
 GREEDY_BELOW = 1e-5  # a temperature that leaves one token, and would overflow the logits
 
@@ -63,7 +64,7 @@ class Sampled(Given):
     """What both kinds of completion have in common. OpenAI's fields without an effect here are taken; see `UNMET` for the others."""
 
     model: Text | None = Field(None, description="The name that /v1/models gives; the one model if left out.")
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="1 if left out, 0 is greedy.")
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
@@ -162,18 +163,27 @@ class Part(Given):
 
 class Message(Given):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | FirstWrong[Part]
+    content: Text | FirstWrong[Part] | None
     name: str | None = None
     refusal: str | None = None
 
+    @model_validator(mode="after")
+    def _says(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"the message of the {self.role} has no content; pass a text")
+        return self
+
     @property
     def text(self) -> str:
+        """An answer of the assistant may have none, as where it refused."""
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(Sampled):
     messages: Some[Message]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     document: DocumentName | None = Field(None, description="Ours: a document of /v1/documents that the first user message is about.")
