@@ -30,7 +30,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     for status, what in {
         400: "What is asked for cannot be; the sentence says why, and what can.", 401: "The API key is wrong or missing.",
         403: "Asked from the web page of another site.", 404: "There is no such thing.", 408: "It took too long.",
-        413: "The request is too large.", 429: "Too many requests wait; come again after `Retry-After` seconds.",
+        413: "The request is too large.", 415: "The body is encoded.", 429: "Too many requests wait; come again after `Retry-After` seconds.",
         500: "The model failed.", 503: "The server is about to end.",
     }.items()
 }  # fmt: skip
