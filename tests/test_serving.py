@@ -16,11 +16,13 @@ import httpx
 import openai
 import pytest
 import torch
+from pydantic import ValidationError
 
 import longreach
 import tiny
 from longreach.running.conversation import Conversation
 from longreach.running.generation import answer
+from longreach.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from served import Served, served
 
 PROMPT = "Call me Ishmael. Some years ago"
@@ -214,7 +216,8 @@ NEVER: Any = {"model": "nano", "messages": QUESTION}
         ({"frequency_penalty": 0.5}, "frequency_penalty", "leave it out, or pass 0"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "leave it out"),
         ({"nonsense": 1}, "nonsense", "unrecognized request argument supplied: nonsense"),
-        ({"\ud800": 1}, "", "the body is no JSON object"),
+        ({"\ud800": 1}, "\\ud800", "unrecognized request argument supplied: \\ud800"),
+        ({"x" * 5000: 1}, "x" * 100, "unrecognized request argument supplied: x"),
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ({"temperature": float("nan")}, "temperature", "finite number"),
         ({"temperature": "hot"}, "temperature", "valid number"),
@@ -226,6 +229,8 @@ NEVER: Any = {"model": "nano", "messages": QUESTION}
         ({"stop": ""}, "stop", "at least 1"),
         ({"seed": 2**63}, "seed", "less than or equal to"),
         ({"messages": []}, "messages", "at least 1"),
+        ({"max_tokens": 10**4000}, "max_tokens", "less than or equal to 2147483647"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0", "the message of the user has no content; pass a text"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system', 'developer', 'user' or 'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content", "'text'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "surrogate"),
@@ -241,9 +246,31 @@ def test_what_cannot_be_is_refused_by_name(server: Served, given: dict[str, Any]
 
 
 @pytest.mark.parametrize(
+    ("kind", "given", "most"),
+    [
+        (CompletionRequest, {"prompt": [0.5] * 1000}, 4),
+        (CompletionRequest, {"prompt": ["a", *[0.5] * 1000]}, 4),
+        (CompletionRequest, {"prompt": [[0.5] * 1000] * 1000}, 4),
+        (CompletionRequest, {"prompt": "a", "stop": [0.5] * 1000}, 2),
+        (CompletionRequest, {"prompt": "a", **{f"k{number}": 1 for number in range(1000)}}, 1),
+        (ChatRequest, {"messages": [{}] * 1000}, 2),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}, 3),
+        (TokenizeRequest, {"messages": [{f"k{number}": 1 for number in range(1000)}] * 1000}, 3),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_only_so_many_errors_are_made_of_a_large_body(kind: Any, given: dict[str, Any], most: int) -> None:
+    """One for each of megabytes of wrong items takes seconds, and memory many times that of the body."""
+    with pytest.raises(ValidationError) as found:
+        kind.model_validate(given)
+    assert 1 <= found.value.error_count() <= most
+
+
+@pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"prompt": ""}, None),
+        ({"prompt": [0.5] * 1000}, "0: Input should be a valid string"),
         ({"prompt": []}, "at least 1"),
         ({"prompt": [[]]}, "makes no tokens"),
         ({"prompt": [5000]}, "a token is a number from 0 to 2047"),
@@ -262,6 +289,23 @@ def test_prompts_that_cannot_be(server: Served, given: dict[str, Any], says: str
         assert found.status_code == 200 and found.json()["usage"]["prompt_tokens"] == 1
     else:
         assert found.status_code == 400 and says in found.json()["error"]["message"]
+
+
+def test_bodies_that_no_parser_takes_are_refused_with_a_fix(server: Served) -> None:
+    for body in (b'{"seed":' + b"1" * 5000 + b"}", b"[" * 100_000, b'{"prompt":"\xff"}'):
+        found = httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert found.status_code == 400 and found.json()["error"]["message"].endswith("; send it without")
+    found = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, headers={"Content-Encoding": "gzip"})
+    assert found.status_code == 415 and "leave out the header" in found.json()["error"]["message"]
+    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, headers={"Content-Encoding": "identity"}).status_code == 200
+
+
+def test_an_answer_without_content_is_an_empty_one(server: Served) -> None:
+    def tokens(content: str | None, **more: Any) -> Any:
+        messages = [*QUESTION, {"role": "assistant", "content": content, **more}, {"role": "user", "content": "And then?"}]
+        return httpx.post(f"{server.url}/tokenize", json={"messages": messages}).json()["tokens"]
+
+    assert tokens(None, refusal="I will not.") == tokens(None) == tokens("")
 
 
 def test_models_and_errors_have_openais_shape(client: openai.OpenAI, server: Served) -> None:

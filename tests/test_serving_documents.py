@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 import time
@@ -16,9 +17,11 @@ import pytest
 import longreach
 import tiny
 from commands import Run
+from longreach.hf import documents as saved
 from longreach.memory.sealed import MANIFEST
 from longreach.running.conversation import Conversation
 from longreach.serving.limits import Limits
+from longreach.serving.protocol import DocumentRequest
 from served import Served, process, served
 
 QUESTIONS = ["What is the pass key?", "Who is Ishmael?", "\n\nAnd then?"]
@@ -114,7 +117,8 @@ def test_links_out_of_the_folder_are_no_documents(nano: Any, tmp_path: Path) -> 
     with served(nano[2], nano[1], documents=inside) as server:
         assert httpx.get(f"{server.url}/v1/documents").json()["data"] == []
         assert ask(server.url, "?").status_code == httpx.delete(f"{server.url}/v1/documents/book").status_code == 404
-        assert upload(server).status_code == 409
+        found = upload(server)
+        assert found.status_code == 409 and "is no document; choose another name" in found.json()["error"]["message"]
     assert (outside / "book" / MANIFEST).is_file()
 
 
@@ -156,6 +160,88 @@ def test_one_of_another_method_or_damaged_is_said(nano: Any, tmp_path: Path) -> 
         found = ask(server.url, "?")
         assert found.status_code == 400 and "upload its text again" in found.json()["error"]["message"] and str(tmp_path) not in found.text
         assert httpx.delete(f"{server.url}/v1/documents/book").status_code == 200
+
+
+def test_a_damaged_one_does_not_stand_in_the_way_of_others(server: Served, tmp_path: Path) -> None:
+    for name in ("bad", "good"):
+        assert upload(server, name, "Call me Ishmael.").status_code == 201
+    (tmp_path / "bad" / MANIFEST).write_text('{"x":')
+    assert [one["id"] for one in httpx.get(f"{server.url}/v1/documents").json()["data"]] == ["good"]
+    assert upload(server, "other", "Call me Ahab.").status_code == 201
+    found = httpx.get(f"{server.url}/v1/documents/bad")
+    assert found.status_code == 400 and "is damaged" in found.json()["error"]["message"] and str(tmp_path) not in found.text
+    assert httpx.delete(f"{server.url}/v1/documents/bad").status_code == 200 and not (tmp_path / "bad").exists()
+
+
+def test_names_of_other_things_in_the_folder_are_taken(server: Served, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "private.jpg").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "odd" / MANIFEST).mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for name in ("photos", "notes.txt", "nowhere", "odd"):
+        found = upload(server, name)
+        said = f"the name {name!r} belongs to something in the server's folder that is no document; choose another name"
+        assert (found.status_code, found.json()["error"]["message"]) == (409, said)
+        assert httpx.delete(f"{server.url}/v1/documents/{name}").status_code == ask(server.url, "?", name).status_code == 404
+    assert server.service.worker.stats.read == 0 and (tmp_path / "photos" / "private.jpg").exists()
+    assert upload(server, "empty", "Call me Ishmael.").status_code == 201
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_who_asks_while_it_is_removed_or_replaced_is_told(server: Served, monkeypatch: pytest.MonkeyPatch, replaced: bool) -> None:
+    worker, documents = server.service.worker, server.service.documents
+    real = worker.ask
+
+    async def late(*given: Any) -> None:
+        monkeypatch.setattr(worker, "ask", real)
+        await documents.remove("book")
+        if replaced:
+            async with server.service.admitted(1, progress=True) as asked:
+                await documents.add(DocumentRequest(name="book", text="Call me Ahab."), asked)
+        await real(*given)
+
+    assert upload(server, "book", "Call me Ishmael.").status_code == 201
+    monkeypatch.setattr(worker, "ask", late)
+    found = ask(server.url, "Who?")
+    assert (found.status_code, found.json()["error"]["code"]) == (404, "document_not_found")
+    assert ask(server.url, "Who?").status_code == (200 if replaced else 404)
+
+
+def test_who_asks_while_it_is_loaded_and_removed_is_told(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = server.service.documents
+    real = documents._load
+
+    async def late(name: str) -> Any:
+        shutil.rmtree(documents._place(name))
+        return await real(name)
+
+    assert upload(server, "book", "Call me Ishmael.").status_code == 201
+    documents._known.clear()
+    monkeypatch.setattr(documents, "_load", late)
+    assert (ask(server.url, "Who?").status_code, documents._known) == (404, {})
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_is_removed_while_it_is_listed_is_not_damaged(server: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replaced: bool) -> None:
+    real = saved.size
+
+    def late(place: Path) -> int:
+        monkeypatch.setattr(saved, "size", real)
+        manifest = (place / MANIFEST).read_bytes()
+        (place / MANIFEST).unlink()
+        if replaced:
+            (place / "new").write_bytes(manifest)
+            (place / "new").rename(place / MANIFEST)
+        raise ValueError("a file is not there")
+
+    for path, status in (("", 200), ("/book", 200 if replaced else 404)):
+        assert upload(server, "book", "Call me Ishmael.").status_code == 201
+        monkeypatch.setattr(saved, "size", late)
+        found = httpx.get(f"{server.url}/v1/documents{path}")
+        assert found.status_code == status and ("data" not in found.json() or len(found.json()["data"]) == replaced)
+        shutil.rmtree(tmp_path / "book")
 
 
 def test_an_upload_that_is_broken_off_leaves_nothing(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import signal
@@ -142,6 +143,75 @@ def test_an_answer_that_takes_too_long(nano: Any) -> None:
         assert server.service.worker.stats.decoded < 1500
 
 
+def test_a_client_that_does_not_read_holds_nothing_for_longer(nano: Any) -> None:
+    """What is sent to it is never taken, as when its window is full."""
+    body = json.dumps({**ASK, "max_tokens": 1000, "n": 2, "stream": True}).encode()
+    came, stuck = [{"type": "http.request", "body": body}], asyncio.Event()
+
+    async def receive() -> Any:
+        return came.pop() if came else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            stuck.set()
+            await asyncio.Event().wait()
+
+    async def ask(server: Served) -> None:
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"", "query_string": b"", "headers": headers}
+        answering = asyncio.create_task(server.app({**scope, "asgi": {"spec_version": "2.3"}}, receive, send))
+        await stuck.wait()
+        await asyncio.wait_for(answering, 20)
+
+    with served(*nano, limits=Limits(seconds=0.3)) as server:
+        asyncio.run(ask(server))
+        server.until(lambda: idle(server))
+        assert server.service.worker.stats.decoded < 1500
+
+
+@contextmanager
+def encoding(server: Served, number: int) -> Iterator[None]:
+    """Inside, one of the threads for texts does nothing else: 0 that for short ones, 1 that for long ones."""
+    begun, over = threading.Event(), threading.Event()
+    server.service._encoders[number][0].submit(lambda: (begun.set(), over.wait(30)))
+    assert begun.wait(30)
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def test_a_text_that_waits_to_become_tokens_is_counted_and_has_its_time(nano: Any) -> None:
+    text = {"messages": [{"role": "user", "content": "x"}]}
+    for path, body in (("completions", ASK), ("chat/completions", text), ("../tokenize", text)):
+        with served(*nano, limits=Limits(waiting=1, seconds=1.0)) as server, encoding(server, 0):
+            found: list[int] = []
+            first = threading.Thread(target=lambda: found.append(httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).status_code))  # noqa: B023
+            first.start()
+            server.until(lambda: server.service.worker.on_their_way == 1)
+            assert httpx.post(f"{server.url}/v1/completions", json=ASK).status_code == 429
+            first.join()
+            assert found == [408] and server.service.worker.on_their_way == 0
+
+
+def test_a_client_that_leaves_while_its_text_waits_is_noticed(server: Served) -> None:
+    with encoding(server, 0):
+        for path, body in (("completions", ASK), ("completions", {**ASK, "stream": True}), ("../tokenize", {"prompt": "x"})):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{server.url}/v1/{path}", json=body, timeout=0.2)
+            server.until(lambda: not server.service.worker.on_their_way)
+        assert "longreach_cancelled_total 3.0" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_short_texts_do_not_wait_for_long_ones_and_hopeless_ones_do_not_become_tokens(server: Served) -> None:
+    with encoding(server, 1):
+        assert httpx.post(f"{server.url}/v1/completions", json=ASK, timeout=60).status_code == 200
+        long = "word " * 20_000
+        for path, body in (("completions", {"prompt": long}), ("chat/completions", {"messages": [{"role": "user", "content": long}]})):
+            error = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).json()["error"]
+            assert error["code"] == "context_length_exceeded" and error["message"].startswith("the text has 100000 characters, and 1024 tokens")
+
+
 # -- clients that leave -----------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +230,15 @@ def test_nothing_is_computed_for_clients_that_have_left(server: Served) -> None:
         httpx.post(f"{server.url}/v1/completions", json={**ASK, "stream": True}, timeout=0.3)
     server.until(lambda: idle(server))
     assert "longreach_cancelled_total 4.0" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_answers_that_end_well_are_not_counted_as_cancelled(server: Served) -> None:
+    for _ in range(3):
+        for stream in (True, False):
+            assert httpx.post(f"{server.url}/v1/completions", json={**ASK, "stream": stream}).status_code == 200
+        list(server.client.completions.create(model="nano", prompt="x", max_tokens=4, stream=True))
+    server.until(lambda: idle(server))
+    assert "longreach_cancelled_total 0.0" in httpx.get(f"{server.url}/metrics").text
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +278,17 @@ def test_what_the_scheduler_refuses_is_told_before_a_stream_begins(server: Serve
         found = httpx.post(f"{server.url}/v1/completions", json={**ASK, "n": 2, "stream": stream})
         assert found.status_code == 400 and found.json()["error"]["message"] == "the memory is too small; ask for less"
         server.until(lambda: idle(server))
+
+
+def test_what_the_scheduler_refuses_later_is_no_failure_of_the_model(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(place: Any) -> Any:
+        raise ValueError("documents leave no room for this job; release one")
+
+    monkeypatch.setattr(server.service.worker.scheduler.room, "enter", full)
+    found = httpx.post(f"{server.url}/v1/completions", json=ASK)
+    assert found.status_code == 400 and found.json()["error"]["message"] == "documents leave no room for this job; release one"
+    stream = httpx.post(f"{server.url}/v1/completions", json={**ASK, "stream": True}).text
+    assert json.loads(stream.removeprefix("data: "))["error"]["message"] == "documents leave no room for this job; release one"
 
 
 # -- what is noted ----------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request, Response
@@ -30,6 +30,7 @@ from longreach.version import __version__
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "With stream=true, server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
+LAST = 1.0  # seconds for the event that says that it took too long
 METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
@@ -87,9 +88,10 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
         return service.model()
 
     @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> replies.Tokens:
+    async def tokenize(request: TokenizeRequest, http: Request) -> replies.Tokens:
         require_model(request.model)
-        return await service.tokens(request)
+        async with admitted(http, 1) as asked:
+            return await service.worker.prepared(asked, service.tokens(request))
 
     @app.get("/v1/documents")
     async def documents() -> replies.Documents:
@@ -97,12 +99,8 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
 
     @app.post("/v1/documents", status_code=201, responses=problems.TAKEN)
     async def upload(request: DocumentRequest, http: Request) -> replies.Document:
-        asked = await service.documents.begin(request)
-        watched = asyncio.create_task(_until_gone(http, asked, service.metrics.cancelled.inc))
-        try:
-            return await service.documents.go_on(request.name, asked)
-        finally:
-            watched.cancel()
+        async with admitted(http, 1, progress=True) as asked:
+            return await service.documents.add(request, asked)
 
     @app.get("/v1/documents/{name}")
     async def one(name: DocumentName) -> replies.Document:
@@ -115,25 +113,34 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
     @app.post("/v1/completions", response_model=replies.Completion, responses=STREAMED)
     async def completions(request: CompletionRequest, http: Request) -> Any:
         require_model(request.model)
-        prompts = await service.completion(request)
-        return await answered(http, request, prompts, Plain(service.spell, prompts.logprobs, len(prompts.samplings)))
+        return await answered(http, request, service.completion(request), Plain)
 
     @app.post("/v1/chat/completions", response_model=replies.ChatCompletion, responses=STREAMED)
     async def chat(request: ChatRequest, http: Request) -> Any:
         require_model(request.model)
-        prompts = await service.chat(request)
-        return await answered(http, request, prompts, Chat(service.spell, prompts.logprobs))
+        return await answered(http, request, service.chat(request), Chat)
 
-    async def answered(http: Request, request: Sampled, prompts: Prompts, shape: Shape) -> Any:
-        head = {"id": shape.prefix + secrets.token_hex(12), "created": int(time.time()), "model": service.name, "system_fingerprint": service.fingerprint}
+    @asynccontextmanager
+    async def admitted(http: Request, count: int, progress: bool = False) -> AsyncIterator[Asked]:
+        async with service.admitted(count, progress) as asked:
+            watched = asyncio.create_task(_until_gone(http, service, asked))
+            try:
+                yield asked
+            finally:
+                watched.cancel()
+
+    async def answered(http: Request, request: Sampled, made: Coroutine[Any, Any, Prompts], kind: type[Plain] | type[Chat]) -> Any:
+        head = {"id": kind.prefix + secrets.token_hex(12), "created": int(time.time()), "model": service.name, "system_fingerprint": service.fingerprint}
         async with AsyncExitStack() as stack:
-            asked, tally = await stack.enter_async_context(service.asked(prompts))
+            stack.callback(made.close)
+            asked = await stack.enter_async_context(admitted(http, request.answers))
+            prompts = await service.worker.prepared(asked, made)
+            shape = Plain(service.spell, prompts.logprobs, asked.count) if kind is Plain else Chat(service.spell, prompts.logprobs)
+            tally = await stack.enter_async_context(service.begun(asked, prompts))
             stack.callback(lambda: http.scope["state"]["facts"].update(tally.facts()))
-            watched = asyncio.create_task(_until_gone(http, asked, service.metrics.cancelled.inc))
-            stack.callback(watched.cancel)
             pieces = service.pieces(asked, tally, prompts.n)
             if request.stream:
-                return Events(stack.pop_all(), _events(head, request, asked, tally, pieces, shape, service.limits))
+                return Events(stack.pop_all(), _events(head, request, asked, tally, pieces, shape, service.limits), asked.since + service.limits.seconds + LAST)
             own: list[list[Piece]] = [[] for _ in prompts.samplings]
             async for piece in pieces:
                 own[piece.index].append(piece)
@@ -153,15 +160,18 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
 
 
 class Events(StreamingResponse):
-    """An answer as server-sent events. `kept` is left when it ends, however it does."""
+    """An answer as server-sent events. `kept` is left when it ends, however it does. `end`: by the loop's clock; a client that does not
+    read what is sent to it is not waited for any longer."""
 
-    def __init__(self, kept: AsyncExitStack, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, kept: AsyncExitStack, events: AsyncIterator[bytes], end: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._kept = kept
+        self._kept, self._end = kept, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._kept:
-            await super().__call__(scope, receive, send)
+            with suppress(TimeoutError):  # uvicorn closes the connection of an answer that is not whole
+                async with asyncio.timeout_at(self._end):
+                    await super().__call__(scope, receive, send)
 
 
 async def _events(
@@ -169,7 +179,7 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     head = {**head, "object": shape.part}
     usage: dict[str, Any] = {"usage": None} if request.wants_usage else {}
-    for index in range(len(asked.writers)):
+    for index in range(asked.count):
         if (choice := shape.begin(index)) is not None:
             yield event({**head, "choices": [choice], **usage})
     try:
@@ -186,9 +196,11 @@ async def _events(
     yield event("[DONE]")
 
 
-async def _until_gone(http: Request, asked: Asked, count: Callable[[], None]) -> None:
-    """Tells those who wait for an answer when its client has left. The request itself was received before."""
+async def _until_gone(http: Request, service: Service, asked: Asked) -> None:
+    """Tells those who wait for an answer when its client has left. The request itself was received before. After the end of an answer the same is received."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
-    count()
-    asked.pieces.put_nowait(Gone())
+    if asked.left:
+        return
+    service.metrics.cancelled.inc()
+    service.worker.end(asked, Gone())

@@ -36,11 +36,23 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Room:
-    """What fits. `context`: tokens of a prompt and its answer together, None: any number. `answer`: new tokens where a request names none."""
+    """What fits. `context`: tokens of a prompt and its answer together, None: any number. `answer`: new tokens where none are named. `longest`: characters of
+    a token at most."""
 
     context: int | None
     vocabulary: int
     answer: int
+    longest: int
+
+    def check(self, characters: int, param: str) -> None:
+        """Refuse a text that cannot fit whatever its tokens are, before they are made, which takes seconds for megabytes."""
+        if self.context is not None and characters > self.context * self.longest:
+            raise Refused(
+                param,
+                f"the text has {characters} characters, and {self.context} tokens, the context, have at most {self.context * self.longest}; shorten it, or "
+                "start the server with a larger --context",
+                "context_length_exceeded",
+            )
 
 
 @dataclass(frozen=True)

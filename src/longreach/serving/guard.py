@@ -72,6 +72,8 @@ class Guard:
             if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode("utf-8", "replace"), self._key):
                 said = "pass the server's API key in the header 'Authorization: Bearer KEY'"
                 return Said(401, f"the API key is wrong or missing; {said}", None, "invalid_api_key").response({"WWW-Authenticate": "Bearer"})
+        if (coding := headers.get("content-encoding", "identity")).strip().lower() not in ("identity", ""):
+            return Said(415, f"a body in the Content-Encoding {coding[:100]!r} is not taken; send it as it is, and leave out the header").response()
         with suppress(ValueError):
             if int(headers.get("content-length", "0")) > self.limits.body:
                 return Said(413, self._too_large).response()

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from longreach.serving import replies
 from longreach.serving.limits import Limits
 from longreach.serving.protocol import Missing, Refused, Taken
-from longreach.serving.worker import Busy, Failed, Gone, Stopping, TooLong
+from longreach.serving.worker import Busy, Failed, Gone, Stopping, TooLong, Unfit
 
 GONE = 499  # in logs only: the client has left
 AGAIN = {"Retry-After": "1"}
@@ -30,7 +30,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     for status, what in {
         400: "What is asked for cannot be; the sentence says why, and what can.", 401: "The API key is wrong or missing.",
         403: "Asked from the web page of another site.", 404: "There is no such thing.", 408: "It took too long.",
-        413: "The request is too large.", 429: "Too many requests wait; come again after `Retry-After` seconds.",
+        413: "The request is too large.", 415: "The body is encoded.", 429: "Too many requests wait; come again after `Retry-After` seconds.",
         500: "The model failed.", 503: "The server is about to end.",
     }.items()
 }  # fmt: skip
@@ -74,6 +74,8 @@ def said(error: Exception, limits: Limits) -> Said:
             return Said(408, f"the answer took longer than {limits.seconds:g} seconds; ask for fewer new tokens, or start the server with a larger --timeout")
         case Gone():
             return Said(GONE, "the client has left")
+        case Unfit():
+            return Said(400, str(error))
         case Failed():
             return Said(500, f"the model failed, and the server goes on: {error}")
         case _:
@@ -109,6 +111,8 @@ def attach(app: FastAPI, limits: Limits) -> None:
         sentence = str(error.detail)
         if sentence == "Not Found":
             sentence = f"there is nothing at {http.url.path[:200]!r}; /openapi.json says what there is"
+        elif sentence == "There was an error parsing the body":  # FastAPI's, of what Python's own parser raises
+            sentence = "the body is JSON that nests too deep, has a number of thousands of digits, or is no UTF-8; send it without"
         elif sentence == "Method Not Allowed":
             sentence = f"{http.method} does nothing at {http.url.path[:200]!r}; /openapi.json says what does"
         return Said(error.status_code, sentence).response(error.headers)

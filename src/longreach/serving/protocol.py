@@ -6,12 +6,13 @@ where it would change the answer.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 LARGEST_SEED = 2**63 - 1
 MOST_CHOICES = 16
+MOST_TOKENS = 2**31 - 1
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a document: never a path, and nothing that is hidden
 GREEDY_BELOW = 1e-5  # a temperature that leaves one token, and would overflow the logits
 
@@ -25,8 +26,15 @@ def _whole(text: str) -> str:
     return text
 
 
+def _shown(name: str) -> str:
+    return name[:100].encode(errors="backslashreplace").decode()
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 DocumentName = Annotated[str, Field(pattern=NAME, description="1 to 64 letters, digits, dots, hyphens and underscores.")]
+T = TypeVar("T")
+FirstWrong = Annotated[list[T], Field(fail_fast=True)]  # at the first wrong item of megabytes: every other would become an error too
+Some = Annotated[FirstWrong[T], Field(min_length=1)]
 StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
@@ -34,6 +42,17 @@ class Given(BaseModel):
     """What a client sends."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: Any) -> Any:
+        """Of the names that are none of ours the first is told, as text and cut. Each of them would become an error, which is ten times as large."""
+        if not isinstance(value, dict):
+            return value
+        first = next((name for name in value if name not in cls.model_fields), None)
+        if first is None:
+            return value
+        return {_shown(first): None} | {name: one for name, one in value.items() if name in cls.model_fields}
 
 
 class StreamOptions(Given):
@@ -45,12 +64,12 @@ class Sampled(Given):
     """What both kinds of completion have in common. OpenAI's fields without an effect here are taken; see `UNMET` for the others."""
 
     model: Text | None = Field(None, description="The name that /v1/models gives; the one model if left out.")
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="1 if left out, 0 is greedy.")
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED, description="The same request with the same seed gets the same answer.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[FirstWrong[StopText], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -77,6 +96,11 @@ class Sampled(Given):
     @property
     def stops(self) -> tuple[str, ...]:
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def answers(self) -> int:
+        """How many are asked for together."""
+        return self.n or 1
 
     @property
     def wants_usage(self) -> bool:
@@ -120,13 +144,16 @@ UNMET: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 class CompletionRequest(Sampled):
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Annotated[list[int], Field(min_length=1)] | Annotated[list[list[int]], Field(min_length=1)] = (
-        Field(description="A text, a list of texts, the ids of tokens, or a list of such lists.")
-    )
+    prompt: Text | Some[Text] | Some[int] | Some[FirstWrong[int]] = Field(description="A text, a list of texts, the ids of tokens, or a list of such lists.")
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
+
+    @property
+    def answers(self) -> int:
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return super().answers * (len(self.prompt) if several else 1)
 
 
 class Part(Given):
@@ -136,18 +163,27 @@ class Part(Given):
 
 class Message(Given):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | FirstWrong[Part] | None
     name: str | None = None
     refusal: str | None = None
 
+    @model_validator(mode="after")
+    def _says(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"the message of the {self.role} has no content; pass a text")
+        return self
+
     @property
     def text(self) -> str:
+        """An answer of the assistant may have none, as where it refused."""
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(Sampled):
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Some[Message]
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     document: DocumentName | None = Field(None, description="Ours: a document of /v1/documents that the first user message is about.")
@@ -176,7 +212,7 @@ class ChatRequest(Sampled):
 class TokenizeRequest(Given):
     model: Text | None = None
     prompt: Text | None = Field(None, description="A text as /v1/completions takes it.")
-    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(None, description="Messages as /v1/chat/completions takes them.")
+    messages: Some[Message] | None = Field(None, description="Messages as /v1/chat/completions takes them.")
     document: DocumentName | None = None
 
     @model_validator(mode="after")

@@ -20,18 +20,19 @@ from typing import TypeVar
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import Tokenizer
 from longreach.serving import asking, replies
-from longreach.serving.asking import Prompts, Room
+from longreach.serving.asking import About, Prompts, Room
 from longreach.serving.documents import Documents
 from longreach.serving.jobs import Job
 from longreach.serving.limits import Limits
 from longreach.serving.metrics import Metrics
-from longreach.serving.protocol import ChatRequest, CompletionRequest, Refused, TokenizeRequest
+from longreach.serving.protocol import ChatRequest, CompletionRequest, Message, Refused, TokenizeRequest
 from longreach.serving.scheduler import Scheduler
 from longreach.serving.texts import Writer, speller
-from longreach.serving.worker import Asked, Piece, TooLong, Worker
+from longreach.serving.worker import Asked, Failed, Piece, TooLong, Worker
 from longreach.version import __version__
 
 T = TypeVar("T")
+SHORT = 50_000  # characters of a text that becomes tokens within milliseconds
 
 
 @dataclass(eq=False)
@@ -60,12 +61,13 @@ class Service:
         self.facts = extension.report()
         self.fingerprint = "fp_" + hashlib.sha256(json.dumps([name, __version__, self.facts["method"], self.facts["dtype"]]).encode()).hexdigest()[:12]
         limit = extension.context or extension.capacity
-        self.room = Room(limit, extension.model.get_input_embeddings().weight.shape[0], limits.answer)
+        self.room = Room(limit, extension.model.get_input_embeddings().weight.shape[0], limits.answer, max(map(len, tokenizer.get_vocab())))
         self.worker = Worker(scheduler, tokenizer, limits.waiting)
         self.metrics = Metrics(self.worker)
         self.spell = speller(tokenizer)
-        # Long texts take seconds to become tokens. A thread of its own does it, with a tokenizer of its own: the worker's is not to be changed meanwhile.
-        self._encoder, self._encoding = copy.deepcopy(tokenizer), ThreadPoolExecutor(1, "longreach-text")
+        # Long texts take seconds to become tokens. Threads of their own do it, for short and for long ones, each with a tokenizer of its own: the worker's is
+        # not to be changed meanwhile.
+        self._encoders = [(ThreadPoolExecutor(1, f"longreach-{kind}"), copy.deepcopy(tokenizer)) for kind in ("short", "long")]
         self.documents = Documents(documents, self.worker, self._encoded, self.room, limits)
 
     def start(self) -> None:
@@ -73,24 +75,38 @@ class Service:
 
     def stop(self) -> None:
         self.worker.stop()
-        self._encoding.shutdown()
+        for thread, _ in self._encoders:
+            thread.shutdown(cancel_futures=True)
 
-    async def _encoded(self, make: Callable[[Tokenizer], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, make, self._encoder)
+    async def _encoded(self, characters: int, make: Callable[[Tokenizer], T]) -> T:
+        thread, tokenizer = self._encoders[characters > SHORT]
+        return await asyncio.get_running_loop().run_in_executor(thread, make, tokenizer)
 
     # -- what is asked ------------------------------------------------------------------------------------------------------------
 
     async def completion(self, request: CompletionRequest) -> Prompts:
-        return await self._encoded(lambda tokenizer: asking.completion(request, tokenizer, self.room))
+        texts = [text for text in (request.prompt if isinstance(request.prompt, list) else [request.prompt]) if isinstance(text, str)]
+        for text in texts:
+            self.room.check(len(text), "prompt")
+        return await self._encoded(sum(map(len, texts)), lambda tokenizer: asking.completion(request, tokenizer, self.room))
 
     async def chat(self, request: ChatRequest) -> Prompts:
-        about = None if request.document is None else await self.documents.about(request.document)
-        return await self._encoded(lambda tokenizer: asking.chat(request, tokenizer, self.room, about))
+        self.room.check(sum(len(message.text) for message in request.messages), "messages")
+        characters, about = await self._about(request.messages, request.document)
+        return await self._encoded(characters, lambda tokenizer: asking.chat(request, tokenizer, self.room, about))
 
     async def tokens(self, request: TokenizeRequest) -> replies.Tokens:
-        about = None if request.document is None else await self.documents.about(request.document)
-        ids = await self._encoded(lambda tokenizer: asking.tokens(request, tokenizer, about))
+        if request.messages is None:
+            characters, about = len(request.prompt or ""), None
+        else:
+            characters, about = await self._about(request.messages, request.document)
+        ids = await self._encoded(characters, lambda tokenizer: asking.tokens(request, tokenizer, about))
         return replies.Tokens(count=len(ids), max_model_len=self.room.context, tokens=ids)
+
+    async def _about(self, messages: list[Message], document: str | None) -> tuple[int, About | None]:
+        """-> (characters of a conversation, the document that it is about)."""
+        about = None if document is None else await self.documents.about(document)
+        return sum(len(message.text) for message in messages) + (0 if about is None else len(about.text)), about
 
     def model(self) -> replies.Model:
         facts = {name: self.facts[name] for name in replies.ModelFacts.model_fields}
@@ -99,16 +115,29 @@ class Service:
     # -- answers ------------------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def asked(self, prompts: Prompts) -> AsyncIterator[tuple[Asked, Tally]]:
-        """Inside, the answers are on their way. Whatever ends it, an answer or a client that has gone, nothing is computed for them any more."""
-        count = len(prompts.ids) * prompts.n
+    async def admitted(self, count: int, progress: bool = False) -> AsyncIterator[Asked]:
+        """Inside, so many answers are counted, and their time runs; that of a document, which says its `progress`, does not. Whatever ends it, an answer or a
+        client that has gone, nothing is computed for them any more."""
         if count > self.limits.waiting:
             raise Refused("n", f"{count} answers at a time are more than the {self.limits.waiting} of this server; ask for fewer", None)
+        asked = self.worker.enter(count, progress)
+        late = None if progress else asked.loop.call_later(self.limits.seconds, self.worker.end, asked, TooLong())
+        try:
+            yield asked
+        finally:
+            if late is not None:
+                late.cancel()
+            self.worker.cancel(asked)
 
-        writers = self.worker.writers(count, prompts.stop)
+    @asynccontextmanager
+    async def begun(self, asked: Asked, prompts: Prompts) -> AsyncIterator[Tally]:
+        """Inside, the answers are on their way."""
+        writers = self.worker.writers(asked.count, prompts.stop)
         jobs = [_job(prompts, number, writer) for number, writer in enumerate(writers)]
 
         def begin(scheduler: Scheduler) -> list[Job]:
+            if prompts.document is not None:
+                self.documents.held(prompts.document, prompts.ids[0][: prompts.held], scheduler)
             for number, job in enumerate(jobs):
                 try:
                     scheduler.add(job)
@@ -118,18 +147,14 @@ class Service:
                     raise
             return jobs
 
-        asked = self.worker.ask(begin, writers)
         tally = Tally(sum(map(len, prompts.ids)))
-        late = asyncio.get_running_loop().call_later(self.limits.seconds, asked.pieces.put_nowait, TooLong())
         try:
             try:
-                await asked.taken
+                await self.worker.ask(asked, begin, writers)
             except ValueError as error:
                 raise Refused(None, str(error), None) from error
-            yield asked, tally
+            yield tally
         finally:
-            late.cancel()
-            self.worker.cancel(asked)
             self.metrics.prompt.inc(tally.prompt)
             self.metrics.cached.inc(tally.cached)
             self.metrics.new.inc(tally.new)
@@ -138,16 +163,19 @@ class Service:
         """What comes of them, counted and timed."""
         seen: dict[int, float] = {}
         begun = time.perf_counter()
-        async for piece in self.worker.pieces(asked):
-            now = time.perf_counter()
-            if piece.index not in seen:
-                self.metrics.first.observe(now - begun)
-                tally.cached += piece.cached if piece.index % n == 0 else 0
-            else:
-                self.metrics.between.observe(now - seen[piece.index])
-            seen[piece.index] = now
-            tally.new += 1
-            yield piece
+        try:
+            async for piece in self.worker.pieces(asked):
+                now = time.perf_counter()
+                if piece.index not in seen:
+                    self.metrics.first.observe(now - begun)
+                    tally.cached += piece.cached if piece.index % n == 0 else 0
+                else:
+                    self.metrics.between.observe(now - seen[piece.index])
+                seen[piece.index] = now
+                tally.new += 1
+                yield piece
+        except Failed as error:  # a document may be read again, whose files have names
+            raise type(error)(self.documents.hidden(error)) from error
 
 
 def _job(prompts: Prompts, number: int, writer: Writer) -> Job:

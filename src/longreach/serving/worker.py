@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +35,10 @@ class Stopping(Exception):
 
 class Failed(Exception):
     """A forward failed, and the answer with it."""
+
+
+class Unfit(Failed):
+    """The scheduler found when its turn came that the answer cannot be, as where documents leave no room for it. The sentence has the fix."""
 
 
 class TooLong(Exception):
@@ -62,22 +66,26 @@ class Piece:
 
 @dataclass(eq=False)
 class Asked:
-    """What was asked for together, and what has come of it. The queue is bounded by the new tokens that they may have.
+    """What is asked for together, from when it is counted, and what has come of it. The queue is bounded by the new tokens that they may have.
 
+    count      of answers.
+    progress   whether pieces without a token are wanted too.
     begin      hands jobs to the scheduler, in the thread -> those jobs. What it raises is the answer.
     writers    of each job.
-    progress   whether pieces without a token are wanted too.
     """
 
-    begin: Callable[[Scheduler], Sequence[Job]]
-    writers: list[Writer]
+    count: int
     progress: bool
     loop: asyncio.AbstractEventLoop
+    begin: Callable[[Scheduler], Sequence[Job]] | None = None
+    writers: list[Writer] = field(default_factory=list)
     jobs: Sequence[Job] = ()
     pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
-    taken: asyncio.Future[None] = field(init=False)  # by the scheduler, or what `begin` has raised
+    left: bool = False  # nobody waits for it any more
+    taken: asyncio.Future[None] = field(init=False)  # by the scheduler, or what `begin` has raised, or why it has ended before
 
     def __post_init__(self) -> None:
+        self.since = self.loop.time()
         self.taken = self.loop.create_future()
 
 
@@ -116,32 +124,62 @@ class Worker:
     def writers(self, count: int, stop: tuple[str, ...] = ()) -> list[Writer]:
         return [Writer(self.tokenizer, stop) for _ in range(count)]
 
-    def ask(self, begin: Callable[[Scheduler], Sequence[Job]], writers: list[Writer], progress: bool = False) -> Asked:
-        """Have jobs begun, one for each writer; see `Asked`. Raises Busy where too many are on their way, and Stopping at the end. `cancel` must follow,
-        whatever happens."""
+    def enter(self, count: int, progress: bool = False) -> Asked:
+        """Count so many answers as on their way; see `Asked`. Raises Busy where too many are, and Stopping at the end. `cancel` must follow, whatever
+        happens."""
         if self._ending:
             raise Stopping
-        if self._taken + len(writers) > self.most:
+        if self._taken + count > self.most:
             raise Busy
-        asked = Asked(begin, writers, progress, asyncio.get_running_loop())
-        self._taken += len(writers)
-        self._tell(lambda: self._add(asked))
-        return asked
+        self._taken += count
+        return Asked(count, progress, asyncio.get_running_loop())
+
+    async def prepared(self, asked: Asked, work: Coroutine[Any, Any, T]) -> T:
+        """What is to be done before it can begin -> its result. Raises why it has ended meanwhile."""
+        doing = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((doing, asked.taken), return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                await asked.taken
+            return await doing
+        finally:
+            doing.cancel()
+
+    async def ask(self, asked: Asked, begin: Callable[[Scheduler], Sequence[Job]], writers: list[Writer]) -> None:
+        """Have its jobs begun, one for each writer. Returns when the scheduler has taken them."""
+        asked.begin, asked.writers = begin, writers
+        if not asked.left:
+            self._tell(lambda: self._add(asked))
+        await asked.taken
 
     async def pieces(self, asked: Asked) -> AsyncIterator[Piece]:
-        """What comes of them, until all have ended. Raises Failed where a forward fails, and whatever others have put among the pieces to end it."""
-        left = len(asked.writers)
-        while left:
-            piece = await asked.pieces.get()
-            if isinstance(piece, Exception):
-                raise piece
-            left -= piece.finish is not None
-            yield piece
+        """What comes of them, until all have ended; then nobody waits for them. Raises Failed where a forward fails, and why others have ended it (`end`)."""
+        left = asked.count
+        try:
+            while left:
+                piece = await asked.pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                left -= piece.finish is not None
+                yield piece
+        finally:
+            self.cancel(asked)
 
     def cancel(self, asked: Asked) -> None:
-        """Nobody waits for these any more. Those that have ended stay ended."""
-        self._taken -= len(asked.writers)
+        """Nobody waits for these any more. Those that have ended stay ended, and a second call does nothing."""
+        if asked.left:
+            return
+        asked.left = True
+        self._taken -= asked.count
         self._tell(lambda: self._drop(asked))
+
+    def end(self, asked: Asked, why: Exception) -> None:
+        """The same, and whoever waits for it to begin, or for its next piece, gets `why`."""
+        self.cancel(asked)
+        _settle(asked.taken, why)
+        while not asked.pieces.empty():
+            asked.pieces.get_nowait()
+        asked.pieces.put_nowait(why)
 
     async def do(self, work: Callable[[Scheduler], T]) -> T:
         """Something short, done between two steps of the scheduler -> what it returns, or raises."""
@@ -186,6 +224,8 @@ class Worker:
         self._fail(list(self._answers), Stopping())
 
     def _add(self, asked: Asked) -> None:
+        if asked.left or asked.begin is None:
+            return
         try:
             asked.jobs = asked.begin(self.scheduler)
         except Exception as error:
@@ -215,7 +255,7 @@ class Worker:
             if event.finish is not None:
                 del self._answers[event.job]
             if event.finish == "error":
-                found.append((asked, Failed(event.problem)))
+                found.append((asked, _problem(event.problem or "")))
             elif event.token is not None or event.finish is not None or asked.progress:
                 found.append((asked, _piece(asked, index, event)))
         self.stats = self.scheduler.stats()  # who gets an answer finds it counted
@@ -244,6 +284,12 @@ class Worker:
 def _deliver(pieces: Sequence[tuple[Asked, Piece | Exception]]) -> None:
     for asked, piece in pieces:
         asked.pieces.put_nowait(piece)
+
+
+def _problem(said: str) -> Failed:
+    """Our own ValueErrors have a fix in them, and are no failure of the model."""
+    own = "ValueError: "
+    return Unfit(said.removeprefix(own)) if said.startswith(own) else Failed(said)
 
 
 def _settle(taken: asyncio.Future[None], problem: Exception | None) -> None:
