@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from typing import Any
 
 import pytest
@@ -149,6 +151,32 @@ def test_jobs_wait_until_there_is_room(method):
         assert [new(found[job]) for job in jobs] == want and order == jobs
         assert most <= budget and 2 <= together <= 6 and scheduler.stats().preempted == 0
         assert scheduler.stats().prefixes >= 1
+
+
+@pytest.mark.parametrize("reserve", [1, 0])
+@pytest.mark.parametrize("method", [*METHODS[:3], InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=64)], ids=str)
+def test_a_job_that_has_room_alone_is_answered_whatever_is_kept(method, reserve, tmp_path):
+    """One after the other, they go on from what others have read, or not, within a budget that is little more than the largest needs. What they would go on
+    from makes room too, also where it is a document on disk."""
+    with longreach.extend(model_of(), method) as extension:
+        flat = extension.flat()
+        for n, times in enumerate((1.0, 1.02, 1.1, 1.25, 1.5, 2.0)):
+            draw, largest = random.Random(n), 1500
+            budget = math.ceil(times * flat.need_alone(largest + NEW - 1).nbytes)
+            scheduler, texts = Scheduler(extension, budget=budget, reserve=reserve, moved=tmp_path), [ids(600, n)]
+            scheduler.hold("book", texts[0], tmp_path / "book")
+            run(scheduler)
+            for number in range(6):
+                before = draw.choice(texts)
+                text = before[: draw.choice((0, len(before), len(before) - draw.randint(0, 100)))]
+                text = text + ids(largest if number == 2 else draw.choice((1, 100, 500, 1000)), 10 * n + number)
+                texts.append(text := text[:largest])
+                job = Job(text[600:], NEW, document="book") if text[:600] == texts[0] and len(text) > 600 else Job(text, NEW)
+                events = run(scheduler, [job])[job]
+                assert events[-1].finish == "length", (times, number, events[-1].problem)
+                assert scheduler.stats().held <= budget, (times, number)
+                if number == 4:
+                    assert new(events) == alone(extension, [Job(text, NEW)])[0]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -104,14 +104,16 @@ class Room:
             return self._move_in(place, place.moved)
         if (document := self.prefixes.documents.get(place.job.document or "")) is not None and document.prefix is None and document.folder is not None:
             if not self._clear([(len(document.ids), None, 0)]):
-                return self._full()
+                return self._full(place)
             self.load(document.name, document.folder)
         found = self._source(place)
         if found is None:
             return "waits"
         prefix, length = found
         if not self._clear([(place.total, None if prefix is None else prefix.snapshot, length)], but=prefix):
-            return self._full()
+            if self.places or not self._clear([(place.total, None, 0)]):
+                return self._full(place)
+            prefix, length = None, 0  # nobody will make room: it is read anew, in the place of what it would have gone on from
         if prefix is None:
             place.row.name = self.flat.join()
         else:
@@ -121,10 +123,12 @@ class Room:
         self.places[place.row] = place
         return "in"
 
-    def _full(self) -> Literal["full"]:
-        if not self.places:
+    def _full(self, place: Place) -> Literal["full"]:
+        if self.places:
+            return "full"
+        if any(prefix.document is not None for prefix in self.prefixes.kept):
             raise ValueError("documents leave no room for this job; release one, hold them in a folder, or serve with a larger budget")
-        return "full"
+        raise ValueError(f"{place.total} tokens have no room; shorten the prompt, ask for fewer new tokens, or serve with a larger budget")
 
     def leave(self, place: Place, keep: bool = True) -> None:
         """A job is over, wherever it is. What it has read is kept for those that begin with it."""
@@ -159,7 +163,7 @@ class Room:
         for place in self.places.values():
             if len(place.row.ids) > place.total:
                 place.total = self._reserved(place, self.reserve)
-        while len(self.places) > 1 and not self._clear():
+        while not self._clear() and len(self.places) > 1:
             place = max(self.places.values(), key=lambda place: place.number)
             try:
                 self._move_out(place)
@@ -269,8 +273,8 @@ class Room:
             place.moved = folder
 
     def _move_in(self, place: Place, folder: Path) -> Literal["in", "full"]:
-        if not self._clear([(place.total + GROWTH, None, 0)]):
-            return self._full()
+        if not self._clear([(min(place.total + GROWTH, self._reserved(place, 1.0)), None, 0)]):
+            return self._full(place)
         snapshot = self.flat.load(folder)[0]
         place.row.name = self.flat.begin(snapshot, snapshot.length)
         self.places[place.row] = place
