@@ -17,7 +17,7 @@ from longreach.memory.budgets import Tiered
 from longreach.running.prefix import common
 from longreach.running.sampling import Sampling
 from longreach.serving.jobs import Job
-from longreach.serving.scheduler import Scheduler
+from longreach.serving.scheduler import PASSES, Scheduler
 from test_scheduler import NEW, alone, ids, model_of, new, run
 
 CUT = InfLLM.small(8)  # prompts are cut at multiples of 8
@@ -151,6 +151,24 @@ def test_jobs_wait_until_there_is_room(method):
         assert [new(found[job]) for job in jobs] == want and order == jobs
         assert most <= budget and 2 <= together <= 6 and scheduler.stats().preempted == 0
         assert scheduler.stats().prefixes >= 1
+
+
+def test_a_few_small_jobs_pass_a_large_one_that_waits_for_room():
+    """While a first one decodes, there is no room for the large one. Small ones come for ever: so many of them begin before it, and no more."""
+    with longreach.extend(model_of(), Stock()) as extension:
+        first, large = Job(ids(300, 1), 60), Job(ids(1000, 2), NEW)
+        (want,) = alone(extension, [large])
+        budget = int(1.15 * Scheduler(extension).room.flat.need_alone(1000 + NEW).nbytes)
+        scheduler, began = Scheduler(extension, budget=budget, prefixes=0, clock=lambda: 0.0), list[Job]()
+
+        def each(step: int, events: Any) -> None:
+            began.extend(event.job for event in events if event.job not in began)
+            while step < 150 and scheduler.stats().waiting < 4:
+                scheduler.add(Job(ids(50, 10 + step), 2))
+
+        found = run(scheduler, [first, large], each)
+        assert (began[0], began.index(large)) == (first, 1 + PASSES) and len(began) > 30
+        assert new(found[large]) == want and all(events[-1].finish == "length" for events in found.values())
 
 
 @pytest.mark.parametrize("reserve", [1, 0])
@@ -346,5 +364,3 @@ def test_notes_of_a_document_are_looked_at(tmp_path):
             flat.save(flat.take(own), tmp_path / str(n), ids(64, 1), {} if rest is None else {"rest": rest})
             with pytest.raises(ValueError, match="hold the document again"):
                 Scheduler(extension).load("book", tmp_path / str(n))
-
-

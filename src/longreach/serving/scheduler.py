@@ -33,6 +33,7 @@ from longreach.serving.room import Place, Room
 AT_ONCE = 64  # jobs that have memory at one time
 READERS = 4  # prompts of which a forward reads a chunk: each takes calls of its own in every layer
 PREFIXES = 32
+PASSES = 8  # jobs that get memory before one that came earlier and waits for more
 logger = logging.getLogger("longreach.serving")
 
 
@@ -213,28 +214,32 @@ class Scheduler:
         return events
 
     def _admit(self) -> list[Event]:
-        """Give places to those that wait, in their order. Who waits for what another one reads lets those behind it pass; who waits for room does not."""
+        """Give places to those that wait, in their order. Who waits for what another one reads lets those behind it pass. Who waits for room lets a few pass
+        that take what is free, and nobody if it was moved out to make room."""
         events: list[Event] = []
         if not self._changed:
             return events
         self._changed = False
+        ahead: list[Place] = []  # who waits for room
         for place in [*self._queue]:
-            if len(self.room.places) >= self.at_once:
+            if len(self.room.places) >= self.at_once or len(ahead) > PASSES or any(other.overtaken >= PASSES or other.moved for other in ahead):
                 break
             try:
                 if place.holds is not None and not place.row.ids:  # a document of less than one cut is read with every question
                     self._queue.remove(place)
                     events.append(self._has_read(place))
                     continue
-                moved, outcome = place.moved is not None, self.room.enter(place)
+                moved, outcome = place.moved is not None, self.room.enter(place, drops=not ahead)
             except Exception as problem:
                 self._queue.remove(place)
                 events.append(self._ended(place, f"{type(problem).__name__}: {problem}"))
                 continue
             if outcome == "full":
-                break
+                ahead.append(place)
             if outcome == "in":
                 self._queue.remove(place)
+                for other in ahead:
+                    other.overtaken += 1
                 self._cached += 0 if moved else place.cached
                 self._hits += bool(place.cached) and not moved
         return events
