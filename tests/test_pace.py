@@ -20,7 +20,8 @@ def test_nothing_is_known_at_first():
     assert (pace.rate(0), pace.tokens(0, 0.5), pace.tokens(10_000, 0.5)) == (None, FIRST, FIRST)
     pace.learn(0.064, [(0, 32)], 0)
     assert pace.rate(100) == pytest.approx(0.002)
-    assert pace.tokens(100, 0.5) == 250
+    assert pace.tokens(0, 0.5) == 250
+    assert pace.tokens(100, 0.5) == 176  # 250 would go to a depth of 350, where a token may cost 1.4 times as much
 
 
 def test_deeper_tokens_are_taken_to_cost_as_much_more_as_they_are_deeper():
@@ -82,7 +83,7 @@ def test_a_forward_takes_no_longer_than_asked(method, monkeypatch):
         while scheduler.busy:
             scheduler.step()
         reading = [(took, max(chunks.values())) for took, chunks in machine.forwards if max(chunks.values()) > 1]
-        assert max(took for took, _ in reading) <= 0.25  # as it becomes deeper within a chunk
+        assert max(took for took, _ in reading) <= 0.225  # as it becomes deeper within a chunk, and a band
         full = reading[3:-1]
         assert sum(took for took, _ in full) / len(full) > 0.13  # and most of it is used
         if method == Stock():
