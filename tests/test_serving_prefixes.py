@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from longreach.memory.budgets import Tiered
 from longreach.running.prefix import common
 from longreach.running.sampling import Sampling
 from longreach.serving.jobs import Job
-from longreach.serving.scheduler import Scheduler
+from longreach.serving.scheduler import PASSES, Scheduler
 from test_scheduler import NEW, alone, ids, model_of, new, run
 
 CUT = InfLLM.small(8)  # prompts are cut at multiples of 8
@@ -149,6 +151,50 @@ def test_jobs_wait_until_there_is_room(method):
         assert [new(found[job]) for job in jobs] == want and order == jobs
         assert most <= budget and 2 <= together <= 6 and scheduler.stats().preempted == 0
         assert scheduler.stats().prefixes >= 1
+
+
+def test_a_few_small_jobs_pass_a_large_one_that_waits_for_room():
+    """While a first one decodes, there is no room for the large one. Small ones come for ever: so many of them begin before it, and no more."""
+    with longreach.extend(model_of(), Stock()) as extension:
+        first, large = Job(ids(300, 1), 60), Job(ids(1000, 2), NEW)
+        (want,) = alone(extension, [large])
+        budget = int(1.15 * Scheduler(extension).room.flat.need_alone(1000 + NEW).nbytes)
+        scheduler, began = Scheduler(extension, budget=budget, prefixes=0, clock=lambda: 0.0), list[Job]()
+
+        def each(step: int, events: Any) -> None:
+            began.extend(event.job for event in events if event.job not in began)
+            while step < 150 and scheduler.stats().waiting < 4:
+                scheduler.add(Job(ids(50, 10 + step), 2))
+
+        found = run(scheduler, [first, large], each)
+        assert (began[0], began.index(large)) == (first, 1 + PASSES) and len(began) > 30
+        assert new(found[large]) == want and all(events[-1].finish == "length" for events in found.values())
+
+
+@pytest.mark.parametrize("reserve", [1, 0])
+@pytest.mark.parametrize("method", [*METHODS[:3], InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=64)], ids=str)
+def test_a_job_that_has_room_alone_is_answered_whatever_is_kept(method, reserve, tmp_path):
+    """One after the other, they go on from what others have read, or not, within a budget that is little more than the largest needs. What they would go on
+    from makes room too, also where it is a document on disk."""
+    with longreach.extend(model_of(), method) as extension:
+        flat = extension.flat()
+        for n, times in enumerate((1.0, 1.02, 1.1, 1.25, 1.5, 2.0)):
+            draw, largest = random.Random(n), 1500
+            budget = math.ceil(times * flat.need_alone(largest + NEW - 1).nbytes)
+            scheduler, texts = Scheduler(extension, budget=budget, reserve=reserve, moved=tmp_path), [ids(600, n)]
+            scheduler.hold("book", texts[0], tmp_path / "book")
+            run(scheduler)
+            for number in range(6):
+                before = draw.choice(texts)
+                text = before[: draw.choice((0, len(before), len(before) - draw.randint(0, 100)))]
+                text = text + ids(largest if number == 2 else draw.choice((1, 100, 500, 1000)), 10 * n + number)
+                texts.append(text := text[:largest])
+                job = Job(text[600:], NEW, document="book") if text[:600] == texts[0] and len(text) > 600 else Job(text, NEW)
+                events = run(scheduler, [job])[job]
+                assert events[-1].finish == "length", (times, number, events[-1].problem)
+                assert scheduler.stats().held <= budget, (times, number)
+                if number == 4:
+                    assert new(events) == alone(extension, [Job(text, NEW)])[0]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -318,5 +364,3 @@ def test_notes_of_a_document_are_looked_at(tmp_path):
             flat.save(flat.take(own), tmp_path / str(n), ids(64, 1), {} if rest is None else {"rest": rest})
             with pytest.raises(ValueError, match="hold the document again"):
                 Scheduler(extension).load("book", tmp_path / str(n))
-
-

@@ -43,9 +43,10 @@ class Pace:
         return min(((known, rate) for known, rate in self.rates.items()), default=(0, None))[1]
 
     def tokens(self, depth: int, seconds: float) -> int:
-        """How many tokens can be read at a depth in so many seconds."""
-        rate = self.rate(depth)
-        return FIRST if rate is None else int(seconds / rate) if rate > 0 else FIRST
+        """How many tokens can be read from a depth on in so many seconds, each at what one costs where they end: they become deeper on the way."""
+        if not (rate := self.rate(depth)):
+            return FIRST
+        return int(seconds / (self.rate(depth + int(seconds / rate)) or rate))
 
     def learn(self, seconds: float, reads: Sequence[tuple[int, int]], decoded: int) -> None:
         """A forward took so long, with (depth, tokens) of prompts, and so many rows that decode."""

@@ -43,12 +43,13 @@ def usual_budget(extension: Extension) -> int | None:
 class Place:
     """A job on its way. Its row has a name while it is in memory.
 
-    number  of the job: those that came first have small ones.
-    total   tokens that room is reserved for.
-    cached  tokens of its prompt that it did not read.
-    marks   how far it has read when a prefix is kept, or others begin.
-    holds   the document that it reads.
-    moved   the folder that its memory is in.
+    number     of the job: those that came first have small ones.
+    total      tokens that room is reserved for.
+    cached     tokens of its prompt that it did not read.
+    marks      how far it has read when a prefix is kept, or others begin.
+    holds      the document that it reads.
+    moved      the folder that its memory is in.
+    overtaken  how many that came later got memory while it waited for room.
     """
 
     job: Job
@@ -59,6 +60,7 @@ class Place:
     marks: set[int] = field(default_factory=set)
     holds: Document | None = None
     moved: Path | None = None
+    overtaken: int = 0
 
 
 class Room:
@@ -96,22 +98,24 @@ class Room:
                 f"ask for fewer new tokens, or serve with a budget of {size_at_least(least)} or more"
             )
 
-    def enter(self, place: Place) -> Literal["in", "waits", "full"]:
-        """Give it memory, if there is room: "full" else. "waits": another job is reading what it begins with. Raises ValueError, or whatever a disk or a device
-        raises, where it can have none."""
+    def enter(self, place: Place, drops: bool = True) -> Literal["in", "waits", "full"]:
+        """Give it memory, if there is room: "full" else. "waits": another job is reading what it begins with. `drops`: prefixes may go for it. Raises
+        ValueError, or whatever a disk or a device raises, where it can have none."""
         place.total = self._reserved(place, self.reserve)
         if place.moved is not None:
-            return self._move_in(place, place.moved)
+            return self._move_in(place, place.moved, drops)
         if (document := self.prefixes.documents.get(place.job.document or "")) is not None and document.prefix is None and document.folder is not None:
-            if not self._clear([(len(document.ids), None, 0)]):
-                return self._full()
+            if not self._clear([(place.total, None, 0)], drops=drops):
+                return self._full(place)
             self.load(document.name, document.folder)
         found = self._source(place)
         if found is None:
             return "waits"
         prefix, length = found
-        if not self._clear([(place.total, None if prefix is None else prefix.snapshot, length)], but=prefix):
-            return self._full()
+        if not self._clear([(place.total, None if prefix is None else prefix.snapshot, length)], but=prefix, drops=drops):
+            if self.places or not self._clear([(place.total, None, 0)]):
+                return self._full(place)
+            prefix, length = None, 0  # nobody will make room: it is read anew, in the place of what it would have gone on from
         if prefix is None:
             place.row.name = self.flat.join()
         else:
@@ -121,10 +125,12 @@ class Room:
         self.places[place.row] = place
         return "in"
 
-    def _full(self) -> Literal["full"]:
-        if not self.places:
+    def _full(self, place: Place) -> Literal["full"]:
+        if self.places:
+            return "full"
+        if any(prefix.document is not None for prefix in self.prefixes.kept):
             raise ValueError("documents leave no room for this job; release one, hold them in a folder, or serve with a larger budget")
-        return "full"
+        raise ValueError(f"{place.total} tokens have no room; shorten the prompt, ask for fewer new tokens, or serve with a larger budget")
 
     def leave(self, place: Place, keep: bool = True) -> None:
         """A job is over, wherever it is. What it has read is kept for those that begin with it."""
@@ -159,7 +165,7 @@ class Room:
         for place in self.places.values():
             if len(place.row.ids) > place.total:
                 place.total = self._reserved(place, self.reserve)
-        while len(self.places) > 1 and not self._clear():
+        while not self._clear() and len(self.places) > 1:
             place = max(self.places.values(), key=lambda place: place.number)
             try:
                 self._move_out(place)
@@ -247,9 +253,9 @@ class Room:
 
     # -- room -------------------------------------------------------------------------------------------------------------------------
 
-    def _clear(self, coming: Sequence[tuple[int, Snapshot | None, int]] = (), taken: Sequence[int] = (), but: Prefix | None = None) -> bool:
+    def _clear(self, coming: Sequence[tuple[int, Snapshot | None, int]] = (), taken: Sequence[int] = (), but: Prefix | None = None, drops: bool = True) -> bool:
         """Whether there is room, when prefixes have gone that were used long ago."""
-        leaving = self.prefixes.leaving(but)
+        leaving = self.prefixes.leaving(but) if drops else iter(())
         while not self._fits(self.flat.need({place.row.name: place.total for place in self.places.values()}, coming, taken)):
             if (prefix := next(leaving, None)) is None:
                 return False
@@ -268,9 +274,9 @@ class Room:
             self.flat.save(self.flat.take(place.row.name), folder, place.row.ids[: place.row.read])
             place.moved = folder
 
-    def _move_in(self, place: Place, folder: Path) -> Literal["in", "full"]:
-        if not self._clear([(place.total + GROWTH, None, 0)]):
-            return self._full()
+    def _move_in(self, place: Place, folder: Path, drops: bool) -> Literal["in", "full"]:
+        if not self._clear([(min(place.total + GROWTH, self._reserved(place, 1.0)), None, 0)], drops=drops):
+            return self._full(place)
         snapshot = self.flat.load(folder)[0]
         place.row.name = self.flat.begin(snapshot, snapshot.length)
         self.places[place.row] = place

@@ -33,6 +33,7 @@ from longreach.serving.room import Place, Room
 AT_ONCE = 64  # jobs that have memory at one time
 READERS = 4  # prompts of which a forward reads a chunk: each takes calls of its own in every layer
 PREFIXES = 32
+PASSES = 8  # jobs that get memory before one that came earlier and waits for more
 logger = logging.getLogger("longreach.serving")
 
 
@@ -213,43 +214,52 @@ class Scheduler:
         return events
 
     def _admit(self) -> list[Event]:
-        """Give places to those that wait, in their order. Who waits for what another one reads lets those behind it pass; who waits for room does not."""
+        """Give places to those that wait, in their order. Who waits for what another one reads lets those behind it pass. Who waits for room lets a few pass
+        that take what is free, and nobody if it was moved out to make room."""
         events: list[Event] = []
         if not self._changed:
             return events
         self._changed = False
+        ahead: list[Place] = []  # who waits for room
         for place in [*self._queue]:
-            if len(self.room.places) >= self.at_once:
+            if len(self.room.places) >= self.at_once or len(ahead) > PASSES or any(other.overtaken >= PASSES or other.moved for other in ahead):
                 break
             try:
                 if place.holds is not None and not place.row.ids:  # a document of less than one cut is read with every question
                     self._queue.remove(place)
                     events.append(self._has_read(place))
                     continue
-                moved, outcome = place.moved is not None, self.room.enter(place)
+                moved, outcome = place.moved is not None, self.room.enter(place, drops=not ahead)
             except Exception as problem:
                 self._queue.remove(place)
                 events.append(self._ended(place, f"{type(problem).__name__}: {problem}"))
                 continue
             if outcome == "full":
-                break
+                ahead.append(place)
             if outcome == "in":
                 self._queue.remove(place)
+                for other in ahead:
+                    other.overtaken += 1
                 self._cached += 0 if moved else place.cached
                 self._hits += bool(place.cached) and not moved
         return events
 
     def _counts(self) -> dict[Row, int]:
-        """Tokens that each row reads. Those that read prompts divide the seconds that are left among them; who had its turn is behind the others next time."""
+        """Tokens that each row reads. Those that read prompts divide the tokens and seconds that are left: the first has its share for sure, and of the others
+        the shortest take what they need. Who read is behind the others next time, so that everybody comes to be first."""
         counts = {row: 1 for row in self.room.places if row.decodes}
         readers = [row for row in self.room.places if not row.decodes][:READERS]
+        if not readers:
+            return counts
         seconds, left = self._pace.left, max(self.chunk_size, self.method.cut or 1)
+        first, share = readers[0], min(left // len(readers), self._pace.tokens(readers[0].read, self._pace.left / len(readers)))
+        turn = self._chunk(first, min(left, max(share, LEAST, self.method.cut or 1)))
+        due = turn * (self._pace.rate(first.read) or 0.0)
         for number, row in enumerate(sorted(readers, key=lambda row: row.end - row.read)):  # the shortest first: what it does not need is for the others
-            most = self._pace.tokens(row.read, seconds / (len(readers) - number))
-            if row is readers[0]:
-                most = max(most, LEAST, self.method.cut or 1)
-            mark = min((mark for mark in self.room.places[row].marks if row.read < mark < row.end), default=row.end)
-            if count := chunk(self.method, row.read, row.end, min(left, most, mark - row.read) if mark < row.end else min(left, most)):
+            apart = 0 if row is first or first in counts else 1  # what is kept for the first
+            most = self._pace.tokens(row.read, max(0.0, seconds - apart * due) / (len(readers) - number - apart))
+            count = self._chunk(row, min(left - apart * turn, most))
+            if count := max(count, turn) if row is first else count:
                 counts[row] = count
                 left -= count
                 seconds = max(0.0, seconds - count * (self._pace.rate(row.read) or 0.0))
@@ -257,6 +267,11 @@ class Scheduler:
             if row in counts:
                 self.room.places[row] = self.room.places.pop(row)
         return counts
+
+    def _chunk(self, row: Row, most: int) -> int:
+        """How many of `most` tokens of a prompt are read in one forward: up to where others wait for it."""
+        mark = min((mark for mark in self.room.places[row].marks if row.read < mark < row.end), default=row.end)
+        return chunk(self.method, row.read, row.end, min(most, mark - row.read) if mark < row.end else most)
 
     def _forward(self, counts: Mapping[Row, int]) -> tuple[dict[Row, torch.Tensor], dict[Row, str]]:
         """-> logits of those that go on, and why the others do not. A forward that fails changes nothing: what failed for several is tried for each alone."""
@@ -273,7 +288,6 @@ class Scheduler:
             logits, why = self._forward({row: count})
             found, problems = found | logits, problems | why
         return found, problems
-
 
     def _decode(self, place: Place, token: int, logits: torch.Tensor) -> Event:
         job, row = place.job, place.row
