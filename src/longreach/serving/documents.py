@@ -67,8 +67,8 @@ class Documents:
         if (reading := self._reading.get(name)) is not None:
             return replies.Document(id=name, status="reading", tokens=reading.tokens, read=reading.read, bytes=0)
         place = self._place(name)
+        before = self._stamp(place)  # before all else: what happens from now on is seen
         self._require(name)
-        before = self._stamp(place)
         try:
             tokens, size = int(saved.facts(place)["seen"]), saved.size(place)
         except (OSError, ValueError, TypeError, KeyError) as error:
