@@ -281,7 +281,7 @@ def test_what_the_scheduler_refuses_is_told_before_a_stream_begins(server: Serve
 
 
 def test_what_the_scheduler_refuses_later_is_no_failure_of_the_model(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(place: Any) -> Any:
+    def full(*place: Any, **more: Any) -> Any:
         raise ValueError("documents leave no room for this job; release one")
 
     monkeypatch.setattr(server.service.worker.scheduler.room, "enter", full)
