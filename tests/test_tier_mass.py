@@ -110,7 +110,7 @@ def everything(model: Any, extension: Any, ids: torch.Tensor) -> list[torch.Tens
     found = []
     *_, cache = (store for _, _, store in read(model, ids, cuts_of(extension.method)))
     twin = extension.fork(cache)
-    cache.crop(max(61, *map(store_of(cache)._reaches, range(len(ids)))))
+    cache.crop(max(61, *map(store_of(cache).reaches, range(len(ids)))))
     start = cache.get_seq_length()
     for each, a in ((cache, start), (twin, 0), (cache, start + 1)):
         found.append(model(ids[:, a : a + 1], past_key_values=each).logits)
