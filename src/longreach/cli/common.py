@@ -5,8 +5,9 @@ Knows options; streams and silence are in console.py, files to be written in tar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.table import Table
@@ -20,6 +21,7 @@ from longreach.quantities import token_count
 if TYPE_CHECKING:
     from longreach.methods.base import Method
 
+T = TypeVar("T")
 MORE = "Parameters of the method are options too, for example [bold]--group-size 16 --window 64[/bold]; `longreach methods` lists them."
 
 Json = Annotated[bool, typer.Option("--json", help="Standard output is one JSON object and nothing else.")]
@@ -29,22 +31,24 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that Long
 Model = Annotated[str, typer.Option("--model", "-m", help="'nano' (embedded), a folder, a GGUF file, or the id of a model on the Hugging Face Hub.")]
 
 
-def tokens(text: str | int) -> int:
-    """ "4096" or "4k" -> 4096; "1m" -> 1048576."""
+def parsed(parse: Callable[..., T], *given: Any) -> T:
+    """What it makes of an option; its ValueError is about that option."""
     try:
-        return token_count(text, "it")
+        return parse(*given)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def tokens(text: str | int) -> int:
+    """ "4096" or "4k" -> 4096; "1m" -> 1048576."""
+    return parsed(token_count, text, "it")
 
 
 def budgets(text: str) -> Any:
     """ "device=512MiB,host=1GiB" -> Tiered."""
     from longreach.memory.budgets import Tiered
 
-    try:
-        return Tiered.parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    return parsed(Tiered.parse, text)
 
 
 Context = Annotated[

@@ -20,9 +20,9 @@ from urllib.parse import SplitResult, urlsplit
 from longreach.cli import talking
 from longreach.cli.console import Output
 from longreach.quantities import counted
+from longreach.serving.limits import LOCAL
 
 CONNECT, SILENCE = 10.0, 900.0  # seconds
-LOCAL = ("localhost", "127.0.0.1", "::1")
 LONGEST_LINE = 2**20  # bytes of one event
 MOST_SAID = 2000  # characters of an error that is not ours
 COMMANDS = {

@@ -21,16 +21,15 @@ from longreach import files
 from longreach.cli import common, fitting, profiles, stored
 from longreach.cli.common import Output
 from longreach.quantities import CHUNK_SIZE, byte_count, counted, seconds_of
+from longreach.serving.limits import LOCAL, Limits
 
 if TYPE_CHECKING:
     from longreach.hf.extension import Extension
     from longreach.hf.interfaces import CausalLM
-    from longreach.serving.limits import Limits
 
 TAKES_METHOD_PARAMETERS = True
 CONNECTIONS = 1024  # that are open at a time
 PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -46,17 +45,13 @@ class Options:
 
 
 def size(text: str) -> int:
-    try:
-        return byte_count(text, "it")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    """ "16MiB" -> bytes."""
+    return common.parsed(byte_count, text, "it")
 
 
 def time(text: str) -> float:
-    try:
-        return seconds_of(text, "it")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    """ "90s", "10m" or "1h" -> seconds."""
+    return common.parsed(seconds_of, text, "it")
 
 
 def command(
@@ -102,7 +97,6 @@ def command(
     with common.output(as_json, verbose, quiet) as out:
         if lacking := [package.replace("_", "-") for package in PACKAGES if find_spec(package) is None]:
             raise ValueError(f"serving needs {' and '.join(lacking)}; pip install 'longreach[serve]'")
-        from longreach.serving.limits import Limits
 
         folder = None if documents is None else files.folder(documents, "folder for documents")
         limits = Limits(body=max_body, waiting=queue, seconds=timeout, answer=max_new_tokens)

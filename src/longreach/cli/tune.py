@@ -29,10 +29,7 @@ PRICE = 0.25
 
 def budget_of(text: str | float) -> float:
     """ "10m" -> 600."""
-    try:
-        return seconds_of(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    return common.parsed(seconds_of, text)
 
 
 Budget = Annotated[float, typer.Option("--budget", parser=budget_of, metavar="TIME", help="Time for all of it, such as 90s, 10m or 1h; earlier calls count.")]

@@ -19,13 +19,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from longreach.serving.limits import Limits
+from longreach.serving.limits import LOCAL, Limits
 from longreach.serving.page import files
 from longreach.serving.problems import Said
 
 logger = logging.getLogger("longreach.serving")
 OPEN = ("/health", *files.FILES)  # to everybody: a browser sends no key for a page
-LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class Guard:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LOCAL = ("localhost", "127.0.0.1", "::1")  # the names of this machine
+
 
 @dataclass(frozen=True)
 class Limits:

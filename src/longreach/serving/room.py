@@ -79,7 +79,7 @@ class Room:
             raise ValueError("tiers have budgets of their own; leave out budget")
         self.method, self.budget, self.reserve, self._folder = extension.method, budget, reserve, moved
         self.prefixes = Prefixes(extension.method, prefixes)
-        self._vocabulary = cast(Any, extension.model).get_input_embeddings().weight.shape[0]
+        self.vocabulary = cast(Any, extension.model).get_input_embeddings().weight.shape[0]
         self.places: dict[Row, Place] = {}
 
     @property
@@ -247,7 +247,7 @@ class Room:
             found = json.loads(notes[REST])
         except (KeyError, ValueError, RecursionError):
             found = None
-        if not isinstance(found, list) or not all(type(token) is int and 0 <= token < self._vocabulary for token in found):
+        if not isinstance(found, list) or not all(type(token) is int and 0 <= token < self.vocabulary for token in found):
             raise ValueError(f"{str(folder)!r} does not say how its end is to be read with a question, as this method needs it; hold the document again")
         return found
 

@@ -78,7 +78,6 @@ class Scheduler:
         self.extension, self.method, self.at_once, self.chunk_size, self.clock = extension, extension.method, at_once, chunk_size, clock
         self._config = model.generation_config
         self._ends = ends_of(self._config)
-        self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self.room = Room(extension, budget, prefixes, reserve, moved)
         self._pace = Pace(step_ms / 1000)
         self._queue: deque[Place] = deque()
@@ -117,7 +116,7 @@ class Scheduler:
         """It waits for its turn. Raises ValueError, with the fix, for a job that can never be."""
         if job.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {job.max_new_tokens}")
-        if not 0 <= (job.logprobs or 0) <= self._vocabulary or not 0 <= job.shared <= len(job.ids):
+        if not 0 <= (job.logprobs or 0) <= self.room.vocabulary or not 0 <= job.shared <= len(job.ids):
             raise ValueError(f"logprobs={job.logprobs} and shared={job.shared} do not count tokens that there are; pass smaller numbers")
         ids = [*(self._document(job.document).ids if job.document is not None else ()), *self._checked(job.ids)]
         place = self._wait(job, Row(-1, ids, Sampler(self._config, job.sampling)))
@@ -173,8 +172,8 @@ class Scheduler:
     def _checked(self, ids: Sequence[int]) -> list[int]:
         if not len(ids):
             raise ValueError("a prompt needs at least one token, such as the tokenizer's bos_token_id")
-        if not all(type(token) is int and 0 <= token < self._vocabulary for token in ids):
-            raise ValueError(f"the prompt has a token that is none of the {self._vocabulary} of the model; tokenize it with the model's own tokenizer")
+        if not all(type(token) is int and 0 <= token < self.room.vocabulary for token in ids):
+            raise ValueError(f"the prompt has a token that is none of the {self.room.vocabulary} of the model; tokenize it with the model's own tokenizer")
         return [*ids]
 
     def _document(self, name: str) -> Document:

@@ -61,7 +61,7 @@ class Service:
         self.facts = extension.report()
         self.fingerprint = "fp_" + hashlib.sha256(json.dumps([name, __version__, self.facts["method"], self.facts["dtype"]]).encode()).hexdigest()[:12]
         limit = extension.context or extension.capacity
-        self.room = Room(limit, extension.model.get_input_embeddings().weight.shape[0], limits.answer, max(map(len, tokenizer.get_vocab())))
+        self.room = Room(limit, scheduler.room.vocabulary, limits.answer, max(map(len, tokenizer.get_vocab())))
         self.worker = Worker(scheduler, tokenizer, limits.waiting)
         self.metrics = Metrics(self.worker)
         self.spell = speller(tokenizer)
