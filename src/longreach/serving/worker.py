@@ -220,7 +220,8 @@ class Worker:
                 break
             if self.scheduler.busy:
                 self._step()
-            self.stats = self.scheduler.stats()
+            else:
+                self.stats = self.scheduler.stats()
         self._fail(list(self._answers), Stopping())
 
     def _add(self, asked: Asked) -> None:
@@ -246,6 +247,7 @@ class Worker:
             logger.exception("the scheduler failed")
             for job in self._fail(list(self._answers), Failed(f"{type(error).__name__}: {error}")):
                 self.scheduler.cancel(job)
+            self.stats = self.scheduler.stats()
             return
         found: list[tuple[Asked, Piece | Exception]] = []
         for event in events:
