@@ -105,7 +105,8 @@ def test_rows_count_from_their_own_query_and_forwards_add_up(method):
 @torch.no_grad()
 def test_only_the_rows_that_count_are_computed():
     model, ids = build("llama"), tokens(1, LENGTH)
-    with longreach.extend(model, Stock()) as extension, extension.watching_probabilities(FIRST, [1]), mock.patch.object(mass, "of_each", wraps=mass.of_each) as tap:
+    spy = mock.patch.object(mass, "of_each", wraps=mass.of_each)
+    with longreach.extend(model, Stock()) as extension, extension.watching_probabilities(FIRST, [1]), spy as tap:
         model(ids, use_cache=False)
     assert [call.args[0].shape[2] for call in tap.call_args_list] == [LENGTH - FIRST]
 
