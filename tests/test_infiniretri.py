@@ -77,6 +77,8 @@ def test_sentences_are_the_text_however_it_comes(name, book):
     assert all(text[sentence.start : sentence.stop] == sentence.text for sentence in found)
     for seed in range(3):
         assert list(sentences(cut(text, Random(seed)))) == found
+        after = Random(seed).randrange(len(found))
+        assert list(sentences(cut(text, Random(seed)), found[after].start)) == found[after:]
 
 
 def test_where_sentences_end():
@@ -197,7 +199,7 @@ def test_what_is_remembered_is_what_eager_attention_says(family):
         memory = [placed[number] for number in kept]
         assert sum(prompt.owners.count(number) for number in kept) <= 200, "the cap does not bind here"
     with asking.attached() as extension:
-        found = asking.read(extension, text, [frame], 4)
+        found = asking.read(extension, text, [frame], asking.sizes(extension, [frame], 4))
     assert set(found.memories[0]) == set(memory) and found.chunks > 5
 
 
@@ -229,6 +231,17 @@ def test_questions_together_are_those_alone_and_pieces_the_whole(nano, book):
     assert [(f.answer, f.sentences, f.chunks) for f in together] == [(f.answer, f.sentences, f.chunks) for f in alone]
     assert len({found.sentences for found in together}) == 3 and key in together[0].answer
     assert seen == sorted(seen) and seen[-1] == len(text) and len(seen) == together[0].chunks
+
+
+def test_a_reading_goes_on_where_it_stood(book):
+    model, tokenizer, text = build_model("llama", vocab_size=259, max_position_embeddings=512), byte_tokenizer(), book[:6000]
+    asking = InfiniRetri(model, tokenizer, chunk_tokens=300, memory_tokens=60)
+    with asking.attached() as extension:
+        frames = [Frame.of(tokenizer, question) for question in ("Why?", "Who is it?")]
+        sizes = asking.sizes(extension, frames, 2)
+        whole = list(asking.steps(extension, text, frames, sizes))
+        assert len(whole) > 20 and [read.chunks for read in whole] == list(range(1, len(whole) + 1))
+        assert list(asking.steps(extension, cut(text, Random(1)), frames, sizes, whole[-6])) == whole[-5:]
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -100,6 +100,8 @@ def command(
         stored.check(out, document, save_document, request, file, truncate, force)
         if resume is not None:
             stored.check_resume(resume, {"--document": document, "--save-document": save_document, "--hide": hide, "--truncate": truncate}, request, file)
+        if strategy is not None and not request.prompt:
+            raise ValueError(f"--strategy {strategy} needs a question; pass --prompt TEXT")
         if not request.user.strip():
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
         if show_retrieval is not None:

@@ -40,7 +40,8 @@ def check(strategy: Name | None, own: Mapping[str, Any], others: Mapping[str, An
     idle = own if strategy is None else others
     if wrong := [option for option, value in idle.items() if value]:
         if strategy is None:
-            raise ValueError(f"{' and '.join(wrong)} say how a strategy reads; pass --strategy infiniretri too, or leave them out")
+            says = "says" if len(wrong) == 1 else "say"
+            raise ValueError(f"{' and '.join(wrong)} {says} how a strategy reads; pass --strategy infiniretri too, or leave it out")
         raise ValueError(f"--strategy {strategy} keeps sentences and no cache, so {' and '.join(wrong)} cannot be used with it; leave out one or the other")
 
 

@@ -24,9 +24,10 @@ class RetrievalEngine:
         new, frame = prompt.sample.max_new_tokens, frame_of(prompt)
         with self.asking.attached() as extension:
             started = time.perf_counter()
-            read = self.asking.read(extension, prompt.sample.parts.document, [frame], new)
+            sizes = self.asking.sizes(extension, [frame], new)
+            read = self.asking.read(extension, prompt.sample.parts.document, [frame], sizes)
             reading = time.perf_counter() - started
-            found = self.asking.answer(extension, frame, read.memories[0], new, stop=prompt.sample.stop)
+            found, _ = self.asking.answer(extension, frame, read.memories[0], sizes, new, stop=prompt.sample.stop)
             peak = peak_memory(device_of(extension.model))
         return Reply(found.text, found.tokens, found.finish, reading + found.prefill_seconds, found.decode_seconds, peak_memory=peak)
 

@@ -83,13 +83,12 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class Read:
-    """What a text left for each question."""
+    """What the first `stop` characters of a text left for each question: sentences, those that score best first."""
 
-    memories: list[tuple[Sentence, ...]]
-    chunks: int
-    tokens: int
-    layer: int
-    sizes: Sizes
+    memories: tuple[tuple[Sentence, ...], ...]
+    chunks: int = 0
+    tokens: int = 0
+    stop: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,23 +155,24 @@ class InfiniRetri:
         found = []
         with self.attached() as extension:
             started = time.perf_counter()
-            read = self.read(extension, text, frames, max_new_tokens, progress)
+            sizes, layer = self.sizes(extension, frames, max_new_tokens), self.tapped(extension)
+            read = self.read(extension, text, frames, sizes, progress)
             reading = time.perf_counter() - started
             for question, frame, memory in zip(questions, frames, read.memories, strict=True):
-                answer = self.answer(extension, frame, memory, max_new_tokens, sampling=sampling, write=write)
+                answer, sentences = self.answer(extension, frame, memory, sizes, max_new_tokens, sampling=sampling, write=write)
                 found.append(
                     Retrieved(
                         question=question,
                         answer=answer.text,
                         finish=answer.finish,
-                        sentences=memory,
+                        sentences=sentences,
                         chunks=read.chunks,
                         tokens=read.tokens,
                         new_tokens=answer.tokens,
                         reading_seconds=reading,
                         answer_seconds=answer.prefill_seconds + answer.decode_seconds,
-                        layer=read.layer,
-                        sizes=read.sizes,
+                        layer=layer,
+                        sizes=sizes,
                     )
                 )
         return found
@@ -187,32 +187,37 @@ class InfiniRetri:
         with extend(model, Stock()) as extension:
             yield extension
 
-    def answer(self, extension: Extension, frame: Frame, memory: Sequence[Sentence], max_new_tokens: int, **how: Any) -> generation.Answer:
-        """From what was remembered of a text."""
-        return generation.answer(extension.model, self.tokenizer, build(self.tokenizer, frame, memory).ids, max_new_tokens, extension=extension, **how)
+    def steps(self, extension: Extension, text: str | Iterable[str], frames: Sequence[Frame], sizes: Sizes, read: Read | None = None) -> Iterator[Read]:
+        """What is remembered after every chunk. `read`: where an earlier reading of the same text stood, to go on from there."""
+        read, layer = Read(((),) * len(frames)) if read is None else read, self.tapped(extension)
+        for chunk, size in chunks(self.tokenizer, [text] if isinstance(text, str) else text, sizes.chunk, sizes.sentence, read.stop):
+            if not read.chunks and all(sentence.text.isspace() for sentence in chunk):  # white space that a text begins with
+                continue
+            asked = [self.fitted(frame, memory, chunk, sizes) for frame, memory in zip(frames, read.memories)]
+            memories = []
+            for prompt, paid in zip(asked, _paid(extension, layer, asked, self.tokenizer.pad_token_id or 0)):
+                found = scores.token_scores(paid, prompt.question, prompt.context, self.phrase)
+                memories.append(_remembered(scores.best(found, prompt.owners, self.top_k), prompt, sizes.memory))
+            read = Read(tuple(memories), read.chunks + 1, read.tokens + size, chunk[-1].stop)
+            yield read
 
     def read(
-        self, extension: Extension, text: str | Iterable[str], frames: Sequence[Frame], max_new_tokens: int, progress: Callable[[int], None] = lambda done: None
+        self, extension: Extension, text: str | Iterable[str], frames: Sequence[Frame], sizes: Sizes, progress: Callable[[int], None] = lambda done: None
     ) -> Read:
-        """What is remembered of a text for each question. Raises ValueError for a text without words."""
-        sizes, layer = self.sizes(extension, frames, max_new_tokens), self.tapped(extension)
-        memories: list[tuple[Sentence, ...]] = [()] * len(frames)
-        count, tokens, words = 0, 0, False
-        for chunk, size in chunks(self.tokenizer, [text] if isinstance(text, str) else text, sizes.chunk, sizes.sentence):
-            words = words or any(not sentence.text.isspace() for sentence in chunk)
-            if not words:  # white space that a text begins with
-                continue
-            asked = [self.fitted(frame, memory, chunk, sizes) for frame, memory in zip(frames, memories)]
-            for number, (prompt, paid) in enumerate(zip(asked, _paid(extension, layer, asked, self.tokenizer.pad_token_id or 0))):
-                found = scores.token_scores(paid, prompt.question, prompt.context, self.phrase)
-                memories[number] = _remembered(scores.best(found, prompt.owners, self.top_k), prompt, sizes.memory)
-            count, tokens = count + 1, tokens + size
-            progress(chunk[-1].stop)
-        if not count:
+        """The last of the steps. Raises ValueError for a text without words."""
+        read = None
+        for read in self.steps(extension, text, frames, sizes):
+            progress(read.stop)
+        if read is None:
             raise ValueError("the text is empty; pass one with words")
-        limit = sizes.limit - max_new_tokens
-        memories = [self.fitted(frame, memory, (), replace(sizes, limit=limit)).sentences for frame, memory in zip(frames, memories)]
-        return Read(memories, count, tokens, layer, sizes)
+        return read
+
+    def answer(
+        self, extension: Extension, frame: Frame, memory: Sequence[Sentence], sizes: Sizes, max_new_tokens: int, **how: Any
+    ) -> tuple[generation.Answer, tuple[Sentence, ...]]:
+        """From what is remembered -> the answer, and the sentences that it was made from."""
+        prompt = self.fitted(frame, memory, (), replace(sizes, limit=sizes.limit - max_new_tokens))
+        return generation.answer(extension.model, self.tokenizer, prompt.ids, max_new_tokens, extension=extension, **how), prompt.sentences
 
     def sizes(self, extension: Extension, frames: Sequence[Frame], max_new_tokens: int) -> Sizes:
         """Raises ValueError, with the numbers, where the window has no room for them."""

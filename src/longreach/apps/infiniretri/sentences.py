@@ -35,12 +35,12 @@ class Sentence:
         return self.start + len(self.text)
 
 
-def sentences(texts: Iterable[str]) -> Iterator[Sentence]:
-    """The sentences of a text that comes in pieces: up to a full stop, an empty line, or LONGEST characters.
+def sentences(texts: Iterable[str], start: int = 0) -> Iterator[Sentence]:
+    """The sentences of a text that comes in pieces, from the character `start` on: up to a full stop, an empty line, or LONGEST characters.
 
     Raises ValueError for half a surrogate pair, which no tokenizer takes.
     """
-    pieces, held, at, begun, ended = iter(texts), "", 0, 0, False  # `held` begins at the character `begun` of the text
+    pieces, held, at, begun, ended = _behind(texts, start), "", 0, start, False  # `held` begins at the character `begun` of the text
     while True:
         if not ended and len(held) - at <= LONGEST:
             more, ended = _more(pieces, begun + len(held))
@@ -51,6 +51,13 @@ def sentences(texts: Iterable[str]) -> Iterator[Sentence]:
         stop = at + _end(held[at : at + LONGEST])
         yield Sentence(held[at:stop], begun + at)
         at = stop
+
+
+def _behind(texts: Iterable[str], start: int) -> Iterator[str]:
+    """The pieces without the first characters."""
+    for piece in texts:
+        yield piece[start:] if start else piece
+        start = max(0, start - len(piece))
 
 
 def _more(pieces: Iterator[str], at: int) -> tuple[str, bool]:
@@ -121,11 +128,11 @@ def _cut(sentence: Sentence, ends: list[int], most: int) -> Iterator[tuple[Sente
     yield sentence, len(ends)
 
 
-def chunks(tokenizer: Tokenizer, texts: Iterable[str], most: int, longest: int) -> Iterator[tuple[list[Sentence], int]]:
+def chunks(tokenizer: Tokenizer, texts: Iterable[str], most: int, longest: int, start: int = 0) -> Iterator[tuple[list[Sentence], int]]:
     """Sentences of at most `longest` tokens, as many together as have about `most` -> they, and the number of their tokens."""
     chunk: list[Sentence] = []
     size = 0
-    for sentence, count in measured(tokenizer, sentences(texts), longest):
+    for sentence, count in measured(tokenizer, sentences(texts, start), longest):
         if chunk and size + count > most:
             yield chunk, size
             chunk, size = [], 0
