@@ -15,6 +15,7 @@ from families import build as build_model
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.apps import InfiniRetri
 from longreach.apps.infiniretri import reading, scores
+from longreach.apps.infiniretri.calibration import calibrate
 from longreach.apps.infiniretri.prompt import Frame, build
 from longreach.apps.infiniretri.reading import Retrieved
 from longreach.apps.infiniretri.sentences import LONGEST, Sentence, chunks, measured, sentences
@@ -250,8 +251,8 @@ def test_hostile_texts_are_read_and_the_memory_keeps_its_size(name, chat, monkey
     """The prompts are what is promised: no longer than the window, and at most so much of them is remembered."""
     model, tokenizer, text = build_model("llama", vocab_size=259, max_position_embeddings=512), byte_tokenizer(chat), HOSTILE[name][:6000]
     asked: list[Any] = []
-    real = reading._paid
-    monkeypatch.setattr(reading, "_paid", lambda extension, layer, some, pad: (asked.extend(some), real(extension, layer, some, pad))[1])
+    real = reading.paid_by
+    monkeypatch.setattr(reading, "paid_by", lambda extension, layers, some, pad: (asked.extend(some), real(extension, layers, some, pad))[1])
     found = InfiniRetri(model, tokenizer, chunk_tokens=300, memory_tokens=60).ask(text, "Why?", max_new_tokens=2)
     assert all(len(prompt.ids) <= 512 for prompt in asked) and len(asked) == found.chunks
     stops = [0, *(prompt.sentences[-1].stop for prompt in asked)]
@@ -297,6 +298,21 @@ def test_the_last_layer_that_sees_the_whole_is_looked_at(nano):
         assert asking.tapped(extension) == 0 and asking.sizes(extension, [Frame.of(tokenizer, "Why?")], 8).limit == 512
     with pytest.raises(ValueError, match="a prompt may have 24 tokens here"):  # the window of the layer that is looked at
         InfiniRetri(model, tokenizer, layer=1).ask("A text. " * 50, "Why?")
+
+
+def test_a_calibration_names_the_layer_that_knows(nano):
+    asking = InfiniRetri(*nano)
+    found = calibrate(asking, samples=3)
+    assert list(found.needed) == [0, 1, 2, 3] and found.needed[found.layer] == min(found.needed.values())
+    assert found.needed[found.layer] < 60 < found.needed[0] < asking_chunk(asking), "the first layer does not know"
+    assert calibrate(asking, samples=3) == found and calibrate(asking, samples=3, seed=1) != found
+    with pytest.raises(ValueError, match="at least one sample"):
+        calibrate(asking, samples=0)
+
+
+def asking_chunk(asking: InfiniRetri) -> int:
+    with asking.attached() as extension:
+        return asking.sizes(extension, [Frame.of(asking.tokenizer, "Why?")], 16).chunk
 
 
 @pytest.mark.parametrize(

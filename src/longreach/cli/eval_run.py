@@ -62,6 +62,7 @@ def command(
     strategy: strategies.Strategy = None,
     chunk_tokens: strategies.ChunkTokens = None,
     memory_tokens: strategies.MemoryTokens = None,
+    layer: strategies.Layer = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
@@ -83,8 +84,8 @@ def command(
         names = eval_options.take_method_options(context, names)
         chosen = common.method_of(context, method)
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
-        sizes = {"--chunk-tokens": chunk_tokens, "--memory-tokens": memory_tokens}
-        strategies.check(strategy, sizes, {"--truncate": truncate, "--batch-size": batch_size})
+        reading = strategies.Given(strategy, chunk_tokens, memory_tokens, layer)
+        reading.check(truncate=truncate, batch_size=batch_size)
         part = eval_options.parse_shard(shard)
         folder = Folder(out_folder, part)
         folder.check()
@@ -108,7 +109,7 @@ def command(
                 if strategy is None:
                     read_together(out, job, engine, batch_size)
                 else:
-                    answering, config["strategy"] = strategies.engine(engine, chunk_tokens, memory_tokens)
+                    answering, config["strategy"] = reading.engine(out, engine)
                 tasks = runner.describe(job.work, config)
                 origin = eval_options.made_with(job.model.device, facts, started, None)
                 folder.start({"config": config, "tasks": tasks, "samples": len(job.items), **origin, **together(engine)})

@@ -57,6 +57,7 @@ def command(
     strategy: strategies.Strategy = None,
     chunk_tokens: strategies.ChunkTokens = None,
     memory_tokens: strategies.MemoryTokens = None,
+    layer: strategies.Layer = None,
     hide: Annotated[str | None, typer.Option("--hide", help="A sentence to hide in the text, to see whether it is found.")] = None,
     depth: Annotated[float | None, typer.Option("--depth", min=0, max=1, help="Where to hide it: 0 is the beginning, 1 the end; 0.5 if not given.")] = None,
     truncate: Annotated[text.Side | None, typer.Option("--truncate", help="What to leave out of a too long text. Without it, too long is an error.")] = None,
@@ -93,8 +94,8 @@ def command(
         by_profile = profiles.asked(profile, no_profile, chosen, document, model)
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
-        others = {"--save-document": save_document, "--document": document, "--resume": resume, "--truncate": truncate, retrieval.OPTION: show_retrieval}
-        strategies.check(strategy, {"--chunk-tokens": chunk_tokens, "--memory-tokens": memory_tokens}, others)
+        reading = strategies.Given(strategy, chunk_tokens, memory_tokens, layer)
+        reading.check(save_document=save_document, document=document, resume=resume, truncate=truncate, show_retrieval=show_retrieval)
         unread = document is not None or resume is not None or strategy is not None
         request = text.Request("" if unread else text.read(file, max_bytes or text.LARGEST_FILE, out.note, encoding), prompt.strip(), system, hide, depth)
         stored.check(out, document, save_document, request, file, truncate, force)
@@ -118,9 +119,7 @@ def command(
             choice = stored.Choice(chosen, declared, trained_window, chunk_size, by_profile, memory)
             if strategy is not None:
                 pieces = strategies.source(file, max_bytes, request, out, encoding)
-                return strategies.run(
-                    out, model, loaded, tokenizer, choice, pieces, request, max_new_tokens, sampling, (chunk_tokens, memory_tokens)
-                )
+                return strategies.run(out, model, loaded, tokenizer, choice, pieces, request, max_new_tokens, sampling, reading)
             if document is not None:
                 asked = Asked(stored.reopen(out, loaded, tokenizer, choice, document), request.prompt, file=document)
             elif save_document is not None:

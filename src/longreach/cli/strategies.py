@@ -5,7 +5,8 @@ Knows options and reports; how a text is read and what is kept of it is in apps/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
     from longreach.hf.interfaces import CausalLM, Tokenizer
     from longreach.running.sampling import Sampling
 
+AUTO = "auto"
+
+
+def _layer(given: str | int) -> int | str:
+    """ "18" -> 18; "auto" stays."""
+    try:
+        return AUTO if given == AUTO else int(given)
+    except ValueError:
+        raise typer.BadParameter(f"it must be the number of a layer, or {AUTO}, not {given!r}") from None
+
+
 Name = Literal["infiniretri"]
 Strategy = Annotated[
     Name | None, typer.Option("--strategy", help="infiniretri: read a text of any length in chunks and keep the sentences that the question attends to.")
@@ -35,29 +47,50 @@ MemoryTokens = Annotated[
 ]
 
 
-def check(strategy: Name | None, own: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-    """`own`: options that go with a strategy alone; `others`: those that do not go with one. Raises ValueError where both do not agree."""
-    idle = own if strategy is None else others
-    if wrong := [option for option, value in idle.items() if value]:
-        if strategy is None:
-            says = "says" if len(wrong) == 1 else "say"
-            raise ValueError(f"{' and '.join(wrong)} {says} how a strategy reads; pass --strategy infiniretri too, or leave it out")
-        raise ValueError(f"--strategy {strategy} keeps sentences and no cache, so {' and '.join(wrong)} cannot be used with it; leave out one or the other")
+Layer = Annotated[
+    Any,
+    typer.Option("--layer", parser=_layer, metavar="NUMBER", help="With --strategy: whose attention is looked at; the last if not given; auto: tests say."),
+]
 
 
-def engine(found: ModelEngine, chunk_tokens: int | None, memory_tokens: int | None) -> tuple[RetrievalEngine, dict[str, Any]]:
-    """What answers the samples of an evaluation, and what decides its answers."""
-    from longreach.apps.infiniretri.evaluation import RetrievalEngine
+@dataclass(frozen=True)
+class Given:
+    """What the options say of a strategy."""
 
-    assert found.extension is not None
-    ask = asking(found.extension, found.tokenizer, chunk_tokens, memory_tokens)
-    return RetrievalEngine(ask), ask.to_json()
+    name: Name | None
+    chunk_tokens: int | None
+    memory_tokens: int | None
+    layer: Any  # a number, AUTO or None
 
+    def check(self, **others: Any) -> None:
+        """`others`: options that do not go with a strategy, by their names. Raises ValueError where something does not agree."""
+        own = {"--chunk-tokens": self.chunk_tokens, "--memory-tokens": self.memory_tokens, "--layer": self.layer}
+        if self.name is None and (idle := [option for option, value in own.items() if value is not None]):
+            says = "says" if len(idle) == 1 else "say"
+            raise ValueError(f"{' and '.join(idle)} {says} how a strategy reads; pass --strategy infiniretri too, or leave it out")
+        if self.name is not None and (wrong := [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]):
+            both = " and ".join(wrong)
+            raise ValueError(f"--strategy {self.name} keeps sentences and no cache, so {both} cannot be used with it; leave out one or the other")
 
-def asking(extension: Extension, tokenizer: Tokenizer, chunk_tokens: int | None, memory_tokens: int | None, system: str | None = None) -> InfiniRetri:
-    from longreach.apps.infiniretri.reading import InfiniRetri
+    def asking(self, out: Output, extension: Extension, tokenizer: Tokenizer, system: str | None = None) -> InfiniRetri:
+        from longreach.apps.infiniretri.reading import InfiniRetri
 
-    return InfiniRetri(extension, tokenizer, chunk_tokens, memory_tokens, system=system)
+        asking = InfiniRetri(extension, tokenizer, self.chunk_tokens, self.memory_tokens, layer=None if self.layer == AUTO else self.layer, system=system)
+        if self.layer != AUTO:
+            return asking
+        from longreach.apps.infiniretri.calibration import calibrate
+
+        found = calibrate(asking)
+        out.note(f"layer {found.layer} is looked at: the sentence that answers is on average among the best {found.needed[found.layer]:.0f} tokens of a chunk")
+        return replace(asking, layer=found.layer)
+
+    def engine(self, out: Output, found: ModelEngine) -> tuple[RetrievalEngine, dict[str, Any]]:
+        """What answers the samples of an evaluation, and what decides its answers."""
+        from longreach.apps.infiniretri.evaluation import RetrievalEngine
+
+        assert found.extension is not None
+        asking = self.asking(out, found.extension, found.tokenizer)
+        return RetrievalEngine(asking), asking.to_json()
 
 
 def source(file: str | None, max_bytes: int | None, request: text.Request, out: Output, encoding: str | None) -> Iterable[str]:
@@ -70,7 +103,7 @@ def source(file: str | None, max_bytes: int | None, request: text.Request, out: 
 
 def run(
     out: Output, name: str, model: CausalLM, tokenizer: Tokenizer, choice: stored.Choice, pieces: Iterable[str], request: text.Request, max_new_tokens: int,
-    sampling: Sampling, sizes: tuple[int | None, int | None],
+    sampling: Sampling, given: Given,
 ) -> None:  # fmt: skip
     """Read, answer, report."""
     import longreach
@@ -82,10 +115,10 @@ def run(
         model, method, context=choice.context, trained_window=choice.trained_window, profile=profile, memory=choice.memory
     ) as extension:
         stored.announce(out, extension)
-        ask = asking(extension, tokenizer, *sizes, request.system).ask
+        ask = given.asking(out, extension, tokenizer, request.system).ask
         found = ask(pieces, request.prompt, max_new_tokens=max_new_tokens, sampling=sampling, write=out.write, progress=_progress(out))
         facts = extension.report()
-    result = {"model": name, "strategy": "infiniretri", **found.to_json(), "method": facts["method"], "peak_memory_bytes": peak_memory(), "extension": facts}
+    result = {"model": name, "strategy": given.name, **found.to_json(), "method": facts["method"], "peak_memory_bytes": peak_memory(), "extension": facts}
     if not out.as_json:
         out.write("\n")
         out.aside(table(found))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,7 +103,7 @@ class InfiniRetri:
     memory_tokens  that are remembered at most; half of a chunk if not given.
     top_k          the sentences of so many tokens are kept, as long as there is room.
     phrase         tokens whose scores are added up.
-    layer          whose attention is looked at; if not given, the last one that sees a whole prompt.
+    layer          whose attention is looked at; if not given, the last one that sees a whole prompt. `calibration.calibrate` finds a better one.
     system         a system message; needs a chat template.
 
     Raises ValueError for sizes that are none, or that the window has no room for, and for a tokenizer that cannot say where its tokens lie.
@@ -195,8 +195,8 @@ class InfiniRetri:
                 continue
             asked = [self.fitted(frame, memory, chunk, sizes) for frame, memory in zip(frames, read.memories)]
             memories = []
-            for prompt, paid in zip(asked, _paid(extension, layer, asked, self.tokenizer.pad_token_id or 0)):
-                found = scores.token_scores(paid, prompt.question, prompt.context, self.phrase)
+            for prompt, paid in zip(asked, paid_by(extension, [layer], asked, self.tokenizer.pad_token_id or 0)):
+                found = scores.token_scores(paid[layer], prompt.question, prompt.context, self.phrase)
                 memories.append(_remembered(scores.best(found, prompt.owners, self.top_k), prompt, sizes.memory))
             read = Read(tuple(memories), read.chunks + 1, read.tokens + size, chunk[-1].stop)
             yield read
@@ -264,8 +264,8 @@ def _remembered(best: Sequence[int], prompt: Prompt, room: int) -> tuple[Sentenc
     return tuple(kept)
 
 
-def _paid(extension: Extension, layer: int, asked: Sequence[Prompt], pad: int) -> Iterator[torch.Tensor]:
-    """[T, N] of each prompt: what its tokens from the first of the question on pay in a layer, heads added up. Some are read together, with pads behind."""
+def paid_by(extension: Extension, layers: Collection[int] | None, asked: Sequence[Prompt], pad: int) -> Iterator[dict[int, torch.Tensor]]:
+    """Of each prompt, layer -> [T, N]: what its tokens from the first of the question on pay, heads added up. Some are read together, with pads behind."""
     together = max(1, TOKENS_AT_ONCE // max(len(prompt.ids) for prompt in asked))
     device = device_of(extension.model)
     for first in range(0, len(asked), together):
@@ -273,10 +273,11 @@ def _paid(extension: Extension, layer: int, asked: Sequence[Prompt], pad: int) -
         longest = max(len(prompt.ids) for prompt in some)
         ids = torch.tensor([prompt.ids + [pad] * (longest - len(prompt.ids)) for prompt in some], device=device)
         mask = torch.tensor([[1] * len(prompt.ids) + [0] * (longest - len(prompt.ids)) for prompt in some], device=device)
-        with torch.no_grad(), extension.watching_probabilities([prompt.question.start for prompt in some], [layer]) as watch:
+        with torch.no_grad(), extension.watching_probabilities([prompt.question.start for prompt in some], layers) as watch:
             extension.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
         for row, prompt in enumerate(some):
-            yield watch.paid[layer][row, : len(prompt.ids) - prompt.question.start, : len(prompt.ids)]
+            tokens = len(prompt.ids)
+            yield {layer: paid[row, : tokens - prompt.question.start, :tokens] for layer, paid in watch.paid.items()}
 
 
 def _limit(extension: Extension, layer: int) -> int:
