@@ -5,7 +5,7 @@
 
 Books follow each other, and begin again if they end; a fact for each question is hidden at depths spread evenly, a pass key (stated twice), then a needle
 sentence (stated once). The text is read once for all questions. The ceiling is the same model asked in the same way about the same kinds of facts, with
-nothing but one chunk to read. What was read is kept beside the result every twenty chunks, and so is every answer: the same command goes on after a kill.
+nothing but one chunk to read. What was read is kept beside the result every half minute: the same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from longreach.planning.machine import peak_memory, resident_memory
 from longreach.running import generation, prompts
 
 NEW_TOKENS = 24
-KEPT_EVERY = 20  # chunks
+KEPT_EVERY = 30  # seconds
 KINDS = ("pass key", "needle")
 
 
@@ -130,7 +130,7 @@ def read_all(asking: InfiniRetri, extension: Any, text: Text, frames: list[Frame
     before, started = state.read(), time.perf_counter()
     read = before
     for read in asking.steps(extension, text, frames, sizes, before):
-        if read.chunks % KEPT_EVERY == 0:
+        if time.perf_counter() - started >= KEPT_EVERY:
             state.keep_read(read, time.perf_counter() - started)
             started = time.perf_counter()
             kept = sum(fact.key in "".join(s.text for s in memory) for fact, memory in zip(text.facts, read.memories))
