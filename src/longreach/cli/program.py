@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": "demo",
     "run": "run",
     "chat": "chat",
+    "rag": "rag",
     "serve": "serve",
     "methods": "methods",
     "distances": "distances",
