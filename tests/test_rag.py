@@ -24,6 +24,7 @@ from longreach.apps.rag.prompts import FINAL, FOLLOW_UP, INTERMEDIATE, Prompts, 
 from longreach.apps.rag.rag import contains
 from longreach.running import beginnings, generation
 from longreach.running.prompts import encode, hide
+from scripts import ROOT
 from tiny import tokenizer as bytes_tokenizer
 
 CITIES = {"Lisbon": "1234567", "Oslo": "7654321", "Cairo": "5550123"}
@@ -328,11 +329,11 @@ def test_what_was_read_before_is_not_read_again_and_changes_nothing(nano):
         how = dict(demonstrations=shown, extension=extension, retriever=overlap)
         for config in (RagConfig(2, 40, max_new_tokens=12), RagConfig(2, 40, rounds=2, max_new_tokens=12, instruction="")):
             rag = Rag(model, tokenizer, haystack(8_000), config, **how)
-            questions = [asked("Oslo"), asked("Lisbon"), asked("Oslo")]
+            questions = [asked("Oslo"), asked("Lisbon")]
             together = [rag.ask(**question) for question in questions]
             alone = [Rag(model, tokenizer, haystack(8_000), config, **how).ask(**question) for question in questions]
             assert [(one.answer, one.calls, one.steps) for one in together] == [(one.answer, one.calls, one.steps) for one in alone]
-            assert together[1].reused_tokens > 100 and together[2].reused_tokens > alone[2].reused_tokens
+            assert together[1].reused_tokens > 100 and alone[1].reused_tokens < together[1].reused_tokens
 
 
 class Script:
@@ -451,6 +452,14 @@ def test_scores_that_are_none_and_too_many_chunks_are_refused(nano, monkeypatch)
     monkeypatch.setattr(chunks, "MOST_CHUNKS", 3)
     with pytest.raises(ValueError, match="more than 3 chunks of 1 words; pass a larger chunk_words"):
         Rag(*nano, "a b c d e", RagConfig(chunk_words=1), retriever=overlap)
+
+
+def test_the_snippet_of_the_page_answers(capsys):
+    pytest.importorskip("bm25s")
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/rag.md").read_text(encoding="utf-8"), re.S)
+    exec(compile(snippet, "docs/rag.md", "exec"), {})
+    answer, tokens, start, score = capsys.readouterr().out.split()
+    assert answer.startswith("4817203") and 1800 < int(tokens) <= 2000 and int(start) > 59_000 and float(score) > 1
 
 
 def test_the_names_are_reached_from_the_package():

@@ -27,13 +27,13 @@ COMMANDS = {
     "demo": "demo",
     "run": "run",
     "chat": "chat",
-    "rag": "rag",
     "serve": "serve",
     "methods": "methods",
     "distances": "distances",
     "check": "check",
     "eval": "eval",
     "tune": "tune",
+    "rag": "rag",
     "plan": "plan",
 }
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -58,6 +58,9 @@ class Sigmoid:
         return math.log(share / (1 - share)) / self.slope - self.shift
 
 
+PAPER = Sigmoid()
+
+
 @dataclass(frozen=True)
 class Linear:
     """No link, as in an ablation of the paper."""
@@ -92,8 +95,8 @@ class AllocationModel:
     mse: float = math.nan
 
     @classmethod
-    def fit(cls, runs: Sequence[Run], link: Link | None = None, standard: bool = True) -> AllocationModel:
-        """link      None: a sigmoid around the scores.
+    def fit(cls, runs: Sequence[Run], link: Link | None = PAPER, standard: bool = True) -> AllocationModel:
+        """link      that of the paper, another one, or None for a sigmoid around the scores.
         standard  whether i is the difference of standardised scores, or of raw ones.
 
         Raises ValueError where a task lacks one of the three runs that i is made of, or where all its runs have one score.

@@ -87,6 +87,13 @@ def iterdrag(
         tokens = reader.count(now)
         return room.fits(tokens, max(tokens + longest, reader.count(state)))
 
+    def asking(question: str) -> State | None:
+        """What is known with a sub-question and as many chunks for it as can be afforded."""
+        more = tuple(search(question, state))
+        states = [replace(state, used=state.used + more[:n], open=question) for n in range(len(more) + 1)]
+        n = most(len(more), lambda n: affordable(states[n]))
+        return None if n is None else states[n]
+
     ended: Ended = "rounds"
     while len(state.steps) < rounds:
         tokens = reader.count(state)
@@ -99,13 +106,11 @@ def iterdrag(
         if not text:
             ended = "no question"
             break
-        more = tuple(search(text, state))
-        asked = [replace(state, used=state.used + more[:n], open=text) for n in range(len(more) + 1)]
-        if (n := most(len(more), lambda n, asked=asked: affordable(asked[n]))) is None:
+        if (asked := asking(text)) is None:
             ended = "budget"
             break
-        _, answer = call(asked[n], INTERMEDIATE)
-        closed = State(asked[n].used, (*state.steps, Step(text, answer)))
+        _, answer = call(asked, INTERMEDIATE)
+        closed = State(asked.used, (*state.steps, Step(text, answer)))
         if not room.fits(reader.count(closed)):
             ended = "budget"
             break
