@@ -5,9 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
-    "InfiniRetri": "infiniretri.reading",
-}
+_HOMES = {"InfiniRetri": "infiniretri.reading", "Rag": "rag", "RagConfig": "rag"}
 
 
 def __getattr__(name: str) -> Any:
