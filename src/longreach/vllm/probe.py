@@ -19,6 +19,7 @@ from longreach.core.encodings import Rotary
 from longreach.hf.facts import PROBE_POSITIONS
 from longreach.vllm.rotary import Unturned, read
 
+Reached = tuple[torch.Tensor, torch.Tensor]  # q [H, T, D] and k [G, T, D]
 FAR = 2**20  # positions at which a layer that scales by them would show it
 INPUTS = ("positions", "hidden_states")
 
@@ -70,21 +71,24 @@ def replace_rotaries(unit: Unit) -> tuple[Rotary | None, float]:
         setattr(parent, name, Unturned(original))
     try:
         raw = reached(unit, hidden, near)
-        return _verified(unit, originals, raw, turned, reached(unit, hidden, near + FAR))
+        _independent(unit, raw, reached(unit, hidden, near.flip(0)))  # before the far ones: whoever reads a table unseen would read behind its end
+        _independent(unit, raw, reached(unit, hidden, near + FAR))
+        return _verified(unit, originals, raw, turned)
     except BaseException:
         for (parent, name), original in zip(unit.rotaries, originals):
             setattr(parent, name, original)
         raise
 
 
-def _verified(
-    unit: Unit, originals: Sequence[nn.Module], raw: tuple[torch.Tensor, ...], turned: tuple[torch.Tensor, ...], far: tuple[torch.Tensor, ...]
-) -> tuple[Rotary | None, float]:
-    if not all(torch.equal(a, b) for a, b in zip(raw, far)):
+def _independent(unit: Unit, raw: Reached, others: Reached) -> None:
+    if not all(torch.equal(a, b) for a, b in zip(raw, others)):
         raise ValueError(
             f"the queries or keys of {unit.name} depend on positions beside their rotary (by a scale, or by code that reads its tables), which longreach "
             "cannot take over on vLLM; use longreach serve"
         )
+
+
+def _verified(unit: Unit, originals: Sequence[nn.Module], raw: Reached, turned: Reached) -> tuple[Rotary | None, float]:
     if all(torch.equal(a, b) for a, b in zip(raw, turned)):
         return None, 0.0
     if len(originals) != 1:
@@ -97,8 +101,8 @@ def _verified(
     return rotary, difference
 
 
-def reached(unit: Unit, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q [H, T, D], k [G, T, D]) that the attention of a unit is called with."""
+def reached(unit: Unit, hidden: torch.Tensor, positions: torch.Tensor) -> Reached:
+    """What the attention of a unit is called with."""
 
     def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("query", "key"), args)) | kwargs

@@ -66,9 +66,11 @@ def module_of(module: nn.Module) -> Any:
 def frequencies(table: torch.Tensor) -> tuple[torch.Tensor, float]:
     """A table [P, r] of cos and sin, [:, : r/2] and the rest, times one factor -> frequencies [r/2] fp64 in radians per position, and the factor.
 
-    Position 2^n has the angle 2^n f without any rounding, so that each such row tells the frequency twice as well as the one before it; frequencies were fp32
-    numbers. Raises ValueError where the rows are not those of such frequencies.
+    Position 2^n has the angle 2^n f without any rounding, so that each such row tells a frequency twice as well as the one before it, up to the last bit of what
+    was an fp32 number. Raises ValueError where the rows are not those of such frequencies.
     """
+    if len(table) < 2:
+        raise ValueError("the rotary table has less than two positions; use vLLM without longreach for this model")
     cos, sin = table.detach().cpu().double().chunk(2, dim=-1)
     factor = float(torch.hypot(cos[0], sin[0])[0])
     inverse = torch.atan2(sin[1], cos[1])
@@ -82,6 +84,6 @@ def frequencies(table: torch.Tensor) -> tuple[torch.Tensor, float]:
     angles = rows[:, None] * inverse
     found, want = torch.cat([cos[rows.long()], sin[rows.long()]], -1), factor * torch.cat([angles.cos(), angles.sin()], -1)
     allowed = 1e-5 * factor + (rows[:, None] * inverse * 2e-7).repeat(1, 2) * factor  # the angles of other rows were rounded to fp32
-    if len(table) < 2 or bool(((found - want).abs() > allowed).any()) or not bool(inverse.isfinite().all()):
+    if bool(((found - want).abs() > allowed).any()) or not bool(inverse.isfinite().all()):
         raise ValueError("the rotary table is not that of one set of frequencies; use vLLM without longreach for this model")
-    return inverse, round(factor, 7)
+    return inverse, factor

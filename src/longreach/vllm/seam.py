@@ -114,14 +114,15 @@ def installed() -> str:
 @contextmanager
 def _long_texts() -> Iterator[None]:
     """vLLM refuses lengths beyond the trained window, which is the point here; whether the method reaches them is checked instead."""
-    before = os.environ.get(LONG)
-    os.environ[LONG] = "1"
+    variables = vars(importlib.import_module("vllm.envs"))  # a name that is there goes before the environment, which is read once
+    before = variables.get(LONG)
+    variables[LONG] = True
     try:
         yield
     finally:
-        del os.environ[LONG]
+        del variables[LONG]
         if before is not None:
-            os.environ[LONG] = before
+            variables[LONG] = before
 
 
 def refuse(config: Any) -> None:
