@@ -47,8 +47,9 @@ METHODS = [
 def start(**more):
     from vllm import LLM
 
-    usual = dict(dtype="float32", max_model_len=LONGEST, enforce_eager=True, block_size=SIZE, max_num_batched_tokens=300, max_num_seqs=16, disable_log_stats=False)
-    return LLM(NANO, **{**usual, "num_gpu_blocks_override": PAGES, **more})
+    usual = dict(dtype="float32", max_model_len=LONGEST, enforce_eager=True, disable_log_stats=False)
+    tight = dict(block_size=SIZE, max_num_batched_tokens=300, max_num_seqs=16, num_gpu_blocks_override=PAGES)
+    return LLM(NANO, **{**usual, **tight, **more})
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_every_method(engine, ids, truth, method):
 def test_another_engine_in_the_process_is_not_disturbed(engine, ids, truth):
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    other = start(max_model_len=512, num_gpu_blocks_override=64)
+    other = start(max_model_len=512, num_gpu_blocks_override=64, block_size=32)
     model = other.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
     layers = [module for module in model.modules() if hasattr(module, "impl")]
     assert layers and all(type(module.impl) is CPUAttentionBackendImpl for module in layers)
@@ -223,6 +224,29 @@ def test_what_cannot_apply_is_refused_before_anything_starts(case):
     usual = dict(dtype="float32", max_model_len=LONGEST, additional_config={"longreach": METHOD.to_json()})
     with pytest.raises(ValueError, match=sentence):
         EngineArgs(NANO, **{**usual, **more}).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "where, wrong, sentence",
+    [
+        ("parallel_config", {"decode_context_parallel_size": 2}, "cannot split a sequence over devices"),
+        ("parallel_config", {"prefill_context_parallel_size": 2}, "cannot split a sequence over devices"),
+        ("model_config", {"use_mla": True}, "latents instead of keys"),
+        ("model_config", {"uses_mrope": True}, "several dimensions"),
+    ],
+)
+def test_engines_that_need_other_machines_or_models(where, wrong, sentence):
+    from longreach.vllm import seam
+
+    parts = {
+        "cache_config": {"cache_dtype": "auto"}, "model_config": {"dtype": torch.float32, "use_mla": False, "uses_mrope": False},
+        "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
+    }  # fmt: skip
+    made = lambda parts: SimpleNamespace(speculative_config=None, kv_transfer_config=None, **{name: SimpleNamespace(**each) for name, each in parts.items()})  # noqa: E731
+    seam.refuse(made(parts))
+    parts[where] |= wrong
+    with pytest.raises(ValueError, match=sentence):
+        seam.refuse(made(parts))
 
 
 def test_the_dial_and_the_environment(monkeypatch):

@@ -72,12 +72,17 @@ def qwen3() -> t.PreTrainedModel:
     return t.Qwen3ForCausalLM(t.Qwen3Config(**SMALL, head_dim=16, rope_parameters=rope))
 
 
-def glm() -> t.PreTrainedModel:
+def glm4() -> t.PreTrainedModel:
     """Half of a head is turned, in pairs of neighbours."""
-    return t.GlmForCausalLM(t.GlmConfig(**SMALL, head_dim=16, partial_rotary_factor=0.5, attention_bias=True))
+    return t.Glm4ForCausalLM(t.Glm4Config(**SMALL, head_dim=16, partial_rotary_factor=0.5, attention_bias=True))
 
 
-@pytest.mark.parametrize("family", [gemma2, mistral, qwen3, glm], ids=lambda f: f.__name__)
+def gptj() -> t.PreTrainedModel:
+    """Another name for positions; half of a head is turned."""
+    return t.GPTJForCausalLM(t.GPTJConfig(vocab_size=259, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=WINDOW, initializer_range=0.3))
+
+
+@pytest.mark.parametrize("family", [gemma2, mistral, qwen3, glm4, gptj], ids=lambda f: f.__name__)
 def test_families(family, tmp_path):
     """What it says after texts of up to five windows is what `longreach.extend` says."""
     from vllm import LLM, SamplingParams
@@ -100,3 +105,16 @@ def test_families(family, tmp_path):
             for step, token in enumerate(found):
                 row = logits[len(tokens) + step - 1]
                 assert row.max() - row[token] <= 1e-4, (step, float(row.max() - row[token]))
+
+
+def test_a_model_that_cannot_be_verified_is_refused(tmp_path):
+    """vLLM runs it through Transformers' code, whose layers have no rotary modules of its own."""
+    from vllm import LLM
+
+    torch.manual_seed(0)
+    t.GlmForCausalLM(t.GlmConfig(**SMALL, head_dim=16, partial_rotary_factor=0.5)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no module around .* takes hidden states and positions"):
+        LLM(
+            str(tmp_path), dtype="float32", max_model_len=300, enforce_eager=True, skip_tokenizer_init=True, num_gpu_blocks_override=64,
+            additional_config={"longreach": SelfExtend(8, 16).to_json()},
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention on pages against the dense truth of every method that pages take: chunked prefill and decoded tokens of several requests mixed, pages in any order."""
+"""Attention on pages against the dense truth of every method that pages take: chunks of prompts and decoded tokens mixed, pages in any order."""
 
 from __future__ import annotations
 
@@ -102,7 +102,12 @@ def check(run: Engine, new: dict[str, int]) -> None:
         assert (out - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max())), (name, new)
 
 
-HISTORY = [{"a": 13, "b": 1}, {"a": 1, "b": 30, "c": 5}, {"c": 1, "a": 1, "b": 1}, {"a": 40, "c": 1, "b": 1}, {"b": 1, "a": 1, "c": 7}, {"a": 1, "b": 1, "c": 1}]
+HISTORY = [
+    {"a": 13, "b": 1}, {"a": 1, "b": 30, "c": 5}, {"c": 1, "a": 1, "b": 1}, {"a": 40, "c": 1, "b": 1}, {"b": 1, "a": 1, "c": 7}, {"a": 1, "b": 1, "c": 1},
+]  # fmt: skip
+ROTARIES = {
+    "interleaved": rotary(Stock(), "interleaved"), "partial": rotary(Stock(), start=4, width=8), "scaled": rotary(Stock(), scaling=1.2), "none": None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", PAGED, ids=lambda m: m.brief())
@@ -113,9 +118,7 @@ def test_mixed_requests_equal_the_dense_truth(method):
         check(run, new)
 
 
-@pytest.mark.parametrize(
-    "turning", [rotary(Stock(), "interleaved"), rotary(Stock(), start=4, width=8), rotary(Stock(), scaling=1.2), None], ids=["interleaved", "partial", "scaled", "none"]
-)
+@pytest.mark.parametrize("turning", ROTARIES.values(), ids=ROTARIES.keys())
 @pytest.mark.parametrize("method", [SelfExtend(3, 8, log_scale=16), LMInfinite(9, 3), StreamingLLM(9, 3)], ids=lambda m: m.name)
 def test_every_way_of_rotating(method, turning):
     torch.manual_seed(0)

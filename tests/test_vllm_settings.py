@@ -66,14 +66,15 @@ def test_the_dial_chooses_for_the_longest_sequence(config):
 
 
 def test_what_was_decided_decides_the_same_again(config):
-    for given, longest in (({}, 2048), ({"method": "yarn", "factor": 4.0}, 2048), ({"method": "dynamic-ntk", "factor": 4.0, "context": 2048}, 1600), ({"trained_window": 256}, 1024)):
+    dynamic = {"method": "dynamic-ntk", "factor": 4.0, "context": 2048}
+    for given, longest in (({}, 2048), ({"method": "yarn", "factor": 4.0}, 2048), (dynamic, 1600), ({"trained_window": 256}, 1024)):
         found = decide(parse(given), config, longest)
         again = decide(parse(json.loads(json.dumps(found.to_json()))), config, longest)
         assert (again.method, again.context, again.window.tokens) == (found.method, found.context, found.window.tokens)
 
 
 def test_lengths_that_are_out_of_reach(config):
-    with pytest.raises(ValueError, match="reaches 960 tokens.*--max-model-len 960"):
+    with pytest.raises(ValueError, match=r"reaches 960 tokens.*--max-model-len 960"):
         decide(parse({"method": "selfextend", "group_size": 2, "window": 64}), config, 2048)
     with pytest.raises(ValueError, match="beyond the declared context of 1024"):
         decide(parse({"context": 1024}), config, 2048)

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +47,7 @@ def refuse(context: typer.Context) -> None:
 
 
 def command_of(out: Output, wanted: Wanted) -> list[str]:
-    """The command that serves it; the method is decided, and said, before vLLM starts. Raises ValueError, with the fix, where it cannot apply."""
+    """What follows `vllm serve`; the method is decided, and said, before vLLM starts. Raises ValueError, with the fix, where it cannot apply."""
     from longreach import configs
     from longreach.vllm import settings
 
@@ -74,7 +75,7 @@ def command_of(out: Output, wanted: Wanted) -> list[str]:
         **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}), **own,
     }  # fmt: skip
     model = str(files("longreach") / "nano") if embedded else wanted.model
-    return ["serve", model, *(part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value)))]
+    return [model, *(part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value)))]
 
 
 def hand_over(out: Output, wanted: Wanted, api_key: str | None) -> None:
@@ -82,10 +83,19 @@ def hand_over(out: Output, wanted: Wanted, api_key: str | None) -> None:
     if find_spec("vllm") is None:
         raise ValueError("vLLM is not installed here; docs/vllm.md says how, in an environment of its own")
     command = command_of(out, wanted)
-    out.finish({"command": ["vllm", *command]}, lambda console: None)
-    out.say("vllm " + shlex.join(command))
+    out.finish({"command": ["vllm", "serve", *command]}, lambda console: None)
+    out.say("vllm serve " + shlex.join(command))
     environment = dict(os.environ) if api_key is None else {**os.environ, "VLLM_API_KEY": api_key}
-    execute([sys.executable, "-m", "vllm.entrypoints.cli.main", *command], environment)
+    execute([sys.executable, "-m", *program(), *command], environment)
+
+
+def program() -> list[str]:
+    """What `vllm serve` runs. The command refuses to start where the package has another name than vllm, as that of its CPU build; its server does not."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model"]
+    return ["vllm.entrypoints.cli.main", "serve"]
 
 
 def execute(command: list[str], environment: dict[str, str]) -> None:

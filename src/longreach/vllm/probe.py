@@ -1,7 +1,7 @@
 """Is an attention layer of an engine what we take it for? It is run on a few tokens, with its own rotary and with the identity in its place.
 
-With the identity, queries and keys must not depend on positions at all; with its own rotary they must be what ours makes of those. So support is verified on the
-model at hand. Knows modules that take `positions` and `hidden_states` and call an attention module with q, k, v; no engine.
+With the identity, queries and keys must not depend on positions at all; with its own rotary they must be what ours makes of those. So support is verified on
+the model at hand. Knows modules that take positions and hidden states and call an attention module with q, k, v; no engine.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from longreach.vllm.rotary import Unturned, read
 
 Reached = tuple[torch.Tensor, torch.Tensor]  # q [H, T, D] and k [G, T, D]
 FAR = 2**20  # positions at which a layer that scales by them would show it
-INPUTS = ("positions", "hidden_states")
+HIDDEN, PLACES = "hidden_states", ("positions", "position_ids")  # names of what a unit is called with
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The module around one attention module that turns hidden states into its queries and keys. `rotaries`: (parent, name) of those inside."""
+    """The module around one attention module that turns hidden states into its queries and keys. `places`: what it calls positions. `rotaries`: (parent, name)
+    of those inside."""
 
     name: str
     module: nn.Module
     attention: nn.Module
+    places: str
     rotaries: tuple[tuple[nn.Module, str], ...]
 
 
@@ -48,13 +50,14 @@ def unit_of(model: nn.Module, name: str, rotary: str) -> Unit:
         inside = inside.rpartition(".")[0]
         module = model.get_submodule(inside)
         parameters = inspect.signature(module.forward).parameters
-        if all(each in parameters for each in INPUTS):
-            lacking = [each for each, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and each not in INPUTS]
-            if lacking:
+        places = next((each for each in PLACES if each in parameters), None)
+        if HIDDEN in parameters and places is not None:
+            needed = [each for each, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+            if lacking := [each for each in needed if each not in (HIDDEN, places)]:
                 raise ValueError(f"{type(module).__name__} needs {', '.join(lacking)} beside hidden states and positions; longreach cannot verify it on vLLM")
             found = [(parent, child) for parent in module.modules() for child, each in parent.named_children() if type(each).__module__.startswith(rotary)]
             inner = [(parent, child) for parent, child in found if not type(parent).__module__.startswith(rotary)]
-            return Unit(inside, module, model.get_submodule(name), tuple(inner))
+            return Unit(inside, module, model.get_submodule(name), places, tuple(inner))
     raise ValueError(f"no module around {name} takes hidden states and positions; longreach cannot verify it on vLLM, use longreach serve")
 
 
@@ -112,7 +115,7 @@ def reached(unit: Unit, hidden: torch.Tensor, positions: torch.Tensor) -> Reache
     hook = unit.attention.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
-            unit.module(positions=positions, hidden_states=hidden.clone())
+            unit.module(**{unit.places: positions, HIDDEN: hidden.clone()})
     except _Reached as found:
         return found.q, found.k
     finally:

@@ -1,7 +1,7 @@
 """Reading an engine's rotary modules, and the identity in their place.
 
-They hold tables of cos and sin, row t for position t. Frequencies are read back from the rows of powers of two, whose angles are exact in fp32. Knows tables and
-the attributes of such a module; whether what was read is right is decided by `probe.py`.
+They hold tables of cos and sin, row t for position t. Frequencies are read back from the rows of powers of two, whose angles are exact in fp32. Knows tables
+and the attributes of such a module; whether what was read is right is decided by `probe.py`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def module_of(module: nn.Module) -> Any:
 def frequencies(table: torch.Tensor) -> tuple[torch.Tensor, float]:
     """A table [P, r] of cos and sin, [:, : r/2] and the rest, times one factor -> frequencies [r/2] fp64 in radians per position, and the factor.
 
-    Position 2^n has the angle 2^n f without any rounding, so that each such row tells a frequency twice as well as the one before it, up to the last bit of what
-    was an fp32 number. Raises ValueError where the rows are not those of such frequencies.
+    Position 2^n has the angle 2^n f without any rounding, so that each such row tells a frequency twice as well as the one before it, up to the last bit of
+    what was an fp32 number. Raises ValueError where the rows are not those of such frequencies.
     """
     if len(table) < 2:
         raise ValueError("the rotary table has less than two positions; use vLLM without longreach for this model")

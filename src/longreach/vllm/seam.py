@@ -36,8 +36,7 @@ TESTED = ("0.32.0",)  # versions of vLLM
 LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 ROTARY = "vllm.model_executor.layers.rotary_embedding"
 WORKERS = {"CPUWorker": "vllm.v1.worker.cpu_worker", "Worker": "vllm.v1.worker.gpu_worker"}
-SPECULATION = ("ngram", "ngram_gpu", "suffix")  # drafts that come from the text itself
-PAGE_SIZES = 1  # any multiple of it
+SPECULATION = ("ngram",)  # drafts that come from the text itself
 
 logger = logging.getLogger("vllm.longreach")
 
@@ -98,7 +97,8 @@ def _said(decided: Decided) -> None:
     if decided.warning:
         logger.warning("longreach: %s", decided.warning)
     if decided.method.bounded:
-        logger.warning("longreach: %s sees the last tokens and the first ones only, but vLLM keeps the pages between them until a request ends", decided.method.name)
+        name = decided.method.name
+        logger.warning("longreach: %s sees the last tokens and the first ones only, but vLLM keeps the pages between them until a request ends", name)
 
 
 def installed() -> str:
@@ -133,7 +133,7 @@ def refuse(config: Any) -> None:
     if config.kv_transfer_config is not None:
         raise ValueError("longreach was not tested with pages that are handed to other engines or to disk; leave out --kv-transfer-config")
     if speculative is not None and speculative.method not in SPECULATION:
-        raise ValueError(f"drafts of {speculative.method} come from a model without the method; use one of {', '.join(SPECULATION)}, or no speculation")
+        raise ValueError(f"drafts of {speculative.method} come from a model without the method; use {' or '.join(SPECULATION)}, or no speculation")
     if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         raise ValueError("longreach cannot split a sequence over devices; leave out context parallelism, and use tensor or pipeline parallelism")
     if getattr(config.model_config, "use_mla", False):
@@ -155,15 +155,8 @@ def worker_of(name: str) -> str:
 def _salted(preprocess: Any, core: Any, request: Any) -> Any:
     """`EngineCore.preprocess_add_request`: pages are found again under the method that they were computed with only."""
     if (given := _given(core.vllm_config)) is not None:
-        request.cache_salt = f"{request.cache_salt or ''}{_salt(str(given))}"
+        request.cache_salt = f"{request.cache_salt or ''}{settings.salt_of(given)}"
     return preprocess(core, request)
-
-
-@functools.lru_cache(maxsize=16)
-def _salt(text: str) -> str:
-    import hashlib
-
-    return f"{settings.KEY}:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def _given(config: Any) -> Any:
@@ -209,9 +202,10 @@ def attach(config: Any, model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no attention layers that longreach knows; use vLLM without longreach")
     for name, module in found:
         _refuse_layer(name, module, plain)
-    methods = configs.methods_of([Stock(sliding_window=module.sliding_window) for _, module in found], decided.method)
+    slides = all(own.sliding_window is not None for own in configs.trained_layers(text))  # of the whole model, some of whose layers may be elsewhere
     worst, tested = 0.0, {}
-    for (name, module), method in zip(found, methods, strict=True):
+    for name, module in found:
+        method = decided.method if module.sliding_window is None or slides else Stock(sliding_window=module.sliding_window)
         rotary, difference = probe.replace_rotaries(probe.unit_of(model, name, ROTARY))
         worst = max(worst, difference)
         if rotary is None and method.rescales:
@@ -249,7 +243,7 @@ def _refuse_layer(name: str, module: Any, plain: type) -> None:
 def _tested(paged: Paged, module: Any, device: torch.device, config: Any) -> float:
     """The self-test of one kind of layer. Raises ValueError where it fails."""
     dtype = module.kv_cache_torch_dtype
-    size, longest = config.cache_config.block_size, config.model_config.max_model_len
+    size, longest = config.cache_config.block_size or 16, config.model_config.max_model_len
     found = selftest.difference(paged, module.num_heads, module.num_kv_heads, module.head_size, dtype, device, size, longest)
     if not found < (1e-4 if dtype == torch.float32 else 5e-2):
         raise ValueError(f"attention on pages differs from the dense truth of {paged.layer.method} by {found:.1e} here; use longreach serve, and report this")
@@ -272,7 +266,7 @@ class Backend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [MultipleOf(PAGE_SIZES)]
+        return [MultipleOf(1)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -53,10 +53,10 @@ class Decided:
         """Settings that decide the same."""
         return {**self.method.to_json(), "context": self.context, "trained_window": self.window.tokens}
 
-    @property
-    def salt(self) -> str:
-        """A name for keys and values that were computed under this method: others must not read them."""
-        return f"{KEY}:{hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:32]}"
+
+def salt_of(given: Mapping[str, Any]) -> str:
+    """A name for keys and values that were computed under these settings: whoever has others must not read them."""
+    return f"{KEY}:{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:32]}"
 
 
 def asked(additional: Any, environment: Mapping[str, str]) -> Settings | None:
@@ -100,6 +100,7 @@ def decide(settings: Settings, config: Any, longest: int) -> Decided:
 
     Raises ValueError, with the fix, where the method does not reach so far, or pages cannot hold what it needs.
     """
+    configs.refuse_unsupported(config)
     window = configs.trained_window(config, settings.trained_window)
     context = settings.context or longest
     if longest > context:
@@ -113,6 +114,7 @@ def decide(settings: Settings, config: Any, longest: int) -> Decided:
             warning = unchecked if warning is None else f"{warning}; {unchecked}"
     else:
         method, said, warning = settings.method, f"{settings.method} (asked for)", None
+        refuse(method)
         reach = dial.limit(method, window.tokens)
         if reach is not None and context > reach and not method.needs_context:
             raise ValueError(
@@ -122,7 +124,6 @@ def decide(settings: Settings, config: Any, longest: int) -> Decided:
         if isinstance(method, Stock) and context > window.tokens:
             warning = f"plain attention on {context} tokens, beyond the trained window of {window.tokens}: distances that were never trained"
     refuse(method)
-    configs.refuse_unsupported(config)
     return Decided(method, window, context, said, warning)
 
 
