@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(self, paged: Paged, size: int = 4, pages: int = 64) -> None:
         self.paged, self.size = paged, size
-        self.keys, self.values = (torch.full((pages, GROUPS, size, WIDTH), torch.nan) for _ in range(2))
+        self.pool = torch.full((pages, GROUPS, 2, size, WIDTH), torch.nan)
         self.free = random.Random(1).sample(range(1, pages), pages - 1)
         self.table: dict[str, list[int]] = {}
         self.text: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -72,7 +72,7 @@ class Engine:
             table[row, : len(self.table[name])] = torch.tensor(self.table[name])
         requests = Requests.of(ends, lengths, table, torch.tensor(slots), self.size)
         q, k, v = (torch.cat(each) for each in zip(*parts))
-        out = self.paged.attend(requests, q, k, v, self.keys, self.values)
+        out = self.paged.attend(requests, q, k, v, self.pool)
         return dict(zip(new, out.split(list(new.values()))))
 
     def leave(self, name: str) -> None:
@@ -143,8 +143,7 @@ def test_pages_of_requests_that_left_are_used_again():
     run = engine(SelfExtend(3, 8), turning=rotary(Stock()), pages=20)
     check(run, {"a": 21, "b": 9})
     for page in run.table["a"]:
-        run.keys[page] = torch.nan
-        run.values[page] = torch.nan
+        run.pool[page] = torch.nan
     run.leave("a")
     for new in ({"c": 10, "b": 1}, {"b": 1, "c": 1}, {"c": 3, "b": 2}):
         check(run, new)

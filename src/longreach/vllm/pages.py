@@ -51,24 +51,22 @@ class Paged:
         object.__setattr__(self, "kept", kept)
         object.__setattr__(self, "stored", stored_form(kept))
 
-    def attend(
-        self, requests: Requests, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """q [T, H, D], k [T, G, D], v [T, G, E] of the new tokens, un-rotated; keys [N, G, size, D] and values [N, G, size, E], which are written to.
-        -> [T, H, E]."""
-        self.write(requests, k, v, keys, values)
-        memory = Pages(requests, keys, values, self.stored, self.kept, self.layer.rest)
+    def attend(self, requests: Requests, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """q [T, H, D], k and v [T, G, D] of the new tokens, un-rotated; pool [N, G, 2, size, D] of all pages, keys before values, which is written to.
+        -> [T, H, D]."""
+        self.write(requests, k, v, pool)
+        memory = Pages(requests, pool, self.stored, self.kept, self.layer.rest)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return executor.execute(self.layer, requests.batch, memory, self.kernel, q, k, v, self.inputs)[0]  # type: ignore[arg-type]  # see Pages
 
-    def write(self, requests: Requests, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """k [T, G, D] and v [T, G, E] of the new tokens to their pages."""
+    def write(self, requests: Requests, k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor) -> None:
+        """k and v [T, G, D] of the new tokens to their pages."""
         page, place = requests.places(k.device)
         rotary = self.layer.rotary
         if rotary is not None and (self.stored != RAW or rotary.scaling != 1.0):
             k = requests.table_of_new(rotary, self.stored, k.device).rotate(k.transpose(0, 1)).transpose(0, 1)
-        keys[page, :, place] = k
-        values[page, :, place] = v
+        pool[page, :, 0, place] = k
+        pool[page, :, 1, place] = v
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +75,7 @@ class Pages:
     moves them as it likes."""
 
     requests: Requests
-    keys: torch.Tensor  # [N, G, size, D]
-    values: torch.Tensor  # [N, G, size, E]
+    pool: torch.Tensor  # [N, G, 2, size, D], contiguous
     stored: PositionMap
     kept: Mapping[PositionMap, Retention]
     rest: Rotary | None  # what turns keys that have the factor of the rotary already
@@ -103,10 +100,11 @@ class Pages:
         return (KV(k.narrow(2, from_column, columns), v.narrow(2, from_column, columns), start),)
 
     def read(self, positions: PositionMap, stretches: tuple[Stretch, ...], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys at some positions [m, G, C, D] and values [m, G, C, E] of `count` pages of each of some requests, from its first one on. Columns behind the last
-        token of a request are finite."""
-        ids = self.requests.pages(stretches, count)
-        k, v = (x.transpose(0, 1).index_select(1, ids).flatten(1, 2) for x in (self.keys, self.values))  # [G, m C, D]
+        """Keys at some positions and values [m, G, C, D] of `count` pages of each of some requests, from its first one on. Columns behind the last token of a
+        request are finite."""
+        heads, width = self.pool.shape[1], self.pool.shape[4]
+        pages = self.pool.view(-1, self.pool.shape[3] * width)  # one row for the keys of a head, and one for the values; whole rows are copied fast
+        k, v = (pages.index_select(0, rows).view(heads, -1, width) for rows in self.requests.rows(stretches, count, heads))  # [G, m C, D]
         if positions != self.stored and self.rest is not None:
             k = self.requests.turn(self.rest, self.stored, positions, stretches, count, k.device).rotate(k)
         k, v = (x.unflatten(1, (len(stretches), -1)).transpose(0, 1) for x in (k, v))

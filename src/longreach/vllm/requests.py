@@ -80,6 +80,14 @@ class Requests:
             self.made[key] = self.table[rows, column].flatten().long()
         return self.made[key]
 
+    def rows(self, stretches: tuple[Stretch, ...], count: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[heads * m * count] each: where keys and values of these pages lie, head by head, in a pool of [pages, heads, keys and values]."""
+        key = "rows", stretches, count, heads
+        if key not in self.made:
+            keys = (self.pages(stretches, count) * heads + torch.arange(heads, device=self.table.device)[:, None]).flatten() * 2
+            self.made[key] = keys, keys + 1
+        return self.made[key]
+
     def turn(self, rotary: Rotary, stored: PositionMap, wanted: PositionMap, stretches: tuple[Stretch, ...], count: int, device: torch.device) -> Table:
         """The rotation that is due from the positions that keys are `stored` at to those that are `wanted`, for the tokens of `pages(stretches, count)`."""
         key = id(rotary), stored, wanted, stretches, count, device

@@ -228,8 +228,8 @@ def attach(config: Any, model: nn.Module) -> None:
 
 
 def _refuse_layer(name: str, module: Any, plain: type) -> None:
-    if type(module) is not plain:
-        raise ValueError(f"{name} is a {type(module).__name__}, which keeps something else than keys and values of every token; use vLLM without longreach")
+    if (kind := type(module)) is not plain:
+        raise ValueError(f"{name} is a {kind.__name__}, which keeps something else than keys and values of every token; use vLLM without longreach")
     for what, wrong in {
         "attends to more than what comes before": module.attn_type != AttentionType.DECODER,
         "reads the keys of another layer": module.kv_sharing_target_layer_name is not None,
@@ -317,13 +317,12 @@ class Impl(AttentionImpl):
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Requests | None,
         output: torch.Tensor, output_scale: torch.Tensor | None = None, output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """query [T, H, D], key and value [T, G, D], kv_cache [pages, G, size, 2 D], keys first."""
+        """query [T, H, D], key and value [T, G, D], kv_cache [pages, G, size, 2 D], which we divide into [pages, G, 2, size, D]."""
         if attn_metadata is None:  # while the engine warms up
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             raise ValueError("longreach does not quantise the output of attention; leave out that fusion")
         pages, heads, size, _ = kv_cache.shape
-        keys, values = kv_cache.view(pages, heads, 2 * size, -1).chunk(2, dim=2)
-        n = attn_metadata.tokens
-        output[:n] = self.paged.attend(attn_metadata, query[:n], key[:n], value[:n], keys, values)
+        n, pool = attn_metadata.tokens, kv_cache.view(pages, heads, 2, size, -1)
+        output[:n] = self.paged.attend(attn_metadata, query[:n], key[:n], value[:n], pool)
         return output

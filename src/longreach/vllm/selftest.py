@@ -27,7 +27,7 @@ def difference(paged: Paged, heads: int, groups: int, width: int, dtype: torch.d
     for row, own in enumerate(order.split(pages)):
         table[row, : len(own)] = own
     texts = [tuple(torch.randn(length, h, width, generator=generator).to(device, dtype) for h in (heads, groups, groups)) for length in lengths]
-    keys, values = (torch.zeros(sum(pages) + 1, groups, size, width, dtype=dtype, device=device) for _ in range(2))
+    pool = torch.zeros(sum(pages) + 1, groups, 2, size, width, dtype=dtype, device=device)
 
     def forward(first: tuple[int, ...], last: tuple[int, ...]) -> torch.Tensor:
         """The tokens first .. last of each request, in one forward."""
@@ -36,10 +36,11 @@ def difference(paged: Paged, heads: int, groups: int, width: int, dtype: torch.d
         slots = torch.cat([table[row, torch.arange(a, b) // size].long() * size + torch.arange(a, b) % size for row, (a, b) in enumerate(zip(first, last))])
         requests = Requests.of(ends, list(last), table.to(device), slots.to(device), size)
         q, k, v = (torch.cat([x[a:b] for x, a, b in zip(each, first, last)]) for each in zip(*texts))
-        return paged.attend(requests, q, k, v, keys, values)
+        return paged.attend(requests, q, k, v, pool)
 
     before = tuple(length - new for length, new in zip(lengths, NEW))
-    paged.write(Requests.of(*_whole(before, table, size, device)), *(torch.cat([x[i][:n] for x, n in zip(texts, before)]) for i in (1, 2)), keys, values)
+    read = [torch.cat([x[:n] for x, n in zip(each, before)]) for each in zip(*texts)]
+    paged.write(Requests.of(*_whole(before, table, size, device)), read[1], read[2], pool)
     found = forward(before, lengths).split(list(NEW))
     worst = 0.0
     for (q, k, v), new, out in zip(texts, NEW, found):
