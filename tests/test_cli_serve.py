@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from commands import Run, refused
-from longreach.cli import serve
+from longreach.cli import serve, serve_vllm
 from longreach.cli.console import Discard, Output, Terminal
 
 
@@ -84,3 +84,60 @@ def test_a_line_of_the_log_is_one_object(capsys: pytest.CaptureFixture[str]) -> 
             other = logging.getLogger(name)
             other.handlers, other.propagate = [], True
             other.setLevel(logging.NOTSET)
+
+
+def test_vllm_is_not_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_vllm, "find_spec", lambda name: None)
+    refused(run, "serve", "--engine", "vllm", says="vLLM is not installed here")
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """-> what would be executed in place of this process."""
+    found: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(serve_vllm, "find_spec", lambda name: name)
+    monkeypatch.setattr(serve_vllm, "version", lambda name: "0.32.0")
+    monkeypatch.setattr(serve_vllm, "execute", lambda *given: found.append(given))
+    return found
+
+
+def test_the_same_words_are_handed_over_to_vllm(run: Run, handed: list[Any]) -> None:
+    words = ("--context", "2k", "--method", "selfextend", "--group-size", 8, "--window", 64, "--port", 9000, "--api-key", "sesame")
+    found = run("serve", "--engine", "vllm", *words)
+    [(command, environment)] = handed
+    assert found.code == 0 and "method: SelfExtend(group_size=8" in found.err
+    assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"] and environment["VLLM_API_KEY"] == "sesame" and "sesame" not in command
+    options = dict(zip(command[5::2], command[6::2], strict=True))
+    settings = json.loads(options.pop("--additional-config"))["longreach"]
+    assert options == {"--served-model-name": "nano", "--host": "127.0.0.1", "--port": "9000", "--max-model-len": "2048", "--dtype": "float32"}
+    assert {name: settings[name] for name in ("method", "group_size", "window", "context", "trained_window")} == {
+        "method": "selfextend", "group_size": 8, "window": 64, "context": 2048, "trained_window": 512,
+    }  # fmt: skip
+
+
+def test_vllm_in_the_trained_window_and_by_the_dial(run: Run, handed: list[Any], folders: dict[str, str]) -> None:
+    found = run("serve", "--engine", "vllm", "--json")
+    assert json.loads(found.out)["command"] == ["vllm", *handed[0][0][3:]] and "--additional-config" not in handed[0][0]
+    assert run("serve", "--engine", "vllm", "--model", folders["chat"], "--context", 256, "--dtype", "bf16").code == 0
+    command = handed[1][0]
+    assert command[command.index("--dtype") + 1] == "bfloat16" and '"method": "selfextend"' in command[-1] and folders["chat"] in command
+    assert run("serve", "--engine", "vllm", "--method", "selfextend", "--group-size", 2, "--window", 64).code == 0
+    assert handed[2][0][handed[2][0].index("--max-model-len") + 1] == "960"
+
+
+def test_the_cpu_build_has_a_server_and_no_command(run: Run, handed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise serve_vllm.PackageNotFoundError(name)
+
+    monkeypatch.setattr(serve_vllm, "version", missing)
+    assert run("serve", "--engine", "vllm").code == 0
+    assert handed[0][0][1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+
+
+def test_what_vllm_cannot_be_handed(run: Run, handed: list[Any], tmp_path: Any) -> None:
+    refused(run, "serve", "--engine", "vllm", "--queue", 3, "--memory", "device=1GiB", says="--queue and --memory belong to longreach's own server")
+    refused(run, "serve", "--engine", "vllm", "--method", "lm-infinite", "--n-local", 512, says="pass --context N")
+    refused(run, "serve", "--engine", "vllm", "--context", 2048, "--method", "quest", "--budget", 64, says="chooses keys by their content")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
+    refused(run, "serve", "--engine", "vllm", "--model", str(tmp_path / "model.gguf"), says="write the model as a folder first")
+    assert not handed

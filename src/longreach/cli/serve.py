@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -86,6 +86,9 @@ def command(
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
     memory: common.Memory = None,
+    engine: Annotated[
+        Literal["longreach", "vllm"], typer.Option("--engine", help="vllm: hand over to `vllm serve` with the same method; see docs/vllm.md.")
+    ] = "longreach",
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -95,6 +98,14 @@ def command(
     Without --context and --method, the context is the trained window. Parameters of a method are options too: see `longreach methods`.
     """
     with common.output(as_json, verbose, quiet) as out:
+        if engine == "vllm":
+            from longreach.cli import serve_vllm
+
+            serve_vllm.refuse(context)
+            profiles.asked(profile, no_profile, chosen := common.method_of(context, method))
+            wanted = serve_vllm.Wanted(model, name or called(model), declared, chosen, trained_window, profile, dtype, host, port)
+            serve_vllm.hand_over(out, wanted, api_key)
+            return
         if lacking := [package.replace("_", "-") for package in PACKAGES if find_spec(package) is None]:
             raise ValueError(f"serving needs {' and '.join(lacking)}; pip install 'longreach[serve]'")
 
