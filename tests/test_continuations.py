@@ -77,7 +77,7 @@ def test_what_is_shared_is_read_once(model):
             seen: list[int] = []
             reader.log_probabilities(asked, ANSWER, done=seen.append)
     ends = len({tuple(ids) for ids in asked})
-    assert readers[0].tokens == readers[1].tokens == len(beginnings) + ends * len(ANSWER) + 1  # where a prompt ends, two branches go on, and each reads that token
+    assert readers[0].tokens == readers[1].tokens == len(beginnings) + ends * len(ANSWER) + 1  # where one ends, two branches go on, and each reads that token
     assert seen == [*range(1, ends + 1)]
     assert readers[0].forwards < readers[1].forwards - ends // 2
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "run": "run",
     "chat": "chat",
     "serve": "serve",
+    "attribute": "attribute",
     "methods": "methods",
     "distances": "distances",
     "check": "check",

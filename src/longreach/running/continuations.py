@@ -104,13 +104,13 @@ class Continuations:
             raise ValueError("the continuation has no tokens; pass a text that the tokenizer makes tokens of")
         asked = [tuple(prompt) for prompt in prompts]
         limit = self.extension.context
-        for ids in asked:
-            if not ids:
+        for prompt in asked:
+            if not prompt:
                 raise ValueError("a prompt has no tokens; pass one with at least one token, such as the tokenizer's bos_token_id")
-            if limit is not None and len(ids) + len(answer) > limit:
+            if limit is not None and len(prompt) + len(answer) > limit:
                 raise ValueError(
-                    f"a prompt of {len(ids)} tokens and its continuation of {len(answer)} exceed the declared context of {limit}; shorten them, or "
-                    f"extend(model, context={len(ids) + len(answer)})"
+                    f"a prompt of {len(prompt)} tokens and its continuation of {len(answer)} exceed the declared context of {limit}; shorten them, or "
+                    f"extend(model, context={len(prompt) + len(answer)})"
                 )
         order = [[*ids] for ids in sorted({*asked})]
         read = self._together if self.method.eviction is None else self._in_turns

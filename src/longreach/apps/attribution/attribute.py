@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from longreach.apps.attribution.scores import Coalition, Scorer, named
-from longreach.apps.attribution.search import Search, expected, search
+from longreach.apps.attribution.search import TOP, Search, expected, search
 from longreach.apps.parts import WORDS, Part, Unit, cut
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import Tokenizer
@@ -22,7 +22,6 @@ from longreach.running.conversation import Conversation
 from longreach.running.prefix import Prefix
 from longreach.running.together import AT_ONCE
 
-TOP = 5  # K of the paper
 MOST_PARTS = 10_000
 Progress = Callable[[int, int], None]
 
@@ -146,7 +145,7 @@ def attribute(
     if not question.strip():
         raise ValueError("there is no question; pass what was asked about the text")
     talk = Conversation(extension.model, tokenizer, system=system)  # type: ignore[arg-type,unused-ignore]
-    places = _of_text(talk, text, parts, question)
+    places = of_text(talk, text, parts, question)
     if answer is None:
         ids = places.prompt(Coalition(range(len(parts))))
         _require_room(extension, len(ids), max_new_tokens)
@@ -181,7 +180,7 @@ def why(
     document = cut(talk.document, by, words)
     if not document and not before:
         raise ValueError("the conversation has no text and no earlier turn that could have made the answer; ask again after another question")
-    places = _of_talk(talk, document)
+    places = of_talk(talk, document)
     ids = without_end(found.ids, talk.extension, talk.tokenizer)
     reader = Continuations(talk.extension, at_once=at_once, chunk_size=talk.chunk_size)
     return _attribute(places, question, found.text, ids, reader, top, scorers, progress, stopped)
@@ -190,12 +189,12 @@ def why(
 # -- prompts ----------------------------------------------------------------------------------------------------------------------
 
 
-def _of_text(talk: Conversation, text: str, parts: Sequence[Part], question: str) -> Places:
+def of_text(talk: Conversation, text: str, parts: Sequence[Part], question: str) -> Places:
     """The prompts of `longreach run`."""
     return Places(parts, [None] * len(parts), lambda who: talk.sequence(prompts.about(_joined(text, parts, who), question)))
 
 
-def _of_talk(talk: Conversation, document: Sequence[Part]) -> Places:
+def of_talk(talk: Conversation, document: Sequence[Part]) -> Places:
     """Those of the conversation before its last answer, with some parts of its text and some of the turns before."""
     *before, (question, _) = talk.turns
     said = [prompts.about(asked, answer.text) for asked, answer in before]
@@ -282,7 +281,7 @@ def _attribute(
     if count > MOST_PARTS:
         raise ValueError(f"the text has {count} parts, more than {MOST_PARTS}; cut it into larger ones, such as paragraphs or passages of more words")
     started = time.perf_counter()
-    most = expected(count, scorers, top) + 4
+    most = expected(count, scorers, top)
     value = Likelihoods(places, answer_ids, reader, lambda done: progress(min(done, most), most), stopped)
     searches = [Search(scorer, count, top) for scorer in scorers]
     evidence, complete = None, False
@@ -293,7 +292,7 @@ def _attribute(
         everything = Coalition(range(count))
         those = Coalition(part for group, scored in best if scored.score > 0 for part in group)
         evidence = Evidence(*value([everything, everything - those, those, Coalition()]))
-        progress(most, most)
+        progress(most, most)  # those for the evidence were beyond what was expected
     except Stopped:
         best = _best(places, searches, top)
     work = Work(len(value.known), reader.forwards, value.asked, reader.tokens, time.perf_counter() - started, reader.alone)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from longreach.apps.attribution.scores import Coalition, Scorer
 
 Values = Callable[[Sequence[Coalition]], Sequence[float]]  # coalitions of parts -> their values, all at once
+TOP = 5  # K of the paper
 
 
 class Search:
