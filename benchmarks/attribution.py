@@ -3,9 +3,9 @@
     python benchmarks/attribution.py                                  # 100 contexts of 2048 tokens: an hour or two on one core
     python benchmarks/attribution.py --contexts 3 --out try.json      # only to see that it runs
 
-A context counts where nano's answer is the key. Then a second statement with another key is put into the same passage, and nano is asked again: whichever of the
-two keys it names now, the passage that states it is to be found, and the other is not. For the first contexts leave-one-out over all parts stands beside the
-search. Faithfulness: by how much log p(answer) falls when the parts that were found are taken out of the text, and when as many random ones are.
+A context counts where nano's answer is the key. Then a second statement with another key is put into the same passage, and nano is asked again: whichever of
+the two keys it names now, the passage that states it is to be found, and the other is not. For the first contexts leave-one-out over all parts stands beside
+the search. Faithfulness: by how much log p(answer) falls when the parts that were found are taken out of the text, and when as many random ones are.
 
 The file is written after every context, and the same command goes on from it.
 """
@@ -166,12 +166,10 @@ def summary(contexts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> str:
-    rows = [[name, ", ".join(f"{key} {_number(each)}" for key, each in value.items()) if isinstance(value, dict) else _number(value)] for name, value in found.items()]
+    words = lambda value: f"{value:.1f}" if isinstance(value, float) else str(value)  # noqa: E731
+    inside = lambda value: ", ".join(f"{name} {words(each)}" for name, each in value.items()) if isinstance(value, dict) else words(value)  # noqa: E731
+    rows = [[name, inside(value)] for name, value in found.items()]
     return table("attribution on nano", ["", ""], rows)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

@@ -15,11 +15,13 @@ from longreach import LMInfinite, SelfExtend, SirLLM, Stock
 from longreach.apps import parts
 from longreach.apps.attribution import page
 from longreach.apps.attribution.attribute import Attribution, Evidence, Scored, Work, attribute, encoded, why
-from longreach.apps.attribution.scores import Alone, LeaveOneOut, named
+from longreach.apps.attribution.scores import ENSEMBLE, PERMUTATIONS, Alone, LeaveOneOut, named
+from longreach.apps.attribution.search import TOP
 from longreach.apps.parts import Part, cut
 from longreach.cli import main
 from longreach.running import generation
 from longreach.running.conversation import Conversation
+from scripts import ROOT
 from tiny import llama
 from tiny import tokenizer as byte_tokenizer
 
@@ -198,9 +200,10 @@ def test_why_needs_an_answer_and_something_before_it(nano):
 # -- the page -----------------------------------------------------------------------------------------------------------------------
 
 EVIL = "<script>document.title='taken'</script><img src=x onerror=alert(1)>"
+MADE = Evidence(-0.1, -9.0, -0.2, -8.0)
 
 
-def result(spans: list[tuple[int, int, float]], words: str, evidence: Evidence | None = Evidence(-0.1, -9.0, -0.2, -8.0)) -> Attribution:
+def result(spans: list[tuple[int, int, float]], words: str, evidence: Evidence | None = MADE) -> Attribution:
     found = tuple(Scored(start, stop, words[start:stop], None, score, {"alone": score}) for start, stop, score in spans)
     return Attribution(EVIL, EVIL, 8, found, 9, evidence, Work(9, 9, 900, 500, 1.0, None), True)
 
@@ -296,3 +299,11 @@ def test_the_help_is_quick(capsys):
     assert main(["attribute", "--help"]) == 0
     assert "--answer" in capsys.readouterr().out
     assert named()[0].name == "alone"
+
+
+def test_the_page_of_the_documentation_is_true(capsys):
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/attribution.md").read_text(encoding="utf-8"), re.S)
+    exec(compile(snippet, "docs/attribution.md", "exec"), {})
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].strip() == ANSWER and "The pass key is 48213." in shown[1] and shown[-1].startswith("Evidence(")
+    assert ", ".join(ENSEMBLE[:2]) == "alone, leave-one-out" and TOP == 5 and PERMUTATIONS == 5  # what it says of them

@@ -133,8 +133,8 @@ def show(console: Console, found: Attribution) -> None:
     from longreach.apps.attribution import page
 
     console.print(Text(found.answer.strip(), "bold"), "\n", sep="")
-    if found.parts:
-        console.print(table(found))
+    if shown := page.mattering(found):
+        console.print(table(shown))
     console.print(Text(page.verdict(found)))
     if (evidence := found.evidence) is not None:
         rows = (("whole text", evidence.whole), ("without the parts", evidence.without), ("the parts alone", evidence.only), ("no text", evidence.nothing))
@@ -152,14 +152,14 @@ def chance(nats: float, tokens: int) -> str:
     return f"{100 * page.per_token(nats, tokens):.3g} % a token ({nats:.2f} nats)"
 
 
-def table(found: Attribution) -> Any:
+def table(found: list[Scored]) -> Any:
     """The parts, the best first."""
     from rich.text import Text
 
     from longreach.apps.attribution.page import excerpt
 
     shown = common.plain_table("", "score", "where", "part")
-    for rank, part in enumerate(found.parts, 1):
+    for rank, part in enumerate(found, 1):
         shown.add_row(str(rank), f"{part.score:.2f}", place(part), Text(excerpt(part.text)))
     return shown
 

@@ -18,7 +18,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 LONGEST = 400_000  # characters of a text that is shown whole
 AROUND = 1500  # characters shown on both sides of a part, of a longer text
 HARDLY = math.log(2)  # nats that make no difference to speak of
-LEAST = 0.01  # of the largest score: parts below are not marked
+LEAST = 0.01  # of the largest score: parts below are not shown
 EXCERPT = 180  # characters of a part in a list
 
 
@@ -49,8 +49,8 @@ class Line:
 
 def render(found: Attribution, text: str, source: str, model: str) -> str:
     """The page. `source`: what the text is called."""
-    most = max((part.score for part in found.parts), default=0.0)
-    marked = [part for part in found.parts if part.score > max(0.0, LEAST * most) and part.turn is None]
+    marked = [part for part in mattering(found) if part.turn is None]
+    most = max((part.score for part in marked), default=1.0)
     lines = [_line(rank, part, part.score / most, len(text)) for rank, part in enumerate(marked, 1)]
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
@@ -58,6 +58,12 @@ def render(found: Attribution, text: str, source: str, model: str) -> str:
         verdict=verdict(found),
     )  # fmt: skip
     return page.encode("utf-8", "replace").decode()  # an answer may hold half a character
+
+
+def mattering(found: Attribution) -> list[Scored]:
+    """The parts that make the answer likelier, the best first, without those whose score is next to nothing."""
+    most = max((part.score for part in found.parts), default=0.0)
+    return [part for part in found.parts if part.score > max(0.0, LEAST * most)]
 
 
 def verdict(found: Attribution) -> str:
@@ -79,7 +85,10 @@ def verdict(found: Attribution) -> str:
 def excerpt(text: str) -> str:
     """A part on a line: its beginning and its end."""
     line = " ".join(text.split())
-    return line if len(line) <= EXCERPT else f"{line[: EXCERPT // 2].rstrip()} \u2026 {line[-EXCERPT // 2 :].lstrip()}"
+    if len(line) <= EXCERPT:
+        return line
+    head, tail = line[: EXCERPT // 2], line[-EXCERPT // 2 :]
+    return f"{head.rpartition(' ')[0] or head} \u2026 {tail.partition(' ')[2] or tail}"
 
 
 def times(nats: float) -> str:
