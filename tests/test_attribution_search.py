@@ -113,13 +113,18 @@ def test_what_is_refused():
 @pytest.mark.parametrize("scorer", [Alone(), LeaveOneOut(), Shapley(2), DenoisedShapley(3)], ids=lambda scorer: scorer.name)
 @pytest.mark.parametrize("n,keep", [(1, 5), (4, 5), (5, 5), (6, 5), (37, 5), (64, 1), (100, 3), (333, 8)])
 def test_the_best_parts_of_an_additive_game_are_found(scorer, n, keep):
-    """Weights are positive, as the theorem asks: then a group with one of the best is worth more than those without."""
+    """Each of them outweighs all others together, so that a group with one of them is worth more than one without."""
     rng = Random(n)
     best = rng.sample(range(n), min(n, keep))
     weights = [1000.0 + rng.random() * 1000 if i in best else rng.random() / n for i in range(n)]
     found, _ = searched(n, scorer, keep, additive(weights))
     assert {group.start for group in found.best} == {*best}
     assert all(len(group) == 1 and math.isclose(score, weights[group.start], abs_tol=1e-6) for group, score in found.best.items())
+
+
+def test_two_middling_parts_may_hide_the_best_one():
+    """Values that add up are not enough: what the paper's theorem needs is stated in search.py."""
+    assert searched(4, LeaveOneOut(), 1, additive([3, 0, 2, 2]))[0].best == {range(2, 3): 2}
 
 
 @pytest.mark.parametrize("n,levels", [(100, 5), (320, 7), (1000, 8)])
