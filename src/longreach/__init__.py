@@ -82,6 +82,8 @@ def __getattr__(name: str) -> Any:
         for method in registry().values():
             if method.__name__ == name:
                 return method
+    if name == "apps":
+        return import_module("longreach.apps")
     if name in ("loading", "auto"):  # moved; attributes as soon as a model was loaded and extended, so old code does not import them
         return import_module(f"longreach.{name}")
     raise AttributeError(f"module 'longreach' has no attribute {name!r}")

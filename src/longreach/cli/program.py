@@ -34,6 +34,7 @@ COMMANDS = {
     "check": "check",
     "eval": "eval",
     "tune": "tune",
+    "rag": "rag",
     "plan": "plan",
 }
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -2,8 +2,8 @@
 
     one group with all n parts; repeat: halve each group; where more than `keep` are left, score them in the game among themselves and keep the best.
 
-A group acts as one player, and only groups that are left play. Where values add up and at most `keep` parts
-outweigh all others together, these are found; a large part among small ones may lose to two middling ones. Knows no texts and no models.
+A group acts as one player, and only groups that are left play. Where values add up, and each of at most `keep` parts outweighs all others together, these are
+found; a large part among small ones may lose to two middling ones. Knows no texts and no models.
 """
 
 from __future__ import annotations
