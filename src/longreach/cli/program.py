@@ -28,13 +28,13 @@ COMMANDS = {
     "run": "run",
     "chat": "chat",
     "serve": "serve",
-    "attribute": "attribute",
     "methods": "methods",
     "distances": "distances",
     "check": "check",
     "eval": "eval",
     "tune": "tune",
     "rag": "rag",
+    "attribute": "attribute",
     "plan": "plan",
 }
 BAD_INPUT, INTERRUPTED = 2, 130
