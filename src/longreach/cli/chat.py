@@ -33,6 +33,7 @@ COMMANDS = {
     "/save FILE": "keep the text and the turns in a folder, as they were read",
     "/load FILE": "go on from such a folder, without reading it again",
     "/reset": "forget the turns and keep the text, which is read again with the next question",
+    "/why [UNIT]": "which parts of the conversation made the last answer; UNIT is sentence, paragraph or passage",
     "/facts": "the method in force, its layers, capacity and measured exactness",
     "/quit": "end, as Ctrl-D does",
 }
@@ -178,6 +179,10 @@ def obey(session: Session, name: str, rest: str) -> None:
     elif name == "/reset":
         session.reset()
         out.note("the turns are forgotten; the text will be read again with the next question")
+    elif name == "/why":
+        from longreach.cli import attribute
+
+        attribute.why(session, rest)
     elif name == "/facts":
         out.say(session.extension.describe())
     elif name == "/save":
