@@ -291,6 +291,17 @@ def test_what_the_scheduler_refuses_later_is_no_failure_of_the_model(server: Ser
     assert json.loads(stream.removeprefix("data: "))["error"]["message"] == "documents leave no room for this job; release one"
 
 
+def test_a_forward_that_raises_valueerror_is_a_failure(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library beneath us: whoever asked cannot mend it."""
+
+    def fails(*given: Any) -> Any:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(server.service.worker.scheduler.room.flat, "read", fails)
+    found = httpx.post(f"{server.url}/v1/completions", json=ASK)
+    assert found.status_code == 500 and "ValueError: not enough values to unpack" in found.json()["error"]["message"]
+
+
 # -- what is noted ----------------------------------------------------------------------------------------------------------------
 
 

@@ -289,7 +289,8 @@ def test_a_document_leaves_the_memory_and_comes_back(tmp_path):
             job = Job(ids(1000, 3), NEW)
             events = run(scheduler, [job])[job]
             if folder is None:
-                assert events[-1].finish == "error" and "documents leave no room for this job; release one" in events[-1].problem
+                assert (events[-1].finish, events[-1].refused) == ("error", True)
+                assert events[-1].problem.startswith("documents leave no room for this job; release one")
             else:
                 assert new(events) == other and scheduler.room.prefixes.documents["book"].prefix is None
             events = run(scheduler, [held])[held]

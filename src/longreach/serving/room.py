@@ -39,6 +39,11 @@ def usual_budget(extension: Extension) -> int | None:
     return None if free is None or isinstance(extension.forward.memory, Blocked) else int(SHARE * free)
 
 
+def named(problem: Exception) -> str:
+    """What failed, as it is told."""
+    return f"{type(problem).__name__}: {problem}"
+
+
 @dataclass(eq=False)
 class Place:
     """A job on its way. Its row has a name while it is in memory.
@@ -171,7 +176,7 @@ class Room:
                 self._move_out(place)
                 gone.append((place, None))
             except Exception as problem:  # of a disk
-                gone.append((place, f"{type(problem).__name__}: {problem}"))
+                gone.append((place, named(problem)))
             self._free(place.row)
         return gone
 

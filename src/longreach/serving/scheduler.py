@@ -28,7 +28,7 @@ from longreach.running.sampling import Sampler, ends_of
 from longreach.serving.jobs import Event, Finish, Job, Stats
 from longreach.serving.pace import LEAST, Pace
 from longreach.serving.prefixes import Document
-from longreach.serving.room import Place, Room
+from longreach.serving.room import Place, Room, named
 
 AT_ONCE = 64  # jobs that have memory at one time
 READERS = 4  # prompts of which a forward reads a chunk: each takes calls of its own in every layer
@@ -231,7 +231,7 @@ class Scheduler:
                 moved, outcome = place.moved is not None, self.room.enter(place, drops=not ahead)
             except Exception as problem:
                 self._queue.remove(place)
-                events.append(self._ended(place, f"{type(problem).__name__}: {problem}"))
+                events.append(self._refused(place, problem))
                 continue
             if outcome == "full":
                 ahead.append(place)
@@ -280,7 +280,7 @@ class Scheduler:
             self._failed += 1
             logger.warning("a forward of %d jobs failed", len(counts), exc_info=True)
             if len(counts) == 1:
-                return {}, dict.fromkeys(counts, f"{type(problem).__name__}: {problem}")
+                return {}, dict.fromkeys(counts, named(problem))
         found: dict[Row, torch.Tensor] = {}
         problems: dict[Row, str] = {}
         for row, count in counts.items():
@@ -299,7 +299,7 @@ class Scheduler:
         try:
             stops = token in (self._ends if job.ends is None else job.ends) or job.stop(row.new)
         except Exception as problem:  # of whoever asks: it is this job's own
-            return self._ended(place, f"{type(problem).__name__}: {problem}")
+            return self._ended(place, named(problem))
         if stops:
             finish = "stop"
         elif len(row.ids) - row.prompt >= job.max_new_tokens:
@@ -316,13 +316,18 @@ class Scheduler:
         try:
             self.room.keep_document(place, document)
         except Exception as problem:  # of a disk
-            return self._ended(place, f"{type(problem).__name__}: {problem}")
+            return self._refused(place, problem)
         self._changed = True
         return replace(event, finish="held")
 
-    def _ended(self, place: Place, problem: str) -> Event:
+    def _refused(self, place: Place, problem: Exception) -> Event:
+        """Our own ValueErrors, where a job gets its place or is kept, say what would be possible. What else is raised there is a failure."""
+        refused = isinstance(problem, ValueError)
+        return self._ended(place, str(problem) if refused else named(problem), refused)
+
+    def _ended(self, place: Place, problem: str, refused: bool = False) -> Event:
         self._leave(place, keep=False)
-        return Event(place.job, min(place.row.read, place.row.prompt), place.cached, finish="error", problem=problem)
+        return Event(place.job, min(place.row.read, place.row.prompt), place.cached, finish="error", problem=problem, refused=refused)
 
     def _leave(self, place: Place, keep: bool = True) -> None:
         self.room.leave(place, keep)
