@@ -253,7 +253,7 @@ class Scheduler:
         seconds, left = self._pace.left, max(self.chunk_size, self.method.cut or 1)
         first, share = readers[0], min(left // len(readers), self._pace.tokens(readers[0].read, self._pace.left / len(readers)))
         turn = self._chunk(first, min(left, max(share, LEAST, self.method.cut or 1)))
-        due = turn * (self._pace.rate(first.read) or 0.0)
+        due = self._pace.cost(first.read, turn)
         for number, row in enumerate(sorted(readers, key=lambda row: row.end - row.read)):  # the shortest first: what it does not need is for the others
             apart = 0 if row is first or first in counts else 1  # what is kept for the first
             most = self._pace.tokens(row.read, max(0.0, seconds - apart * due) / (len(readers) - number - apart))
@@ -261,7 +261,7 @@ class Scheduler:
             if count := max(count, turn) if row is first else count:
                 counts[row] = count
                 left -= count
-                seconds = max(0.0, seconds - count * (self._pace.rate(row.read) or 0.0))
+                seconds = max(0.0, seconds - self._pace.cost(row.read, count))
         for row in readers:
             if row in counts:
                 self.room.places[row] = self.room.places.pop(row)
