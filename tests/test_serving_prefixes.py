@@ -171,6 +171,33 @@ def test_a_few_small_jobs_pass_a_large_one_that_waits_for_room():
         assert new(found[large]) == want and all(events[-1].finish == "length" for events in found.values())
 
 
+@pytest.mark.parametrize("memory", [None, Tiered(device="1MiB", block=16)], ids=["budget", "tiers"])
+def test_nothing_is_forgotten_for_a_job_that_finds_no_room(memory):
+    """A long one waits until another one that is answered has gone. What was kept before is there at that time, or goes when that makes room."""
+    with longreach.extend(model_of(), Stock(), memory=memory) as extension:
+        flat = extension.flat()
+        fits = [n for n in range(500, 4000, 20) if flat.has_room(flat.need_alone(n))] if memory else [2000]
+        most = fits[-1]
+        budget = None if memory else flat.need_alone(most).nbytes
+        large = Job(ids(most * 3 // 4, 3), 2)
+        (want,) = alone(extension, [large])
+        scheduler = Scheduler(extension, budget=budget, clock=lambda: 0.0)
+        text = ids(most // 8, 1)
+        run(scheduler, [Job(text, 1)])
+        scheduler.add(Job(ids(most // 3, 2), most // 6))
+        for _ in range(20):
+            scheduler.step()
+        scheduler.add(large)
+        for _ in range(20):
+            scheduler.step()
+        assert (scheduler.stats().waiting, scheduler.stats().prefixes) == (1, 1)
+        again = Job([*text, 5], 1)
+        found = run(scheduler, [again])
+        assert found[again][0].cached == len(text) and new(found[large]) == want
+        if memory is None:
+            assert scheduler.stats().held <= budget
+
+
 @pytest.mark.parametrize("reserve", [1, 0])
 @pytest.mark.parametrize("method", [*METHODS[:3], InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=64)], ids=str)
 def test_a_job_that_has_room_alone_is_answered_whatever_is_kept(method, reserve, tmp_path):

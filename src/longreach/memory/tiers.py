@@ -81,10 +81,10 @@ class Pool:
                 needed = missing + shelves[-1].arena.capacity  # of its slots, where those of the other tiers are full
                 shelves[-1].arena.grow(max(0, needed))
 
-    def has_room(self, count: int) -> bool:
-        """Whether `require` would find room for so many."""
+    def has_room(self, count: int, gone: Mapping[Kind, int]) -> bool:
+        """Whether `require` would find room for so many, when so many of each kind have gone."""
         self._sweep()
-        return all(self._missing(kind, count) <= 0 for kind in self.kinds)
+        return all(self._missing(kind, count) <= gone.get(kind, 0) for kind in self.kinds)
 
     def _missing(self, kind: Kind, count: int) -> int:
         """Slots that `count` blocks more of every buffer would need beyond those that there are."""

@@ -259,18 +259,21 @@ class Room:
     # -- room -------------------------------------------------------------------------------------------------------------------------
 
     def _clear(self, coming: Sequence[tuple[int, Snapshot | None, int]] = (), taken: Sequence[int] = (), but: Prefix | None = None, drops: bool = True) -> bool:
-        """Whether there is room, when prefixes have gone that were used long ago."""
-        leaving = self.prefixes.leaving(but) if drops else iter(())
-        while not self._fits(self.flat.need({place.row.name: place.total for place in self.places.values()}, coming, taken)):
+        """Whether there is room, when prefixes have gone that were used long ago. Where there is none whatever goes, none goes."""
+        need = self.flat.need({place.row.name: place.total for place in self.places.values()}, coming, taken)
+        leaving, gone = self.prefixes.leaving(but) if drops else iter(()), list[Prefix]()
+        while not self._fits(need, gone):
             if (prefix := next(leaving, None)) is None:
                 return False
+            gone.append(prefix)
+        for prefix in gone:
             self.prefixes.drop(prefix)
         return True
 
-    def _fits(self, need: Need) -> bool:
+    def _fits(self, need: Need, gone: Sequence[Prefix]) -> bool:
         if self.budget is None:
-            return self.flat.has_room(need)
-        return need.nbytes + self.flat.beside(self.prefixes.snapshots) <= self.budget
+            return self.flat.has_room(need, [prefix.snapshot for prefix in gone])
+        return need.nbytes + self.flat.beside([prefix.snapshot for prefix in self.prefixes.kept if prefix not in gone]) <= self.budget
 
     def _move_out(self, place: Place) -> None:
         """What it has read goes to a folder."""
