@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import random
@@ -378,10 +379,34 @@ def test_over_tiers_jobs_wait_for_their_room(method):
         scheduler = Scheduler(extension, prefixes=4)
         found = run(scheduler, jobs)
         assert [new(found[job]) for job in jobs] == want and found[jobs[-1]][0].cached >= 750
-        huge = Job(ids(9000, 5), 2)
-        scheduler.add(huge)
-        assert run(scheduler)[huge][-1].finish == "error"
         del found, scheduler
+
+
+@pytest.mark.parametrize("tiers", [{"host": "1MiB"}, {"disk": "1MiB"}, {}], ids=["host", "disk", "device"])
+@pytest.mark.parametrize("method", [Stock(), InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=64)], ids=str)
+def test_what_never_has_room_in_tiers_is_refused_at_once(method, tiers, tmp_path):
+    """The longest that is taken is answered, and one block more is refused, whoever waits."""
+    if "disk" in tiers:
+        tiers = {"disk": f"{tmp_path}:{tiers['disk']}"}
+    with longreach.extend(model_of(), method, memory=Tiered(device="1MiB", block=16, **tiers)) as extension:
+        scheduler = Scheduler(extension, prefixes=0)
+        scheduler.add(waiting := Job(ids(100, 1), NEW))
+
+        def takes(n: int) -> bool:
+            try:
+                scheduler.add(job := Job([1] * n, 2))
+            except ValueError as error:
+                assert "tokens never have room" in str(error) and "; shorten the prompt, ask for fewer new tokens, or serve with larger tiers" in str(error)
+                return False
+            scheduler.cancel(job)
+            return True
+
+        most = bisect.bisect(range(200_000), False, key=lambda n: not takes(n + 1))
+        assert 500 < most < 10_000
+        found = run(scheduler, [last := Job(ids(most, 5), 2)])
+        assert len(new(found[last])) == 2 and len(new(found[waiting])) == NEW
+        with pytest.raises(ValueError, match="never have room"):
+            scheduler.hold("book", ids(most + 600, 5))
 
 
 def test_notes_of_a_document_are_looked_at(tmp_path):

@@ -173,6 +173,11 @@ class Flat:
         gone = [layer for snapshot in without for layer in snapshot.store.layers]
         return blocked is None or blocked.has_room(need.blocks, need.summaries, self._store.layers, gone)
 
+    def require_ever(self, need: Need) -> None:
+        """Raises ValueError where tiers have no room for it even if nothing else is there."""
+        if (blocked := self._store.blocked) is not None:
+            blocked.require_ever(need.blocks, need.summaries)
+
     def held(self, snapshots: Iterable[Snapshot]) -> int:
         """Bytes of requests and snapshots; what they share counts once."""
         return nbytes_of([self._store, *(snapshot.store for snapshot in snapshots)])

@@ -102,6 +102,10 @@ class Blocked(ABC):
         or whether there would be, `without` what other layers alone hold."""
 
     @abstractmethod
+    def require_ever(self, blocks: int, summaries: int) -> None:
+        """Raises ValueError where there would be no room for so many blocks of every buffer, and bytes of what an index keeps, if nothing else were there."""
+
+    @abstractmethod
     def thaw(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], lengths: Mapping[int, int]) -> list[Callable[[], None]]:
         """Rows are about to be cut to so many tokens. What is left of a block that is cut is read -> calls that put it into the tails, and let go of the blocks
         behind it, once the placements have been rewound."""

@@ -61,6 +61,11 @@ class Tiers(Blocked):
             return False
         return not self._entry or summaries + self._summaries(staying.difference(own), own) <= self.pool.summaries
 
+    def require_ever(self, blocks: int, summaries: int) -> None:
+        self.pool.require_ever(blocks)
+        if self._entry and summaries > self.pool.summaries:
+            raise ValueError(f"the method's index keeps {size_text(summaries)} of it, and the device's budget has {size_text(self.pool.summaries)} for that")
+
     @staticmethod
     def _blocks(layers: Iterable[Counted]) -> set[Block]:
         return {block for layer in layers if isinstance(layer, TieredLayer) for buffer in layer.blocked for block in buffer.blocks}

@@ -97,11 +97,17 @@ class Room:
     def check(self, place: Place) -> None:
         """Raises ValueError for a job that has no room even where there is nothing else."""
         place.total = self._reserved(place, 1.0)
-        if self.budget is not None and (least := self.flat.need_alone(place.total).nbytes) > self.budget:
+        need = self.flat.need_alone(place.total)
+        if self.budget is not None and need.nbytes > self.budget:
             raise ValueError(
-                f"{place.total} tokens take {size_text(least)} of keys and values, and all jobs together have {size_text(self.budget)}; shorten the prompt, "
-                f"ask for fewer new tokens, or serve with a budget of {size_at_least(least)} or more"
+                f"{place.total} tokens take {size_text(need.nbytes)} of keys and values, and all jobs together have {size_text(self.budget)}; shorten the "
+                f"prompt, ask for fewer new tokens, or serve with a budget of {size_at_least(need.nbytes)} or more"
             )
+        try:
+            self.flat.require_ever(need)
+        except ValueError as error:
+            said = f"{place.total} tokens never have room: {error}; shorten the prompt, ask for fewer new tokens, or serve with larger tiers"
+            raise ValueError(said) from error
 
     def enter(self, place: Place, drops: bool = True) -> Literal["in", "waits", "full"]:
         """Give it memory, if there is room: "full" else. "waits": another job is reading what it begins with. `drops`: prefixes may go for it. Raises
