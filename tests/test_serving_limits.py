@@ -75,6 +75,16 @@ def test_a_key_opens_everything_but_health(nano: Any) -> None:
         with pytest.raises(openai.AuthenticationError):
             server.client.models.list()
         assert openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame").models.list().data[0].id == "nano"
+        document = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": "Bearer sesame"}).json()
+        [(name, scheme)] = document["components"]["securitySchemes"].items()
+        assert (scheme["type"], scheme["scheme"], document["security"]) == ("http", "bearer", [{name: []}])
+        free = {path for path, operations in document["paths"].items() for operation in operations.values() if operation.get("security") == []}
+        assert free == {"/health"}
+
+
+def test_without_a_key_the_document_asks_for_none(server: Served) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    assert "security" not in document and "securitySchemes" not in document["components"]
 
 
 def test_web_pages_of_others_are_refused(server: Served) -> None:
