@@ -17,8 +17,11 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from tokenizers import Regex, normalizers
 
 import longreach
+import tiny
+from longreach.running import prompts
 from longreach.serving.limits import Limits
 from served import Served, process, served
 
@@ -213,13 +216,33 @@ def test_a_client_that_leaves_while_its_text_waits_is_noticed(server: Served) ->
         assert "longreach_cancelled_total 3.0" in httpx.get(f"{server.url}/metrics").text
 
 
-def test_short_texts_do_not_wait_for_long_ones_and_hopeless_ones_do_not_become_tokens(server: Served) -> None:
+def test_short_texts_do_not_wait_for_long_ones_and_hopeless_ones_do_not_become_tokens(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     with encoding(server, 1):
         assert httpx.post(f"{server.url}/v1/completions", json=ASK, timeout=60).status_code == 200
-        long = "word " * 20_000
-        for path, body in (("completions", {"prompt": long}), ("chat/completions", {"messages": [{"role": "user", "content": long}]})):
-            error = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).json()["error"]
-            assert error["code"] == "context_length_exceeded" and error["message"].startswith("the text has 100000 characters, and 1024 tokens")
+    monkeypatch.setattr(prompts, "encode", lambda *given, **more: pytest.fail("it became tokens"))
+    long = "word " * 20_000
+    for path, body in (("completions", {"prompt": long}), ("chat/completions", {"messages": [{"role": "user", "content": long}]})):
+        error = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).json()["error"]
+        assert error["code"] == "context_length_exceeded" and error["message"].startswith("the text has 100000 characters, and 1024 tokens")
+
+
+@pytest.mark.parametrize("collapses", [True, False], ids=["tokenizer", "template"])
+def test_a_text_that_fits_is_never_refused_for_its_characters(collapses: bool) -> None:
+    """A tokenizer that makes one space of many, and a template that cuts what surrounds a message off."""
+    tokenizer, model, many = tiny.tokenizer(chat=not collapses), tiny.llama(), " " * 100_000
+    if collapses:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
+    else:
+        tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | trim")
+    with longreach.extend(model, context=64) as extension, served(extension, tokenizer) as server:
+        messages = [{"role": "user", "content": f"a{many}b" if collapses else f"a b{many}"}]
+        found = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": messages, "max_tokens": 4}, timeout=60)
+        assert found.status_code == 200 and found.json()["usage"]["prompt_tokens"] < 30, found.text
+        if collapses:
+            assert httpx.post(f"{server.url}/v1/completions", json={"prompt": f"a{many}b", "max_tokens": 4}, timeout=60).status_code == 200
+        long = [{"role": "user", "content": "word " * 20_000}]
+        error = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": long}, timeout=60).json()["error"]
+        assert error["code"] == "context_length_exceeded"
 
 
 # -- clients that leave -----------------------------------------------------------------------------------------------------------
