@@ -10,18 +10,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from tokenizers import Regex, normalizers
 
 import longreach
 import tiny
 from longreach.running import prompts
+from longreach.serving.connections import Connection
 from longreach.serving.limits import Limits
 from served import Served, process, served
 
@@ -246,6 +248,86 @@ def test_a_text_that_fits_is_never_refused_for_its_characters(collapses: bool) -
 
 
 # -- clients that leave -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def connected(server: Served, send: bytes) -> Iterator[socket.socket]:
+    place = urlsplit(server.url)
+    with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        found.settimeout(30)
+        found.connect((place.hostname, place.port))
+        found.sendall(send)
+        yield found
+
+
+def posted(body: dict[str, Any], *more: str) -> bytes:
+    data = json.dumps(body)
+    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(data)}", *more]
+    return ("\r\n".join(head) + "\r\n\r\n" + data).encode()
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_the_socket_of_a_client_that_does_not_read_is_closed(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that was given up has more bytes than the system keeps. A client that takes some from time to time gets what was written."""
+    monkeypatch.setattr(Connection, "silent", 0.3)
+    size = 2**25
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % (2 * size))]})
+        await send({"type": "http.response.body", "body": b"x" * size, "more_body": True})
+
+    async def ask() -> int:
+        server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None, access_log=False, lifespan="off", http=Connection))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.servers[0].sockets[0].getsockname()[1], limit=1000)
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        found = len(await reader.read(1))
+        while server.server_state.connections:
+            if reads and (part := await reader.read(2**20)):
+                found += len(part)
+            await asyncio.sleep(0.005)
+        writer.close()
+        server.should_exit = True
+        await serving
+        return found
+
+    found = asyncio.run(asyncio.wait_for(ask(), 60))
+    assert found > size / 2 if reads else found == 1
+
+
+def test_connections_without_a_request_are_let_go(nano: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, half a head, and a body without end behind an answer that is there, also where a byte comes from time to time. An answer on its way is waited
+    for."""
+    monkeypatch.setattr(Connection, "idle", 0.4)
+    endless = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with served(*nano) as server, ExitStack() as stack:
+        idle = [stack.enter_context(connected(server, send)) for send in (b"", b"GET /health HTTP/1.1\r\nHost: loc", endless)]
+        answer = stack.enter_context(connected(server, posted({**ASK, "max_tokens": 300}, "Connection: close")))
+        for _ in range(30):
+            for one in idle[1:]:
+                with suppress(OSError):
+                    one.sendall(b"a" if one is idle[1] else b"1\r\na\r\n")
+            time.sleep(0.05)
+        for one in idle:
+            with suppress(ConnectionResetError):
+                while one.recv(1000):
+                    pass
+        whole = b"".join(iter(lambda: answer.recv(1000), b""))
+        assert whole.startswith(b"HTTP/1.1 200 ") and json.loads(whole.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 300
+
+
+def test_a_request_has_one_length(server: Served) -> None:
+    """What a proxy in front may understand in another way is refused, and the connection with it."""
+    hidden = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for more in ("Content-Length: 5\r\nTransfer-Encoding: chunked", "Content-Length: 5\r\nContent-Length: 0", "Transfer-Encoding: xchunked",
+                 "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", "Content-Length: +5", "Transfer-Encoding : chunked"):  # fmt: skip
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}\r\n\r\n".encode()
+        with connected(server, head + hidden) as one:
+            said = b"".join(iter(lambda: one.recv(1000), b""))
+        assert said.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 501 ")) and said.count(b"HTTP/1.1") == 1 and b'"id":"nano"' not in said, (more, said)
 
 
 def test_nothing_is_computed_for_clients_that_have_left(server: Served) -> None:

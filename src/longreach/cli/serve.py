@@ -173,10 +173,11 @@ def listen(out: Output, service: Service, where: socket.socket, options: Options
     import uvicorn
 
     from longreach.serving.api import application
+    from longreach.serving.connections import Connection
 
     app = application(service, options.api_key, options.host in LOCAL)
     drain = max(1, round(options.drain))
-    quiet: Any = dict(log_config=None, access_log=False, server_header=False, ws="none")
+    quiet: Any = dict(log_config=None, access_log=False, server_header=False, ws="none", http=Connection)
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=drain, limit_concurrency=CONNECTIONS, **quiet))
     address, port = where.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
