@@ -7,13 +7,16 @@ import json
 import logging
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from commands import Run, refused
 from longreach.cli import serve, serve_vllm
 from longreach.cli.console import Discard, Output, Terminal
+from served import process
 
 
 @pytest.fixture
@@ -55,6 +58,39 @@ def test_the_words_of_run(run: Run, unserved: list[Any], folders: dict[str, str]
     assert (extension.context, name, limits.waiting) == (256, "mine", 3)
     assert (extension.method.group_size, extension.method.window, extension.report()["memory"] is not None) == (8, 16, True)
     assert serve.called(folders["chat"]) == "chat" and serve.called("org/model-1.5") == "org/model-1.5"
+
+
+def test_a_folder_for_those_who_are_moved_out_is_there_while_it_is_served(run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found: list[Any] = []
+    monkeypatch.setattr(serve, "listen", lambda out, service, where, options: found.append((service.worker.scheduler.room.reserve, [*tmp_path.iterdir()])))
+    for reserve in (0.25, 1):
+        assert run("serve", "--port", 0, "--reserve", reserve, "--quiet").code == 0
+        assert not [*tmp_path.iterdir()]
+    assert [(reserve, len(folders)) for reserve, folders in found] == [(0.25, 1), (1, 0)]
+    assert run("serve", "--port", 0, "--reserve", 1.5).code == 2
+
+
+@pytest.mark.slow
+def test_who_came_last_is_moved_out_where_less_is_reserved(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two long answers that have room one after the other are served together at first; the folder goes with the server."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    ask = {"model": "nano", "max_tokens": 400, "temperature": 0}
+    with process("--kv-budget", "2500KiB", "--reserve", "0") as (server, url):
+
+        def answer(prompt: str) -> Any:
+            found = httpx.post(f"{url}/completions", json={**ask, "prompt": prompt}, timeout=120)
+            assert found.status_code == 200, found.text
+            return found.json()["choices"][0]["text"]
+
+        alone = [*map(answer, ("Call me", "It was"))]
+        with ThreadPoolExecutor(2) as pool:
+            together = [*pool.map(answer, ("Call me", "It was"))]
+        assert together == alone
+        assert "longreach_scheduler_preempted_total 0.0" not in httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+        assert len([*tmp_path.glob("longreach-moved-*")]) == 1
+        server.terminate()
+        assert server.wait(60) == 0 and not [*tmp_path.glob("longreach-moved-*")]
 
 
 def test_bound_elsewhere_without_a_key_is_said(run: Run, unserved: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
