@@ -45,17 +45,20 @@ class Fact:
     sentence: str
     question: str
     key: str
+    lead: str  # the beginning of the answer, which is given to the model
 
     @classmethod
-    def draw(cls, kind: str, number: int, rng: Random, lead: bool) -> Fact:
-        """`lead`: the question ends with the beginning of its answer, for a model without a chat template."""
+    def draw(cls, kind: str, number: int, rng: Random) -> Fact:
         if kind == "pass key":
             name, key = passkeys.NAMES[number % len(passkeys.NAMES)], str(rng.randrange(10_000, 100_000))
             sentence = passkeys.WORDING.statement.format(name=name, key=key)
         else:
             name, key = f"{rng.choice(words.NOUNS)} code of {words.two_words(rng)}", words.number(rng)
             sentence = f"The {name} is {key}."
-        return cls(kind, sentence, f"What is the {name}?" + (f" The {name} is" if lead else ""), key)
+        return cls(kind, sentence, f"What is the {name}?", key, f" The {name} is")
+
+    def frame(self, tokenizer: Any) -> Frame:
+        return Frame.of(tokenizer, self.question, lead=self.lead)
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,15 @@ class Text:
                         return
 
 
-def ceiling(asking: InfiniRetri, extension: Any, books: tuple[str, ...], sizes: Sizes, samples: int, lead: bool, seed: int, keep: Any) -> list[dict[str, Any]]:
+def ceiling(asking: InfiniRetri, extension: Any, books: tuple[str, ...], sizes: Sizes, samples: int, seed: int, keep: Any) -> list[dict[str, Any]]:
     """Every sample: a chunk of a book with one fact, and the question. `keep` is told of each."""
     rows: list[dict[str, Any]] = keep()
     for number in range(len(rows), samples):
         rng = Random(f"{seed}:ceiling:{number}")
-        fact, book = Fact.draw(KINDS[number % 2], number, rng, lead), rng.choice(books)
+        fact, book = Fact.draw(KINDS[number % 2], number, rng), rng.choice(books)
         passage = haystack.first_tokens(asking.tokenizer, book, haystack.sentence_start(book, rng.random()), sizes.chunk - 64)
         text = prompts.hide(passage, fact.sentence, rng.random())
-        frame, (chunk, _) = Frame.of(asking.tokenizer, fact.question), next(iter(chunks(asking.tokenizer, [text], 2 * sizes.chunk, sizes.sentence)))
+        frame, (chunk, _) = fact.frame(asking.tokenizer), next(iter(chunks(asking.tokenizer, [text], 2 * sizes.chunk, sizes.sentence)))
         ids = build(asking.tokenizer, frame, chunk).ids
         answer = generation.answer(extension.model, asking.tokenizer, ids, NEW_TOKENS, extension=extension).text
         rows.append({"kind": fact.kind, "key": fact.key, "prompt_tokens": len(ids), "answer": answer, "right": haystack.number_in(answer) == fact.key})
@@ -155,12 +158,11 @@ def main() -> None:
     out = args.out or ROOT / f"benchmarks/results/infiniretri-{name}-{args.tokens // 1024}k.json"
     books = tuple(map(read_text, args.text)) if args.text else (longreach.shipped_book(),)
     model, tokenizer = longreach.load(args.model, dtype=args.dtype)
-    lead = not prompts.has_template(tokenizer)
     sample = books[0][:200_000]
     characters = round(args.tokens * len(sample) / len(prompts.encode(tokenizer, sample, special=False)))
     rng = Random(args.seed)
-    hidden = tuple(Fact.draw(KINDS[number % 2], number // 2, rng, lead) for number in range(args.questions))
-    text, frames = Text(books, characters, hidden), [Frame.of(tokenizer, fact.question) for fact in hidden]
+    hidden = tuple(Fact.draw(KINDS[number % 2], number // 2, rng) for number in range(args.questions))
+    text, frames = Text(books, characters, hidden), [fact.frame(tokenizer) for fact in hidden]
     with longreach.extend(model, longreach.Stock()) as extension:
         asking = InfiniRetri(extension, tokenizer, args.chunk_tokens, args.memory_tokens, layer=None if args.layer in (None, "auto") else int(args.layer))
         needed = None
@@ -180,7 +182,7 @@ def main() -> None:
                 state.keep(ceiling=rows)
             return list(state.held.get("ceiling", []))
 
-        inside = ceiling(asking, extension, books, sizes, args.ceiling, lead, args.seed, keep)
+        inside = ceiling(asking, extension, books, sizes, args.ceiling, args.seed, keep)
         read = read_all(asking, extension, text, frames, sizes, state)
         rows, started = [], time.perf_counter()
         for fact, frame, memory in zip(hidden, frames, read.memories, strict=True):

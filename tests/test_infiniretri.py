@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -64,6 +65,7 @@ def hidden(book: str, rng: Random, size: int) -> tuple[str, str]:
     return f"{passage[:where]}The pass key is {key}. Remember it. {key} is the pass key. {passage[where:]}", key
 
 
+PAGE = Path(__file__).resolve().parent.parent / "docs/infiniretri.md"
 QUESTION = "What is the pass key? The pass key is"
 
 
@@ -122,12 +124,12 @@ def test_half_a_character_is_refused():
 @pytest.mark.parametrize("chat", [False, True])
 def test_every_token_of_a_prompt_is_known_by_its_place(chat):
     tokenizer = byte_tokenizer(chat)
-    frame = Frame.of(tokenizer, "  Who is it?\n")
+    frame = Frame.of(tokenizer, "  Who is it?\n", lead=" It is")
     given = [Sentence("\n One is here. ", 0), Sentence("Two\u00e9.", 40), Sentence("Three.", 45), Sentence(" Four. \n", 60)]
     prompt = build(tokenizer, frame, given)
     text = tokenizer.decode(prompt.ids, skip_special_tokens=True)
     middle = "One is here. Two\u00e9.Three.  Four."
-    assert text == (f"[user]{middle}\n\nWho is it?[assistant]" if chat else f"{middle}\n\nWho is it?")
+    assert text == (f"[user]{middle}\n\nWho is it?[assistant] It is" if chat else f"{middle}\n\nWho is it? It is")
     assert tokenizer.decode(prompt.ids[prompt.question]) == "Who is it?" and tokenizer.decode(prompt.ids[prompt.context]) == middle
     own = [[prompt.ids[prompt.context][n] for n, owner in enumerate(prompt.owners) if owner == number] for number in range(4)]
     assert [tokenizer.decode(ids) for ids in own] == ["One is here. ", "Two\u00e9.", "Three. ", " Four."]
@@ -321,7 +323,11 @@ def asking_chunk(asking: InfiniRetri) -> int:
         (dict(text="", question="Why?"), "the text is empty"),
         (dict(text=" \n" * 500, question="Why?"), "the text is empty"),
         (dict(text=[], question="Why?"), "the text is empty"),
+        (dict(text=[b"A text."], question="Why?"), "the text must be a string, or come in strings, not in bytes"),
+        (dict(text=7, question="Why?"), "the text must be a string"),
         (dict(text="A text.", question=" "), "the question is empty"),
+        (dict(text="A text.", question="Why\ud800?"), "character 3 of the question is half a surrogate pair"),
+        (dict(text="A text.", question=None), "the question must be a string"),
         (dict(text="A text.", question="Why? " * 500), "a prompt may have 512 tokens here"),
         (dict(text="A text.", question="Why?", max_new_tokens=600), "an answer of 600"),
         (dict(text="A text.", question="Why?", chunk_tokens=4096), "no room for chunks of 4096"),
@@ -338,6 +344,12 @@ def test_what_cannot_be_is_one_sentence(given, says, nano):
     how = {"max_new_tokens": given.pop("max_new_tokens", 8)}
     with pytest.raises(ValueError, match=says):
         InfiniRetri(*nano, **given).ask(text, question, **how)
+
+
+@pytest.mark.parametrize("snippet", [part.split("```")[0] for part in PAGE.read_text(encoding="utf-8").split("```python\n")[1:]])
+def test_the_snippets_of_the_page_run(snippet, capsys):
+    exec(compile(snippet, PAGE.name, "exec"), {"__name__": "snippet"})
+    assert "48213" in (said := capsys.readouterr().out) or "{0: " in said
 
 
 def test_a_removed_extension_and_a_list_of_nothing_are_refused(nano):

@@ -76,7 +76,9 @@ def around(tokenizer: Tokenizer, question: str, system: str | None) -> tuple[str
     text = render(tokenizer, [*messages, {"role": "user", "content": about(" " + mark, question)}], "leave out the system message")
     before, found, behind = text.partition(mark)
     if not found or mark in behind:
-        raise ValueError("the chat template of this model does not write a message once and as it is, so a text cannot be read in pieces; leave out --resume")
+        raise ValueError(
+            "the chat template of this model does not write a message once and as it is, so a text cannot be read in pieces; leave out --resume or --strategy"
+        )
     return before.removesuffix(" "), behind, not before.endswith(" ")
 
 

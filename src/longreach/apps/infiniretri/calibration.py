@@ -46,7 +46,7 @@ def calibrate(asking: InfiniRetri, text: str | None = None, samples: int = 8, se
         for number in range(samples):
             rng = Random(f"{seed}:{number}")
             name, key = f"{rng.choice(words.NOUNS)} code of {words.two_words(rng)}", words.number(rng)
-            frame = Frame.of(asking.tokenizer, (QUESTION + lead).format(name=name), asking.system)
+            frame = Frame.of(asking.tokenizer, QUESTION.format(name=name), asking.system, lead.format(name=name))
             sizes = asking.sizes(extension, [frame], 16)
             passage = haystack.first_tokens(asking.tokenizer, book, haystack.sentence_start(book, rng.random()), sizes.chunk - 32)
             hidden = prompts.hide(passage, f"The {name} is {key}.", rng.random())

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longreach.apps.infiniretri.sentences import Sentence
+from longreach.apps.infiniretri.sentences import Sentence, require_text
 from longreach.hf.interfaces import Tokenizer
 from longreach.running import prompts
 
@@ -29,16 +29,19 @@ class Frame:
     special: bool
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, question: str, system: str | None = None) -> Frame:
-        """Of a question behind a text, in the chat template if there is one. Raises ValueError for one without words, and for a system message without
-        a template."""
+    def of(cls, tokenizer: Tokenizer, question: str, system: str | None = None, lead: str = "") -> Frame:
+        """Of a question behind a text, in the chat template if there is one. `lead`: the beginning of the answer, which is given to the model.
+
+        Raises ValueError for a question without words, and for a system message without a template.
+        """
+        require_text(question, what="the question")
         question = question.strip()
         if not question:
             raise ValueError("the question is empty, and what a text is read for decides what is kept of it; pass one")
         if system is not None and not prompts.has_template(tokenizer):
             raise ValueError("this model has no chat template, so there is no place for a system message; put its words into the question")
         before, behind, _ = prompts.around(tokenizer, question, system)
-        return cls.around(before, behind, question, not prompts.has_template(tokenizer))
+        return cls.around(before, behind + lead, question, not prompts.has_template(tokenizer))
 
     @classmethod
     def around(cls, before: str, behind: str, question: str, special: bool) -> Frame:

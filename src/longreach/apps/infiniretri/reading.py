@@ -190,7 +190,8 @@ class InfiniRetri:
     def steps(self, extension: Extension, text: str | Iterable[str], frames: Sequence[Frame], sizes: Sizes, read: Read | None = None) -> Iterator[Read]:
         """What is remembered after every chunk. `read`: where an earlier reading of the same text stood, to go on from there."""
         read, layer = Read(((),) * len(frames)) if read is None else read, self.tapped(extension)
-        for chunk, size in chunks(self.tokenizer, [text] if isinstance(text, str) else text, sizes.chunk, sizes.sentence, read.stop):
+        texts: Iterable[str] = [text] if isinstance(text, str) or not isinstance(text, Iterable) else text
+        for chunk, size in chunks(self.tokenizer, texts, sizes.chunk, sizes.sentence, read.stop):
             if not read.chunks and all(sentence.text.isspace() for sentence in chunk):  # white space that a text begins with
                 continue
             asked = [self.fitted(frame, memory, chunk, sizes) for frame, memory in zip(frames, read.memories)]

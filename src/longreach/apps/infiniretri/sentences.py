@@ -38,7 +38,7 @@ class Sentence:
 def sentences(texts: Iterable[str], start: int = 0) -> Iterator[Sentence]:
     """The sentences of a text that comes in pieces, from the character `start` on: up to a full stop, an empty line, or LONGEST characters.
 
-    Raises ValueError for half a surrogate pair, which no tokenizer takes.
+    Raises ValueError for what is no text.
     """
     pieces, held, at, begun, ended = _behind(texts, start), "", 0, start, False  # `held` begins at the character `begun` of the text
     while True:
@@ -67,15 +67,22 @@ def _more(pieces: Iterator[str], at: int) -> tuple[str, bool]:
         if (piece := next(pieces, None)) is None:
             ended = True
         else:
-            try:
-                piece.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"character {at + size + error.start} of the text is half a surrogate pair, which no tokenizer takes; decode the text with errors='replace'"
-                ) from None
+            require_text(piece, at + size)
             parts.append(piece)
             size += len(piece)
     return "".join(parts), ended
+
+
+def require_text(piece: object, at: int = 0, what: str = "the text") -> None:
+    """Raises ValueError for what no tokenizer takes."""
+    if not isinstance(piece, str):
+        raise ValueError(f"{what} must be a string, or come in strings, not in {type(piece).__name__}; open a file with encoding='utf-8'")
+    try:
+        piece.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {at + error.start} of {what} is half a surrogate pair, which no tokenizer takes; decode it with errors='replace'"
+        ) from None
 
 
 def _end(text: str) -> int:
