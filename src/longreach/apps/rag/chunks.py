@@ -36,6 +36,11 @@ class Chunk:
     text: str
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a string that a tokenizer takes: surrogates that stand alone are no characters."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in (value if not value.isascii() else ""))
+
+
 def documents_of(given: str | Sequence[str] | Mapping[str, str]) -> tuple[Document, ...]:
     """One text, several, or texts by name. Raises ValueError where there is nothing to read in one of them."""
     if isinstance(given, str):
@@ -47,8 +52,8 @@ def documents_of(given: str | Sequence[str] | Mapping[str, str]) -> tuple[Docume
     if not found:
         raise ValueError("there are no documents; pass a text, a list of texts, or texts by name")
     for number, document in enumerate(found, 1):
-        if not isinstance(document.text, str) or not isinstance(document.name, str):
-            raise ValueError(f"document {number} is not text; pass strings")
+        if not is_text(document.text) or not is_text(document.name):
+            raise ValueError(f"document {number} is not text; pass strings of Unicode characters")
         if not document.text.strip():
             raise ValueError(f"document {document.name or number!r} is empty; leave it out, or pass its text")
     return tuple(found)
