@@ -126,7 +126,8 @@ class Rag:
         def tokens(k: int) -> int:
             return len(self.prompts(k).ids(self.state(question, k), question, lead))
 
-        k = most(len(self.chunks) if asked is None else asked, lambda k: room.fits(tokens(k)))
+        known = asked is not None and room.fits(tokens(asked))
+        k = asked if known else most(len(self.chunks) if asked is None else asked, lambda k: room.fits(tokens(k)))
         if k is None:
             shown = f", the {counted(len(self.demonstrations), 'demonstration')}" if self.demonstrations else ""
             raise ValueError(
