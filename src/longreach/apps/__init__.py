@@ -1,11 +1,11 @@
-"""Work on text with a model, as a user of the library would write it."""
+"""Work on text with a model, as a user of the library would write it. Names are imported when they are first used."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"Rag": "rag", "RagConfig": "rag"}  # name -> module; imported when it is first used
+_HOMES = {"InfiniRetri": "infiniretri.reading", "Rag": "rag", "RagConfig": "rag"}
 
 
 def __getattr__(name: str) -> Any:

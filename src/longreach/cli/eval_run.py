@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import common, eval_options, profiles
+from longreach.cli import common, eval_options, profiles, strategies
 from longreach.cli.common import Output
 from longreach.cli.console import Pace, duration
 from longreach.evals.harness.environment import now
@@ -23,6 +23,7 @@ from longreach.quantities import CHUNK_SIZE, counted
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from longreach.evals.harness.engine import Engine
     from longreach.evals.harness.estimates import Step
     from longreach.evals.harness.items import Item
     from longreach.evals.harness.model_engine import ModelEngine, Span
@@ -58,6 +59,10 @@ def command(
     save_prompts: Annotated[bool, typer.Option("--save-prompts", help="Keep the prompts in the results, not only their hashes.")] = False,
     chunk_size: eval_options.ChunkSize = CHUNK_SIZE,
     batch_size: eval_options.BatchSize = None,
+    strategy: strategies.Strategy = None,
+    chunk_tokens: strategies.ChunkTokens = None,
+    memory_tokens: strategies.MemoryTokens = None,
+    layer: strategies.Layer = None,
     dtype: common.Dtype = None,
     device: common.Device = None,
     trained_window: common.TrainedWindow = None,
@@ -79,6 +84,8 @@ def command(
         names = eval_options.take_method_options(context, names)
         chosen = common.method_of(context, method)
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
+        reading = strategies.Given(strategy, chunk_tokens, memory_tokens, layer)
+        reading.check(truncate=truncate, batch_size=batch_size)
         part = eval_options.parse_shard(shard)
         folder = Folder(out_folder, part)
         folder.check()
@@ -87,7 +94,7 @@ def command(
         asked = eval_options.wanted(out, names, lengths, depths, samples, seed, text, data, options, encoding)
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
-            job = prepare(loaded, tokenizer, asked, chosen, declared, truncate, chat, trained_window)
+            job = prepare(loaded, tokenizer, asked, chosen, declared, truncate, chat, trained_window, any_length=strategy is not None)
             from longreach.evals.harness import runner
             from longreach.evals.harness.model_engine import attached
 
@@ -97,14 +104,18 @@ def command(
             ) as engine:
                 assert engine.extension is not None
                 facts = begin(out, job, engine.extension)
-                read_together(out, job, engine, batch_size)
-                config = configuration(model, job, engine.extension, truncate, chat, chunk_size)
+                config: dict[str, Any] = configuration(model, job, engine.extension, truncate, chat, chunk_size)
+                answering: Engine = engine
+                if strategy is None:
+                    read_together(out, job, engine, batch_size)
+                else:
+                    answering, config["strategy"] = reading.engine(out, engine)
                 tasks = runner.describe(job.work, config)
                 origin = eval_options.made_with(job.model.device, facts, started, None)
                 folder.start({"config": config, "tasks": tasks, "samples": len(job.items), **origin, **together(engine)})
                 with progress_of(out, out_folder) as progress:
                     outcome = runner.run(
-                        job.items, engine, job.tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()},
+                        job.items, answering, job.tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()},
                         limit=job.span.limit, truncate=truncate, chat=chat, shard=part, save_prompts=save_prompts, work=engine.work, progress=progress,
                     )  # fmt: skip
         for failure in engine.failures:
@@ -188,15 +199,17 @@ class Job:
 
 def prepare(
     model: Any, tokenizer: Tokenizer, wanted: eval_options.Wanted, method: Method | None,
-    declared: int | None, truncate: str | None, chat: ChatMode, trained_window: int | None,
+    declared: int | None, truncate: str | None, chat: ChatMode, trained_window: int | None, any_length: bool = False,
 ) -> Job:  # fmt: skip
-    """Make the samples, and see how long they are."""
+    """Make the samples, and see how long they are. `any_length`: they are read by a strategy, and need not fit."""
     from longreach.evals.harness import runner
-    from longreach.evals.harness.model_engine import span
+    from longreach.evals.harness.model_engine import Span, span
 
     window = eval_options.window_of(model, trained_window)
     work = wanted.work(window)
     items = runner.plan(work, tokenizer, chat)
+    if any_length:
+        return Job(model, tokenizer, work, items, Span(None, declared or window))
     found = span(method, window, declared, max(item.needs for item in items))
     if truncate is None and (sentence := runner.overflowing(items, found.limit)):
         raise ValueError(sentence)

@@ -34,6 +34,7 @@ COMMANDS = {
     "eval": "eval",
     "tune": "tune",
     "rag": "rag",
+    "attribute": "attribute",
     "plan": "plan",
 }
 BAD_INPUT, INTERRUPTED = 2, 130

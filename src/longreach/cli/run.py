@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longreach.cli import common, fitting, profiles, retrieval, stored, text
+from longreach.cli import common, fitting, profiles, retrieval, stored, strategies, text
 from longreach.cli.common import Output
 from longreach.cli.targets import check_picture
 from longreach.quantities import CHUNK_SIZE, counted
@@ -54,6 +54,10 @@ def command(
         Path | None,
         typer.Option("--resume", help="Keep what is read in this folder while it is read; the same command goes on from there. A --file of any length."),
     ] = None,
+    strategy: strategies.Strategy = None,
+    chunk_tokens: strategies.ChunkTokens = None,
+    memory_tokens: strategies.MemoryTokens = None,
+    layer: strategies.Layer = None,
     hide: Annotated[str | None, typer.Option("--hide", help="A sentence to hide in the text, to see whether it is found.")] = None,
     depth: Annotated[float | None, typer.Option("--depth", min=0, max=1, help="Where to hide it: 0 is the beginning, 1 the end; 0.5 if not given.")] = None,
     truncate: Annotated[text.Side | None, typer.Option("--truncate", help="What to leave out of a too long text. Without it, too long is an error.")] = None,
@@ -90,11 +94,15 @@ def command(
         by_profile = profiles.asked(profile, no_profile, chosen, document, model)
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
-        unread = document is not None or resume is not None
+        reading = strategies.Given(strategy, chunk_tokens, memory_tokens, layer)
+        reading.check(save_document=save_document, document=document, resume=resume, truncate=truncate, show_retrieval=show_retrieval)
+        unread = document is not None or resume is not None or strategy is not None
         request = text.Request("" if unread else text.read(file, max_bytes or text.LARGEST_FILE, out.note, encoding), prompt.strip(), system, hide, depth)
         stored.check(out, document, save_document, request, file, truncate, force)
         if resume is not None:
             stored.check_resume(resume, {"--document": document, "--save-document": save_document, "--hide": hide, "--truncate": truncate}, request, file)
+        if strategy is not None and not request.prompt:
+            raise ValueError(f"--strategy {strategy} needs a question; pass --prompt TEXT")
         if not request.user.strip():
             raise ValueError("there is nothing to read; pass --file FILE, --prompt TEXT or both, or pipe a text in")
         if show_retrieval is not None:
@@ -109,6 +117,9 @@ def command(
             if show_retrieval is not None:
                 retrieval.require(loaded, chosen, trained_window)
             choice = stored.Choice(chosen, declared, trained_window, chunk_size, by_profile, memory)
+            if strategy is not None:
+                pieces = strategies.source(file, max_bytes, request, out, encoding)
+                return strategies.run(out, model, loaded, tokenizer, choice, pieces, request, max_new_tokens, sampling, reading)
             if document is not None:
                 asked = Asked(stored.reopen(out, loaded, tokenizer, choice, document), request.prompt, file=document)
             elif save_document is not None:

@@ -18,8 +18,7 @@ from longreach.core.segments import Piece, PositionMap, Segment, Visible, summar
 from longreach.engine import chosen, reference, step, summaries
 from longreach.engine.batch import Batch, Rows
 from longreach.engine.layer import LSE, QUERY, RAW, Inputs, Layer
-from longreach.engine.watch import Choices, Watch
-from longreach.kernels import mass
+from longreach.engine.watch import Choices, Probabilities, Watch, Watcher
 from longreach.kernels.biased import Bias
 from longreach.kernels.protocol import KV, Kernel
 from longreach.kernels.tiles import Band
@@ -31,7 +30,7 @@ QUERIES_AT_ONCE = 4096  # bounds the memory for rotated queries and partial resu
 
 def execute(
     layer: Layer, batch: Batch, memory: LayerMemory | None, kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs,
-    watch: Watch | Choices | None = None,
+    watch: Watcher | None = None,
 ) -> torch.Tensor:
     """q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] of the new tokens, un-rotated -> [B, T, H, E] in q's dtype, zero at pads.
 
@@ -114,7 +113,7 @@ class _Call:
     width: int  # of a value
     groups: int  # heads of keys
     forward: tuple[int, int]  # the queries of the whole forward, of which these are some
-    watch: Watch | Choices | None = None
+    watch: Watcher | None = None
 
     def run(self, q: torch.Tensor) -> torch.Tensor:
         """q [b, H, t, D] -> [b, H, t, E], fp32 if it is merged from parts."""
@@ -127,10 +126,10 @@ class _Call:
         if self.inputs.sink is not None:
             merge.sink(self.inputs.sink)
         out, lse = merge.result()
-        if isinstance(self.watch, Watch):
-            self.watched(self.watch, q, lse, rotated)
-        elif self.watch is not None:
+        if isinstance(self.watch, Choices):
             self.shown(self.watch, q.device)
+        elif self.watch is not None:
+            self.watched(self.watch, q, lse, rotated)
         if LSE in self.layer.queries:
             rows, start = self.rows.rows, self.rows.start
             self.memory.append_summaries(rows, start, {LSE: summaries.paying(self.rows, lse)})
@@ -181,10 +180,12 @@ class _Call:
         """The parts in which the keys of a piece lie."""
         return self.memory.view(self.layer.form_of(segment.kept), self.rows.rows, piece.from_key, piece.to_key, segment.visible.last_key is not None)
 
-    def watched(self, watch: Watch, q: torch.Tensor, lse: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> None:
+    def watched(self, watch: Watch | Probabilities, q: torch.Tensor, lse: torch.Tensor, rotated: dict[Any, torch.Tensor]) -> None:
         """A second pass, with the log-sum-exp [b, H, t] that is known now: what is paid to every key."""
         start, index, rows = self.rows.start, self.layer.index, self.rows.rows
-        least = watch.first(*self.forward)
+        least = watch.least(rows, *self.forward)
+        if start + self.rows.count <= least:
+            return
         for segment in self.layer.layout.segments:
             visible, choosing = self.visible(segment)
             counts, share = least // self.layer.together * self.layer.together if choosing else least, lse - segment.lse_bias
@@ -192,12 +193,7 @@ class _Call:
             if choosing:
                 share[:, :, : max(0, least - start)] = float("inf")  # who chooses together with those that count
                 for a, asked, first in self.chosen(segment, visible, q, rotated):
-                    apart = asked.columns.shape[1]
-                    known = asked.folded(share[:, :, a - start : a - start + asked.queries])
-                    paid = mass.paid(asked.q, asked.kv.k, known, asked.work, self.inputs.scale, self.inputs.softcap)
-                    paid = asked.unfolded(paid[:, :, None])  # [R, H, T or 1, n]
-                    tokens = (asked.columns + first).repeat_interleave(paid.shape[1] // apart, 1)
-                    watch.scatter(index, rows, tokens.flatten(2), paid.flatten(2))
+                    watch.add_chosen(index, rows, a, asked, first, share[:, :, a - start : a - start + asked.queries], self.inputs)
                 continue
             for piece in self.pieces(visible):
                 stretch = slice(piece.first - start, piece.last - start)
@@ -205,8 +201,7 @@ class _Call:
                 for kv in self.view(segment, piece):
                     band = Band(piece.first - kv.index, piece.low, piece.high)
                     bias = None if self.layer.alibi is None else self.bias(self.layer.alibi, segment, piece, kv, q.device)
-                    paid = mass.paid(turned, kv.k, share[:, :, stretch], band, self.inputs.scale, self.inputs.softcap, bias)
-                    watch.add(index, rows, kv.index, paid)
+                    watch.add(index, rows, piece.first, turned, kv, share[:, :, stretch], band, self.inputs, bias)
 
     def shown(self, choices: Choices, device: torch.device) -> None:
         """What these queries see without a choice, if some of them choose, or if nobody does in this layer."""

@@ -1,8 +1,9 @@
-"""Watching the forwards of a model, layer by layer: how much attention the tokens of a text get, or which of them an index chooses. Knows layers and rows."""
+"""Watching the forwards of a model, layer by layer: how much attention the tokens of a text get, from all queries or from each, or which of them an index
+chooses. Knows layers and rows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,11 @@ import torch.nn.functional as F
 from longreach.core.choice import Choice
 from longreach.core.segments import Piece
 from longreach.engine.chosen import Asked
+from longreach.engine.layer import Inputs
+from longreach.kernels import mass
+from longreach.kernels.biased import Bias
+from longreach.kernels.protocol import KV
+from longreach.kernels.tiles import Band
 
 
 @dataclass(eq=False)
@@ -30,25 +36,80 @@ class Watch:
     def wants(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers
 
-    def first(self, start: int, stop: int) -> int:
+    def least(self, rows: slice, start: int, stop: int) -> int:
         """Of a forward of the queries start .. stop, the first that counts."""
         return start if self.queries is None else max(start, stop - self.queries)
 
-    def add(self, layer: int, rows: slice, first: int, paid: torch.Tensor) -> None:
-        """paid [n, H, C] to the tokens first, first + 1, ... of some rows."""
-        whole = self._room(layer, rows.stop, first + paid.shape[2], paid)
-        whole[rows, :, first : first + paid.shape[2]] += paid
+    def add(self, layer: int, rows: slice, query: int, q: torch.Tensor, kv: KV, lse: torch.Tensor, band: Band, inputs: Inputs, bias: Bias | None) -> None:
+        """q [n, H, t, D] of some rows, the first of them with the index `query`, and the log-sum-exp [n, H, t] of all that they see: what they pay to `kv`."""
+        paid = mass.paid(q, kv.k, lse, band, inputs.scale, inputs.softcap, bias)
+        whole = self._room(layer, rows.stop, kv.index + paid.shape[2], paid)
+        whole[rows, :, kv.index : kv.index + paid.shape[2]] += paid
 
-    def scatter(self, layer: int, rows: slice, tokens: torch.Tensor, paid: torch.Tensor) -> None:
-        """paid [n, H, C] to the tokens [n, H, C] of some rows; a token may come more than once."""
+    def add_chosen(self, layer: int, rows: slice, query: int, asked: Asked, key: int, lse: torch.Tensor, inputs: Inputs) -> None:
+        """The same of what queries have chosen; `key` is the segment's first key. A token may come more than once."""
+        paid = mass.paid(asked.q, asked.kv.k, asked.folded(lse), asked.work, inputs.scale, inputs.softcap)
+        paid = asked.unfolded(paid[:, :, None])  # [n, H, T or 1, C]
+        tokens = (asked.columns + key).repeat_interleave(paid.shape[1] // asked.columns.shape[1], 1).flatten(2)
         whole = self._room(layer, rows.stop, int(tokens.max()) + 1, paid)
-        whole[rows] = whole[rows].scatter_add(2, tokens, paid)
+        whole[rows] = whole[rows].scatter_add(2, tokens, paid.flatten(2))
 
     def _room(self, layer: int, rows: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
         found = self.mass.get(layer)
         found = like.new_zeros((rows, like.shape[1], tokens)) if found is None else found
         self.mass[layer] = F.pad(found, (0, max(0, tokens - found.shape[2]), 0, 0, 0, max(0, rows - found.shape[0])))
         return self.mass[layer]
+
+
+@dataclass(eq=False)
+class Probabilities:
+    """What each of some queries pays to every token, all heads added up.
+
+    first   of each row, the index of the first query that counts; a number: the same in all rows.
+    layers  those that are watched; None: all.
+    paid    layer -> [B, T, N] fp32: the sum over heads of the final probabilities of the query `first + t`, for every token by its index in its row. Over the
+            tokens it adds up to the number of heads, less what a learned sink has taken.
+    """
+
+    first: int | Sequence[int]
+    layers: Collection[int] | None = None
+    paid: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def wants(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+    def first_of(self, row: int) -> int:
+        return self.first if isinstance(self.first, int) else self.first[row]
+
+    def least(self, rows: slice, start: int, stop: int) -> int:
+        """Of a forward of the queries start .. stop of some rows, the first that counts in any."""
+        return max(start, min(map(self.first_of, range(rows.start, rows.stop))))
+
+    def add(self, layer: int, rows: slice, query: int, q: torch.Tensor, kv: KV, lse: torch.Tensor, band: Band, inputs: Inputs, bias: Bias | None) -> None:
+        """As in `Watch`."""
+        paid = mass.of_each(q, kv.k, lse, band, inputs.scale, inputs.softcap, bias)
+        stop = kv.index + paid.shape[2]
+        for number, counting, whole in self._counting(layer, rows, query, paid, stop):
+            whole[:, kv.index : stop] += paid[number, counting]
+
+    def add_chosen(self, layer: int, rows: slice, query: int, asked: Asked, key: int, lse: torch.Tensor, inputs: Inputs) -> None:
+        """As in `Watch`."""
+        paid = mass.of_each(asked.q, asked.kv.k, asked.folded(lse), asked.work, inputs.scale, inputs.softcap)
+        paid = asked.unfolded(paid[:, None]).transpose(1, 2)  # [n, T, C, c]
+        tokens = (asked.columns + key).repeat_interleave(paid.shape[1] // asked.columns.shape[2], 2).transpose(1, 2)
+        for number, counting, whole in self._counting(layer, rows, query, paid, int(tokens.max()) + 1 if tokens.numel() else 0):
+            whole.scatter_add_(1, tokens[number, counting].flatten(1), paid[number, counting].flatten(1))
+
+    def _counting(self, layer: int, rows: slice, query: int, paid: torch.Tensor, tokens: int) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Of what queries pay [n, t, ...]: the number of a row, those of its queries that count, and where that is added up [t, N]; there is room for it."""
+        given, firsts = paid.shape[1], [self.first_of(row) for row in range(rows.start, rows.stop)]
+        before = self.paid.get(layer)
+        before = paid.new_zeros(0, 0, 0) if before is None else before
+        room = (max(0, need - have) for need, have in zip((rows.stop, query + given - min(firsts), tokens), before.shape))
+        self.paid[layer] = whole = F.pad(before, [n for more in reversed([*room]) for n in (0, more)])
+        for number, first in enumerate(firsts):
+            if (skipped := max(0, first - query)) < given:
+                yield number, slice(skipped, given), whole[rows.start + number, query + skipped - first : query + given - first]
 
 
 @dataclass(eq=False)
@@ -106,3 +167,6 @@ class Choices:
         before = torch.zeros((rows, tokens), dtype=torch.int32, device=device) if before is None else before
         found[layer] = F.pad(before, (0, max(0, tokens - before.shape[1]), 0, max(0, rows - before.shape[0])))
         return found[layer]
+
+
+Watcher = Watch | Probabilities | Choices

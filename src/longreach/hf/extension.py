@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from longreach import configs
 from longreach.core.encodings import exact_device
 from longreach.engine import turns
 from longreach.engine.layer import Layer
-from longreach.engine.watch import Choices, Watch
+from longreach.engine.watch import Choices, Probabilities, Watch
 from longreach.hf import documents, flat_check, legacy, registration, report
 from longreach.hf.attach import Attachment
 from longreach.hf.cache import place
@@ -44,7 +44,7 @@ from longreach.planning.profile import Profile
 from longreach.quantities import token_count
 
 logger = logging.getLogger("longreach")
-Watching = TypeVar("Watching", Watch, Choices)
+Watching = TypeVar("Watching", Watch, Probabilities, Choices)
 _numbers = itertools.count(1)  # one attention name per extension, so that two extended models do not meet
 
 
@@ -261,13 +261,32 @@ class Extension:
 
         Raises ValueError for layers that do not exist, fewer than one query, a dense reference, and inside another.
         """
+        if queries is not None and queries < 1:
+            raise ValueError(f"at least one query counts, not {queries}; pass queries=None for all")
+        with self._watched(Watch(self._existing(layers), queries)) as watch:
+            yield watch
+
+    @contextmanager
+    def watching_probabilities(self, first: int | Sequence[int], layers: Collection[int] | None = None) -> Iterator[Probabilities]:
+        """Inside, forwards of the model also say how much attention every token gets from each single query, all heads added up.
+
+            with extension.watching_probabilities(first=90, layers=[3]) as watch:
+                model(ids)
+            watch.paid[3][0]      # [queries, tokens]: of the tokens from index 90 on, in layer 3; see `Probabilities`
+
+        `first`: queries from this index on count, or from one for every row. Raises ValueError as `watching` does, and for a `first` that is no index.
+        """
+        each = [first] if isinstance(first, int) else [*first]
+        if not each or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in each):
+            raise ValueError(f"first is the index of a query, or one for every row, not {first!r}; pass whole numbers from 0 on")
+        with self._watched(Probabilities(first if isinstance(first, int) else tuple(each), self._existing(layers))) as watch:
+            yield watch
+
+    def _existing(self, layers: Collection[int] | None) -> frozenset[int] | None:
         count = len(self.facts.layers)
         if layers is not None and not all(0 <= layer < count for layer in layers):
             raise ValueError(f"layers {sorted(layers)} are not all among the {count} of this model; pass numbers from 0 to {count - 1}")
-        if queries is not None and queries < 1:
-            raise ValueError(f"at least one query counts, not {queries}; pass queries=None for all")
-        with self._watched(Watch(None if layers is None else frozenset(layers), queries)) as watch:
-            yield watch
+        return None if layers is None else frozenset(layers)
 
     @contextmanager
     def watching_choices(self, first: int = 0) -> Iterator[Choices]:

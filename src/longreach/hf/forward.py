@@ -20,7 +20,7 @@ from longreach.engine import turns
 from longreach.engine.batch import Batch
 from longreach.engine.executor import execute
 from longreach.engine.layer import Inputs
-from longreach.engine.watch import Choices, Watch
+from longreach.engine.watch import Watcher
 from longreach.hf import layer_kinds
 from longreach.hf.cache import place
 from longreach.hf.calls import Calls, HeadCall
@@ -47,7 +47,7 @@ class Forward:
         self._arguments = list(inspect.signature(facts.base.forward).parameters)
         self._warned = False
         self.flat_checked = False
-        self.watch: Watch | Choices | None = None
+        self.watch: Watcher | None = None
         self.eviction = facts.chosen.method.eviction
 
     def new_store(self, joins: bool = False) -> Store:

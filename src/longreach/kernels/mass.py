@@ -1,9 +1,11 @@
-"""What queries pay to keys: the sums of final probabilities over the queries, from the log-sum-exp that is known once all parts are merged.
+"""What queries pay to keys: their final probabilities, from the log-sum-exp that is known once all parts are merged, added up over queries or over heads.
 
 A second, light pass: products of queries and keys once more, no values, any device. Knows tensors; not positions, methods or memories.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -19,10 +21,26 @@ def paid(
     q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, work: Band | Chosen, scale: float, softcap: float | None = None, bias: Bias | None = None
 ) -> torch.Tensor:
     """q [R, H, T, D], k [R or 1, G, C, D], lse [R, H, T] of all that the queries see -> sum over t of exp(logit - lse) [R, H, C] fp32."""
+    total = torch.zeros(*q.shape[:2], k.shape[2], device=q.device)
+    for part in _probabilities(q, k, lse, work, scale, softcap, bias):
+        total += part.sum(2)
+    return total
+
+
+def of_each(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, work: Band | Chosen, scale: float, softcap: float | None = None, bias: Bias | None = None
+) -> torch.Tensor:
+    """The same of every query alone: the sum over h of exp(logit - lse) [R, T, C] fp32."""
+    return torch.cat([part.sum(1) for part in _probabilities(q, k, lse, work, scale, softcap, bias)], 1)
+
+
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, work: Band | Chosen, scale: float, softcap: float | None, bias: Bias | None
+) -> Iterator[torch.Tensor]:
+    """[R, H, t, C] of some queries after others."""
     rows, heads, queries = q.shape[:3]
     keys, groups = k.float()[:, :, None].transpose(-1, -2), heads // k.shape[1]
     column = torch.arange(k.shape[2], device=q.device)
-    total = torch.zeros(rows, heads, k.shape[2], device=q.device)
     step = max(1, LOGITS_AT_ONCE // max(1, rows * heads * k.shape[2]))
     for a in range(0, queries, step):
         b = min(queries, a + step)
@@ -36,5 +54,4 @@ def paid(
             behind = work.offset + torch.arange(a, b, device=q.device)[:, None] - column
             seen = (behind >= work.low) & (behind < work.high) if work.high is not None else behind >= work.low
             logits = logits if bias is None else logits + bias.of_each(a, b, 0, len(column))
-        total += torch.exp(logits.masked_fill(~seen, NEGATIVE_INFINITY) - lse[:, :, a:b, None]).nan_to_num(0.0).sum(2)
-    return total
+        yield torch.exp(logits.masked_fill(~seen, NEGATIVE_INFINITY) - lse[:, :, a:b, None]).nan_to_num(0.0)

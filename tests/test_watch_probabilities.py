@@ -1,0 +1,134 @@
+"""What each query pays to every token: the dense probabilities, whatever the method, the family and the way of reading."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import longreach
+from families import build, each_once, tokens
+from longreach import LMInfinite, LongHeads, Quest, SelfExtend, Stock
+from longreach.engine import reference
+from longreach.kernels import mass
+from methods_matrix import METHODS, context, refusal
+
+LENGTH, FIRST = 75, 61
+
+
+def dense(model: Any, method: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """[B, T, N] of every layer: the probabilities of the truth, heads added up."""
+    found, real = [], reference.softmax
+
+    def softmax(inputs: Any, distance: torch.Tensor, v: torch.Tensor, sink: Any = None) -> Any:
+        out, lse = real(inputs, distance, v, sink)
+        logits = inputs.logits(distance.nan_to_num(0.0)).masked_fill(distance.isnan() | ~inputs.seen, -torch.inf)
+        found.append(torch.exp(logits - lse[..., None]).nan_to_num(0.0).sum(1))
+        return out, lse
+
+    with mock.patch.object(reference, "softmax", softmax), longreach.extend(model, method, context=context(method, LENGTH), backend="reference"):
+        found.clear()
+        model(ids, use_cache=False)
+    return found
+
+
+def off(found: torch.Tensor, want: torch.Tensor) -> float:
+    assert found.shape == want.shape
+    return (found - want).abs().max().item()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@torch.no_grad()
+def test_they_are_those_of_the_truth(method):
+    model = build("llama-head8" if refusal("llama", method) else "llama")
+    ids = each_once(2, LENGTH)
+    want = dense(model, method, ids)
+    with longreach.extend(model, method, context=context(method, LENGTH)) as extension:
+        with extension.watching_probabilities(FIRST) as watch:
+            model(ids, use_cache=False)
+        assert sorted(watch.paid) == list(range(len(want)))
+        assert all(off(watch.paid[n], layer[:, FIRST:]) <= 1e-4 for n, layer in enumerate(want))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "qwen3", "gemma2", "gpt-oss", "phi3", "olmo2", "mistral", "gpt-neox", "stablelm"])
+@torch.no_grad()
+def test_they_are_those_of_the_stock_model(family):
+    """Transformers' own attentions, which only its eager mode forms."""
+    model, ids = build(family, attn_implementation="eager"), tokens(2, LENGTH)
+    eager = model(ids, use_cache=False, output_attentions=True).attentions
+    with longreach.extend(model, Stock()) as extension, extension.watching_probabilities(FIRST) as watch:
+        model(ids, use_cache=False)
+    assert all(off(watch.paid[n], layer[..., :LENGTH].float().sum(1)[:, FIRST:]) <= 1e-4 for n, layer in enumerate(eager))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss", "bloom", "gptj", "deepseek-v3"])
+@pytest.mark.parametrize("method", [SelfExtend(3, 8), Quest(12, 4, 0, "all")], ids=str)
+@torch.no_grad()
+def test_soft_caps_sinks_and_biases_count(family, method):
+    model, ids = build(family), tokens(2, LENGTH)
+    want = dense(model, method, ids)
+    with longreach.extend(model, method) as extension, extension.watching_probabilities(FIRST) as watch:
+        model(ids, use_cache=False)
+    assert all(off(watch.paid[n], layer[:, FIRST:]) <= 1e-4 for n, layer in enumerate(want))
+
+
+@pytest.mark.parametrize("method", [Stock(), SelfExtend(3, 8), LMInfinite(9, 3), Quest(12, 4, 0, "all"), LongHeads(16, 19, 4, together=2)], ids=str)
+@torch.no_grad()
+def test_rows_count_from_their_own_query_and_forwards_add_up(method):
+    """A padded batch whose rows have other lengths, in one forward, in chunks and with decoded tokens; what is watched changes nothing."""
+    model, ids = build("llama"), each_once(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, LENGTH - 11 :] = 0
+    with longreach.extend(model, method) as extension:
+        with extension.watching_probabilities(FIRST, [1]) as long:
+            logits = model(ids[:1], use_cache=False).logits
+        with extension.watching_probabilities(50, [1]) as short:
+            model(ids[1:, : LENGTH - 11], use_cache=False)
+        with extension.watching_probabilities([FIRST, 50], [1]) as watch:
+            assert off(model(ids, attention_mask=mask, use_cache=False).logits[:1], logits) <= 1e-4
+        assert list(watch.paid) == [1]
+        assert off(watch.paid[1][:1, : LENGTH - FIRST], long.paid[1]) <= 1e-4 and off(watch.paid[1][1:, : 14, : LENGTH - 11], short.paid[1]) <= 1e-4
+        assert not watch.paid[1][1, 14:].any() and not watch.paid[1][1, :, LENGTH - 11 :].any()
+        if method.cut != 1:
+            return
+        cache = DynamicCache()
+        with extension.watching_probabilities((FIRST,), [1]) as parts:
+            for a, b in ((0, 40), (40, 65), (65, 66), *((t, t + 1) for t in range(66, LENGTH))):
+                model(ids[:1, a:b], past_key_values=cache, use_cache=True)
+        assert off(parts.paid[1], long.paid[1]) <= 1e-4
+
+
+@torch.no_grad()
+def test_only_the_rows_that_count_are_computed():
+    model, ids = build("llama"), tokens(1, LENGTH)
+    spy = mock.patch.object(mass, "of_each", wraps=mass.of_each)
+    with longreach.extend(model, Stock()) as extension, extension.watching_probabilities(FIRST, [1]), spy as tap:
+        model(ids, use_cache=False)
+    assert [call.args[0].shape[2] for call in tap.call_args_list] == [LENGTH - FIRST]
+
+
+@torch.no_grad()
+def test_forks_and_flat_forwards_are_watched():
+    model, text = build("llama"), tokens(1, 700)[0]
+    with longreach.extend(model, SelfExtend(3, 8)) as extension:
+        with extension.watching_probabilities(690) as want:
+            model(text[None], use_cache=False)
+        flat = extension.flat()
+        one = flat.join()
+        flat.read({one: text[:600]}, "none")
+        two = flat.fork(one)
+        with extension.watching_probabilities((700, 690)) as watch:
+            flat.read({one: text[:3], two: text[600:]})
+        assert off(watch.paid[1][1], want.paid[1][0]) <= 1e-5 and not watch.paid[1][0].any()
+
+
+def test_what_cannot_be_watched_is_refused():
+    with longreach.extend(build("llama"), SelfExtend(3, 8)) as extension:
+        for wrong in (-1, True, [], [3, -1], ["a"]):
+            with pytest.raises(ValueError, match="first is the index of a query"), extension.watching_probabilities(wrong):
+                pass
+        with pytest.raises(ValueError, match="not all among the"), extension.watching_probabilities(0, [9]):
+            pass
