@@ -88,6 +88,19 @@ def table(rows: list[dict[str, Any]], task: str, budgets: list[int], window: int
     return f"### {task}, {n} questions\n\n{markdown(['budget', *WAYS.values()], body)}"
 
 
+def doubled(window: int, length: int) -> list[int]:
+    """The budgets: from one window on, up to the whole document."""
+    found = [window]
+    while found[-1] < length:
+        found.append(min(length, 2 * found[-1]))
+    return found
+
+
+def page(found: dict[str, Any]) -> str:
+    rows, window = found["rows"], found["asked"]["window"]
+    return "\n\n".join(table(rows, name, doubled(window, found["asked"]["length"]), window) for name in dict.fromkeys(row["task"] for row in rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
@@ -104,22 +117,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     length, window = token_count(args.length, "--length"), token_count(args.window, "--window")
-    budgets = [window]
-    while budgets[-1] < length:
-        budgets.append(min(length, 2 * budgets[-1]))
     model, tokenizer = longreach.load(args.model, dtype=args.dtype)
     text = longreach.shipped_book() if args.text is None else read_text(args.text)
     asked = {"model": args.model, "length": length, "window": window, "chunk_words": args.chunk_words, "retriever": args.retriever, "samples": args.samples}
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"facts": facts(torch.device("cpu")), "asked": asked, "rows": []}
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"asked": asked, "rows": []}
     if found["asked"] != asked:
         raise SystemExit(f"{args.out} holds a run of {found['asked']}; name another file with --out")
+    found = {"facts": facts(torch.device("cpu")), **{name: found[name] for name in ("asked", "rows")}}
     done = {(row["task"], row["way"], row["budget"]) for row in found["rows"]}
     for name in args.tasks:
         task = tasks()[name]
         depths = name in ("niah", "passkeys")
         settings = Settings(lengths=(length,), depths=(0.1, 0.3, 0.5, 0.7, 0.9), samples=args.samples * (1 if depths else 5), text=text)
         samples = list(task.samples(tokenizer, settings))
-        for budget in budgets:
+        for budget in doubled(window, length):
             for way in WAYS:
                 if (name, way, budget) in done:
                     continue
@@ -127,11 +138,9 @@ def main() -> None:
                 found["rows"].append(row)
                 write_json(args.out, found)
                 print(f"{name:<24} {way:<9} {budget:>6}  {100 * row['score']:5.1f} %  {row['tokens']:7.0f} tokens  {row['seconds']:.0f} s", flush=True)
-    names = [name for name in dict.fromkeys([*TASKS, *args.tasks]) if any(row["task"] == name for row in found["rows"])]
-    page = "\n\n".join(table(found["rows"], name, budgets, window) for name in names)
-    print(page)
+    print(page(found))
     if args.page:
-        write_section(Path(args.page), "equal-tokens", page)
+        write_section(Path(args.page), "equal-tokens", page(found))
 
 
 if __name__ == "__main__":

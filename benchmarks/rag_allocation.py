@@ -148,6 +148,14 @@ def budgets(runs: list[Run]) -> str:
     return markdown(header, body)
 
 
+def page(runs: list[Run]) -> str:
+    fitted = [run for run in runs if len({other.score for other in runs if other.task == run.task}) > 1]  # a task with one score has nothing to predict
+    gains = AllocationModel.fit(fitted).tasks
+    body = [[name, f"{100 * of.mean:.0f} %", f"{of.i_doc:.2f}", f"{of.i_shot:.2f}", str(sum(run.task == name for run in runs))] for name, of in gains.items()]
+    tasks = markdown(["task", "mean score", "i_doc", "i_shot", "configurations"], body)
+    return f"{tasks}\n\n{fits(fitted)}\n\n{budgets(fitted)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
@@ -162,14 +170,9 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = longreach.load(args.model, dtype=args.dtype)
     runs = record(model, tokenizer, args, longreach.shipped_book() if args.text is None else read_text(args.text))
-    fitted = [run for run in runs if len({other.score for other in runs if other.task == run.task}) > 1]  # a task with one score has nothing to predict
-    gains = AllocationModel.fit(fitted).tasks
-    body = [[name, f"{100 * of.mean:.0f} %", f"{of.i_doc:.2f}", f"{of.i_shot:.2f}", str(sum(run.task == name for run in runs))] for name, of in gains.items()]
-    tasks = markdown(["task", "mean score", "i_doc", "i_shot", "configurations"], body)
-    page = f"{tasks}\n\n{fits(fitted)}\n\n{budgets(fitted)}"
-    print(page)
+    print(page(runs))
     if args.page:
-        write_section(Path(args.page), "allocation", page)
+        write_section(Path(args.page), "allocation", page(runs))
 
 
 if __name__ == "__main__":

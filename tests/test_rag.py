@@ -258,10 +258,23 @@ def test_no_history_exceeds_its_budget_and_each_walks_the_states_of_self_ask():
         assert walk.endswith("fF") <= (found.ended in ("no question", "budget"))
 
 
-def test_most_is_the_largest_that_fits():
-    for n in range(12):
-        for limit in range(-1, 12):
-            assert most(n, lambda x, limit=limit: x <= limit) == (None if limit < 0 else min(n, limit))
+def test_a_query_is_scored_once_however_many_chunks_are_tried(nano):
+    asked_for = []
+
+    def counting(texts: Sequence[str]) -> retrievers.Scores:
+        scores = overlap(texts)
+        return lambda query: asked_for.append(query) or scores(query)  # type: ignore[func-returns-value]
+
+    Rag(*nano, haystack(8_000), RagConfig(chunk_words=40, max_new_tokens=4), retriever=counting).ask("Who is Ishmael?")
+    assert asked_for == ["Who is Ishmael?"]
+
+
+def test_most_is_the_largest_that_fits_and_tries_nothing_far_larger():
+    for n in range(40):
+        for limit in range(-1, 41):
+            tried: list[int] = []
+            assert most(n, lambda x, tried=tried, limit=limit: tried.append(x) or x <= limit) == (None if limit < 0 else min(n, limit))
+            assert len(tried) == len(set(tried)) <= 2 * (limit + 2).bit_length() + 2 and max(tried) <= 2 * max(limit, 0) + 2
 
 
 # -- constrained decoding -----------------------------------------------------------------------------------------------------------------
@@ -418,9 +431,12 @@ def test_every_call_stays_within_the_budget_of_the_real_tokenizer(nano):
         ({"documents": ["x", " \n"]}, "document 2 is empty"),
         ({"documents": {"a": "x", "b": ""}}, "document 'b' is empty"),
         ({"documents": ["x", 5]}, "document 2 is not text"),
+        ({"documents": ["x", "\ud800"]}, "document 2 is not text"),
+        ({"question": "\udc80?"}, "the question or its lead is not text"),
         ({"top_k": 4}, "top_k=4 is more than the 3 chunks of the documents; pass top_k=3"),
         ({"question": "  "}, "the question is empty"),
         ({"budget": 3}, r"the question and all .* have \d+ tokens without any chunk, more than the 3 that a prompt may have; pass budget=\d+ \(--budget\)"),
+        ({"top_k": 0, "budget": 3}, r"have \d+ tokens without any chunk, more than the 3"),
         ({"budget": 12, "chunk_words": None}, "not one chunk of all the words fits into a prompt of 12 tokens beside the question"),
         ({"top_k": 3, "budget": 12}, r"with 3 chunks the prompt has \d+ tokens, more than the 12 that it may have; pass top_k=\d"),
         ({"max_new_tokens": 512}, "512 new tokens leave no room for a prompt in a context of 512"),

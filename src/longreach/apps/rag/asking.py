@@ -119,11 +119,13 @@ def iterdrag(
 
 
 def most(n: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest of 0 .. n that fits, found by halves: if one fits, so do those below it. None if not even 0 does."""
-    if fits(n):
-        return n
-    low, high = -1, n  # low fits, high does not
+    """The largest of 0 .. n that fits; None if not even 0 does. If one fits, so do those below it: it is found by doubling and then by halves, so that nothing
+    is tried that is far larger than what fits."""
+    low, high, step = -1, n + 1, 1  # low fits, high does not
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        tried = min(low + step, (low + high) // 2 if high <= n else n)
+        if fits(tried):
+            low, step = tried, 2 * step
+        else:
+            high = tried
     return None if low < 0 else low

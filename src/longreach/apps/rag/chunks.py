@@ -13,6 +13,7 @@ from longreach.quantities import counted
 
 WORD = re.compile(r"\S{1,24}\s*")  # of a text without spaces (Chinese, long numbers), 24 characters count as a word
 SENTENCE_END = re.compile(r"""[.!?\u3002\uff01\uff1f]["'\u201d\u2019)\]]*\s*$|\n\s*\n""")  # the end of a word that ends a sentence or a paragraph
+SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_CHUNKS = 2**20
 MOST_WORDS = 2**20
 
@@ -36,6 +37,11 @@ class Chunk:
     text: str
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a string that a tokenizer takes: surrogates that stand alone are no characters."""
+    return isinstance(value, str) and (value.isascii() or SURROGATE.search(value) is None)
+
+
 def documents_of(given: str | Sequence[str] | Mapping[str, str]) -> tuple[Document, ...]:
     """One text, several, or texts by name. Raises ValueError where there is nothing to read in one of them."""
     if isinstance(given, str):
@@ -47,8 +53,8 @@ def documents_of(given: str | Sequence[str] | Mapping[str, str]) -> tuple[Docume
     if not found:
         raise ValueError("there are no documents; pass a text, a list of texts, or texts by name")
     for number, document in enumerate(found, 1):
-        if not isinstance(document.text, str) or not isinstance(document.name, str):
-            raise ValueError(f"document {number} is not text; pass strings")
+        if not is_text(document.text) or not is_text(document.name):
+            raise ValueError(f"document {number} is not text; pass strings of Unicode characters")
         if not document.text.strip():
             raise ValueError(f"document {document.name or number!r} is empty; leave it out, or pass its text")
     return tuple(found)

@@ -9,12 +9,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from longreach import configs
 from longreach.apps.rag import retrievers
 from longreach.apps.rag.asking import Outcome, Room, drag, iterdrag, most
-from longreach.apps.rag.chunks import documents_of, split
+from longreach.apps.rag.chunks import documents_of, is_text, split
 from longreach.apps.rag.config import Passage, RagAnswer, RagConfig
 from longreach.apps.rag.prompts import SELF_ASK, Demonstration, Prompts, State, Used, arranged, controls, longest_control
 from longreach.hf.checks import find_base
@@ -68,7 +69,7 @@ class Rag:
                 f"top_k={config.top_k} is more than the {counted(len(self.chunks), 'chunk')} of the documents; pass top_k={len(self.chunks)} (--top-k) or "
                 "less, or smaller chunks (--chunk-words)"
             )
-        self._scores = find([chunk.text for chunk in self.chunks])
+        self._scores = lru_cache(8)(find([chunk.text for chunk in self.chunks]))  # how many fit is found by trying, each time with the same query
         self._prefix, self._shown = Prefix(), Prefix()  # what the last call has read, and the demonstrations
         self._written: dict[int, Prompts] = {}
 
@@ -125,7 +126,8 @@ class Rag:
         def tokens(k: int) -> int:
             return len(self.prompts(k).ids(self.state(question, k), question, lead))
 
-        k = most(len(self.chunks) if asked is None else asked, lambda k: room.fits(tokens(k)))
+        known = asked is not None and room.fits(tokens(asked))
+        k = asked if known else most(len(self.chunks) if asked is None else asked, lambda k: room.fits(tokens(k)))
         if k is None:
             shown = f", the {counted(len(self.demonstrations), 'demonstration')}" if self.demonstrations else ""
             raise ValueError(
@@ -166,6 +168,8 @@ class Rag:
         Raises ValueError for an empty question and for what does not fit.
         """
         started = time.perf_counter()
+        if not is_text(question) or not is_text(lead):
+            raise ValueError("the question or its lead is not text; pass strings of Unicode characters")
         question, lead = question.strip(), lead.strip()
         if not question:
             raise ValueError("the question is empty; pass one")
