@@ -2,10 +2,12 @@
 
     python benchmarks/load.py                                             # nano in its window: 1, 16 and 50 clients, and `transformers serve` with 50
     python benchmarks/load.py --servers longreach --clients 50 --context 16384 --long 0.05
+    python benchmarks/load.py --model SmolLM2-135M-Instruct.Q4_1.gguf --context 1024 --clients 1,16
 
 Each client asks, reads the stream of its answer, and asks again; some leave in the middle. Prompts are stretches of Moby-Dick. `--long` is the share of
 prompts that fill the context. When the time is up no new question is asked, and what is on its way ends. Then some questions are asked again, alone: in fp32
-nothing is printed unless the answers are the same. Every load is bounded in clients and seconds, and goes to the loopback interface only.
+nothing is printed unless the answers are the same. Transformers' server gets the weights of a GGUF file as safetensors, as we compute with them. Every load is
+bounded in clients and seconds, and goes to the loopback interface only.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -29,6 +32,7 @@ from typing import Any
 
 import httpx
 from common import ROOT, device_of, facts, table, write_json
+from model import named
 
 import longreach
 from longreach.quantities import token_count
@@ -63,12 +67,26 @@ class Server:
 
 
 @contextmanager
+def stock(model: str) -> Iterator[str]:
+    """What `transformers serve` takes for a model."""
+    if model == "nano":
+        with as_file(files("longreach") / "nano") as folder:
+            yield str(folder)
+    elif not model.endswith(".gguf"):
+        yield model
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            for part in longreach.load(model):
+                part.save_pretrained(name)
+            yield name
+
+
+@contextmanager
 def served(name: str, model: str, context: int, extra: list[str]) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with as_file(files("longreach") / "nano") as folder:
-        called = str(folder) if model == "nano" and name == "transformers" else model
+    with stock(model) if name == "transformers" else nullcontext(model) as called:
         if name == "longreach":
             command = [sys.executable, "-m", "longreach.cli", "serve", "--model", model, "--context", f"{context}", "--port", f"{port}", "--quiet"]
         else:
@@ -85,7 +103,7 @@ def served(name: str, model: str, context: int, extra: list[str]) -> Iterator[Se
                 except httpx.TransportError:
                     pass
                 time.sleep(0.5)
-            yield Server(name, url, Path(model).stem if name == "longreach" else called, process)
+            yield Server(name, url, named(model) if name == "longreach" else called, process)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -220,8 +238,8 @@ def main() -> None:
                 print(rows[-1], flush=True)
     head = ["server", "clients", "answers", "left", "lost", "differ", "tokens/s"]
     head += ["first 50 %", "first 99 %", "between 50 %", "between 99 %", "MiB before", "after"]
-    print(table(f"{args.model}, context {context}; waiting in ms", head, rows))
-    write_json(args.out, {"facts": facts(device_of("cpu")), "load": vars(args) | {"out": args.out.name}, "measured": measured})
+    print(table(f"{named(args.model)}, context {context}; waiting in ms", head, rows))
+    write_json(args.out, {"facts": facts(device_of("cpu")), "load": vars(args) | {"model": named(args.model), "out": args.out.name}, "measured": measured})
 
 
 if __name__ == "__main__":

@@ -59,9 +59,9 @@ def build(name: str, dtype: torch.dtype, device: torch.device, window: int) -> A
 
 
 def options_of(doc: str | None) -> argparse.ArgumentParser:
-    """What ragged.py and flat.py share."""
+    """What ragged.py, flat.py and serving.py share."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
-    parser.add_argument("--model", default="nano", help=f"nano, or one of random weights: {', '.join(SHAPES)}")
+    parser.add_argument("--model", default="nano", help=f"nano, one of random weights ({', '.join(SHAPES)}), or a folder or GGUF file")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
@@ -75,7 +75,12 @@ def opened(options: argparse.Namespace) -> Any:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, dtype = device_of(options.device), DTYPES[options.dtype]
-    return longreach.load("nano", dtype=dtype, device=device)[0] if options.model == "nano" else build(options.model, dtype, device, 2048)
+    return build(options.model, dtype, device, 2048) if options.model in SHAPES else longreach.load(options.model, dtype=dtype, device=device)[0]
+
+
+def named(model: str) -> str:
+    """Without the folder that its file is in."""
+    return Path(model).stem if Path(model).suffix == ".gguf" else Path(model).name
 
 
 def require_same(error: float, dtype: torch.dtype) -> float:
@@ -89,7 +94,7 @@ def keep(options: argparse.Namespace, name: str, content: dict[str, Any]) -> Non
     """Into the file of a script, beside its results for other models."""
     file = options.out or ROOT / f"benchmarks/results/{name}.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    write_json(file, {**before, f"{options.model} {options.dtype}": {"facts": facts(device_of(options.device)), **content}})
+    write_json(file, {**before, f"{named(options.model)} {options.dtype}": {"facts": facts(device_of(options.device)), **content}})
     print(f"written: {file.name}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""The Chromium that is installed, for tests of the page; and the page's picture in the documentation: python tests/chromium.py docs/page.png
+"""The Chromium that is installed, for tests of the pages; and their pictures in the documentation: python tests/chromium.py docs/page.png docs/attribution.png
 
 A browser is never downloaded. LONGREACH_CHROMIUM names one; else the first of these on the path is taken.
 """
@@ -65,13 +65,9 @@ def ask_the_example(page: Any) -> None:
 
 def picture(file: Path) -> None:
     """Questions about the example, as README shows them."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
     from playwright.sync_api import expect
 
     import longreach
-    from longreach.drawing import canvas
-    from longreach.files import write_by
     from served import served
 
     model, tokenizer = longreach.load("nano")
@@ -91,6 +87,35 @@ def picture(file: Path) -> None:
         page.locator("#question").blur()
         page.wait_for_timeout(1500)  # the last picture is drawn
         page.screenshot(path=shot, full_page=True)
+    reduce(shot, file)
+
+
+def picture_of_attribution(file: Path) -> None:
+    """The page of `longreach attribute`, of a key that is hidden in the book."""
+    import longreach
+    from longreach.apps.attribution import page as pages
+
+    model, tokenizer = longreach.load("nano")
+    text, key = longreach.shipped_book()[40_000:45_400], "The pass key is 48213. Remember it. 48213 is the pass key. "
+    text = text[: (at := text.index(". ", 1_300) + 2)] + key + text[at:]
+    shot, html = file.with_suffix(".raw.png"), file.with_suffix(".raw.html")
+    with longreach.extend(model, context=2048) as extension:
+        found = longreach.attribute(extension, tokenizer, text, "What is the pass key?", words=40, max_new_tokens=16)
+    html.write_text(pages.render(found, text, "Moby-Dick, with a sentence hidden in it", "nano"), encoding="utf-8")
+    with browser() as chromium, opened(chromium, html.resolve().as_uri(), 1120, 1180) as page:
+        page.screenshot(path=shot)
+    reduce(shot, file)
+    html.unlink()
+
+
+def reduce(shot: Path, file: Path) -> None:
+    """A screenshot becomes a picture of ours, with few colours."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from longreach.drawing import canvas
+    from longreach.files import write_by
+
     signed = PngInfo()
     for name, text in canvas.SIGNATURE.items():
         signed.add_text(name, text)
@@ -101,4 +126,5 @@ def picture(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    picture(Path(sys.argv[1]))
+    for name in map(Path, sys.argv[1:]):
+        (picture_of_attribution if name.stem == "attribution" else picture)(name)

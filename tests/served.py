@@ -18,6 +18,7 @@ import uvicorn
 
 from longreach.hf.extension import Extension
 from longreach.serving.api import application
+from longreach.serving.connections import Connection
 from longreach.serving.limits import Limits
 from longreach.serving.scheduler import Scheduler
 from longreach.serving.service import Service
@@ -28,6 +29,7 @@ class Served:
     url: str
     service: Service
     app: Any
+    connections: set[Any]  # that are open
 
     @property
     def client(self) -> openai.OpenAI:
@@ -47,14 +49,14 @@ def served(
 ) -> Iterator[Served]:
     service = Service(extension, tokenizer, "nano", limits or Limits(), Scheduler(extension), documents)
     app = application(service, key)
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None, access_log=False, http=Connection))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield Served(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", service, app)
+        yield Served(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", service, app, server.server_state.connections)
     finally:
         server.should_exit = True
         thread.join()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 import longreach
@@ -20,9 +21,10 @@ from served import Served, served
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model, tokenizer = longreach.load("nano")
-    with longreach.extend(model, context=2048) as extension, served(extension, tokenizer) as found:
+    folder = tmp_path_factory.mktemp("documents")
+    with longreach.extend(model, context=2048) as extension, served(extension, tokenizer, documents=folder) as found:
         yield found
 
 
@@ -50,6 +52,23 @@ def test_it_says_what_a_conversation_here_says(server: Served, monkeypatch: pyte
     plain = talked(monkeypatch, run, asked[:1], *options)
     assert plain.code == 0 and plain.out.strip() == first["answer"]
     assert f"nano at {server.url}" in plain.err and " s to the first token" in plain.err and "cached)" in plain.err
+
+
+def test_a_document_of_the_server_is_not_sent_again(server: Served, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    text = longreach.running.prompts.hide(longreach.shipped_book()[:4000], "The red code is 5512. Keep it in mind.", 0.5)
+    assert httpx.post(f"{server.url}/v1/documents", json={"name": "book", "text": text}, timeout=60).status_code == 201
+    with_name = ("--server", server.url, "--document", "book", "--max-new-tokens", 12)
+    found = talked(monkeypatch, run, ["What is the red code?", "/reset", "What is the red code?"], *with_name, "--json")
+    first, second = found.json["turns"]
+    assert "5512" in first["answer"] and second["answer"] == first["answer"] and first["cached_tokens"] > 0.9 * first["prompt_tokens"] > 900
+    assert " tokens of book, which the server has read" in found.err
+    for options, says in (
+        (("--server", server.url, "--document", "novel"), "there is no document 'novel'"),
+        (("--server", server.url, "--document", "../book"), "there is nothing at"),
+        (("--document", "book"), "--document names one that a server keeps; pass --server URL too"),
+        ((*with_name, "--hide", "x"), "leave out --file and --hide, or leave out --document"),
+    ):
+        refused(run, "chat", *options, says=says)
 
 
 def test_commands_of_the_conversation(server: Served, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

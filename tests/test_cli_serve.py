@@ -7,13 +7,16 @@ import json
 import logging
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from commands import Run, refused
-from longreach.cli import serve
+from longreach.cli import serve, serve_vllm
 from longreach.cli.console import Discard, Output, Terminal
+from served import process
 
 
 @pytest.fixture
@@ -57,6 +60,39 @@ def test_the_words_of_run(run: Run, unserved: list[Any], folders: dict[str, str]
     assert serve.called(folders["chat"]) == "chat" and serve.called("org/model-1.5") == "org/model-1.5"
 
 
+def test_a_folder_for_those_who_are_moved_out_is_there_while_it_is_served(run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found: list[Any] = []
+    monkeypatch.setattr(serve, "listen", lambda out, service, where, options: found.append((service.worker.scheduler.room.reserve, [*tmp_path.iterdir()])))
+    for reserve in (0.25, 1):
+        assert run("serve", "--port", 0, "--reserve", reserve, "--quiet").code == 0
+        assert not [*tmp_path.iterdir()]
+    assert [(reserve, len(folders)) for reserve, folders in found] == [(0.25, 1), (1, 0)]
+    assert run("serve", "--port", 0, "--reserve", 1.5).code == 2
+
+
+@pytest.mark.slow
+def test_who_came_last_is_moved_out_where_less_is_reserved(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two long answers that have room one after the other are served together at first; the folder goes with the server."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    ask = {"model": "nano", "max_tokens": 400, "temperature": 0}
+    with process("--kv-budget", "2500KiB", "--reserve", "0") as (server, url):
+
+        def answer(prompt: str) -> Any:
+            found = httpx.post(f"{url}/completions", json={**ask, "prompt": prompt}, timeout=120)
+            assert found.status_code == 200, found.text
+            return found.json()["choices"][0]["text"]
+
+        alone = [*map(answer, ("Call me", "It was"))]
+        with ThreadPoolExecutor(2) as pool:
+            together = [*pool.map(answer, ("Call me", "It was"))]
+        assert together == alone
+        assert "longreach_scheduler_preempted_total 0.0" not in httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+        assert len([*tmp_path.glob("longreach-moved-*")]) == 1
+        server.terminate()
+        assert server.wait(60) == 0 and not [*tmp_path.glob("longreach-moved-*")]
+
+
 def test_bound_elsewhere_without_a_key_is_said(run: Run, unserved: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "warning: 0.0.0.0 may be reached from other machines" in run("serve", "--host", "0.0.0.0", "--port", 0).err
     monkeypatch.setenv("LONGREACH_API_KEY", "sesame")
@@ -84,3 +120,60 @@ def test_a_line_of_the_log_is_one_object(capsys: pytest.CaptureFixture[str]) -> 
             other = logging.getLogger(name)
             other.handlers, other.propagate = [], True
             other.setLevel(logging.NOTSET)
+
+
+def test_vllm_is_not_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_vllm, "find_spec", lambda name: None)
+    refused(run, "serve", "--engine", "vllm", says="vLLM is not installed here")
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """-> what would be executed in place of this process."""
+    found: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(serve_vllm, "find_spec", lambda name: name)
+    monkeypatch.setattr(serve_vllm, "version", lambda name: "0.32.0")
+    monkeypatch.setattr(serve_vllm, "execute", lambda *given: found.append(given))
+    return found
+
+
+def test_the_same_words_are_handed_over_to_vllm(run: Run, handed: list[Any]) -> None:
+    words = ("--context", "2k", "--method", "selfextend", "--group-size", 8, "--window", 64, "--port", 9000, "--api-key", "sesame")
+    found = run("serve", "--engine", "vllm", *words)
+    [(command, environment)] = handed
+    assert found.code == 0 and "method: SelfExtend(group_size=8" in found.err
+    assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"] and environment["VLLM_API_KEY"] == "sesame" and "sesame" not in command
+    options = dict(zip(command[5::2], command[6::2], strict=True))
+    settings = json.loads(options.pop("--additional-config"))["longreach"]
+    assert options == {"--served-model-name": "nano", "--host": "127.0.0.1", "--port": "9000", "--max-model-len": "2048", "--dtype": "float32"}
+    assert {name: settings[name] for name in ("method", "group_size", "window", "context", "trained_window")} == {
+        "method": "selfextend", "group_size": 8, "window": 64, "context": 2048, "trained_window": 512,
+    }  # fmt: skip
+
+
+def test_vllm_in_the_trained_window_and_by_the_dial(run: Run, handed: list[Any], folders: dict[str, str]) -> None:
+    found = run("serve", "--engine", "vllm", "--json")
+    assert json.loads(found.out)["command"] == ["vllm", *handed[0][0][3:]] and "--additional-config" not in handed[0][0]
+    assert run("serve", "--engine", "vllm", "--model", folders["chat"], "--context", 256, "--dtype", "bf16").code == 0
+    command = handed[1][0]
+    assert command[command.index("--dtype") + 1] == "bfloat16" and '"method": "selfextend"' in command[-1] and folders["chat"] in command
+    assert run("serve", "--engine", "vllm", "--method", "selfextend", "--group-size", 2, "--window", 64).code == 0
+    assert handed[2][0][handed[2][0].index("--max-model-len") + 1] == "960"
+
+
+def test_the_cpu_build_has_a_server_and_no_command(run: Run, handed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise serve_vllm.PackageNotFoundError(name)
+
+    monkeypatch.setattr(serve_vllm, "version", missing)
+    assert run("serve", "--engine", "vllm").code == 0
+    assert handed[0][0][1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+
+
+def test_what_vllm_cannot_be_handed(run: Run, handed: list[Any], tmp_path: Any) -> None:
+    refused(run, "serve", "--engine", "vllm", "--queue", 3, "--memory", "device=1GiB", says="--queue and --memory belong to longreach's own server")
+    refused(run, "serve", "--engine", "vllm", "--method", "lm-infinite", "--n-local", 512, says="pass --context N")
+    refused(run, "serve", "--engine", "vllm", "--context", 2048, "--method", "quest", "--budget", 64, says="chooses keys by their content")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
+    refused(run, "serve", "--engine", "vllm", "--model", str(tmp_path / "model.gguf"), says="write the model as a folder first")
+    assert not handed

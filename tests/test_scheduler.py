@@ -65,8 +65,15 @@ def new(events: list[Event]) -> list[int]:
     return [event.token for event in events if event.token is not None]
 
 
-@pytest.mark.parametrize("method", [Stock(), SelfExtend(3, 8), LMInfinite(9, 3), InfLLM.small(8), InfiniteHiP.small(8)], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+ALL = [Stock(), SelfExtend(3, 8), LMInfinite(9, 3), InfLLM.small(8), InfiniteHiP.small(8)]
+OTHERS = [(family, method) for family in ("qwen3", "gemma2") for method in ALL]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*(("llama", method) for method in ALL), *(pytest.param(*other, marks=[pytest.mark.slow] if other[1] in ALL[3:] else []) for other in OTHERS)],
+    ids=lambda given: str(given),
+)
 def test_32_jobs_get_what_each_gets_alone(family, method):
     """Of mixed lengths, some with a common beginning, that come and are cancelled at any time, in small forwards."""
     draw = random.Random(7)

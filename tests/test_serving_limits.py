@@ -10,15 +10,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
+import uvicorn
+from tokenizers import Regex, normalizers
 
 import longreach
+import tiny
+from longreach.running import prompts
+from longreach.serving.connections import Connection
 from longreach.serving.limits import Limits
 from served import Served, process, served
 
@@ -75,6 +80,16 @@ def test_a_key_opens_everything_but_health(nano: Any) -> None:
         with pytest.raises(openai.AuthenticationError):
             server.client.models.list()
         assert openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame").models.list().data[0].id == "nano"
+        document = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": "Bearer sesame"}).json()
+        [(name, scheme)] = document["components"]["securitySchemes"].items()
+        assert (scheme["type"], scheme["scheme"], document["security"]) == ("http", "bearer", [{name: []}])
+        free = {path for path, operations in document["paths"].items() for operation in operations.values() if operation.get("security") == []}
+        assert free == {"/health"}
+
+
+def test_without_a_key_the_document_asks_for_none(server: Served) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    assert "security" not in document and "securitySchemes" not in document["components"]
 
 
 def test_web_pages_of_others_are_refused(server: Served) -> None:
@@ -203,16 +218,116 @@ def test_a_client_that_leaves_while_its_text_waits_is_noticed(server: Served) ->
         assert "longreach_cancelled_total 3.0" in httpx.get(f"{server.url}/metrics").text
 
 
-def test_short_texts_do_not_wait_for_long_ones_and_hopeless_ones_do_not_become_tokens(server: Served) -> None:
+def test_short_texts_do_not_wait_for_long_ones_and_hopeless_ones_do_not_become_tokens(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     with encoding(server, 1):
         assert httpx.post(f"{server.url}/v1/completions", json=ASK, timeout=60).status_code == 200
-        long = "word " * 20_000
-        for path, body in (("completions", {"prompt": long}), ("chat/completions", {"messages": [{"role": "user", "content": long}]})):
-            error = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).json()["error"]
-            assert error["code"] == "context_length_exceeded" and error["message"].startswith("the text has 100000 characters, and 1024 tokens")
+    monkeypatch.setattr(prompts, "encode", lambda *given, **more: pytest.fail("it became tokens"))
+    long = "word " * 20_000
+    for path, body in (("completions", {"prompt": long}), ("chat/completions", {"messages": [{"role": "user", "content": long}]})):
+        error = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).json()["error"]
+        assert error["code"] == "context_length_exceeded" and error["message"].startswith("the text has 100000 characters, and 1024 tokens")
+
+
+@pytest.mark.parametrize("collapses", [True, False], ids=["tokenizer", "template"])
+def test_a_text_that_fits_is_never_refused_for_its_characters(collapses: bool) -> None:
+    """A tokenizer that makes one space of many, and a template that cuts what surrounds a message off."""
+    tokenizer, model, many = tiny.tokenizer(chat=not collapses), tiny.llama(), " " * 100_000
+    if collapses:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
+    else:
+        tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | trim")
+    with longreach.extend(model, context=64) as extension, served(extension, tokenizer) as server:
+        messages = [{"role": "user", "content": f"a{many}b" if collapses else f"a b{many}"}]
+        found = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": messages, "max_tokens": 4}, timeout=60)
+        assert found.status_code == 200 and found.json()["usage"]["prompt_tokens"] < 30, found.text
+        if collapses:
+            assert httpx.post(f"{server.url}/v1/completions", json={"prompt": f"a{many}b", "max_tokens": 4}, timeout=60).status_code == 200
+        long = [{"role": "user", "content": "word " * 20_000}]
+        error = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": long}, timeout=60).json()["error"]
+        assert error["code"] == "context_length_exceeded"
 
 
 # -- clients that leave -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def connected(server: Served, send: bytes) -> Iterator[socket.socket]:
+    place = urlsplit(server.url)
+    with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        found.settimeout(30)
+        found.connect((place.hostname, place.port))
+        found.sendall(send)
+        yield found
+
+
+def posted(body: dict[str, Any], *more: str) -> bytes:
+    data = json.dumps(body)
+    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(data)}", *more]
+    return ("\r\n".join(head) + "\r\n\r\n" + data).encode()
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_the_socket_of_a_client_that_does_not_read_is_closed(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that was given up has more bytes than the system keeps. A client that takes some from time to time gets what was written."""
+    monkeypatch.setattr(Connection, "silent", 0.3)
+    size = 2**25
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % (2 * size))]})
+        await send({"type": "http.response.body", "body": b"x" * size, "more_body": True})
+
+    async def ask() -> int:
+        server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None, access_log=False, lifespan="off", http=Connection))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.servers[0].sockets[0].getsockname()[1], limit=1000)
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        found = len(await reader.read(1))
+        while server.server_state.connections:
+            if reads and (part := await reader.read(2**20)):
+                found += len(part)
+            await asyncio.sleep(0.005)
+        writer.close()
+        server.should_exit = True
+        await serving
+        return found
+
+    found = asyncio.run(asyncio.wait_for(ask(), 60))
+    assert found > size / 2 if reads else found == 1
+
+
+def test_connections_without_a_request_are_let_go(nano: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing, half a head, and a body without end behind an answer that is there, also where a byte comes from time to time. An answer on its way is waited
+    for."""
+    monkeypatch.setattr(Connection, "idle", 0.4)
+    endless = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with served(*nano) as server, ExitStack() as stack:
+        idle = [stack.enter_context(connected(server, send)) for send in (b"", b"GET /health HTTP/1.1\r\nHost: loc", endless)]
+        answer = stack.enter_context(connected(server, posted({**ASK, "max_tokens": 300}, "Connection: close")))
+        for _ in range(30):
+            for one in idle[1:]:
+                with suppress(OSError):
+                    one.sendall(b"a" if one is idle[1] else b"1\r\na\r\n")
+            time.sleep(0.05)
+        for one in idle:
+            with suppress(ConnectionResetError):
+                while one.recv(1000):
+                    pass
+        whole = b"".join(iter(lambda: answer.recv(1000), b""))
+        assert whole.startswith(b"HTTP/1.1 200 ") and json.loads(whole.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 300
+
+
+def test_a_request_has_one_length(server: Served) -> None:
+    """What a proxy in front may understand in another way is refused, and the connection with it."""
+    hidden = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for more in ("Content-Length: 5\r\nTransfer-Encoding: chunked", "Content-Length: 5\r\nContent-Length: 0", "Transfer-Encoding: xchunked",
+                 "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", "Content-Length: +5", "Transfer-Encoding : chunked"):  # fmt: skip
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}\r\n\r\n".encode()
+        with connected(server, head + hidden) as one:
+            said = b"".join(iter(lambda: one.recv(1000), b""))
+        assert said.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 501 ")) and said.count(b"HTTP/1.1") == 1 and b'"id":"nano"' not in said, (more, said)
 
 
 def test_nothing_is_computed_for_clients_that_have_left(server: Served) -> None:
@@ -289,6 +404,17 @@ def test_what_the_scheduler_refuses_later_is_no_failure_of_the_model(server: Ser
     assert found.status_code == 400 and found.json()["error"]["message"] == "documents leave no room for this job; release one"
     stream = httpx.post(f"{server.url}/v1/completions", json={**ASK, "stream": True}).text
     assert json.loads(stream.removeprefix("data: "))["error"]["message"] == "documents leave no room for this job; release one"
+
+
+def test_a_forward_that_raises_valueerror_is_a_failure(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library beneath us: whoever asked cannot mend it."""
+
+    def fails(*given: Any) -> Any:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(server.service.worker.scheduler.room.flat, "read", fails)
+    found = httpx.post(f"{server.url}/v1/completions", json=ASK)
+    assert found.status_code == 500 and "ValueError: not enough values to unpack" in found.json()["error"]["message"]
 
 
 # -- what is noted ----------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import random
@@ -59,8 +60,8 @@ def test_many_questions_about_one_text_read_it_once(method):
         jobs = [Job(text + ids(20 + n, 30 + n), NEW) for n in range(4)]
         long = [Job(job.ids + ids(200, n), NEW) for n, job in enumerate(jobs)]  # too far behind the text to go back to it
         for asked in (jobs, long):
+            want = alone(extension, asked)
             for shared in (0, 600):
-                want = alone(extension, asked)
                 scheduler = Scheduler(extension)
                 found = [run(scheduler, [again])[again] for again in (Job(job.ids, NEW, shared=shared) for job in asked)]
                 assert [new(events) for events in found] == want
@@ -171,14 +172,46 @@ def test_a_few_small_jobs_pass_a_large_one_that_waits_for_room():
         assert new(found[large]) == want and all(events[-1].finish == "length" for events in found.values())
 
 
+@pytest.mark.parametrize("memory", [None, Tiered(device="1MiB", block=16)], ids=["budget", "tiers"])
+def test_nothing_is_forgotten_for_a_job_that_finds_no_room(memory):
+    """A long one waits until another one that is answered has gone. What was kept before is there at that time, or goes when that makes room."""
+    with longreach.extend(model_of(), Stock(), memory=memory) as extension:
+        flat = extension.flat()
+        fits = [n for n in range(500, 4000, 20) if flat.has_room(flat.need_alone(n))] if memory else [2000]
+        most = fits[-1]
+        budget = None if memory else flat.need_alone(most).nbytes
+        large = Job(ids(most * 3 // 4, 3), 2)
+        (want,) = alone(extension, [large])
+        scheduler = Scheduler(extension, budget=budget, clock=lambda: 0.0)
+        text = ids(most // 8, 1)
+        run(scheduler, [Job(text, 1)])
+        scheduler.add(Job(ids(most // 3, 2), most // 6))
+        for _ in range(20):
+            scheduler.step()
+        scheduler.add(large)
+        for _ in range(20):
+            scheduler.step()
+        assert (scheduler.stats().waiting, scheduler.stats().prefixes) == (1, 1)
+        again = Job([*text, 5], 1)
+        found = run(scheduler, [again])
+        assert found[again][0].cached == len(text) and new(found[large]) == want
+        if memory is None:
+            assert scheduler.stats().held <= budget
+
+
+BUDGETS = (1.0, 1.1, 1.5)  # over what the largest needs
+MORE = (1.02, 1.25, 2.0)
+
+
 @pytest.mark.parametrize("reserve", [1, 0])
+@pytest.mark.parametrize("budgets", [BUDGETS, pytest.param(MORE, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("method", [*METHODS[:3], InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=64)], ids=str)
-def test_a_job_that_has_room_alone_is_answered_whatever_is_kept(method, reserve, tmp_path):
+def test_a_job_that_has_room_alone_is_answered_whatever_is_kept(method, budgets, reserve, tmp_path):
     """One after the other, they go on from what others have read, or not, within a budget that is little more than the largest needs. What they would go on
     from makes room too, also where it is a document on disk."""
     with longreach.extend(model_of(), method) as extension:
         flat = extension.flat()
-        for n, times in enumerate((1.0, 1.02, 1.1, 1.25, 1.5, 2.0)):
+        for n, times in enumerate(budgets):
             draw, largest = random.Random(n), 1500
             budget = math.ceil(times * flat.need_alone(largest + NEW - 1).nbytes)
             scheduler, texts = Scheduler(extension, budget=budget, reserve=reserve, moved=tmp_path), [ids(600, n)]
@@ -201,9 +234,9 @@ def test_a_job_that_has_room_alone_is_answered_whatever_is_kept(method, reserve,
 def test_who_came_last_is_moved_out_and_goes_on_later(method, tmp_path):
     """Room is reserved for no new tokens. The answers are long: jobs are moved out and come back, and are not read again."""
     with longreach.extend(model_of(), method) as extension:
-        jobs = [Job(ids(300 + 30 * n, n), 200, Sampling(1.0, None, n) if n % 2 else Sampling()) for n in range(4)]
+        jobs = [Job(ids(300 + 20 * n, n), 120, Sampling(1.0, None, n) if n % 2 else Sampling()) for n in range(3)]
         want = alone(extension, jobs)
-        budget = 2 * Scheduler(extension).room.flat.need_alone(420).nbytes
+        budget = 2 * Scheduler(extension).room.flat.need_alone(400).nbytes
         scheduler, most = Scheduler(extension, budget=budget, reserve=0, moved=tmp_path, prefixes=0), 0
 
         def each(step: int, events: Any) -> None:
@@ -289,7 +322,8 @@ def test_a_document_leaves_the_memory_and_comes_back(tmp_path):
             job = Job(ids(1000, 3), NEW)
             events = run(scheduler, [job])[job]
             if folder is None:
-                assert events[-1].finish == "error" and "documents leave no room for this job; release one" in events[-1].problem
+                assert (events[-1].finish, events[-1].refused) == ("error", True)
+                assert events[-1].problem.startswith("documents leave no room for this job; release one")
             else:
                 assert new(events) == other and scheduler.room.prefixes.documents["book"].prefix is None
             events = run(scheduler, [held])[held]
@@ -350,10 +384,34 @@ def test_over_tiers_jobs_wait_for_their_room(method):
         scheduler = Scheduler(extension, prefixes=4)
         found = run(scheduler, jobs)
         assert [new(found[job]) for job in jobs] == want and found[jobs[-1]][0].cached >= 750
-        huge = Job(ids(9000, 5), 2)
-        scheduler.add(huge)
-        assert run(scheduler)[huge][-1].finish == "error"
         del found, scheduler
+
+
+@pytest.mark.parametrize("tiers", [{"host": "1MiB"}, {"disk": "1MiB"}, {}], ids=["host", "disk", "device"])
+@pytest.mark.parametrize("method", [Stock(), InfLLM(9, 3, 4, 2, repr_topk=2, exc_block_size=64)], ids=str)
+def test_what_never_has_room_in_tiers_is_refused_at_once(method, tiers, tmp_path):
+    """The longest that is taken is answered, and one block more is refused, whoever waits."""
+    if "disk" in tiers:
+        tiers = {"disk": f"{tmp_path}:{tiers['disk']}"}
+    with longreach.extend(model_of(), method, memory=Tiered(device="1MiB", block=16, **tiers)) as extension:
+        scheduler = Scheduler(extension, prefixes=0)
+        scheduler.add(waiting := Job(ids(100, 1), NEW))
+
+        def takes(n: int) -> bool:
+            try:
+                scheduler.add(job := Job([1] * n, 2))
+            except ValueError as error:
+                assert "tokens never have room" in str(error) and "; shorten the prompt, ask for fewer new tokens, or serve with larger tiers" in str(error)
+                return False
+            scheduler.cancel(job)
+            return True
+
+        most = bisect.bisect(range(200_000), False, key=lambda n: not takes(n + 1))
+        assert 500 < most < 10_000
+        found = run(scheduler, [last := Job(ids(most, 5), 2)])
+        assert len(new(found[last])) == 2 and len(new(found[waiting])) == NEW
+        with pytest.raises(ValueError, match="never have room"):
+            scheduler.hold("book", ids(most + 600, 5))
 
 
 def test_notes_of_a_document_are_looked_at(tmp_path):

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import transformers as t
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import longreach
-from longreach.serving.texts import HALF, Writer, begun, decode, speller
+from longreach.serving.texts import HALF, Writer, begun, decode, longest_token, speller
 from tiny import tokenizer as bytes_tokenizer
 
 TEXT = "Größe 你好, 世界! 👩‍🚀 e\u0301 fin"
@@ -116,3 +116,27 @@ def test_the_bytes_of_half_a_character_are_known() -> None:
         ids = tokenizer("ö", add_special_tokens=False)["input_ids"][-2:]
         assert b"".join(bytes(spell(token)[1] or []) for token in ids) == "ö".encode()
     assert speller(TOKENIZERS["bytes"])(2) == ("</s>", list(b"</s>"))
+
+
+def test_what_a_token_stands_for_at_most() -> None:
+    assert longest_token(bytes_tokenizer()) == 5  # <pad>
+    nano = longreach.load("nano")[1]
+    assert longest_token(nano) == max(map(len, nano.get_vocab()))
+    assert longest_token(fallback()) is None
+
+    def changed(what: str, value: Any) -> int | None:
+        tokenizer = bytes_tokenizer()
+        setattr(tokenizer.backend_tokenizer, what, value)
+        return longest_token(tokenizer)
+
+    assert changed("normalizer", normalizers.NFC()) == 4 * 5
+    for normalizer in (normalizers.Strip(), normalizers.NFKC(), normalizers.Replace("  ", " ")):
+        assert changed("normalizer", normalizer) is None
+    removed = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()])
+    for cutter in (pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(), removed):
+        assert changed("pre_tokenizer", cutter) is None
+    tokenizer = bytes_tokenizer()
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    assert longest_token(tokenizer) is None
+    (tokenizer := bytes_tokenizer()).backend_tokenizer.enable_truncation(5)
+    assert longest_token(tokenizer) is None

@@ -15,6 +15,7 @@ TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer
 if TYPE_CHECKING:
     from typing import Any
 
+    from longreach.apps.attribution.attribute import attribute as attribute
     from longreach.hf.extension import Extension as Extension
     from longreach.hf.extension import extend as extend
     from longreach.memory.budgets import Tiered as Tiered
@@ -65,6 +66,7 @@ _HOMES = {
     "stream": "running.reading",
     "token_ids": "running.pieces",
     "generate": "running.together",
+    "attribute": "apps.attribution.attribute",
     "Method": "methods.base",
     "from_json": "methods",
     "__version__": "version",

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
 
     from longreach.apps.infiniretri.reading import InfiniRetri as InfiniRetri
 
-_HOMES = {
-    "InfiniRetri": "infiniretri.reading",
-}
+_HOMES = {"InfiniRetri": "infiniretri.reading", "Rag": "rag", "RagConfig": "rag"}
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ COMMANDS = {
     "/save FILE": "keep the text and the turns in a folder, as they were read",
     "/load FILE": "go on from such a folder, without reading it again",
     "/reset": "forget the turns and keep the text, which is read again with the next question",
+    "/why [UNIT]": "which parts of the conversation made the last answer; UNIT is sentence, paragraph or passage",
     "/facts": "the method in force, its layers, capacity and measured exactness",
     "/quit": "end, as Ctrl-D does",
 }
@@ -56,6 +57,9 @@ def command(
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Tokens of one forward while reading.")] = CHUNK_SIZE,
     server: Annotated[
         str | None, typer.Option("--server", metavar="URL", help="Ask the model of a server, such as http://127.0.0.1:8000, instead of loading one.")
+    ] = None,
+    document: Annotated[
+        str | None, typer.Option("--document", metavar="NAME", help="A document that the server keeps, which the conversation is about. Goes with --server.")
     ] = None,
     api_key_env: Annotated[
         str | None, typer.Option("--api-key-env", metavar="NAME", help="The environment variable that holds the API key of --server.")
@@ -86,7 +90,7 @@ def command(
             raise ValueError(text.NOTHING_TO_DECODE)
         for option, value in (("--system", system), *(("--hide", sentence) for sentence in hide or [])):
             text.check_argument(option, value)
-        if server is not None or api_key_env is not None:
+        if server is not None or api_key_env is not None or document is not None:
             result, wrong = elsewhere(out, context)
             out.finish(result if wrong is None else {**result, "error": wrong}, lambda console: None)
             if wrong is not None:
@@ -94,18 +98,18 @@ def command(
             return
         chosen = common.method_of(context, method)
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
-        document = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
+        words = text.read(file, text.LARGEST_FILE, out.note, encoding) if file is not None else ""
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             sampling = sampling_of(out, temperature, None, seed)
-            document, cut = fit(tokenizer, document, hide or [], declared, truncate)
+            words, cut = fit(tokenizer, words, hide or [], declared, truncate)
             if cut is not None:
                 out.warn(str(cut))
             session = Session(out, loaded, tokenizer, stored.Choice(chosen, declared, trained_window, chunk_size, by_profile, memory), max_new_tokens)
-            session.begin(document, system)
+            session.begin(words, system)
             try:
                 read = session.read()
-                out.note(f"{counted(read, 'token')} of text read; {HINT}" if document else HINT)
+                out.note(f"{counted(read, 'token')} of text read; {HINT}" if words else HINT)
                 turns, wrong = converse(session, sampling)
                 result = {"model": model, "context": session.talk.limit, "document_tokens": read, "turns": turns, "extension": session.extension.report()}
             finally:
@@ -139,8 +143,12 @@ def elsewhere(out: Output, context: typer.Context) -> tuple[dict[str, Any], str 
 
     given = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
     asked = context.params
+    if asked["server"] is None and asked["document"] is not None:
+        raise ValueError("--document names one that a server keeps; pass --server URL too, or --file, or /load FOLDER in the conversation")
     if asked["server"] is None:
         raise ValueError("--api-key-env is about the key of a server; pass --server URL too, or leave it out")
+    if asked["document"] is not None and (asked["file"] is not None or asked["hide"]):
+        raise ValueError("--document is the text that the conversation is about; leave out --file and --hide, or leave out --document")
     wrong = [parameter.opts[0] for parameter in context.command.params if parameter.name in given.intersection(OWN)]
     if wrong := wrong + [word for word in context.args if word.startswith("-")]:
         verb = "is" if len(wrong) == 1 else "are"
@@ -151,7 +159,7 @@ def elsewhere(out: Output, context: typer.Context) -> tuple[dict[str, Any], str 
     for n, sentence in enumerate(hidden):
         document = prompts.hide(document, sentence.strip(), (n + 1) / (len(hidden) + 1))
     settings = {name: asked[name] for name in ("system", "max_new_tokens", "temperature", "seed")}
-    return remote.chat(out, server, asked["model"] if "model" in given else None, document, **settings)
+    return remote.chat(out, server, asked["model"] if "model" in given else None, document, asked["document"], **settings)
 
 
 def converse(session: Session, sampling: Sampling) -> tuple[list[dict[str, Any]], str | None]:
@@ -178,6 +186,10 @@ def obey(session: Session, name: str, rest: str) -> None:
     elif name == "/reset":
         session.reset()
         out.note("the turns are forgotten; the text will be read again with the next question")
+    elif name == "/why":
+        from longreach.cli import attribute
+
+        attribute.why(session, rest)
     elif name == "/facts":
         out.say(session.extension.describe())
     elif name == "/save":

@@ -189,16 +189,16 @@ class Pace:
 
 
 @contextmanager
-def progress_bar(out: Output, tokens: int, what: str = "reading") -> Iterator[Update]:
-    """While many tokens are read: a bar that is gone afterwards, or a line now and then where standard error is no terminal."""
-    if tokens < LONG or out.quiet:
+def progress_bar(out: Output, tokens: int, what: str = "reading", unit: str = "token", least: int = LONG) -> Iterator[Update]:
+    """While many tokens (or other things) are read: a bar that is gone afterwards, or a line now and then where standard error is no terminal."""
+    if tokens < least or out.quiet:
         yield lambda done, what=None: None
     elif not out.errors.is_terminal:
-        yield _lines(out, tokens, what)
+        yield _lines(out, tokens, what, unit)
     else:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}s"), TimeRemainingColumn()
         with Progress(*columns, console=out.errors, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
             task = bar.add_task(what, total=tokens)
 
@@ -210,13 +210,13 @@ def progress_bar(out: Output, tokens: int, what: str = "reading") -> Iterator[Up
             yield update
 
 
-def _lines(out: Output, tokens: int, what: str) -> Update:
+def _lines(out: Output, tokens: int, what: str, unit: str) -> Update:
     pace, doing = Pace(), what
 
     def update(done: int, what: str | None = None) -> None:
         if done and pace.due():
             left = duration(pace.seconds * (tokens - done) / done)
-            out.note(f"{what or doing}: {done} of {counted(tokens, 'token')} ({100 * done // tokens} %), about {left} left")
+            out.note(f"{what or doing}: {done} of {counted(tokens, unit)} ({100 * done // tokens} %), about {left} left")
 
     return update
 

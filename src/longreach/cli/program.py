@@ -33,6 +33,8 @@ COMMANDS = {
     "check": "check",
     "eval": "eval",
     "tune": "tune",
+    "rag": "rag",
+    "attribute": "attribute",
     "plan": "plan",
 }
 BAD_INPUT, INTERRUPTED = 2, 130

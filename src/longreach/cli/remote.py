@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from longreach.cli import talking
 from longreach.cli.console import Output
@@ -249,9 +249,18 @@ def facts(server: Server, model: str) -> str:
 
 
 def chat(
-    out: Output, server: Server, model: str | None, document: str, system: str | None, max_new_tokens: int, temperature: float | None, seed: int | None
+    out: Output,
+    server: Server,
+    model: str | None,
+    document: str,
+    name: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float | None,
+    seed: int | None,
 ) -> tuple[dict[str, Any], str | None]:
-    """The conversation from its first line to its last -> the result, and what went wrong."""
+    """The conversation from its first line to its last -> the result, and what went wrong. `name`: of a document that the server keeps, in the place of one
+    that is sent with every question."""
     names = [one["id"] for one in models(server)]
     if model is not None and model not in names:
         raise ValueError(f"{server.url} has no model {model!r}; pass --model {names[0]}, or leave it out")
@@ -259,7 +268,11 @@ def chat(
         out.warn(f"the API key and the text go to {server.at.hostname} unencrypted; pass an https address if it has one")
     if seed is not None and not temperature:
         out.warn("without a --temperature above 0 the answer is greedy, and --seed has no effect")
-    settings = {"max_tokens": max_new_tokens, "temperature": temperature or 0, **({"seed": seed or 0} if temperature else {})}
+    settings: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature or 0, **({"seed": seed or 0} if temperature else {})}
+    if name is not None:
+        kept = server.json(f"/documents/{quote(name, safe='')}")
+        out.note(f"{counted(int(kept.get('tokens') or 0), 'token')} of {name}, which the server has read")
+        settings["document"] = name
     talk = Talk(out, server, model or names[0], document, system, settings)
     out.note(f"{talk.model} at {server.url}; {talking.HINT}")
     asking = sys.stdin.isatty()

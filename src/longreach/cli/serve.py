@@ -10,10 +10,12 @@ import logging
 import signal
 import socket
 import sys
+import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,21 +28,24 @@ from longreach.serving.limits import LOCAL, Limits
 if TYPE_CHECKING:
     from longreach.hf.extension import Extension
     from longreach.hf.interfaces import CausalLM
+    from longreach.serving.service import Service
 
 TAKES_METHOD_PARAMETERS = True
 CONNECTIONS = 1024  # that are open at a time
+BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
 PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the server listens, steps and ends. `budget`: bytes of keys and values; None: the usual ones."""
+    """How the server listens, steps and ends. `budget`: bytes of keys and values; None: the usual ones. `reserve`: see `Scheduler`."""
 
     host: str
     api_key: str | None
     step_ms: int
     drain: float
     budget: int | None
+    reserve: float
     documents: Path | None
 
 
@@ -77,6 +82,10 @@ def command(
         Any,
         typer.Option("--kv-budget", parser=size, metavar="SIZE", help="Keys and values of all requests together; half of the free memory if not given."),
     ] = None,
+    reserve: Annotated[
+        float,
+        typer.Option("--reserve", min=0, max=1, help="Share of an answer's tokens that room is kept for. Below 1 more are served, some by way of the disk."),
+    ] = 1.0,
     step_ms: Annotated[
         int, typer.Option("--step-ms", min=1, help="Milliseconds of one forward: the chunks of prompts are so short, while others wait for their next token.")
     ] = 500,
@@ -86,6 +95,9 @@ def command(
     profile: common.ProfileFile = None,
     no_profile: common.NoProfile = False,
     memory: common.Memory = None,
+    engine: Annotated[
+        Literal["longreach", "vllm"], typer.Option("--engine", help="vllm: hand over to `vllm serve` with the same method; see docs/vllm.md.")
+    ] = "longreach",
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -95,6 +107,14 @@ def command(
     Without --context and --method, the context is the trained window. Parameters of a method are options too: see `longreach methods`.
     """
     with common.output(as_json, verbose, quiet) as out:
+        if engine == "vllm":
+            from longreach.cli import serve_vllm
+
+            serve_vllm.refuse(context)
+            profiles.asked(profile, no_profile, chosen := common.method_of(context, method))
+            wanted = serve_vllm.Wanted(model, name or called(model), declared, chosen, trained_window, profile, dtype, host, port)
+            serve_vllm.hand_over(out, wanted, api_key)
+            return
         if lacking := [package.replace("_", "-") for package in PACKAGES if find_spec(package) is None]:
             raise ValueError(f"serving needs {' and '.join(lacking)}; pip install 'longreach[serve]'")
 
@@ -110,7 +130,7 @@ def command(
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             with attached(out, loaded, stored.Choice(chosen, declared, trained_window, CHUNK_SIZE, by_profile, memory)) as extension:
                 stored.announce(out, extension)
-                serve(out, extension, tokenizer, name or called(model), limits, where, Options(host, api_key, step_ms, drain, kv_budget, folder))
+                serve(out, extension, tokenizer, name or called(model), limits, where, Options(host, api_key, step_ms, drain, kv_budget, reserve, folder))
 
 
 def called(model: str) -> str:
@@ -147,20 +167,28 @@ def attached(out: Output, model: CausalLM, choice: stored.Choice) -> Extension:
 
 
 def serve(out: Output, extension: Extension, tokenizer: Any, name: str, limits: Limits, where: socket.socket, options: Options) -> None:
-    """Serve until SIGTERM or Ctrl-C, then let answers end."""
-    import uvicorn
-
-    from longreach.serving.api import application
+    """Serve until SIGTERM or Ctrl-C, then let answers end. Who is moved out to make room lies in a folder that goes with the server."""
     from longreach.serving.room import usual_budget
     from longreach.serving.scheduler import Scheduler
     from longreach.serving.service import Service
 
     log(out)
-    scheduler = Scheduler(extension, budget=options.budget or usual_budget(extension), step_ms=options.step_ms)
-    service = Service(extension, tokenizer, name, limits, scheduler, options.documents)
+    moved = nullcontext() if options.reserve == 1 else tempfile.TemporaryDirectory(prefix="longreach-moved-")
+    with moved as folder:
+        budget, place = options.budget or usual_budget(extension), None if folder is None else Path(folder)
+        scheduler = Scheduler(extension, budget=budget, step_ms=options.step_ms, reserve=options.reserve, moved=place)
+        listen(out, Service(extension, tokenizer, name, limits, scheduler, options.documents), where, options)
+
+
+def listen(out: Output, service: Service, where: socket.socket, options: Options) -> None:
+    import uvicorn
+
+    from longreach.serving.api import application
+    from longreach.serving.connections import Connection
+
     app = application(service, options.api_key, options.host in LOCAL)
     drain = max(1, round(options.drain))
-    quiet: Any = dict(log_config=None, access_log=False, server_header=False, ws="none")
+    quiet: Any = dict(log_config=None, access_log=False, server_header=False, ws="none", http=Connection)
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=drain, limit_concurrency=CONNECTIONS, **quiet))
     address, port = where.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
@@ -168,10 +196,11 @@ def serve(out: Output, extension: Extension, tokenizer: Any, name: str, limits: 
     def end(number: int, frame: Any) -> None:  # before uvicorn listens to signals, and once more when it raises them anew at its end
         server.should_exit = True
 
+    where.listen(BACKLOG)  # who reads that it is served may ask at once
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        out.finish({"url": url, "model": name, "context": service.room.context, "method": service.facts["method"]}, lambda console: None)
-        out.say(f"{name} is served at {url}/v1")
+        out.finish({"url": url, "model": service.name, "context": service.room.context, "method": service.facts["method"]}, lambda console: None)
+        out.say(f"{service.name} is served at {url}/v1")
         server.run(sockets=[where])
     finally:
         for number, handler in before.items():

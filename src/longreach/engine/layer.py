@@ -26,6 +26,7 @@ class Layer:
     rotary: Rotary | None  # None: the layer does not rotate
     dense: bool = False  # compute the dense truth instead of segments
     alibi: Alibi | None = None
+    written: bool = False  # whoever hands out its memory writes new keys and values there by himself
     layout: Layout = field(init=False)
     forms: dict[PositionMap, Retention] = field(init=False)  # the key forms its store holds
     summaries: dict[Summary, Retention] = field(init=False)  # and what it holds of blocks of keys
@@ -37,7 +38,7 @@ class Layer:
         kept = {RAW: Retention(tail=None)} if self.dense else forms(self.layout)
         if self.rotary is None:  # all forms are the keys as they are, so one is enough
             kept = {RAW: functools.reduce(operator.or_, kept.values())}
-        object.__setattr__(self, "forms", kept)
+        object.__setattr__(self, "forms", {} if self.written else kept)
         object.__setattr__(self, "summaries", {} if self.dense else summaries(self.layout))
         scaled = self.rotary is not None and self.rotary.scaling != 1.0
         object.__setattr__(self, "rest", replace(self.rotary, scaling=1.0) if scaled and self.rotary is not None else self.rotary)

@@ -167,10 +167,16 @@ class Flat:
         """Whether what is long lies in tiers, which have budgets of their own."""
         return self._store.blocked is not None
 
-    def has_room(self, need: Need) -> bool:
-        """Whether tiers have room for what goes to their blocks. Contiguous memory has as much as the device."""
+    def has_room(self, need: Need, without: Iterable[Snapshot] = ()) -> bool:
+        """Whether tiers have room for what goes to their blocks, or would have `without` some snapshots. Contiguous memory has as much as the device."""
         blocked = self._store.blocked
-        return blocked is None or blocked.has_room(need.blocks, need.summaries, self._store.layers)
+        gone = [layer for snapshot in without for layer in snapshot.store.layers]
+        return blocked is None or blocked.has_room(need.blocks, need.summaries, self._store.layers, gone)
+
+    def require_ever(self, need: Need) -> None:
+        """Raises ValueError where tiers have no room for it even if nothing else is there."""
+        if (blocked := self._store.blocked) is not None:
+            blocked.require_ever(need.blocks, need.summaries)
 
     def held(self, snapshots: Iterable[Snapshot]) -> int:
         """Bytes of requests and snapshots; what they share counts once."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from longreach.core.segments import Form, Place, Retention
@@ -97,8 +97,13 @@ class Blocked(ABC):
         buffer. Raises ValueError where there is no room for what is added."""
 
     @abstractmethod
-    def has_room(self, blocks: int, summaries: int, layers: Sequence[LayerMemory]) -> bool:
-        """Whether there is room for so many blocks more of every buffer, and for bytes of what an index keeps in these layers, what it keeps now among them."""
+    def has_room(self, blocks: int, summaries: int, layers: Sequence[LayerMemory], without: Collection[LayerMemory] = ()) -> bool:
+        """Whether there is room for so many blocks more of every buffer, and for bytes of what an index keeps in these layers, what it keeps now among them;
+        or whether there would be, `without` what other layers alone hold."""
+
+    @abstractmethod
+    def require_ever(self, blocks: int, summaries: int) -> None:
+        """Raises ValueError where there would be no room for so many blocks of every buffer, and bytes of what an index keeps, if nothing else were there."""
 
     @abstractmethod
     def thaw(self, placements: Mapping[Place, Placement], layers: Sequence[LayerMemory], lengths: Mapping[int, int]) -> list[Callable[[], None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from longreach.core.segments import Form, Place, Retention, Summary
@@ -16,6 +16,7 @@ from longreach.memory.budgets import Tiered, size_text
 from longreach.memory.buffer import Buffer
 from longreach.memory.layer import LayerMemory
 from longreach.memory.placement import Placement
+from longreach.memory.shelves import Block
 from longreach.memory.stored import Placed
 from longreach.memory.tiered import Counted, TieredLayer
 from longreach.memory.tiers import Pool
@@ -52,10 +53,22 @@ class Tiers(Blocked):
                 gc.collect()  # caches that nobody can reach any more
             self.pool.require_summaries(planned + self._summaries(set(self._living) - set(own), own))
 
-    def has_room(self, blocks: int, summaries: int, layers: Sequence[LayerMemory]) -> bool:
+    def has_room(self, blocks: int, summaries: int, layers: Sequence[LayerMemory], without: Collection[LayerMemory] = ()) -> bool:
         own = [layer for layer in layers if isinstance(layer, TieredLayer)]
-        others = self._summaries(set(self._living) - set(own), own)
-        return self.pool.has_room(blocks) and (not self._entry or summaries + others <= self.pool.summaries)
+        staying = set(self._living).difference(without)
+        gone = self._blocks(set(self._living) - staying) - self._blocks(staying) if without else set()
+        if not self.pool.has_room(blocks, Counter(block.entry.kind for block in gone)):
+            return False
+        return not self._entry or summaries + self._summaries(staying.difference(own), own) <= self.pool.summaries
+
+    def require_ever(self, blocks: int, summaries: int) -> None:
+        self.pool.require_ever(blocks)
+        if self._entry and summaries > self.pool.summaries:
+            raise ValueError(f"the method's index keeps {size_text(summaries)} of it, and the device's budget has {size_text(self.pool.summaries)} for that")
+
+    @staticmethod
+    def _blocks(layers: Iterable[Counted]) -> set[Block]:
+        return {block for layer in layers if isinstance(layer, TieredLayer) for buffer in layer.blocked for block in buffer.blocks}
 
     def _planned(self, form: Summary, buffer: Buffer) -> int:
         """Bytes that the bodies of a buffer will have."""

@@ -81,10 +81,18 @@ class Pool:
                 needed = missing + shelves[-1].arena.capacity  # of its slots, where those of the other tiers are full
                 shelves[-1].arena.grow(max(0, needed))
 
-    def has_room(self, count: int) -> bool:
-        """Whether `require` would find room for so many."""
+    def has_room(self, count: int, gone: Mapping[Kind, int]) -> bool:
+        """Whether `require` would find room for so many, when so many of each kind have gone."""
         self._sweep()
-        return all(self._missing(kind, count) <= 0 for kind in self.kinds)
+        return all(self._missing(kind, count) <= gone.get(kind, 0) for kind in self.kinds)
+
+    def require_ever(self, count: int) -> None:
+        """Raises ValueError where so many blocks of every buffer have no room even if all others have gone."""
+        for kind, shelves in self._shelves.items():
+            if count * self.kinds[kind] > (slots := sum(shelf.arena.capacity for shelf in shelves) - spare_of(self.spec)):
+                unit = sum(kind.nbytes * times for kind, times in self.kinds.items())
+                most = size_text(unit * (slots // self.kinds[kind]))
+                raise ValueError(f"{size_text(unit * count)} of keys and values are to lie in blocks, of which the tiers together hold {most}")
 
     def _missing(self, kind: Kind, count: int) -> int:
         """Slots that `count` blocks more of every buffer would need beyond those that there are."""

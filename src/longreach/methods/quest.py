@@ -104,8 +104,7 @@ class Quest(Method):
         bound = torch.maximum(low, high).sum(-1).masked_fill(~whole, -torch.inf)
         place = bound.argsort(-1, descending=True).argsort(-1)  # 0 for the best
         chosen = whole & (place < self.pages - ((i + 1) % size > 0).long())
-        shown = torch.zeros_like(every, dtype=torch.bool).expand(*chosen.shape[:3], -1).clone()
-        shown[..., : full * size] = chosen.repeat_interleave(size, -1)
+        shown = torch.nn.functional.pad(chosen.repeat_interleave(size, -1), (0, j.shape[1] - full * size))
         return every.masked_fill(~(shown | (j // size * size + size > i + 1)), torch.nan)
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.hf.placement import device_of
 from longreach.quantities import CHUNK_SIZE
+from longreach.running.beginnings import begins_with
 from longreach.running.reading import stream
 from longreach.running.resuming import Kept
 from longreach.running.sampling import GREEDY, Sampling
@@ -57,6 +58,7 @@ def answer(
     cache: Any = None,
     resume: Kept | None = None,
     stop: tuple[str, ...] = (),
+    beginnings: Sequence[Sequence[int]] = (),
     write: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda done: None,
     stopped: Callable[[], bool] | None = None,
@@ -67,6 +69,7 @@ def answer(
     cache      that of an earlier answer, to go on from: `ids` still is the whole sequence and begins with what the cache holds.
     resume     where the prompt is kept while it is read, and what was read of it before; see `stream`.
     stop       strings that end the answer and are left out of its text. White space before the first word is not searched for them.
+    beginnings token ids: the answer begins with one of these.
     stopped    asked between chunks and after each token; once it is true the answer ends there, whole and consistent with its cache.
     """
     from transformers import DynamicCache
@@ -99,6 +102,7 @@ def answer(
             generation_config=config,
             streamer=streamer,
             stopping_criteria=criteria,
+            logits_processor=begins_with(len(ids), beginnings),
             return_dict_in_generate=True,
         )
     ended = time.perf_counter()

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from longreach.serving import problems, replies
 from longreach.serving.asking import Prompts
-from longreach.serving.guard import Guard
+from longreach.serving.guard import OPEN, Guard
 from longreach.serving.limits import Limits
 from longreach.serving.page import routes
 from longreach.serving.protocol import ChatRequest, CompletionRequest, DocumentName, DocumentRequest, Missing, Sampled, TokenizeRequest
@@ -149,11 +149,17 @@ def application(service: Service, key: str | None = None, local: bool = True) ->
     document = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """What FastAPI writes of the routes, without the answer to what is not of its shape that is not ours."""
-        for path in document()["paths"].values():
-            for operation in path.values():
+        """What FastAPI writes of the routes, without the answer to what is not of its shape that is not ours, and with the key that they need."""
+        found = document()
+        for path, operations in found["paths"].items():
+            for operation in operations.values():
                 operation["responses"].pop("422", None)
-        return document()
+                if key is not None and path in OPEN:
+                    operation["security"] = []
+        if key is not None:
+            found.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "The server's API key."}}
+            found["security"] = [{"key": []}]
+        return found
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app

@@ -37,16 +37,18 @@ class Prompts:
 @dataclass(frozen=True)
 class Room:
     """What fits. `context`: tokens of a prompt and its answer together, None: any number. `answer`: new tokens where none are named. `longest`: characters of
-    a token at most."""
+    a token at most,
+    None: nobody knows."""
 
     context: int | None
     vocabulary: int
     answer: int
-    longest: int
+    longest: int | None
 
     def check(self, characters: int, param: str) -> None:
-        """Refuse a text that cannot fit whatever its tokens are, before they are made, which takes seconds for megabytes."""
-        if self.context is not None and characters > self.context * self.longest:
+        """Refuse a text that cannot fit whatever its tokens are, before they are made, which takes seconds for megabytes. It is the very text that becomes
+        tokens: a template may leave something out of what was sent."""
+        if self.context is not None and self.longest is not None and characters > self.context * self.longest:
             raise Refused(
                 param,
                 f"the text has {characters} characters, and {self.context} tokens, the context, have at most {self.context * self.longest}; shorten it, or "
@@ -64,11 +66,11 @@ class About:
     ids: list[int] = field(default_factory=list)
 
 
-def opening(tokenizer: Tokenizer, about: About) -> list[int]:
+def opening(tokenizer: Tokenizer, about: About, room: Room) -> list[int]:
     """The ids that every question about a document begins with."""
     if not prompts.has_template(tokenizer):
-        return chat_ids(tokenizer, [], about)
-    one, other = (chat_ids(tokenizer, [Message(role="user", content=text)], about) for text in ("a", "Why?"))
+        return chat_ids(tokenizer, [], about, room, "text")
+    one, other = (chat_ids(tokenizer, [Message(role="user", content=text)], about, room, "text") for text in ("a", "Why?"))
     return one[: common(one, other)]
 
 
@@ -86,7 +88,7 @@ def completion(request: CompletionRequest, tokenizer: Tokenizer, room: Room) -> 
 
 
 def chat(request: ChatRequest, tokenizer: Tokenizer, room: Room, about: About | None = None) -> Prompts:
-    ids, shared = chat_ids(tokenizer, request.messages, about), 0
+    ids, shared = chat_ids(tokenizer, request.messages, about, room), 0
     if len(request.messages) > 1:  # the turns before the last one
         last = request.messages[-1]
         other = last.model_copy(update={"content": "b" if last.text.startswith("a") else "a"})
@@ -98,8 +100,9 @@ def chat(request: ChatRequest, tokenizer: Tokenizer, room: Room, about: About | 
     return replace(found, shared=shared)
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], about: About | None = None) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], about: About | None = None, room: Room | None = None, param: str = "messages") -> list[int]:
     """The ids of a conversation up to where the answer begins, those that `Conversation` makes of the same turns. A document opens the first user message.
+    `room`: that they have to fit in.
 
     Without a chat template there are questions between empty lines, each followed by its answer as it was written.
     """
@@ -114,6 +117,8 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], about: About | N
             raise Refused(
                 "messages", "this model has no chat template, so there is no place for a system message; put its words into the first user message", None
             )
+        if room is not None:
+            room.check(len(document) + sum(len(one["content"]) for one in said), param)
         ids, between = prompts.encode(tokenizer, document), prompts.BETWEEN if document else ""
         for one in said:
             ids += prompts.encode(tokenizer, one["content"] if one["role"] == "assistant" else between + one["content"], special=False)
@@ -125,9 +130,12 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], about: About | N
             raise Refused("messages", "a document needs a question about it; pass a user message", None)
         first["content"] = prompts.about(document, first["content"])
     try:
-        return prompts.encode(tokenizer, prompts.render(tokenizer, said, "pass messages that it takes"), special=False)
+        text = prompts.render(tokenizer, said, "pass messages that it takes")
     except ValueError as error:
         raise Refused("messages", str(error), None) from error
+    if room is not None:
+        room.check(len(text), param)
+    return prompts.encode(tokenizer, text, special=False)
 
 
 def _prompts(request: Sampled, ids: list[list[int]], wanted: int | None, logprobs: int | None, room: Room, param: str) -> Prompts:

@@ -98,8 +98,7 @@ class Documents:
         return self.one(name)
 
     async def _read(self, name: str, place: Path, about: About, asked: Asked) -> None:
-        self.room.check(len(about.text), "text")
-        ids = await self.worker.prepared(asked, self.encoded(len(about.text), lambda tokenizer: asking.opening(tokenizer, about)))
+        ids = await self.worker.prepared(asked, self.encoded(len(about.text), lambda tokenizer: asking.opening(tokenizer, about, self.room)))
         if self.room.context is not None and len(ids) >= self.room.context:
             raise Refused(
                 "text",
@@ -136,7 +135,7 @@ class Documents:
             if "document" not in held.notes:
                 raise ValueError("it was saved without its text")
             about = About(held.notes["document"], held.notes.get("system"), [*held.ids])
-            begins = await self.encoded(len(about.text), lambda tokenizer: asking.opening(tokenizer, about))
+            begins = await self.encoded(len(about.text), lambda tokenizer: asking.opening(tokenizer, about, self.room))
             if common(about.ids, begins) < min(len(about.ids), len(begins)):
                 raise ValueError("the tokenizer of this model makes other tokens of it")
         except ValueError as error:

@@ -73,6 +73,8 @@ class Guard:
                 return Said(401, f"the API key is wrong or missing; {said}", None, "invalid_api_key").response({"WWW-Authenticate": "Bearer"})
         if (coding := headers.get("content-encoding", "identity")).strip().lower() not in ("identity", ""):
             return Said(415, f"a body in the Content-Encoding {coding[:100]!r} is not taken; send it as it is, and leave out the header").response()
+        if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may take the other one for true, and a part of the body for a request
+            return Said(400, "a request has a Transfer-Encoding or a Content-Length, not both; leave one out").response({"Connection": "close"})
         with suppress(ValueError):
             if int(headers.get("content-length", "0")) > self.limits.body:
                 return Said(413, self._too_large).response()

@@ -45,6 +45,7 @@ class Event:
     logprob  its log-probability by the model's own logits, before temperature and top-p, where the job asks for it.
     best     the most likely tokens and their log-probabilities, the first the best, as many as the job asks for.
     finish   how the job ended; None: it goes on. With "error" `problem` says why, and there is no token. "held": a document is there.
+    refused  the job cannot be as it was asked for, and `problem` has the fix; else something failed that it was no part of.
     """
 
     job: Job
@@ -55,6 +56,7 @@ class Event:
     best: tuple[tuple[int, float], ...] = ()
     finish: Finish | None = None
     problem: str | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ def usual_budget(extension: Extension) -> int | None:
     return None if free is None or isinstance(extension.forward.memory, Blocked) else int(SHARE * free)
 
 
+def named(problem: Exception) -> str:
+    """What failed, as it is told."""
+    return f"{type(problem).__name__}: {problem}"
+
+
 @dataclass(eq=False)
 class Place:
     """A job on its way. Its row has a name while it is in memory.
@@ -92,11 +97,17 @@ class Room:
     def check(self, place: Place) -> None:
         """Raises ValueError for a job that has no room even where there is nothing else."""
         place.total = self._reserved(place, 1.0)
-        if self.budget is not None and (least := self.flat.need_alone(place.total).nbytes) > self.budget:
+        need = self.flat.need_alone(place.total)
+        if self.budget is not None and need.nbytes > self.budget:
             raise ValueError(
-                f"{place.total} tokens take {size_text(least)} of keys and values, and all jobs together have {size_text(self.budget)}; shorten the prompt, "
-                f"ask for fewer new tokens, or serve with a budget of {size_at_least(least)} or more"
+                f"{place.total} tokens take {size_text(need.nbytes)} of keys and values, and all jobs together have {size_text(self.budget)}; shorten the "
+                f"prompt, ask for fewer new tokens, or serve with a budget of {size_at_least(need.nbytes)} or more"
             )
+        try:
+            self.flat.require_ever(need)
+        except ValueError as error:
+            said = f"{place.total} tokens never have room: {error}; shorten the prompt, ask for fewer new tokens, or serve with larger tiers"
+            raise ValueError(said) from error
 
     def enter(self, place: Place, drops: bool = True) -> Literal["in", "waits", "full"]:
         """Give it memory, if there is room: "full" else. "waits": another job is reading what it begins with. `drops`: prefixes may go for it. Raises
@@ -171,7 +182,7 @@ class Room:
                 self._move_out(place)
                 gone.append((place, None))
             except Exception as problem:  # of a disk
-                gone.append((place, f"{type(problem).__name__}: {problem}"))
+                gone.append((place, named(problem)))
             self._free(place.row)
         return gone
 
@@ -254,18 +265,21 @@ class Room:
     # -- room -------------------------------------------------------------------------------------------------------------------------
 
     def _clear(self, coming: Sequence[tuple[int, Snapshot | None, int]] = (), taken: Sequence[int] = (), but: Prefix | None = None, drops: bool = True) -> bool:
-        """Whether there is room, when prefixes have gone that were used long ago."""
-        leaving = self.prefixes.leaving(but) if drops else iter(())
-        while not self._fits(self.flat.need({place.row.name: place.total for place in self.places.values()}, coming, taken)):
+        """Whether there is room, when prefixes have gone that were used long ago. Where there is none whatever goes, none goes."""
+        need = self.flat.need({place.row.name: place.total for place in self.places.values()}, coming, taken)
+        leaving, gone = self.prefixes.leaving(but) if drops else iter(()), list[Prefix]()
+        while not self._fits(need, gone):
             if (prefix := next(leaving, None)) is None:
                 return False
+            gone.append(prefix)
+        for prefix in gone:
             self.prefixes.drop(prefix)
         return True
 
-    def _fits(self, need: Need) -> bool:
+    def _fits(self, need: Need, gone: Sequence[Prefix]) -> bool:
         if self.budget is None:
-            return self.flat.has_room(need)
-        return need.nbytes + self.flat.beside(self.prefixes.snapshots) <= self.budget
+            return self.flat.has_room(need, [prefix.snapshot for prefix in gone])
+        return need.nbytes + self.flat.beside([prefix.snapshot for prefix in self.prefixes.kept if prefix not in gone]) <= self.budget
 
     def _move_out(self, place: Place) -> None:
         """What it has read goes to a folder."""

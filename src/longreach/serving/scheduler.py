@@ -28,7 +28,7 @@ from longreach.running.sampling import Sampler, ends_of
 from longreach.serving.jobs import Event, Finish, Job, Stats
 from longreach.serving.pace import LEAST, Pace
 from longreach.serving.prefixes import Document
-from longreach.serving.room import Place, Room
+from longreach.serving.room import Place, Room, named
 
 AT_ONCE = 64  # jobs that have memory at one time
 READERS = 4  # prompts of which a forward reads a chunk: each takes calls of its own in every layer
@@ -231,7 +231,7 @@ class Scheduler:
                 moved, outcome = place.moved is not None, self.room.enter(place, drops=not ahead)
             except Exception as problem:
                 self._queue.remove(place)
-                events.append(self._ended(place, f"{type(problem).__name__}: {problem}"))
+                events.append(self._refused(place, problem))
                 continue
             if outcome == "full":
                 ahead.append(place)
@@ -253,7 +253,7 @@ class Scheduler:
         seconds, left = self._pace.left, max(self.chunk_size, self.method.cut or 1)
         first, share = readers[0], min(left // len(readers), self._pace.tokens(readers[0].read, self._pace.left / len(readers)))
         turn = self._chunk(first, min(left, max(share, LEAST, self.method.cut or 1)))
-        due = turn * (self._pace.rate(first.read) or 0.0)
+        due = self._pace.cost(first.read, turn)
         for number, row in enumerate(sorted(readers, key=lambda row: row.end - row.read)):  # the shortest first: what it does not need is for the others
             apart = 0 if row is first or first in counts else 1  # what is kept for the first
             most = self._pace.tokens(row.read, max(0.0, seconds - apart * due) / (len(readers) - number - apart))
@@ -261,7 +261,7 @@ class Scheduler:
             if count := max(count, turn) if row is first else count:
                 counts[row] = count
                 left -= count
-                seconds = max(0.0, seconds - count * (self._pace.rate(row.read) or 0.0))
+                seconds = max(0.0, seconds - self._pace.cost(row.read, count))
         for row in readers:
             if row in counts:
                 self.room.places[row] = self.room.places.pop(row)
@@ -280,7 +280,7 @@ class Scheduler:
             self._failed += 1
             logger.warning("a forward of %d jobs failed", len(counts), exc_info=True)
             if len(counts) == 1:
-                return {}, dict.fromkeys(counts, f"{type(problem).__name__}: {problem}")
+                return {}, dict.fromkeys(counts, named(problem))
         found: dict[Row, torch.Tensor] = {}
         problems: dict[Row, str] = {}
         for row, count in counts.items():
@@ -299,7 +299,7 @@ class Scheduler:
         try:
             stops = token in (self._ends if job.ends is None else job.ends) or job.stop(row.new)
         except Exception as problem:  # of whoever asks: it is this job's own
-            return self._ended(place, f"{type(problem).__name__}: {problem}")
+            return self._ended(place, named(problem))
         if stops:
             finish = "stop"
         elif len(row.ids) - row.prompt >= job.max_new_tokens:
@@ -316,13 +316,18 @@ class Scheduler:
         try:
             self.room.keep_document(place, document)
         except Exception as problem:  # of a disk
-            return self._ended(place, f"{type(problem).__name__}: {problem}")
+            return self._refused(place, problem)
         self._changed = True
         return replace(event, finish="held")
 
-    def _ended(self, place: Place, problem: str) -> Event:
+    def _refused(self, place: Place, problem: Exception) -> Event:
+        """Our own ValueErrors, where a job gets its place or is kept, say what would be possible. What else is raised there is a failure."""
+        refused = isinstance(problem, ValueError)
+        return self._ended(place, str(problem) if refused else named(problem), refused)
+
+    def _ended(self, place: Place, problem: str, refused: bool = False) -> Event:
         self._leave(place, keep=False)
-        return Event(place.job, min(place.row.read, place.row.prompt), place.cached, finish="error", problem=problem)
+        return Event(place.job, min(place.row.read, place.row.prompt), place.cached, finish="error", problem=problem, refused=refused)
 
     def _leave(self, place: Place, keep: bool = True) -> None:
         self.room.leave(place, keep)

@@ -27,7 +27,7 @@ from longreach.serving.limits import Limits
 from longreach.serving.metrics import Metrics
 from longreach.serving.protocol import ChatRequest, CompletionRequest, Message, Refused, TokenizeRequest
 from longreach.serving.scheduler import Scheduler
-from longreach.serving.texts import Writer, speller
+from longreach.serving.texts import Writer, longest_token, speller
 from longreach.serving.worker import Asked, Failed, Piece, TooLong, Worker
 from longreach.version import __version__
 
@@ -61,7 +61,7 @@ class Service:
         self.facts = extension.report()
         self.fingerprint = "fp_" + hashlib.sha256(json.dumps([name, __version__, self.facts["method"], self.facts["dtype"]]).encode()).hexdigest()[:12]
         limit = extension.context or extension.capacity
-        self.room = Room(limit, scheduler.room.vocabulary, limits.answer, max(map(len, tokenizer.get_vocab())))
+        self.room = Room(limit, scheduler.room.vocabulary, limits.answer, longest_token(tokenizer))
         self.worker = Worker(scheduler, tokenizer, limits.waiting)
         self.metrics = Metrics(self.worker)
         self.spell = speller(tokenizer)
@@ -91,7 +91,6 @@ class Service:
         return await self._encoded(sum(map(len, texts)), lambda tokenizer: asking.completion(request, tokenizer, self.room))
 
     async def chat(self, request: ChatRequest) -> Prompts:
-        self.room.check(sum(len(message.text) for message in request.messages), "messages")
         characters, about = await self._about(request.messages, request.document)
         return await self._encoded(characters, lambda tokenizer: asking.chat(request, tokenizer, self.room, about))
 

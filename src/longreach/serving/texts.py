@@ -5,6 +5,7 @@ Knows tokenizers and lists of ids; not requests, models or HTTP.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -69,6 +70,26 @@ def begun(text: str, end: str) -> int:
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def longest_token(tokenizer: Tokenizer) -> int | None:
+    """How many characters of a text a token stands for at most. None where nobody can say: a tokenizer may collapse spaces, drop what it does not know, or make
+    one token of any long word. One of all bytes that changes no text before it cuts it does none of this. NFC makes one character of four at most (UAX 15)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return None
+    said = json.loads(backend.to_str())
+    normalizer, steps, model = said.get("normalizer"), said.get("pre_tokenizer") or {}, said["model"]
+    steps = steps.get("pretokenizers", [steps])
+    kinds = {step.get("type") for step in steps}
+    cuts = "ByteLevel" in kinds and kinds <= {"ByteLevel", "Digits", "Split"} and all(step.get("behavior") != "Removed" for step in steps)
+    added = said.get("added_tokens", [])
+    takes_more = any(token["lstrip"] or token["rstrip"] for token in added)  # all spaces beside it
+    whole = model["type"] == "BPE" and set(bytes_to_unicode().values()) <= model["vocab"].keys() and said.get("truncation") is None
+    if not cuts or not whole or takes_more or (normalizer or {"type": "NFC"})["type"] != "NFC":
+        return None
+    return max(map(len, [*model["vocab"], *(token["content"] for token in added)])) * (4 if normalizer else 1)
 
 
 def speller(tokenizer: Tokenizer) -> Callable[[int], tuple[str, list[int] | None]]:

@@ -257,7 +257,7 @@ class Worker:
             if event.finish is not None:
                 del self._answers[event.job]
             if event.finish == "error":
-                found.append((asked, _problem(event.problem or "")))
+                found.append((asked, (Unfit if event.refused else Failed)(event.problem or "")))
             elif event.token is not None or event.finish is not None or asked.progress:
                 found.append((asked, _piece(asked, index, event)))
         self.stats = self.scheduler.stats()  # who gets an answer finds it counted
@@ -286,12 +286,6 @@ class Worker:
 def _deliver(pieces: Sequence[tuple[Asked, Piece | Exception]]) -> None:
     for asked, piece in pieces:
         asked.pieces.put_nowait(piece)
-
-
-def _problem(said: str) -> Failed:
-    """Our own ValueErrors have a fix in them, and are no failure of the model."""
-    own = "ValueError: "
-    return Unfit(said.removeprefix(own)) if said.startswith(own) else Failed(said)
 
 
 def _settle(taken: asyncio.Future[None], problem: Exception | None) -> None:

@@ -1,0 +1,137 @@
+"""Pages: the memory of one layer whose keys and values lie in the blocks of an engine's paged cache, as one more implementation of `memory.layer`.
+
+A page keeps each key once, in the form that decoding reads most; of the others a method sees few keys, and they are turned when they are read. What is read
+is gathered from its pages first. Knows pages, forms and rotations; no method, and nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from longreach.core.encodings import Rotary
+from longreach.core.segments import Identity, PositionMap, Retention, forms
+from longreach.engine import executor
+from longreach.engine.layer import RAW, Inputs, Layer
+from longreach.kernels.protocol import KV, Kernel
+from longreach.memory.bases import BaseShelf
+from longreach.memory.recalled import Recalled
+from longreach.memory.steps import Shelf, Step
+from longreach.vllm.requests import Requests, Stretch
+
+SLACK = 4  # requests are gathered together while the longest has at most a quarter more than the shortest
+
+
+def stored_form(kept: Mapping[PositionMap, Retention]) -> PositionMap:
+    """The form in which pages keep keys: the one that most keys are read in, the true positions where several are alike."""
+    longest = max(kept.values(), key=lambda each: (each.tail is None, each.tail or 0))
+    found = [positions for positions, each in kept.items() if (each.tail is None, each.tail) == (longest.tail is None, longest.tail)]
+    return Identity() if Identity() in found else found[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Paged:
+    """What is fixed about one attention layer. `stored`: the positions that its pages keep keys at."""
+
+    layer: Layer
+    inputs: Inputs
+    kernel: Kernel
+    kept: dict[PositionMap, Retention] = field(init=False)
+    stored: PositionMap = field(init=False)
+
+    def __post_init__(self) -> None:
+        kept = forms(self.layer.layout)
+        if self.layer.rotary is None:  # all forms are the keys as they are
+            kept = {RAW: functools.reduce(operator.or_, kept.values())}
+        object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "stored", stored_form(kept))
+
+    def attend(self, requests: Requests, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """q [T, H, D], k and v [T, G, D] of the new tokens, un-rotated; pool [N, G, 2, size, D] of all pages, keys before values, which is written to.
+        -> [T, H, D]."""
+        self.write(requests, k, v, pool)
+        memory = Pages(requests, pool, self.stored, self.kept, self.layer.rest)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return executor.execute(self.layer, requests.batch, memory, self.kernel, q, k, v, self.inputs)[0]  # type: ignore[arg-type]  # see Pages
+
+    def write(self, requests: Requests, k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor) -> None:
+        """k and v [T, G, D] of the new tokens to their pages."""
+        page, place = requests.places(k.device)
+        rotary = self.layer.rotary
+        if rotary is not None and (self.stored != RAW or rotary.scaling != 1.0):
+            k = requests.table_of_new(rotary, self.stored, k.device).rotate(k.transpose(0, 1)).transpose(0, 1)
+        pool[page, :, 0, place] = k
+        pool[page, :, 1, place] = v
+
+
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """Implements what layouts without a choice ask of `memory.layer.LayerMemory`: pages were written before, and belong to the engine, which frees, shares and
+    moves them as it likes."""
+
+    requests: Requests
+    pool: torch.Tensor  # [N, G, 2, size, D], contiguous
+    stored: PositionMap
+    kept: Mapping[PositionMap, Retention]
+    rest: Rotary | None  # what turns keys that have the factor of the rotary already
+    recalled: Recalled = field(default_factory=Recalled)
+
+    at_hand: ClassVar[bool] = True
+    weigh: ClassVar[None] = None
+
+    def append(self, rows: slice, start: int, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor) -> None:
+        """New tokens are on their pages."""
+
+    def append_step(self, step: Step, keys: Mapping[PositionMap, torch.Tensor], values: torch.Tensor | None) -> None:
+        """New tokens are on their pages."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
+        first = start // self.requests.size
+        k, v = self.read(positions, ((rows.start, first),), -(-stop // self.requests.size) - first)
+        from_column, columns = start - first * self.requests.size, stop - start
+        return (KV(k.narrow(2, from_column, columns), v.narrow(2, from_column, columns), start),)
+
+    def read(self, positions: PositionMap, stretches: tuple[Stretch, ...], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys at some positions and values [m, G, C, D] of `count` pages of each of some requests, from its first one on. Columns behind the last token of a
+        request are finite."""
+        heads, width = self.pool.shape[1], self.pool.shape[4]
+        pages = self.pool.view(-1, self.pool.shape[3] * width)  # one row for the keys of a head, and one for the values; whole rows are copied fast
+        k, v = (pages.index_select(0, rows).view(heads, -1, width) for rows in self.requests.rows(stretches, count, heads))  # [G, m C, D]
+        if positions != self.stored and self.rest is not None:
+            k = self.requests.turn(self.rest, self.stored, positions, stretches, count, k.device).rotate(k)
+        k, v = (x.unflatten(1, (len(stretches), -1)).transpose(0, 1) for x in (k, v))
+        for each, (row, first) in enumerate(stretches):
+            if (length := self.requests.length(row) - first * self.requests.size) < k.shape[2]:
+                k[each, :, max(0, length) :] = 0  # whatever lies there, a mask does not make of NaN a zero
+                v[each, :, max(0, length) :] = 0
+        return k, v
+
+    def shelves(self, positions: PositionMap, step: Step) -> Iterator[tuple[Shelf, KV]]:
+        """Requests of about the same length are read together."""
+        size, tail = self.requests.size, self.kept[positions].tail
+        first = [0 if tail is None else max(0, start + 1 - tail) // size for start in step.starts]
+        pages = [start // size + 1 - a for start, a in zip(step.starts, first)]
+        order = sorted(range(len(pages)), key=lambda n: pages[n])
+        while order:
+            together = [n for n in order if pages[n] <= pages[order[0]] + max(1, pages[order[0]] // SLACK)]
+            order = order[len(together) :]
+            members = tuple(sorted(together))
+            k, v = self.read(positions, tuple((step.rows[n], first[n]) for n in members), max(pages[n] for n in members))
+            yield Shelf(0, slice(0, 0), members, (), tuple(first[n] * size for n in members)), KV(k, v)
+
+    def bases(self, positions: PositionMap, step: Step) -> Iterator[tuple[BaseShelf, KV]]:
+        """Requests that share pages read them each by itself."""
+        return iter(())
+
+    def first_tokens(self, positions: PositionMap, step: Step) -> KV:
+        head = self.kept[positions].head
+        k, v = self.read(positions, tuple((row, 0) for row in step.rows), -(-head // self.requests.size))
+        return KV(k[:, :, :head], v[:, :, :head])
