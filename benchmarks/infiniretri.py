@@ -1,11 +1,11 @@
 """InfiniRetri on a text of a million tokens: pass keys and needle sentences that are kept and answered, beside the model inside one chunk.
 
-    python benchmarks/infiniretri.py --tokens 1m --questions 10                                     # nano; results/infiniretri-nano-1m.json
+    python benchmarks/infiniretri.py --tokens 1m --questions 10 --layer auto                        # nano; results/infiniretri-nano-1024k.json
     python benchmarks/infiniretri.py --model MODEL.gguf --tokens 128k --questions 5 --layer auto --text BOOK ...
 
-Books follow each other, and begin again if they end; a fact for each question is hidden at depths spread evenly, a pass key (stated twice), then a needle
-sentence (stated once). The text is read once for all questions. The ceiling is the same model asked in the same way about the same kinds of facts, with
-nothing but one chunk to read. What was read is kept beside the result every twenty chunks, and so is every answer: the same command goes on after a kill.
+Books follow each other, and begin again if they end. Every question has a text of its own with one fact in it, at depths spread evenly: a pass key (stated
+twice), then a needle sentence (stated once). The ceiling is the same model asked in the same way about the same kinds of facts, with nothing but one chunk to
+read. What was read is kept beside the result every half minute: the same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from longreach.planning.machine import peak_memory, resident_memory
 from longreach.running import generation, prompts
 
 NEW_TOKENS = 24
-KEPT_EVERY = 20  # chunks
+KEPT_EVERY = 30  # seconds
 KINDS = ("pass key", "needle")
 
 
@@ -63,21 +63,21 @@ class Fact:
 
 @dataclass(frozen=True)
 class Text:
-    """A text of so many characters, with facts at evenly spread depths. It is made anew whenever it is read, a paragraph at a time."""
+    """A text of so many characters, with a fact at a depth, 0 to 1. It is made anew whenever it is read, a paragraph at a time."""
 
     books: tuple[str, ...]
     length: int
-    facts: tuple[Fact, ...]
+    fact: Fact
+    depth: float
 
     def __iter__(self) -> Iterator[str]:
-        waiting = [((number + 0.5) / len(self.facts) * self.length, fact) for number, fact in enumerate(self.facts)]
-        done = 0
+        done, waiting = 0, True
         while done < self.length:
             for book in self.books:
                 for paragraph in book.split("\n\n"):
                     piece = f"{paragraph}\n\n"
-                    if waiting and done >= waiting[0][0]:
-                        piece = f"{waiting.pop(0)[1].sentence}\n\n{piece}"
+                    if waiting and done >= self.depth * self.length:
+                        piece, waiting = f"{self.fact.sentence}\n\n{piece}", False
                     yield piece
                     if (done := done + len(piece)) >= self.length and not waiting:
                         return
@@ -106,16 +106,16 @@ class State:
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self.file, self.hash = file, hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         found = json.loads(file.read_text()) if file.exists() else {}
-        self.held: dict[str, Any] = found if found.get("settings") == self.hash else {"settings": self.hash, "seconds": 0.0, "peak": 0, "resident": []}
+        fresh = {"settings": self.hash, "seconds": 0.0, "peak": 0, "resident": [], "answers": [], "read": None}
+        self.held: dict[str, Any] = found if found.get("settings") == self.hash else fresh
 
     def keep(self, **more: Any) -> None:
         self.held |= {**more, "peak": max(self.held["peak"], peak_memory())}
         write_json(self.file, self.held)
 
     def read(self) -> Read | None:
-        if "read" not in self.held:
+        if (found := self.held["read"]) is None:
             return None
-        found = self.held["read"]
         memories = tuple(tuple(Sentence(text, start) for start, text in memory) for memory in found["memories"])
         return Read(memories, found["chunks"], found["tokens"], found["stop"])
 
@@ -126,15 +126,15 @@ class State:
         self.keep(read=plain, seconds=self.held["seconds"] + seconds, resident=resident)
 
 
-def read_all(asking: InfiniRetri, extension: Any, text: Text, frames: list[Frame], sizes: Sizes, state: State) -> Read:
+def read_all(asking: InfiniRetri, extension: Any, text: Text, frame: Frame, sizes: Sizes, state: State) -> Read:
     before, started = state.read(), time.perf_counter()
     read = before
-    for read in asking.steps(extension, text, frames, sizes, before):
-        if read.chunks % KEPT_EVERY == 0:
+    for read in asking.steps(extension, text, [frame], sizes, before):
+        if time.perf_counter() - started >= KEPT_EVERY:
             state.keep_read(read, time.perf_counter() - started)
             started = time.perf_counter()
-            kept = sum(fact.key in "".join(s.text for s in memory) for fact, memory in zip(text.facts, read.memories))
-            print(f"{read.tokens} tokens, {100 * read.stop // text.length} %, {state.held['seconds']:.0f} s, {kept} keys held", flush=True)
+            held = "held" if any(text.fact.key in sentence.text for sentence in read.memories[0]) else "not held"
+            print(f"{read.tokens} tokens, {100 * read.stop // text.length} %, {state.held['seconds']:.0f} s, the key is {held}", flush=True)
     assert read is not None
     state.keep_read(read, time.perf_counter() - started)
     return read
@@ -162,7 +162,7 @@ def main() -> None:
     characters = round(args.tokens * len(sample) / len(prompts.encode(tokenizer, sample, special=False)))
     rng = Random(args.seed)
     hidden = tuple(Fact.draw(KINDS[number % 2], number // 2, rng) for number in range(args.questions))
-    text, frames = Text(books, characters, hidden), [fact.frame(tokenizer) for fact in hidden]
+    frames = [fact.frame(tokenizer) for fact in hidden]
     with longreach.extend(model, longreach.Stock()) as extension:
         asking = InfiniRetri(extension, tokenizer, args.chunk_tokens, args.memory_tokens, layer=None if args.layer in (None, "auto") else int(args.layer))
         needed = None
@@ -183,20 +183,23 @@ def main() -> None:
             return list(state.held.get("ceiling", []))
 
         inside = ceiling(asking, extension, books, sizes, args.ceiling, args.seed, keep)
-        read = read_all(asking, extension, text, frames, sizes, state)
-        rows, started = [], time.perf_counter()
-        for fact, frame, memory in zip(hidden, frames, read.memories, strict=True):
-            answer, sentences = asking.answer(extension, frame, memory, sizes, NEW_TOKENS)
-            kept = [sentence for sentence in sentences if fact.key in sentence.text]
-            rows.append({
-                "kind": fact.kind, "question": fact.question, "key": fact.key, "answer": answer.text, "right": haystack.number_in(answer.text) == fact.key,
-                "kept": bool(kept), "places": [sentence.start for sentence in kept], "sentences": len(sentences),
-            })  # fmt: skip
-        state.keep()
+        for number in range(len(state.held["answers"]), len(hidden)):
+            fact, frame = hidden[number], frames[number]
+            text = Text(books, characters, fact, (number + 0.5) / len(hidden))
+            read = read_all(asking, extension, text, frame, sizes, state)
+            started = time.perf_counter()
+            answer, sentences = asking.answer(extension, frame, read.memories[0], sizes, NEW_TOKENS)
+            kept = [sentence.start for sentence in sentences if fact.key in sentence.text]
+            row = {
+                "kind": fact.kind, "question": fact.question, "key": fact.key, "depth": text.depth, "answer": answer.text,
+                "right": haystack.number_in(answer.text) == fact.key, "kept": bool(kept), "places": kept, "sentences": len(sentences), "chunks": read.chunks,
+                "text_tokens": read.tokens, "characters": read.stop, "answer_seconds": time.perf_counter() - started,
+            }  # fmt: skip
+            state.keep(answers=[*state.held["answers"], row], read=None)
+            print(f"question {number + 1} of {len(hidden)}: {'kept' if kept else 'lost'}, {'right' if row['right'] else 'wrong'}", flush=True)
     result = {
-        "facts": facts(torch.device("cpu")), **settings, "needed": needed, "text_tokens": read.tokens, "characters": read.stop, "chunks": read.chunks,
-        "prompt_limit": sizes.limit, "reading_seconds": state.held["seconds"], "answer_seconds": time.perf_counter() - started,
-        "peak_memory_bytes": state.held["peak"], "resident_bytes": state.held["resident"], "answers": rows, "ceiling": inside,
+        "facts": facts(torch.device("cpu")), **settings, "needed": needed, "prompt_limit": sizes.limit, "reading_seconds": state.held["seconds"],
+        "peak_memory_bytes": state.held["peak"], "resident_bytes": state.held["resident"], "answers": state.held["answers"], "ceiling": inside,
     }  # fmt: skip
     write_json(out, result)
     state.file.unlink()
@@ -211,9 +214,9 @@ def report(result: dict[str, Any]) -> str:
         rows.append([kind, *counts, f"{sum(row['right'] for row in inside)} of {len(inside)}"])
     mebibytes = [bytes_ / 2**20 for _, bytes_ in result["resident_bytes"]]
     return "\n".join((
-        table(f"{result['model']}, {result['text_tokens']} tokens", ["", "kept", "answered", "answered inside one chunk"], rows),
-        f"{result['chunks']} chunks of at most {result['chunk_tokens']} tokens, {result['memory_tokens']} remembered, layer {result['layer']}: "
-        f"{result['reading_seconds']:.0f} s of reading, {result['answer_seconds']:.0f} s of answers",
+        table(f"{result['model']}, {result['answers'][0]['text_tokens']} tokens", ["", "kept", "answered", "answered inside one chunk"], rows),
+        f"{result['answers'][0]['chunks']} chunks of at most {result['chunk_tokens']} tokens, {result['memory_tokens']} remembered, layer {result['layer']}: "
+        f"{result['reading_seconds']:.0f} s of reading for {len(result['answers'])} texts",
         f"peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB; while reading {min(mebibytes):.0f} to {max(mebibytes):.0f} MiB",
     ))  # fmt: skip
 

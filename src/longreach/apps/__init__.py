@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from longreach.apps.infiniretri.reading import InfiniRetri as InfiniRetri
 
 _HOMES = {"InfiniRetri": "infiniretri.reading", "Rag": "rag", "RagConfig": "rag"}
 
