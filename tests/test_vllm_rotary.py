@@ -161,7 +161,7 @@ def test_modules_that_cannot_be_run():
         def forward(self, positions, hidden_states):
             raise RuntimeError("no forward context")
 
-    with pytest.raises(ValueError, match="does not run by itself .no forward context"):
+    with pytest.raises(ValueError, match=r"does not run by itself .no forward context"):
         replace_rotaries(unit(Fails(RotaryEmbedding())))
     with pytest.raises(ValueError, match="needs residual"):
         unit(Needs(RotaryEmbedding()))
