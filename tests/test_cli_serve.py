@@ -171,6 +171,9 @@ def test_the_cpu_build_has_a_server_and_no_command(run: Run, handed: list[Any], 
 
 
 def test_what_vllm_cannot_be_handed(run: Run, handed: list[Any], tmp_path: Any) -> None:
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("VLLM_PLUGINS", "others")
+        refused(run, "serve", "--engine", "vllm", "--context", 2048, says="VLLM_PLUGINS leaves longreach out")
     refused(run, "serve", "--engine", "vllm", "--queue", 3, "--memory", "device=1GiB", says="--queue and --memory belong to longreach's own server")
     refused(run, "serve", "--engine", "vllm", "--method", "lm-infinite", "--n-local", 512, says="pass --context N")
     refused(run, "serve", "--engine", "vllm", "--context", 2048, "--method", "quest", "--budget", 64, says="chooses keys by their content")

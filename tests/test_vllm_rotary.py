@@ -157,6 +157,12 @@ def test_modules_that_cannot_be_run():
         def forward(self, positions, hidden_states):
             return hidden_states
 
+    class Fails(Around):
+        def forward(self, positions, hidden_states):
+            raise RuntimeError("no forward context")
+
+    with pytest.raises(ValueError, match=r"does not run by itself .no forward context"):
+        replace_rotaries(unit(Fails(RotaryEmbedding())))
     with pytest.raises(ValueError, match="needs residual"):
         unit(Needs(RotaryEmbedding()))
     with pytest.raises(ValueError, match="no module around"):

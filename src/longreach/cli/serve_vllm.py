@@ -82,6 +82,8 @@ def hand_over(out: Output, wanted: Wanted, api_key: str | None) -> None:
     """Become `vllm serve`. Raises ValueError where vLLM is not installed."""
     if find_spec("vllm") is None:
         raise ValueError("vLLM is not installed here; docs/vllm.md says how, in an environment of its own")
+    if "longreach" not in os.environ.get("VLLM_PLUGINS", "longreach").split(","):
+        raise ValueError("VLLM_PLUGINS leaves longreach out, so that vLLM would serve the model as it is; add longreach to it, or unset it")
     command = command_of(out, wanted)
     out.finish({"command": ["vllm", "serve", *command]}, lambda console: None)
     out.say("vllm serve " + shlex.join(command))
