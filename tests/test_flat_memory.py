@@ -239,3 +239,21 @@ def test_tiers_say_whether_there_is_room():
             flat.read({flat.join(): [3] * (longest + 200)})
 
 
+@pytest.mark.parametrize("memory", [None, Tiered(device="1MiB", host="1MiB", block=16)], ids=["contiguous", "tiers"])
+def test_what_lay_side_by_side_is_taken_one_by_one_and_comes_back_together(memory):
+    """Rows that are read together have their blocks in one base. Each is kept by itself, some of them shorter, and all go on among each other again."""
+    with longreach.extend(build("llama"), Stock(), memory=memory) as extension:
+        flat, texts = extension.flat(), [tokens(1, 400, seed=n)[0].tolist() for n in range(4)]
+        requests = [flat.join() for _ in texts]
+        flat.read(dict(zip(requests, texts)))
+        kept = [flat.take(request) for request in requests]
+        for request in requests:
+            flat.leave(request)
+        lengths = [399, 250, 399, 100]
+        again = [flat.begin(snapshot, length) for snapshot, length in zip(kept, lengths)]
+        second = [flat.begin(snapshot, 399) for snapshot in kept]
+        found = flat.read({name: [text[length]] for name, text, length in zip([*again, *second], texts * 2, [*lengths, *[399] * 4])})
+        for name, text, length in zip([*again, *second], texts * 2, [*lengths, *[399] * 4]):
+            with torch.no_grad():
+                want = extension.model(input_ids=torch.tensor([text[: length + 1]])).logits[0, -1]
+            assert torch.allclose(found[name], want, atol=1e-4)

@@ -91,7 +91,8 @@ class BlockBuffer(Buffer):
     def _adopt_bases(self, row: int, other: Buffer) -> None:
         assert isinstance(other, BlockBuffer)
         for share in self.placement.shares[row]:
-            self.runs[share.base] = other.runs[share.base]
+            theirs = other.runs[share.base]  # each has of the slots of a base what its own rows see
+            self.runs[share.base] = tuple(max(pair, key=len) for pair in zip(self.runs.get(share.base, theirs), theirs, strict=True))
         self._drop()
 
     def thaw(self, row: int, start: int, stop: int) -> Callable[[], None]:
