@@ -189,9 +189,9 @@ class Pace:
 
 
 @contextmanager
-def progress_bar(out: Output, tokens: int, what: str = "reading", unit: str = "token", least: int = LONG) -> Iterator[Update]:
+def progress_bar(out: Output, tokens: int, what: str = "reading", unit: str = "token", least: int | None = None) -> Iterator[Update]:
     """While many tokens (or other things) are read: a bar that is gone afterwards, or a line now and then where standard error is no terminal."""
-    if tokens < least or out.quiet:
+    if tokens < (LONG if least is None else least) or out.quiet:
         yield lambda done, what=None: None
     elif not out.errors.is_terminal:
         yield _lines(out, tokens, what, unit)
