@@ -135,7 +135,7 @@ def pages(result: dict[str, Any]) -> str:
         last = row["last_round"]
         share = f"{last['attention'] / last['all']:.0%}, {last['gathering'] / last['all']:.0%}" if "attention" in last else ""
         rows.append([name, *(f"{row[what]:.0f} ({ratio[what]:.2f}x)" for what in ratio), share])
-    cost = markdown([f"{PROMPT} + {NEW} tokens", "prompt tokens per second", "new tokens per second", "of the time: attention, of that gathering"], rows)
+    cost = markdown([f"{PROMPT} + {NEW} tokens", "prompt tokens per second", "new tokens per second", "time: attention, gathering in it"], rows)
     machine = f"{result['facts']['cpu']}, {result['facts']['threads']} threads, vLLM {result['vllm']}, {result['requests']} requests at once."
     return f"{recalled}\n\n{cost}\n\n{machine}"
 
