@@ -207,7 +207,7 @@ def test_a_batch_that_lost_its_rows_is_saved(method, tmp_path):
         assert torch.equal(*(more(extension.model, each, ids[[2, 0]], mask[[2, 0]], 300) for each in ends))
 
 
-@pytest.mark.parametrize("first", [0, 6])
+@pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.slow), 6])
 def test_histories_of_documents_that_are_saved_again_and_again(first, monkeypatch, tmp_path):
     """Random histories (`histories.py`), saved into two folders in turn after half of what changes a cache: what is loaded is what was saved, to the bit."""
     for module, name, value in ((sealed, "BLOCK", 4), (sealed, "SEALED", 6000), (sealing, "ROLLBACK", 3)):
