@@ -8,8 +8,8 @@ Rounds alternate between one client and 16. Nothing is printed unless every clie
 required: two tokens may be as likely as each other).
 
 The text is read once, for the first question. Then 16 clients ask about it at a time: what they hold beside what one holds says that it lies there once. At
-last 16 requests have a text of that length each, in memory of their own. `bound` is what 16 clients can be beside one where a token costs what is read for it
-from memory: the weights, once for all, and the keys and values of each.
+last 16 requests have a text of that length each, in memory of their own. `by bytes` is what 16 clients would be beside one if a token cost only what is read for
+it from memory: the weights, once for all, and the keys and values of each. Where calls cost more than bytes, as on nano, 16 in one call gain more than that.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def apart(extension: Any, scheduler: Scheduler, text: list[int], rounds: int) ->
     return speeds, flat.nbytes // CLIENTS
 
 
-def bound(model: Any, held: int) -> float:
-    """How much faster 16 can be than one, each of whom holds so many bytes."""
+def by_bytes(model: Any, held: int) -> float:
+    """What 16 would be beside one where each holds so many bytes, if only reading them cost time."""
     weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
     if not model.config.tie_word_embeddings:
         weights.pop(model.get_input_embeddings().weight.data_ptr())  # of which a token reads a line
@@ -139,10 +139,10 @@ def main() -> None:
                     speed, found, _ = decoded(fresh(), jobs)
                     many.append(speed)
                     agree = agree and compared(f"{method.brief()}: clients of {tokens} tokens", found, alone)
-                ratio, most = statistics.median(many) / statistics.median(one), bound(model, held)
+                ratio, most = statistics.median(many) / statistics.median(one), by_bytes(model, held)
                 speeds = (f"{statistics.median(each):.1f}" for each in (one, many))
                 rows.append([method.brief(), f"{tokens}", *speeds, f"{ratio:.1f}", f"{most:.1f}", "yes" if agree else "no"])
-                measured[f"{method.brief()} {tokens}"] = {"one": one, "clients": many, "ratio": ratio, "bound": most, "same": agree}
+                measured[f"{method.brief()} {tokens}"] = {"one": one, "clients": many, "ratio": ratio, "by bytes": most, "same": agree}
             if not options.text:
                 continue
             text = ids(options.text, 1, vocabulary)
@@ -160,17 +160,17 @@ def main() -> None:
                 forks.append(speed)
                 agree = agree and compared(f"{method.brief()}: clients of one text of {options.text} tokens", found[:CHECKED], alone)
             own, each_holds = apart(extension, scheduler, text, options.rounds)
-            most = bound(model, each_holds)
+            most = by_bytes(model, each_holds)
             medians = [statistics.median(each) for each in (one, forks, own)]
             ratios = (f"{each / medians[0]:.1f}" for each in medians[1:])
             speeds, sizes = (f"{each:.1f}" for each in medians), (f"{each / 2**20:.0f}" for each in (held, together))
             texts.append([method.brief(), *speeds, *ratios, f"{most:.1f}", *sizes, "yes" if agree else "no"])
-            measured[f"{method.brief()} text"] = {"one": one, "forks": forks, "own": own, "bound": most, "held": [held, together], "same": agree}
+            measured[f"{method.brief()} text"] = {"one": one, "forks": forks, "own": own, "by bytes": most, "held": [held, together], "same": agree}
     title = f"{named(options.model)}, {options.dtype}: tokens per second, of one client and of {CLIENTS}"
-    print(table(title, ["method", "prompt", "1", f"{CLIENTS}", "ratio", "bound", "same"], rows))
+    print(table(title, ["method", "prompt", "1", f"{CLIENTS}", "ratio", "by bytes", "same"], rows))
     head = ["method", "first question", "second", "ratio", "cached"]
     print(table(f"seconds to the first token, of a text of {options.text} tokens", head, questions))
-    head = ["method", "1", f"{CLIENTS} of one text", f"{CLIENTS} of their own", "ratio", "of their own", "bound", "MiB of 1", f"of {CLIENTS}", "same"]
+    head = ["method", "1", f"{CLIENTS} of one text", f"{CLIENTS} of their own", "ratio", "of their own", "by bytes", "MiB of 1", f"of {CLIENTS}", "same"]
     print(table(f"tokens per second at the end of a text of {options.text} tokens", head, texts))
     keep(options, "serving", {"measured": measured})
 
