@@ -14,11 +14,12 @@ from commands import refused
 from longreach import LMInfinite, SelfExtend, SirLLM, Stock
 from longreach.apps import parts
 from longreach.apps.attribution import page
-from longreach.apps.attribution.attribute import Attribution, Evidence, Scored, Work, attribute, encoded, why
+from longreach.apps.attribution.attribute import Attribution, Evidence, Places, Scored, Work, attribute, encoded, scored, why
 from longreach.apps.attribution.scores import ENSEMBLE, PERMUTATIONS, Alone, LeaveOneOut, named
 from longreach.apps.attribution.search import TOP
 from longreach.apps.parts import Part, cut
 from longreach.cli import main
+from longreach.cli.attribute import place
 from longreach.running import generation
 from longreach.running.conversation import Conversation
 from scripts import ROOT
@@ -197,6 +198,17 @@ def test_a_conversation_with_all_its_parts_is_what_was_read(chat):
         bare = dataclasses.replace(talk, document="", turns=[]).sequence("second?")
         assert places.prompt(frozenset()) == bare
         assert why(talk, by="sentence", scorers=(Alone(),)).count == 3
+
+
+def test_turns_that_a_stopped_search_has_not_told_apart_are_all_named():
+    """A group of the end of the text and of turns must not be reported as the text alone, nor several turns as the first of them."""
+    given = [*parts.at("One. Two. ", [5]), Part(0, 3, "Q A"), Part(0, 3, "R B"), Part(0, 3, "S C")]
+    places = Places(given, [None, None, 1, 2, 3], lambda who: [])
+    found = [scored(places, group, 1.0, {}) for group in (range(2), range(1, 4), range(1, 3), range(2, 5), range(3, 4))]
+    assert [(each.start, each.stop, each.text, each.turn, each.upto) for each in found] == [
+        (0, 10, "One. Two. ", None, None), (5, 10, "Two. ", None, 2), (5, 10, "Two. ", None, 1), (0, 13, "Q A\n\nR B\n\nS C", 1, 3), (0, 3, "R B", 2, None),
+    ]  # fmt: skip
+    assert [place(each) for each in found] == ["0 to 10", "5 to 10 and turns 1 to 2", "5 to 10 and turn 1", "turns 1 to 3", "turn 2"]
 
 
 def test_why_needs_an_answer_and_something_before_it(nano):

@@ -165,7 +165,10 @@ def table(found: list[Scored]) -> Any:
 
 
 def place(part: Scored) -> str:
-    return f"{part.start} to {part.stop}" if part.turn is None else f"turn {part.turn}"
+    if part.upto is None:
+        return f"{part.start} to {part.stop}" if part.turn is None else f"turn {part.turn}"
+    turns = f"turns {part.turn or 1} to {part.upto}" if part.upto > (part.turn or 1) else "turn 1"
+    return f"{part.start} to {part.stop} and {turns}" if part.turn is None else turns
 
 
 def why(session: Session, unit: str) -> None:

@@ -33,6 +33,7 @@ class Scored:
     turn    the number of the turn from 1 on, whose question and answer `text` then is; None: the part is of the text.
     score   the largest of `scores`, each times the weight of its scorer.
     scores  by the names of the scorers that kept it to the end, nats.
+    upto    where turns were not told apart, the last of them: from `turn` on, or from 1 on behind a part of the text. None: there are no others.
     """
 
     start: int
@@ -41,6 +42,7 @@ class Scored:
     turn: int | None
     score: float
     scores: Mapping[str, float]
+    upto: int | None = None
 
 
 @dataclass(frozen=True)
@@ -316,12 +318,15 @@ def _best(places: Places, searches: Sequence[Search], top: int) -> list[tuple[ra
     chosen: list[tuple[range, Scored]] = []
     for group, score, own in sorted(found, key=lambda each: (-each[1], each[0].start)):
         if len(chosen) < top and all(group.stop <= other.start or other.stop <= group.start for other, _ in chosen):
-            chosen.append((group, _scored(places, group, score, own)))
+            chosen.append((group, scored(places, group, score, own)))
     return chosen
 
 
-def _scored(places: Places, group: range, score: float, scores: Mapping[str, float]) -> Scored:
-    parts = [places.parts[n] for n in group]
-    turn = places.turns[group[0]]
-    text = "".join(part.text for part, place in zip(parts, (places.turns[n] for n in group)) if place == turn)
-    return Scored(parts[0].start, parts[0].start + len(text), text, turn, score, scores)
+def scored(places: Places, group: range, score: float, scores: Mapping[str, float]) -> Scored:
+    written = [places.parts[n] for n in group if places.turns[n] is None]
+    turns = [turn for n in group if (turn := places.turns[n]) is not None]
+    more = turns[-1] if turns and (written or len(turns) > 1) else None
+    if written:
+        return Scored(written[0].start, written[-1].stop, "".join(part.text for part in written), None, score, scores, more)
+    text = prompts.BETWEEN.join(places.parts[n].text for n in group)
+    return Scored(0, len(text), text, turns[0], score, scores, more)
