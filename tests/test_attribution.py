@@ -14,11 +14,12 @@ from commands import refused
 from longreach import LMInfinite, SelfExtend, SirLLM, Stock
 from longreach.apps import parts
 from longreach.apps.attribution import page
-from longreach.apps.attribution.attribute import Attribution, Evidence, Scored, Work, attribute, encoded, why
+from longreach.apps.attribution.attribute import Attribution, Evidence, Places, Scored, Work, attribute, encoded, scored, why
 from longreach.apps.attribution.scores import ENSEMBLE, PERMUTATIONS, Alone, LeaveOneOut, named
 from longreach.apps.attribution.search import TOP
 from longreach.apps.parts import Part, cut
 from longreach.cli import main
+from longreach.cli.attribute import place
 from longreach.running import generation
 from longreach.running.conversation import Conversation
 from scripts import ROOT
@@ -143,9 +144,24 @@ def test_what_is_refused(nano):
             ("declared context of 600", (text(3, 30), QUESTION, ANSWER), {}),
             ("10001 parts, more than 10000", ("a " * 10_001, QUESTION, ANSWER), dict(words=1)),
             ("no chat template", (KEY, QUESTION, ANSWER), dict(system="Be brief.")),
+            ("at least one scorer", (KEY, QUESTION, ANSWER), dict(scorers=())),
+            ("at least one scorer", (KEY, QUESTION, ANSWER), dict(scorers=("alone",))),
+            ("each kind once", (KEY, QUESTION, ANSWER), dict(scorers=(Alone(), Alone()))),
+            ("character 3 of the text is half", ("abc\ud800", QUESTION, ANSWER), {}),
+            ("character 0 of the answer is half", (KEY, QUESTION, "\ud800"), {}),
+            ("the question must be a string", (KEY, 3, ANSWER), {}),
         ]:
             with pytest.raises(ValueError, match=says):
                 attribute(extension, tokenizer, *given, **how)
+
+
+def test_a_text_that_does_not_fit_is_refused_before_anything_is_read(nano):
+    """Small sets of parts do fit: the search would end, and only then would the whole text be refused. The context that is named is enough for all."""
+    model, tokenizer = nano
+    with longreach.extend(model, context=600) as extension, pytest.raises(ValueError, match=r"of 600.*context=(\d+)") as refusal:
+        attribute(extension, tokenizer, text(3, 30), QUESTION, ANSWER, scorers=(Alone(),), progress=lambda *at: pytest.fail("something was read"))
+    with longreach.extend(model, context=int(re.search(r"context=(\d+)", str(refusal.value))[1])) as extension:
+        assert attribute(extension, tokenizer, text(3, 30), QUESTION, ANSWER, scorers=(Alone(),)).complete
 
 
 # -- conversations ------------------------------------------------------------------------------------------------------------------
@@ -182,6 +198,17 @@ def test_a_conversation_with_all_its_parts_is_what_was_read(chat):
         bare = dataclasses.replace(talk, document="", turns=[]).sequence("second?")
         assert places.prompt(frozenset()) == bare
         assert why(talk, by="sentence", scorers=(Alone(),)).count == 3
+
+
+def test_turns_that_a_stopped_search_has_not_told_apart_are_all_named():
+    """A group of the end of the text and of turns must not be reported as the text alone, nor several turns as the first of them."""
+    given = [*parts.at("One. Two. ", [5]), Part(0, 3, "Q A"), Part(0, 3, "R B"), Part(0, 3, "S C")]
+    places = Places(given, [None, None, 1, 2, 3], lambda who: [])
+    found = [scored(places, group, 1.0, {}) for group in (range(2), range(1, 4), range(1, 3), range(2, 5), range(3, 4))]
+    assert [(each.start, each.stop, each.text, each.turn, each.upto) for each in found] == [
+        (0, 10, "One. Two. ", None, None), (5, 10, "Two. ", None, 2), (5, 10, "Two. ", None, 1), (0, 13, "Q A\n\nR B\n\nS C", 1, 3), (0, 3, "R B", 2, None),
+    ]  # fmt: skip
+    assert [place(each) for each in found] == ["0 to 10", "5 to 10 and turns 1 to 2", "5 to 10 and turn 1", "turns 1 to 3", "turn 2"]
 
 
 def test_why_needs_an_answer_and_something_before_it(nano):
@@ -240,6 +267,7 @@ def test_of_a_long_text_the_surroundings_are_shown():
         (Evidence(-0.1, -9.1, -0.2, -8.0), r"8.1e\+03 times less likely; alone, they make it about as likely"),
         (Evidence(-0.1, -40.0, -5.0, -30.0), r"10\^17 times less likely; alone, they do not explain all"),
         (Evidence(-0.1, -0.2, -0.2, -8.0), "Other parts say the same"),
+        (Evidence(-54.4, -55.0, -40.5, -37.9), r"the answer 10\^7 times less likely than no text does"),
         (Evidence(-0.1, -0.2, -0.2, -0.4), "nearly the same without the text"),
         (None, "stopped"),
     ],
@@ -258,11 +286,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return made
 
 
-def test_the_command_prints_the_parts_and_writes_the_page(run, file, tmp_path):
+def test_the_command_prints_the_parts_and_writes_the_page(run, file, stdin, tmp_path):
     given = ("attribute", "--file", file, "--prompt", QUESTION, "--by", "paragraph", "--scores", "alone, leave-one-out", "--top", 2)
     plain = run(*given, "--max-new-tokens", 16, "--html", tmp_path / "why.html")
     assert plain.code == 0 and ANSWER in plain.out and "Remember it" in plain.out and "whole text" in plain.out
     assert shown((tmp_path / "why.html").read_text()) == file.read_text()
+    stdin(file.read_bytes())
+    run("attribute", "--file", "-", *given[3:], "--answer", ANSWER, "--html", tmp_path / "piped.html")
+    assert "<span>standard input, " in (tmp_path / "piped.html").read_text()
     found = run(*given, "--answer", ANSWER, "--json", "--quiet").json
     assert found["answer"] == ANSWER and found["parts"][0]["text"] == KEY and found["html"] is None and found["complete"]
     assert file.read_text()[found["parts"][0]["start"] : found["parts"][0]["stop"]] == KEY
@@ -289,6 +320,9 @@ def test_in_a_chat(run, file, stdin):
     stdin(f"/why\n{QUESTION}\n".encode())
     early = run("chat", "--file", file)
     assert early.code == 2 and "no answer yet" in early.err
+    stdin(b"Who?\n/why\n")
+    nothing = run("chat", "--max-new-tokens", 2)
+    assert nothing.code == 2 and "no text and no earlier turn" in nothing.err
     stdin(f"{QUESTION}\n/why paragraph\n".encode())
     found = run("chat", "--file", file, "--max-new-tokens", 16, "--json")
     assert found.code == 0 and "Remember it" in found.err and "whole text" in found.err

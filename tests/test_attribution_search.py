@@ -172,6 +172,10 @@ def test_a_search_that_breaks_off_keeps_its_last_level():
     assert 40 in best and 1 < len(best) < 50
 
 
+def test_a_search_among_nothing_ends():
+    assert expected(0, named(), 5) == 0 and Search(Alone(), 0, 5).ended
+
+
 def test_the_ensemble_of_the_paper():
     assert ENSEMBLE == ("alone", "leave-one-out", "denoised-shapley")
     assert [scorer.weight for scorer in named()] == [1, 2, 1]

@@ -130,5 +130,7 @@ def test_what_cannot_be_watched_is_refused():
         for wrong in (-1, True, [], [3, -1], ["a"]):
             with pytest.raises(ValueError, match="first is the index of a query"), extension.watching_probabilities(wrong):
                 pass
+        with extension.watching_probabilities([3]), pytest.raises(ValueError, match=r"each of 1 rows.*one for every row"):
+            extension.model(tokens(2, 8), use_cache=False)
         with pytest.raises(ValueError, match="not all among the"), extension.watching_probabilities(0, [9]):
             pass

@@ -105,7 +105,7 @@ def command(
         if not found.complete:
             out.warn("the search was stopped; the parts are as fine as it came")
         if html is not None:
-            files.write(html, page.render(found, document, file or "standard input", model), "page")
+            files.write(html, page.render(found, document, "standard input" if file in (None, text.STDIN) else file, model), "page")
             out.note(f"wrote {html}")
         result = {"model": model, "file": file, "method": facts["method"], "warning": facts["warning"] or asked.beyond, **asdict(found)}
         out.finish({**result, "html": None if html is None else str(html)}, lambda console: show(console, found))
@@ -165,7 +165,10 @@ def table(found: list[Scored]) -> Any:
 
 
 def place(part: Scored) -> str:
-    return f"{part.start} to {part.stop}" if part.turn is None else f"turn {part.turn}"
+    if part.upto is None:
+        return f"{part.start} to {part.stop}" if part.turn is None else f"turn {part.turn}"
+    turns = f"turns {part.turn or 1} to {part.upto}" if part.upto > (part.turn or 1) else "turn 1"
+    return f"{part.start} to {part.stop} and {turns}" if part.turn is None else turns
 
 
 def why(session: Session, unit: str) -> None:

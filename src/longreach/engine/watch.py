@@ -79,7 +79,11 @@ class Probabilities:
         return self.layers is None or layer in self.layers
 
     def first_of(self, row: int) -> int:
-        return self.first if isinstance(self.first, int) else self.first[row]
+        if isinstance(self.first, int):
+            return self.first
+        if row >= len(self.first):
+            raise ValueError(f"first has an index for each of {len(self.first)} rows, and there is a row {row}; pass one for every row, or one number for all")
+        return self.first[row]
 
     def least(self, rows: slice, start: int, stop: int) -> int:
         """Of a forward of the queries start .. stop of some rows, the first that counts in any."""

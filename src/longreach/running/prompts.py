@@ -33,6 +33,18 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, str]], fix: str) -> st
         raise ValueError(f"the chat template of this model refuses the messages ({error}); {fix}") from error
 
 
+def require_text(piece: object, at: int = 0, what: str = "the text") -> None:
+    """Raises ValueError for what no tokenizer takes."""
+    if not isinstance(piece, str):
+        raise ValueError(f"{what} must be a string, or come in strings, not in {type(piece).__name__}; open a file with encoding='utf-8'")
+    try:
+        piece.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {at + error.start} of {what} is half a surrogate pair, which no tokenizer takes; decode it with errors='replace'"
+        ) from None
+
+
 def encode(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
     """The ids of a text, `special`: with the tokens that the tokenizer puts before every text. What it puts after it is left out."""
     ids = tokenizer(text, add_special_tokens=special)["input_ids"]

@@ -33,6 +33,7 @@ class Scored:
     turn    the number of the turn from 1 on, whose question and answer `text` then is; None: the part is of the text.
     score   the largest of `scores`, each times the weight of its scorer.
     scores  by the names of the scorers that kept it to the end, nats.
+    upto    where turns were not told apart, the last of them: from `turn` on, or from 1 on behind a part of the text. None: there are no others.
     """
 
     start: int
@@ -41,6 +42,7 @@ class Scored:
     turn: int | None
     score: float
     scores: Mapping[str, float]
+    upto: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def attribute(
 
     Raises ValueError for an empty text, question or answer, for more than 10000 parts, and for a text that does not fit the declared context.
     """
+    for value, what in ((text, "the text"), (question, "the question"), *(() if answer is None else ((answer, "the answer"),))):
+        prompts.require_text(value, what=what)
     parts = cut(text, by, words) if parts is None else parts
     if "".join(part.text for part in parts) != text:
         raise ValueError("the parts do not cover the text; pass those of longreach.apps.parts.cut(text) or at(text, places)")
@@ -234,7 +238,7 @@ def without_end(ids: Sequence[int], extension: Extension, tokenizer: Tokenizer) 
 def _require_room(extension: Extension, prompt: int, new: int) -> None:
     if extension.context is not None and prompt + new > extension.context:
         raise ValueError(
-            f"the text and its question have {prompt} tokens, and with {new} new ones they exceed the declared context of {extension.context}; shorten the "
+            f"the text and its question have {prompt} tokens, and with {new} of the answer exceed the declared context of {extension.context}; shorten the "
             f"text, or extend(model, context={prompt + new})"
         )
 
@@ -278,8 +282,13 @@ def _attribute(
     count, scorers = len(places.parts), named() if scorers is None else scorers
     if top < 1:
         raise ValueError(f"top must be at least 1 part, not {top}")
+    names = [each.name if isinstance(each, Scorer) else None for each in scorers]
+    if not names or None in names or len({*names}) < len(names):
+        raise ValueError("pass at least one scorer, and each kind once, such as scorers=longreach.apps.attribution.scores.named(('alone', 'leave-one-out'))")
     if count > MOST_PARTS:
         raise ValueError(f"the text has {count} parts, more than {MOST_PARTS}; cut it into larger ones, such as paragraphs or passages of more words")
+    everything = Coalition(range(count))
+    _require_room(reader.extension, len(places.prompt(everything)), len(answer_ids))  # the longest prompt: said now, not after a search among shorter ones
     started = time.perf_counter()
     most = expected(count, scorers, top)
     value = Likelihoods(places, answer_ids, reader, lambda done: progress(min(done, most), most), stopped)
@@ -289,7 +298,6 @@ def _attribute(
         search(searches, value)
         complete = True
         best = _best(places, searches, top)
-        everything = Coalition(range(count))
         those = Coalition(part for group, scored in best if scored.score > 0 for part in group)
         evidence = Evidence(*value([everything, everything - those, those, Coalition()]))
         progress(most, most)  # those for the evidence were beyond what was expected
@@ -310,12 +318,15 @@ def _best(places: Places, searches: Sequence[Search], top: int) -> list[tuple[ra
     chosen: list[tuple[range, Scored]] = []
     for group, score, own in sorted(found, key=lambda each: (-each[1], each[0].start)):
         if len(chosen) < top and all(group.stop <= other.start or other.stop <= group.start for other, _ in chosen):
-            chosen.append((group, _scored(places, group, score, own)))
+            chosen.append((group, scored(places, group, score, own)))
     return chosen
 
 
-def _scored(places: Places, group: range, score: float, scores: Mapping[str, float]) -> Scored:
-    parts = [places.parts[n] for n in group]
-    turn = places.turns[group[0]]
-    text = "".join(part.text for part, place in zip(parts, (places.turns[n] for n in group)) if place == turn)
-    return Scored(parts[0].start, parts[0].start + len(text), text, turn, score, scores)
+def scored(places: Places, group: range, score: float, scores: Mapping[str, float]) -> Scored:
+    written = [places.parts[n] for n in group if places.turns[n] is None]
+    turns = [turn for n in group if (turn := places.turns[n]) is not None]
+    more = turns[-1] if turns and (written or len(turns) > 1) else None
+    if written:
+        return Scored(written[0].start, written[-1].stop, "".join(part.text for part in written), None, score, scores, more)
+    text = prompts.BETWEEN.join(places.parts[n].text for n in group)
+    return Scored(0, len(text), text, turns[0], score, scores, more)

@@ -74,6 +74,8 @@ def verdict(found: Attribution) -> str:
         return "No part makes the answer likelier: it does not come from the text."
     evidence = found.evidence
     made, lost, missed = (evidence.whole - value for value in (evidence.nothing, evidence.without, evidence.only))
+    if made <= -HARDLY:
+        return f"The text as a whole makes the answer {times(-made)} less likely than no text does."
     if made < HARDLY:
         return "The model would say nearly the same without the text."
     alone = "alone, they make it about as likely as the whole text does" if missed < max(HARDLY, 0.1 * made) else "alone, they do not explain all of it"

@@ -21,12 +21,12 @@ class Search:
 
     def __init__(self, scorer: Scorer, n: int, keep: int) -> None:
         self.scorer, self.keep = scorer, keep
-        self.groups = [range(n)]
+        self.groups = [range(n)] if n else []
         self.best: dict[range, float] = {}  # those that were kept when groups were scored last, and their scores
 
     @property
     def ended(self) -> bool:
-        return bool(self.best) and all(len(group) == 1 for group in self.best)
+        return not self.groups or (bool(self.best) and all(len(group) == 1 for group in self.best))
 
     def descend(self) -> None:
         """Halve the groups until there are more than are kept, or single ones."""

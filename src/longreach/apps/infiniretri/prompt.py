@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longreach.apps.infiniretri.sentences import Sentence, require_text
+from longreach.apps.infiniretri.sentences import Sentence
 from longreach.hf.interfaces import Tokenizer
 from longreach.running import prompts
 
@@ -34,7 +34,7 @@ class Frame:
 
         Raises ValueError for a question without words, and for a system message without a template.
         """
-        require_text(question, what="the question")
+        prompts.require_text(question, what="the question")
         question = question.strip()
         if not question:
             raise ValueError("the question is empty, and what a text is read for decides what is kept of it; pass one")

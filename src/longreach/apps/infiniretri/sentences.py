@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from longreach.hf.interfaces import Tokenizer
-from longreach.running.prompts import encode_with_spans
+from longreach.running.prompts import encode_with_spans, require_text
 
 SHORTEST = 10  # characters: "Dr. " and "3. " do not stand alone
 LONGEST = 1000  # of them; without an end, a sentence is cut at a space, or here
@@ -71,18 +71,6 @@ def _more(pieces: Iterator[str], at: int) -> tuple[str, bool]:
             parts.append(piece)
             size += len(piece)
     return "".join(parts), ended
-
-
-def require_text(piece: object, at: int = 0, what: str = "the text") -> None:
-    """Raises ValueError for what no tokenizer takes."""
-    if not isinstance(piece, str):
-        raise ValueError(f"{what} must be a string, or come in strings, not in {type(piece).__name__}; open a file with encoding='utf-8'")
-    try:
-        piece.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"character {at + error.start} of {what} is half a surrogate pair, which no tokenizer takes; decode it with errors='replace'"
-        ) from None
 
 
 def _end(text: str) -> int:
