@@ -260,3 +260,13 @@ def test_the_dial_and_the_environment(monkeypatch):
     monkeypatch.setenv("LONGREACH_VLLM", '{"context": 512}')
     config = EngineArgs(NANO, dtype="float32").create_engine_config()
     assert "longreach" not in config.additional_config and config.parallel_config.worker_cls.startswith("vllm.")  # plain attention is vLLM's own
+
+
+def test_plain_attention_beyond_the_positions_of_the_configuration_is_ours():
+    """A trained window that a user knows better than the configuration: vLLM's own rotary table ends before it, and vLLM reads behind it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    asked = {"longreach": {"context": 1024, "trained_window": 1024}}
+    config = EngineArgs(NANO, dtype="float32", max_model_len=-1, additional_config=asked).create_engine_config()
+    assert config.model_config.max_model_len == 1024 and config.additional_config["longreach"]["method"] == "stock"
+    assert config.parallel_config.worker_cls == "longreach.vllm.seam.CPUWorker"

@@ -71,16 +71,16 @@ def _configured(create: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any:
     asked = settings.asked(arguments.additional_config, os.environ)
     if asked is None:
         return create(arguments, *args, **kwargs)
-    if arguments.max_model_len is None and asked.context is not None:
+    if arguments.max_model_len in (None, -1) and asked.context is not None:  # -1 is vLLM's "auto"
         arguments.max_model_len = asked.context
-    if arguments.max_model_len is None or arguments.max_model_len == -1:
+    if arguments.max_model_len in (None, -1):
         raise ValueError("longreach needs the length of the longest sequence; pass --max-model-len N, or a context in its settings")
     with _long_texts():
         config = create(arguments, *args, **kwargs)
     decided = settings.decide(asked, config.model_config.hf_text_config, config.model_config.max_model_len)
     additional = config.additional_config if isinstance(config.additional_config, dict) else {}
     _said(decided)
-    if isinstance(decided.method, Stock) and asked.method is None:
+    if decided.plain:
         config.additional_config = {key: value for key, value in additional.items() if key != settings.KEY}
         return config
     refuse(config)
