@@ -8,6 +8,7 @@ import logging
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from typing import Any
 
 import httpx
@@ -170,8 +171,16 @@ def test_the_cpu_build_has_a_server_and_no_command(run: Run, handed: list[Any], 
     assert handed[0][0][1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model"]
 
 
+def test_every_option_is_handed_over_to_vllm_or_refused() -> None:
+    """A new option of our own server is one of the two, and is not left out without a word."""
+    handed = {"model", "declared", "method", "host", "port", "name", "api_key", "dtype", "trained_window", "profile", "no_profile", "engine"}
+    ours = set(signature(serve.command).parameters) - {"context", "as_json", "quiet", "verbose"}
+    assert handed | set(serve_vllm.OWN) == ours and not handed & set(serve_vllm.OWN)
+
+
 def test_what_vllm_cannot_be_handed(run: Run, handed: list[Any], tmp_path: Any) -> None:
     refused(run, "serve", "--engine", "vllm", "--queue", 3, "--memory", "device=1GiB", says="--queue and --memory belong to longreach's own server")
+    refused(run, "serve", "--engine", "vllm", "--reserve", 0.5, says="--reserve belong")
     refused(run, "serve", "--engine", "vllm", "--method", "lm-infinite", "--n-local", 512, says="pass --context N")
     refused(run, "serve", "--engine", "vllm", "--context", 2048, "--method", "quest", "--budget", 64, says="chooses keys by their content")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))

@@ -20,7 +20,9 @@ from longreach.cli.common import Output
 if TYPE_CHECKING:
     from longreach.methods.base import Method
 
-OWN = ("documents", "max_new_tokens", "queue", "max_body", "timeout", "drain", "kv_budget", "step_ms", "device", "memory")  # options of our own server only
+OWN = (  # options of our own server only
+    "documents", "max_new_tokens", "queue", "max_body", "timeout", "drain", "kv_budget", "reserve", "step_ms", "device", "memory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
