@@ -452,6 +452,7 @@ def test_wrong_inputs_get_one_clear_sentence(nano, given, says):
 
 
 def test_a_demonstration_that_is_no_text_is_named(nano):
+    pytest.importorskip("bm25s")
     with pytest.raises(ValueError, match="demonstration 2 is not text"):
         Rag(*nano, "A whale swims far.", RagConfig(), demonstrations=[Demonstration("What?", "A whale"), Demonstration("What?", "\udc80")])
 
