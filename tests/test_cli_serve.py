@@ -155,6 +155,10 @@ def test_the_same_words_are_handed_over_to_vllm(run: Run, handed: list[Any]) -> 
 def test_vllm_in_the_trained_window_and_by_the_dial(run: Run, handed: list[Any], folders: dict[str, str]) -> None:
     found = run("serve", "--engine", "vllm", "--json")
     assert json.loads(found.out)["command"] == ["vllm", *handed[0][0][3:]] and "--additional-config" not in handed[0][0]
+    assert run("serve", "--engine", "vllm", "--context", 512).code == run("serve", "--engine", "vllm", "--trained-window", 1024).code == 0
+    within, beyond = handed.pop(1)[0], handed.pop(1)[0]
+    assert "--additional-config" not in within  # plain attention is vLLM's own, which is faster than ours on its pages
+    assert '"method": "stock"' in beyond[-1] and beyond[beyond.index("--max-model-len") + 1] == "1024"  # without it vLLM refuses the length
     assert run("serve", "--engine", "vllm", "--model", folders["chat"], "--context", 256, "--dtype", "bf16").code == 0
     command = handed[1][0]
     assert command[command.index("--dtype") + 1] == "bfloat16" and '"method": "selfextend"' in command[-1] and folders["chat"] in command

@@ -68,7 +68,7 @@ def command_of(out: Output, wanted: Wanted) -> list[str]:
     out.note(f"method: {decided.said}")
     if decided.warning:
         out.warn(decided.warning)
-    if wanted.context is not None or wanted.method is not None:
+    if not decided.plain:
         own = {"additional_config": json.dumps({settings.KEY: decided.to_json()})}
     embedded = configs.embedded(wanted.model)
     dtype = configs.parse_dtype(wanted.dtype or ("float32" if embedded else None))
