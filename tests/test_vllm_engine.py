@@ -212,6 +212,7 @@ REFUSED = {
     "length": (dict(additional_config={"longreach": {"context": 1024}}), "beyond the declared context of 1024"),
     "worker": (dict(worker_cls="longreach.files.Worker"), "does not know the worker"),
     "drafts": (dict(speculative_config={"model": NANO, "num_speculative_tokens": 2}), "drafts of draft_model"),
+    "adapters": (dict(enable_lora=True), "merge the adapter into the model"),
     "transfer": (dict(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}), "other engines or to disk"),
 }
 
@@ -242,7 +243,8 @@ def test_engines_that_need_other_machines_or_models(where, wrong, sentence):
         "cache_config": {"cache_dtype": "auto"}, "model_config": {"dtype": torch.float32, "use_mla": False, "uses_mrope": False},
         "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
     }  # fmt: skip
-    made = lambda parts: SimpleNamespace(speculative_config=None, kv_transfer_config=None, **{name: SimpleNamespace(**each) for name, each in parts.items()})  # noqa: E731
+    none = dict.fromkeys(("speculative_config", "kv_transfer_config", "lora_config"))
+    made = lambda parts: SimpleNamespace(**none, **{name: SimpleNamespace(**each) for name, each in parts.items()})  # noqa: E731
     seam.refuse(made(parts))
     parts[where] |= wrong
     with pytest.raises(ValueError, match=sentence):

@@ -164,6 +164,13 @@ def test_modules_that_cannot_be_run():
     with pytest.raises(ValueError, match="did not call its attention"):
         replace_rotaries(unit(Silent(RotaryEmbedding())))
 
+    class Wants(Around):  # as Transformers' own layers do, under --model-impl transformers
+        def forward(self, positions, hidden_states, position_embeddings=None):
+            return super().forward(positions, hidden_states * position_embeddings[0])
+
+    with pytest.raises(ValueError, match="cannot be run by itself"):
+        replace_rotaries(unit(Wants(RotaryEmbedding())))
+
 
 def test_two_tables_of_which_one_is_in_force():
     class Phi3LongRoPEScaledRotaryEmbedding(nn.Module):

@@ -118,6 +118,9 @@ def reached(unit: Unit, hidden: torch.Tensor, positions: torch.Tensor) -> Reache
             unit.module(**{unit.places: positions, HIDDEN: hidden.clone()})
     except _Reached as found:
         return found.q, found.k
+    except Exception as error:  # of code that we do not know, and that may need more than a unit is given
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{unit.name} cannot be run by itself ({reason}); longreach cannot verify it on vLLM, use longreach serve") from error
     finally:
         hook.remove()
     raise ValueError(f"{unit.name} did not call its attention; longreach cannot verify it on vLLM, use longreach serve")

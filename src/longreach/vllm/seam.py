@@ -134,6 +134,8 @@ def refuse(config: Any) -> None:
         raise ValueError("longreach was not tested with pages that are handed to other engines or to disk; leave out --kv-transfer-config")
     if speculative is not None and speculative.method not in SPECULATION:
         raise ValueError(f"drafts of {speculative.method} come from a model without the method; use {' or '.join(SPECULATION)}, or no speculation")
+    if config.lora_config is not None:
+        raise ValueError("longreach cannot verify layers that have adapters; merge the adapter into the model, and leave out --enable-lora")
     if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         raise ValueError("longreach cannot split a sequence over devices; leave out context parallelism, and use tensor or pipeline parallelism")
     if getattr(config.model_config, "use_mla", False):
