@@ -175,12 +175,27 @@ HALF = 'data: {"choices": [{"delta": {"content": "half"}}]}\n\n'
         ((MODELS, http(HALF)), "the connection broke off"),
         ((MODELS, http(f'{HALF}data: {{"error": {{"message": "the model failed"}}}}\n\n')), "the model failed"),
         ((MODELS, http("data: [1]\n\n")), "not that of an OpenAI-compatible API"),
+        ((http("[" * 100_000),), "not that of an OpenAI-compatible API"),
+        *(
+            ((MODELS, http(f"data: {event}\n\ndata: [DONE]\n\n")), "not that of an OpenAI-compatible API")
+            for event in (
+                '{"choices": 5}', '{"choices": ["x"]}', '{"choices": [{"delta": "x"}]}', '{"choices": [{"delta": {"content": 5}}]}',
+                '{"usage": "x"}', '{"usage": {"prompt_tokens_details": 5}}', "[" * 100_000,
+            )
+        ),
     ],
 )
 def test_a_strange_server_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, run: Run, answers: tuple[bytes, ...], says: str) -> None:
     with answering(*answers) as url:
         found = talked(monkeypatch, run, ["Who?"], "--server", url, "--json")
     assert found.code == 2 and says in found.json["error"] and "Traceback" not in found.err
+
+
+@pytest.mark.parametrize("kept", ['{}', '{"tokens": "many"}', '{"tokens": [5]}'])
+def test_a_server_without_documents_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, run: Run, kept: str) -> None:
+    with answering(MODELS, http(kept)) as url:
+        found = talked(monkeypatch, run, ["Who?"], "--server", url, "--document", "book", "--json")
+    assert found.code == 2 and "keeps no documents as longreach serve does" in found.json["error"]
 
 
 def test_others_of_its_kind_are_understood(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

@@ -63,6 +63,16 @@ def test_recorded_runs_say_how_a_budget_is_spent(run: Run, texts: dict[str, Path
     assert run(*given[:-1], texts["two.jsonl"], "--budget", "2k", "--task", "more").json["allocation"]["task"] == "more"
 
 
+def test_recorded_runs_that_name_no_chunks_leave_them_as_they_were_asked_for(run: Run, texts: dict[str, Path], tmp_path: Path) -> None:
+    """And where there are less chunks than the best run had, all are read: --top-k, which was advised, is not taken beside --runs."""
+    best = [Recorded("t", *theta, score, tokens) for theta, score, tokens in (((0, 0, 1), 0.1, 60), ((1, 0, 1), 0.4, 200), ((0, 1, 1), 0.1, 90))]
+    write_runs(tmp_path / "runs.jsonl", [*best, Recorded("t", 500, 0, 1, 0.9, 900)])
+    (tmp_path / "short.txt").write_text("The courier code of Oslo is 7654321. " + "The sea was calm. " * 20)
+    found = run("rag", "--file", tmp_path / "short.txt", *QUESTION, "--json", "--runs", tmp_path / "runs.jsonl", "--budget", "1k")
+    assert found.json["config"]["chunk_words"] == 40 == found.json["allocation"]["chunk_words"]
+    assert found.json["top_k"] == found.json["chunks"] == len(found.json["passages"]) > 1 and "all of them are read" in found.err
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

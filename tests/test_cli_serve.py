@@ -8,6 +8,7 @@ import logging
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from typing import Any
 
 import httpx
@@ -154,6 +155,10 @@ def test_the_same_words_are_handed_over_to_vllm(run: Run, handed: list[Any]) -> 
 def test_vllm_in_the_trained_window_and_by_the_dial(run: Run, handed: list[Any], folders: dict[str, str]) -> None:
     found = run("serve", "--engine", "vllm", "--json")
     assert json.loads(found.out)["command"] == ["vllm", *handed[0][0][3:]] and "--additional-config" not in handed[0][0]
+    assert run("serve", "--engine", "vllm", "--context", 512).code == run("serve", "--engine", "vllm", "--trained-window", 1024).code == 0
+    within, beyond = handed.pop(1)[0], handed.pop(1)[0]
+    assert "--additional-config" not in within  # plain attention is vLLM's own, which is faster than ours on its pages
+    assert '"method": "stock"' in beyond[-1] and beyond[beyond.index("--max-model-len") + 1] == "1024"  # without it vLLM refuses the length
     assert run("serve", "--engine", "vllm", "--model", folders["chat"], "--context", 256, "--dtype", "bf16").code == 0
     command = handed[1][0]
     assert command[command.index("--dtype") + 1] == "bfloat16" and '"method": "selfextend"' in command[-1] and folders["chat"] in command
@@ -170,11 +175,19 @@ def test_the_cpu_build_has_a_server_and_no_command(run: Run, handed: list[Any], 
     assert handed[0][0][1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model"]
 
 
+def test_every_option_is_handed_over_to_vllm_or_refused() -> None:
+    """A new option of our own server is one of the two, and is not left out without a word."""
+    handed = {"model", "declared", "method", "host", "port", "name", "api_key", "dtype", "trained_window", "profile", "no_profile", "engine"}
+    ours = set(signature(serve.command).parameters) - {"context", "as_json", "quiet", "verbose"}
+    assert handed | set(serve_vllm.OWN) == ours and not handed & set(serve_vllm.OWN)
+
+
 def test_what_vllm_cannot_be_handed(run: Run, handed: list[Any], tmp_path: Any) -> None:
     with pytest.MonkeyPatch.context() as changed:
         changed.setenv("VLLM_PLUGINS", "others")
         refused(run, "serve", "--engine", "vllm", "--context", 2048, says="VLLM_PLUGINS leaves longreach out")
     refused(run, "serve", "--engine", "vllm", "--queue", 3, "--memory", "device=1GiB", says="--queue and --memory belong to longreach's own server")
+    refused(run, "serve", "--engine", "vllm", "--reserve", 0.5, says="--reserve belong")
     refused(run, "serve", "--engine", "vllm", "--method", "lm-infinite", "--n-local", 512, says="pass --context N")
     refused(run, "serve", "--engine", "vllm", "--context", 2048, "--method", "quest", "--budget", 64, says="chooses keys by their content")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))

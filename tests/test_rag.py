@@ -451,6 +451,12 @@ def test_wrong_inputs_get_one_clear_sentence(nano, given, says):
         Rag(*nano, documents, RagConfig(**given)).ask(question)
 
 
+def test_a_demonstration_that_is_no_text_is_named(nano):
+    pytest.importorskip("bm25s")
+    with pytest.raises(ValueError, match="demonstration 2 is not text"):
+        Rag(*nano, "A whale swims far.", RagConfig(), demonstrations=[Demonstration("What?", "A whale"), Demonstration("What?", "\udc80")])
+
+
 def test_a_budget_that_is_too_small_says_one_that_is_not(nano):
     text, question = haystack(8_000), asked("Oslo")["question"]
     with pytest.raises(ValueError) as refused:

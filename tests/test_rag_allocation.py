@@ -124,7 +124,8 @@ RUN = {"task": "t", "k": 1, "m": 0, "n": 1, "score": 0.5, "tokens": 10}
         ("[1]", "it is no object"),
         (json.dumps({**RUN, "n": 0}), "n must be a whole number from 1"),
         (json.dumps({**RUN, "k": True}), "k must be"),
-        (json.dumps({**RUN, "score": math.nan}), "score must be a number, not nan"),
+        (json.dumps({**RUN, "score": math.nan}), "score must be a number from .*, not nan"),
+        (json.dumps({**RUN, "score": 1e308}), "score must be a number from .*, not 1e"),  # its square has no place in a float
         (json.dumps({**RUN, "tokens": 10**30}), "tokens must be"),
         (json.dumps({**RUN, "task": ""}), "task must be a name"),
         (json.dumps({**RUN, "evil": 1}), "a run has no evil"),
@@ -151,6 +152,8 @@ def test_demonstrations_are_read_and_what_is_none_is_named(tmp_path):
         ('{"question": "Q?", "answer": "a", "steps": [["one"]]}', "pairs of texts"),
         ('{"question": "Q?", "answer": "a", "steps": [["o", "b\\nc"]]}', "a step must be one line"),
         ('{"question": "Q?", "answer": "a", "steps": 5}', "does not belong"),
+        ('{"question": "Q?", "answer": "a", "steps": ["ab"]}', "pairs of texts"),
+        ('{"question": "Q\\ud800?", "answer": "a"}', "it must have texts of Unicode"),
         ('{"question": "Q?", "answer": "a", "more": 5}', "a demonstration has no more"),
     ):
         file.write_text(line)

@@ -212,6 +212,7 @@ REFUSED = {
     "length": (dict(additional_config={"longreach": {"context": 1024}}), "beyond the declared context of 1024"),
     "worker": (dict(worker_cls="longreach.files.Worker"), "does not know the worker"),
     "drafts": (dict(speculative_config={"model": NANO, "num_speculative_tokens": 2}), "drafts of draft_model"),
+    "adapters": (dict(enable_lora=True), "merge the adapter into the model"),
     "transfer": (dict(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}), "other engines or to disk"),
 }
 
@@ -242,7 +243,8 @@ def test_engines_that_need_other_machines_or_models(where, wrong, sentence):
         "cache_config": {"cache_dtype": "auto"}, "model_config": {"dtype": torch.float32, "use_mla": False, "uses_mrope": False},
         "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
     }  # fmt: skip
-    made = lambda parts: SimpleNamespace(speculative_config=None, kv_transfer_config=None, **{name: SimpleNamespace(**each) for name, each in parts.items()})  # noqa: E731
+    none = dict.fromkeys(("speculative_config", "kv_transfer_config", "lora_config"))
+    made = lambda parts: SimpleNamespace(**none, **{name: SimpleNamespace(**each) for name, each in parts.items()})  # noqa: E731
     seam.refuse(made(parts))
     parts[where] |= wrong
     with pytest.raises(ValueError, match=sentence):
@@ -260,3 +262,13 @@ def test_the_dial_and_the_environment(monkeypatch):
     monkeypatch.setenv("LONGREACH_VLLM", '{"context": 512}')
     config = EngineArgs(NANO, dtype="float32").create_engine_config()
     assert "longreach" not in config.additional_config and config.parallel_config.worker_cls.startswith("vllm.")  # plain attention is vLLM's own
+
+
+def test_plain_attention_beyond_the_positions_of_the_configuration_is_ours():
+    """A trained window that a user knows better than the configuration: vLLM's own rotary table ends before it, and vLLM reads behind it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    asked = {"longreach": {"context": 1024, "trained_window": 1024}}
+    config = EngineArgs(NANO, dtype="float32", max_model_len=-1, additional_config=asked).create_engine_config()
+    assert config.model_config.max_model_len == 1024 and config.additional_config["longreach"]["method"] == "stock"
+    assert config.parallel_config.worker_cls == "longreach.vllm.seam.CPUWorker"

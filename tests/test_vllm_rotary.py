@@ -161,7 +161,7 @@ def test_modules_that_cannot_be_run():
         def forward(self, positions, hidden_states):
             raise RuntimeError("no forward context")
 
-    with pytest.raises(ValueError, match=r"does not run by itself .no forward context"):
+    with pytest.raises(ValueError, match=r"does not run by itself .RuntimeError: no forward context"):
         replace_rotaries(unit(Fails(RotaryEmbedding())))
     with pytest.raises(ValueError, match="needs residual"):
         unit(Needs(RotaryEmbedding()))
@@ -169,6 +169,13 @@ def test_modules_that_cannot_be_run():
         unit_of(nn.ModuleDict({"layer": nn.ModuleDict({"attn": Attend()})}), "layer.attn", "engine.rotary")
     with pytest.raises(ValueError, match="did not call its attention"):
         replace_rotaries(unit(Silent(RotaryEmbedding())))
+
+    class Wants(Around):  # as Transformers' own layers do, under --model-impl transformers
+        def forward(self, positions, hidden_states, position_embeddings=None):
+            return super().forward(positions, hidden_states * position_embeddings[0])
+
+    with pytest.raises(ValueError, match="does not run by itself .TypeError"):
+        replace_rotaries(unit(Wants(RotaryEmbedding())))
 
 
 def test_two_tables_of_which_one_is_in_force():

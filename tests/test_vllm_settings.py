@@ -31,7 +31,8 @@ def test_a_method_by_its_name_with_its_parameters():
         ({1: 2}, "must be an object"),
         ({"group_size": 8}, "no method"),
         ({"method": "nonsense"}, "unknown method"),
-        ({"method": ["selfextend"]}, "method"),
+        ({"method": ["selfextend"]}, '"method" must be the name of a method'),
+        ({"method": None}, '"method" must be the name of a method'),
         ({"method": "selfextend", "groups": 8}, "no parameter groups"),
         ({"method": "selfextend", "window": 8}, "group_size"),
         ({"method": "selfextend", "group_size": "8", "window": 8}, "must be an integer"),
@@ -63,6 +64,14 @@ def test_the_dial_chooses_for_the_longest_sequence(config):
     assert isinstance(decide(parse({"context": 4096}), config, 2048).method, SelfExtend)
     with pytest.raises(ValueError, match="no usual parameters reach"):
         decide(parse({}), config, 10**7)
+
+
+def test_vllm_is_left_alone_only_where_its_own_tables_reach(config):
+    """Its rotary tables end with the positions of the configuration: behind them it reads what lies in memory."""
+    assert decide(parse({}), config, 512).plain and decide(parse({"trained_window": 1024}), config, 512).plain
+    beyond = decide(parse({"trained_window": 1024}), config, 1024)
+    assert beyond.method == Stock() and not beyond.plain
+    assert not decide(parse({"method": "stock"}), config, 512).plain and not decide(parse({}), config, 2048).plain
 
 
 def test_what_was_decided_decides_the_same_again(config):

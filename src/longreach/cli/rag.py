@@ -76,6 +76,7 @@ def command(
         chosen = common.method_of(context, method)
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         from longreach.apps.rag import RagConfig, records, retrievers
+        from longreach.apps.rag.chunks import documents_of, split
 
         shown = () if demonstrations is None else records.read_demonstrations(demonstrations)
         config = RagConfig(top_k, chunk_words or None, order, rounds or 0, budget, max_new_tokens, retriever, instruction)
@@ -85,6 +86,9 @@ def command(
             out.note(spent.said)
         retrievers.retriever(config.retriever)  # a missing package is said before a model is loaded
         documents = read(out, file, encoding)
+        if spent is not None and config.top_k is not None and config.top_k > (there := len(split(documents_of(documents), config.chunk_words))):
+            out.note(f"the documents have {counted(there, 'chunk')}: all of them are read")
+            config = replace(config, top_k=there)
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             choice = stored.Choice(chosen, declared, trained_window, chunk_size, by_profile, memory)
@@ -162,11 +166,12 @@ def allocated(file: Path | None, task: str | None, budget: int | None, config: R
     candidates = [run for run in runs if run.task == name and run.m <= shown]
     fitted = AllocationModel.fit(runs)
     best = fitted.best(name, candidates, budget)
+    words = best.chunk_words or config.chunk_words  # a run need not say what its chunks were
     facts = {
-        "task": name, "k": best.k, "m": best.m, "n": best.n, "chunk_words": best.chunk_words, "tokens": best.tokens,
+        "task": name, "k": best.k, "m": best.m, "n": best.n, "chunk_words": words, "tokens": best.tokens,
         "predicted": fitted.predict(name, best.theta), "recorded": best.score, "r2": fitted.r2,
     }  # fmt: skip
-    return Spent(replace(config, top_k=best.k, rounds=best.n - 1, chunk_words=best.chunk_words), best.m, facts)
+    return Spent(replace(config, top_k=best.k, rounds=best.n - 1, chunk_words=words), best.m, facts)
 
 
 def attached(out: Output, model: Any, tokenizer: Any, choice: stored.Choice, config: RagConfig, prompt: str, lead: str) -> Extension:

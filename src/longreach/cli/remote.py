@@ -31,6 +31,7 @@ COMMANDS = {
     "/facts": "what the server says of its model",
     "/quit": "end, as Ctrl-D does",
 }
+STRANGE = "the server's answer is not that of an OpenAI-compatible API; pass the address of one, such as http://127.0.0.1:8000"
 BROKEN = "the connection broke off before the answer was whole; look whether the server is still there, and ask again"
 
 
@@ -119,11 +120,23 @@ def _reason(error: Exception) -> str:
 def _object(data: str | bytes) -> dict[str, Any]:
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError("the server's answer is not that of an OpenAI-compatible API; pass the address of one, such as http://127.0.0.1:8000")
+        raise ValueError(STRANGE)
     return found
+
+
+def _part(event: dict[str, Any]) -> tuple[str, str | None, dict[str, int]]:
+    """What an event adds to an answer: text, why it ends, and counts of tokens by their names. Raises ValueError for what has another form."""
+    try:
+        choices, usage = [*(event.get("choices") or ())], event.get("usage") or {}
+        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
+        finish = next((str(choice["finish_reason"]) for choice in choices if choice.get("finish_reason")), None)
+        counts = {**usage, **(usage.get("prompt_tokens_details") or {})}
+    except (AttributeError, TypeError):
+        raise ValueError(STRANGE) from None
+    return text, finish, {name: count for name, count in counts.items() if type(count) is int}
 
 
 def _message(found: Any) -> str | None:
@@ -176,18 +189,17 @@ class Talk:
     def ask(self, question: str, asking: bool) -> dict[str, Any] | None:
         """The answer, written as it comes; None where it was given up. At a terminal Ctrl-C stops it, and what was written stays in the conversation."""
         parts: list[str] = []
-        usage: dict[str, Any] = {}
+        usage: dict[str, int] = {}
         begun, first, finish = time.perf_counter(), 0.0, None
         body = {"model": self.model, "messages": self.messages(question), "stream_options": {"include_usage": True}, **self.settings}
         try:
             for event in self.server.events("/chat/completions", body):
-                usage = event.get("usage") or usage
-                for choice in event.get("choices") or ():
-                    finish = choice.get("finish_reason") or finish
-                    if part := (choice.get("delta") or {}).get("content"):
-                        first = first or time.perf_counter()
-                        parts.append(part)
-                        self.out.write(part)
+                part, end, counts = _part(event)
+                usage, finish = counts or usage, end or finish
+                if part:
+                    first = first or time.perf_counter()
+                    parts.append(part)
+                    self.out.write(part)
         except KeyboardInterrupt:
             if not asking:
                 raise
@@ -204,7 +216,7 @@ class Talk:
         self.said += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         found = {
             "question": question, "answer": answer.strip(), "finish": finish, "new_tokens": usage.get("completion_tokens"),
-            "prompt_tokens": usage.get("prompt_tokens"), "cached_tokens": (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            "prompt_tokens": usage.get("prompt_tokens"), "cached_tokens": usage.get("cached_tokens"),
             "first_seconds": round((first or ended) - begun, 4), "decode_seconds": round(ended - (first or ended), 4),
         }  # fmt: skip
         self.out.note(_cost(found))
@@ -271,7 +283,9 @@ def chat(
     settings: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature or 0, **({"seed": seed or 0} if temperature else {})}
     if name is not None:
         kept = server.json(f"/documents/{quote(name, safe='')}")
-        out.note(f"{counted(int(kept.get('tokens') or 0), 'token')} of {name}, which the server has read")
+        if type(tokens := kept.get("tokens")) is not int:
+            raise ValueError(f"{server.url} keeps no documents as longreach serve does; pass the address of one that does, or --file")
+        out.note(f"{counted(tokens, 'token')} of {name}, which the server has read")
         settings["document"] = name
     talk = Talk(out, server, model or names[0], document, system, settings)
     out.note(f"{talk.model} at {server.url}; {talking.HINT}")

@@ -20,7 +20,9 @@ from longreach.cli.common import Output
 if TYPE_CHECKING:
     from longreach.methods.base import Method
 
-OWN = ("documents", "max_new_tokens", "queue", "max_body", "timeout", "drain", "kv_budget", "step_ms", "device", "memory")  # options of our own server only
+OWN = (  # options of our own server only
+    "documents", "max_new_tokens", "queue", "max_body", "timeout", "drain", "kv_budget", "reserve", "step_ms", "device", "memory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def command_of(out: Output, wanted: Wanted) -> list[str]:
     out.note(f"method: {decided.said}")
     if decided.warning:
         out.warn(decided.warning)
-    if wanted.context is not None or wanted.method is not None:
+    if not decided.plain:
         own = {"additional_config": json.dumps({settings.KEY: decided.to_json()})}
     embedded = configs.embedded(wanted.model)
     dtype = configs.parse_dtype(wanted.dtype or ("float32" if embedded else None))

@@ -119,7 +119,7 @@ def reached(unit: Unit, hidden: torch.Tensor, positions: torch.Tensor) -> Reache
     except _Reached as found:
         return found.q, found.k
     except Exception as error:  # the engine's own code, which expects something else around it
-        said = " ".join(str(error).split())[:120]
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise ValueError(f"{unit.name} does not run by itself ({said}), so longreach cannot verify it on vLLM; use longreach serve") from error
     finally:
         hook.remove()

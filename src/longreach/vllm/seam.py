@@ -71,16 +71,16 @@ def _configured(create: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any:
     asked = settings.asked(arguments.additional_config, os.environ)
     if asked is None:
         return create(arguments, *args, **kwargs)
-    if arguments.max_model_len is None and asked.context is not None:
+    if arguments.max_model_len in (None, -1) and asked.context is not None:  # -1 is vLLM's "auto"
         arguments.max_model_len = asked.context
-    if arguments.max_model_len is None or arguments.max_model_len == -1:
+    if arguments.max_model_len in (None, -1):
         raise ValueError("longreach needs the length of the longest sequence; pass --max-model-len N, or a context in its settings")
     with _long_texts():
         config = create(arguments, *args, **kwargs)
     decided = settings.decide(asked, config.model_config.hf_text_config, config.model_config.max_model_len)
     additional = config.additional_config if isinstance(config.additional_config, dict) else {}
     _said(decided)
-    if isinstance(decided.method, Stock) and asked.method is None:
+    if decided.plain:
         config.additional_config = {key: value for key, value in additional.items() if key != settings.KEY}
         return config
     refuse(config)
@@ -134,6 +134,8 @@ def refuse(config: Any) -> None:
         raise ValueError("longreach was not tested with pages that are handed to other engines or to disk; leave out --kv-transfer-config")
     if speculative is not None and speculative.method not in SPECULATION:
         raise ValueError(f"drafts of {speculative.method} come from a model without the method; use {' or '.join(SPECULATION)}, or no speculation")
+    if config.lora_config is not None:
+        raise ValueError("longreach cannot verify layers that have adapters; merge the adapter into the model, and leave out --enable-lora")
     if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         raise ValueError("longreach cannot split a sequence over devices; leave out context parallelism, and use tensor or pipeline parallelism")
     if getattr(config.model_config, "use_mla", False):

@@ -41,13 +41,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Decided:
-    """What is in force for an engine. `said`: what a user should know of it; `warning`: of the reach of the method."""
+    """What is in force for an engine. `said`: what a user should know of it; `warning`: of the reach of the method.
+
+    plain  there is nothing to do: plain attention was chosen, and the configuration itself declares so long a context. An engine's rotary tables end there.
+    """
 
     method: Method
     window: configs.Window
     context: int
     said: str
     warning: str | None = None
+    plain: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Settings that decide the same."""
@@ -84,6 +88,8 @@ def parse(given: Any) -> Settings:
     method = {key: value for key, value in given.items() if key not in ("context", "trained_window", "profile")}
     if method and "method" not in method:
         raise ValueError(f"{KEY!r} has {', '.join(sorted(method))} but no method; name it too, such as \"method\": \"selfextend\"")
+    if method and not isinstance(method["method"], str):
+        raise ValueError(f'"method" must be the name of a method, such as "selfextend", not {_brief(method["method"])}')
     lengths = {name: None if given.get(name) is None else token_count(given[name], name) for name in ("context", "trained_window")}
     profile = given.get("profile")
     if profile is not None and not isinstance(profile, str):
@@ -124,7 +130,8 @@ def decide(settings: Settings, config: Any, longest: int) -> Decided:
         if isinstance(method, Stock) and context > window.tokens:
             warning = f"plain attention on {context} tokens, beyond the trained window of {window.tokens}: distances that were never trained"
     refuse(method)
-    return Decided(method, window, context, said, warning)
+    plain = isinstance(method, Stock) and settings.method is None and longest <= configs.stated_window(config, 0)[1]
+    return Decided(method, window, context, said, warning, plain)
 
 
 def refuse(method: Method) -> None:

@@ -62,6 +62,9 @@ class Rag:
         find = retriever or retrievers.retriever(config.retriever)  # what is not installed is said before the documents are cut
         self.model, self.tokenizer, self.config, self.extension, self.chunk_size = model, tokenizer, config, extension, chunk_size
         self.demonstrations = tuple(demonstrations)
+        for number, one in enumerate(self.demonstrations, 1):
+            if not all(is_text(part) for part in (one.question, one.answer, one.lead, *(part for step in one.steps for part in (step.question, step.answer)))):
+                raise ValueError(f"demonstration {number} is not text; pass strings of Unicode characters")
         self.documents = documents_of(documents)
         self.chunks = split(self.documents, config.chunk_words)
         if config.top_k is not None and config.top_k > len(self.chunks):

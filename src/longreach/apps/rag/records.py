@@ -6,17 +6,18 @@ Knows files, numbers and texts; not models, tasks or what is made of them. The f
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from longreach import files
+from longreach.apps.rag.chunks import is_text
 from longreach.apps.rag.prompts import Demonstration, Step
 from longreach.quantities import MOST_TOKENS
 
 LARGEST_FILE = 16 * 2**20  # bytes
+MOST_SCORE = 1e9  # far from where squares overflow
 RUNS, DEMONSTRATIONS = "file of recorded runs", "file of demonstrations"
 T = TypeVar("T")
 
@@ -55,8 +56,8 @@ class Run:
                 raise ValueError(f"{name} must be a whole number from {least} to {MOST_TOKENS}, not {value!r}")
         for name in ("score", "seconds"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a number, not {value!r}")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MOST_SCORE:
+                raise ValueError(f"{name} must be a number from {-MOST_SCORE:g} to {MOST_SCORE:g}, not {value!r}")
 
 
 def read_runs(file: str | Path) -> list[Run]:
@@ -82,9 +83,11 @@ def read_demonstrations(file: str | Path) -> tuple[Demonstration, ...]:
         if unknown := set(row) - {"question", "answer", "lead", "steps"}:
             raise ValueError(f"a demonstration has no {', '.join(sorted(unknown))}")
         steps = [[step["question"], step["answer"]] if isinstance(step, dict) else step for step in row.get("steps", ())]
+        if not all(isinstance(step, list) and len(step) == 2 for step in steps):  # a text of two letters is no pair
+            raise ValueError("its steps must be pairs of texts, [sub-question, intermediate answer]")
         texts = [row.get("question"), row.get("answer"), row.get("lead", ""), *(text for step in steps for text in step)]
-        if not all(isinstance(text, str) for text in texts) or not all(len(step) == 2 for step in steps):
-            raise ValueError("it must have texts for question and answer, and pairs of texts for steps")
+        if not all(is_text(text) for text in texts):
+            raise ValueError("it must have texts of Unicode characters for question and answer, and pairs of them for steps")
         if not row["question"].strip() or not row["answer"].strip():
             raise ValueError("its question or its answer is empty")
         if any("\n" in text for step in steps for text in step):
