@@ -117,7 +117,7 @@ class Questions:
 
     def __init__(self, tokenizer: Any, context: int, longest: int, long: float) -> None:
         self.words = longreach.shipped_book()
-        self.each = len(self.words[:20000]) / len(tokenizer(self.words[:20000])["input_ids"])  # characters of a token
+        self.spans = tokenizer(self.words, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         self.context, self.longest, self.long = context, longest, long
 
     def question(self, client: int, number: int) -> tuple[dict[str, Any], bool]:
@@ -125,8 +125,8 @@ class Questions:
         chance = random.Random(f"{client} {number}")
         new = chance.randint(16, 64)
         tokens = int((self.context - new) * 0.9) if chance.random() < self.long else chance.randint(32, self.longest)
-        at = chance.randrange(len(self.words) - int(tokens * self.each))
-        prompt = self.words[at : at + int(tokens * self.each)]
+        at = chance.randrange(len(self.spans) - tokens)
+        prompt = self.words[self.spans[at][0] : self.spans[at + tokens - 1][1]]
         return {"prompt": prompt, "max_tokens": new, "temperature": 0}, chance.random() < 0.05
 
 
