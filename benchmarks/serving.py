@@ -8,8 +8,8 @@ Rounds alternate between one client and 16. Nothing is printed unless every clie
 required: two tokens may be as likely as each other).
 
 The text is read once, for the first question. Then 16 clients ask about it at a time: what they hold beside what one holds says that it lies there once. At
-last 16 requests have a text of that length each, in memory of their own. `by bytes` is what 16 clients would be beside one if a token cost only what is read for
-it from memory: the weights, once for all, and the keys and values of each. Where calls cost more than bytes, as on nano, 16 in one call gain more than that.
+last 16 requests have a text of that length each, in memory of their own. `by bytes` is what 16 clients would be beside one if a token cost only what is read
+for it from memory: the weights, once for all, and the keys and values of each. Where calls cost more than bytes, as on nano, 16 in one call gain more.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def test_modules_that_cannot_be_run():
         def forward(self, positions, hidden_states, position_embeddings=None):
             return super().forward(positions, hidden_states * position_embeddings[0])
 
-    with pytest.raises(ValueError, match="does not run by itself .TypeError"):
+    with pytest.raises(ValueError, match=r"does not run by itself .TypeError"):
         replace_rotaries(unit(Wants(RotaryEmbedding())))
 
 
