@@ -16,7 +16,7 @@ from longreach.hf.flat import Flat
 from longreach.memory import buffer, store
 
 
-@pytest.mark.parametrize("block", range(20))
+@pytest.mark.parametrize("block", range(12))
 def test_histories(block):
     for seed in range(block * 25, block * 25 + 25, histories.SHARING):
         found = histories.run(seed)
