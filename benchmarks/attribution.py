@@ -165,11 +165,14 @@ def summary(contexts: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {words(each)}" for name, each in value.items())
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
 def show(found: dict[str, Any]) -> str:
-    words = lambda value: f"{value:.1f}" if isinstance(value, float) else str(value)  # noqa: E731
-    inside = lambda value: ", ".join(f"{name} {words(each)}" for name, each in value.items()) if isinstance(value, dict) else words(value)  # noqa: E731
-    rows = [[name, inside(value)] for name, value in found.items()]
-    return table("attribution on nano", ["", ""], rows)
+    return table("attribution on nano", ["", ""], [[name, words(value)] for name, value in found.items()])
 
 
 def main() -> None:

@@ -122,12 +122,15 @@ def measure(keys: int, windows: list[int], requests: int, rounds: int) -> dict[s
     return found
 
 
+def far(cell: dict[str, Any]) -> str:
+    return f"{cell['far_found']} of {cell['far_asked']}" if cell["far_asked"] else "none asked"
+
+
 def pages(result: dict[str, Any]) -> str:
     """The tables of docs/vllm.md."""
     lengths = [*next(iter(result["recall"].values()))]
-    of = lambda cell: f"{cell['far_found']} of {cell['far_asked']}" if cell["far_asked"] else "none asked"  # noqa: E731
     header = ["far pass keys found", *(f"{n} tokens ({int(n) // WINDOW}x)" for n in lengths)]
-    recalled = markdown(header, [[name, *(of(row[n]) for n in lengths)] for name, row in result["recall"].items()])
+    recalled = markdown(header, [[name, *(far(row[n]) for n in lengths)] for name, row in result["recall"].items()])
     stock = result["speed"]["stock"]
     rows = []
     for name, row in result["speed"].items():

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 import longreach
+from dense_probabilities import probabilities
 from families import build, tokens
 from longreach import DualChunk, LMInfinite, Quest, SelfExtend
-from longreach.engine import reference
 from methods_matrix import METHODS, context, refusal
 
 LENGTH = 75
@@ -20,18 +19,7 @@ LENGTH = 75
 
 def dense(model: Any, method: Any, ids: torch.Tensor, last: int) -> list[torch.Tensor]:
     """[B, H, N] of every layer: the sums over the last queries of the probabilities of the truth."""
-    found, real = [], reference.softmax
-
-    def softmax(inputs: Any, distance: torch.Tensor, v: torch.Tensor, sink: Any = None) -> Any:
-        out, lse = real(inputs, distance, v, sink)
-        logits = inputs.logits(distance.nan_to_num(0.0)).masked_fill(distance.isnan() | ~inputs.seen, -torch.inf)
-        found.append(torch.exp(logits - lse[..., None])[:, :, -last:].nan_to_num(0.0).sum(2))
-        return out, lse
-
-    with mock.patch.object(reference, "softmax", softmax), longreach.extend(model, method, context=context(method, LENGTH), backend="reference"):
-        found.clear()
-        model(ids, use_cache=False)
-    return found
+    return [each[:, :, -last:].sum(2) for each in probabilities(model, method, ids)]
 
 
 def off(found: torch.Tensor, want: torch.Tensor) -> float:

@@ -10,9 +10,9 @@ import torch
 from transformers import DynamicCache
 
 import longreach
+from dense_probabilities import probabilities
 from families import build, each_once, tokens
 from longreach import LMInfinite, LongHeads, Quest, SelfExtend, Stock
-from longreach.engine import reference
 from longreach.kernels import mass
 from methods_matrix import METHODS, context, refusal
 
@@ -21,18 +21,7 @@ LENGTH, FIRST = 75, 61
 
 def dense(model: Any, method: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     """[B, T, N] of every layer: the probabilities of the truth, heads added up."""
-    found, real = [], reference.softmax
-
-    def softmax(inputs: Any, distance: torch.Tensor, v: torch.Tensor, sink: Any = None) -> Any:
-        out, lse = real(inputs, distance, v, sink)
-        logits = inputs.logits(distance.nan_to_num(0.0)).masked_fill(distance.isnan() | ~inputs.seen, -torch.inf)
-        found.append(torch.exp(logits - lse[..., None]).nan_to_num(0.0).sum(1))
-        return out, lse
-
-    with mock.patch.object(reference, "softmax", softmax), longreach.extend(model, method, context=context(method, LENGTH), backend="reference"):
-        found.clear()
-        model(ids, use_cache=False)
-    return found
+    return [each.sum(1) for each in probabilities(model, method, ids)]
 
 
 def off(found: torch.Tensor, want: torch.Tensor) -> float:

@@ -35,6 +35,14 @@ class Part:
     text: str
 
 
+def unit_of(name: str) -> Unit:
+    """The unit of that name. Raises ValueError for another."""
+    for unit in UNITS:
+        if name == unit:
+            return unit
+    raise ValueError(f"a text is cut by {', '.join(UNITS[:-1])} or {UNITS[-1]}, not by {name!r}")
+
+
 def cut(text: str, by: Unit = "passage", words: int = WORDS) -> list[Part]:
     """The parts of a text; [] of an empty one.
 
@@ -43,8 +51,7 @@ def cut(text: str, by: Unit = "passage", words: int = WORDS) -> list[Part]:
 
     Raises ValueError for another unit, and for passages without words.
     """
-    if by not in UNITS:
-        raise ValueError(f"a text is cut by {', '.join(UNITS[:-1])} or {UNITS[-1]}, not {by!r}")
+    by = unit_of(by)
     if words < 1:
         raise ValueError(f"a passage has at least 1 word, not {words}")
     ends = {"sentence": _sentences, "paragraph": _paragraphs, "passage": lambda text: _passages(text, words)}[by](text)

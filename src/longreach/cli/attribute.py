@@ -70,7 +70,7 @@ def command(
     Parameters of a method (--group-size, --window, --n-local, ...) are options too: see `longreach methods`. Ctrl-C ends the search with what it has found.
     """
     with common.output(as_json, verbose, quiet) as out:
-        unit = unit_of(by)
+        unit = parts.unit_of(by)
         scorers = kinds.named(tuple(name.strip() for name in scores.split(",")), permutations, seed)
         chosen = common.method_of(context, method)
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
@@ -109,14 +109,6 @@ def command(
             out.note(f"wrote {html}")
         result = {"model": model, "file": file, "method": facts["method"], "warning": facts["warning"] or asked.beyond, **asdict(found)}
         out.finish({**result, "html": None if html is None else str(html)}, lambda console: show(console, found))
-
-
-def unit_of(name: str) -> parts.Unit:
-    """The unit of that name. Raises ValueError for another."""
-    for unit in parts.UNITS:
-        if name == unit:
-            return unit
-    raise ValueError(f"a text is cut by {', '.join(parts.UNITS[:-1])} or {parts.UNITS[-1]}, not by {name!r}")
 
 
 @contextmanager
@@ -175,7 +167,7 @@ def why(session: Session, unit: str) -> None:
     """`/why`: which parts of the conversation made its last answer. On standard error, as what the other commands say."""
     from longreach.apps.attribution import attribute
 
-    out, talk, by = session.out, session.talk, unit_of(unit or "passage")
+    out, talk, by = session.out, session.talk, parts.unit_of(unit or "passage")
     count = len(parts.cut(talk.document, by)) + max(0, len(talk.turns) - 1)
     scorers = kinds.named()
     with searching(out, count, scorers, TOP) as (progress, stopped):

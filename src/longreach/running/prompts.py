@@ -33,16 +33,21 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, str]], fix: str) -> st
         raise ValueError(f"the chat template of this model refuses the messages ({error}); {fix}") from error
 
 
+def half_pair(text: str) -> int | None:
+    """Where a text has the first half of a surrogate pair that stands alone, which no tokenizer takes; None: nowhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def require_text(piece: object, at: int = 0, what: str = "the text") -> None:
     """Raises ValueError for what no tokenizer takes."""
     if not isinstance(piece, str):
         raise ValueError(f"{what} must be a string, or come in strings, not in {type(piece).__name__}; open a file with encoding='utf-8'")
-    try:
-        piece.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"character {at + error.start} of {what} is half a surrogate pair, which no tokenizer takes; decode it with errors='replace'"
-        ) from None
+    if (half := half_pair(piece)) is not None:
+        raise ValueError(f"character {at + half} of {what} is half a surrogate pair, which no tokenizer takes; decode it with errors='replace'")
 
 
 def encode(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from longreach.quantities import counted
+from longreach.running.prompts import half_pair
 
 WORD = re.compile(r"\S{1,24}\s*")  # of a text without spaces (Chinese, long numbers), 24 characters count as a word
 SENTENCE_END = re.compile(r"""[.!?\u3002\uff01\uff1f]["'\u201d\u2019)\]]*\s*$|\n\s*\n""")  # the end of a word that ends a sentence or a paragraph
-SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_CHUNKS = 2**20
 MOST_WORDS = 2**20
 
@@ -38,8 +38,8 @@ class Chunk:
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a string that a tokenizer takes: surrogates that stand alone are no characters."""
-    return isinstance(value, str) and (value.isascii() or SURROGATE.search(value) is None)
+    """Whether it is a string that a tokenizer takes."""
+    return isinstance(value, str) and half_pair(value) is None
 
 
 def documents_of(given: str | Sequence[str] | Mapping[str, str]) -> tuple[Document, ...]:
