@@ -91,8 +91,8 @@ def test_where_sentences_end():
         "Call me Ishmael. ",
         "Mr. B. said so.\n",
         'He said: "No way!" ',
-        "She went (at 3.14 p.m.) ",
-        "away.\n\nChapter two \n \n ",
+        "She went (at 3.14 p.m.) away.\n\n",
+        "Chapter two \n \n ",
         "It is a long way\nhome \u5927\u6d77" + "\u5927" * 9 + "\u3002",
         "\u5b83",
     ]

@@ -5,22 +5,17 @@ Knows texts and the spans of tokens; not questions or models.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from longreach.apps.parts import sentence_ends
 from longreach.hf.interfaces import Tokenizer
 from longreach.running.prompts import encode_with_spans, require_text
 
-SHORTEST = 10  # characters: "Dr. " and "3. " do not stand alone
+SHORTEST = 10  # characters: "3. " does not stand alone
 LONGEST = 1000  # of them; without an end, a sentence is cut at a space, or here
 BLOCK = 2**13  # characters that are tokenised at once, and that a text is held of at least
-END = re.compile(
-    r"(?<=[.?!\u2026])[\"'\u2019\u201d\u00bb)\]]*\s+"  # a full stop and what closes with it, then white space
-    r"|(?<=[\u3002\uff01\uff1f])(?![\u3002\uff01\uff1f])[\u2019\u201d\u300d\u300f\uff09]*\s*"  # one of full width needs none
-    r"|\n[^\S\n]*\n\s*"  # an empty line
-)
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ def _more(pieces: Iterator[str], at: int) -> tuple[str, bool]:
 
 def _end(text: str) -> int:
     """Where the sentence ends that these characters begin with. There are fewer than LONGEST only at the end of the whole."""
-    found = next((match.end() for match in END.finditer(text) if match.end() >= SHORTEST), None)
+    found = next((end for end in sentence_ends(text) if end >= SHORTEST), None)
     if found is not None or len(text) < LONGEST:
         return found or len(text)
     return _space(text) or LONGEST

@@ -5,15 +5,14 @@ Knows texts only; not tokenizers, models or what a chunk is retrieved for.
 
 from __future__ import annotations
 
-import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from longreach.apps.parts import sentence_ends, word_starts
 from longreach.quantities import counted
 from longreach.running.prompts import half_pair
 
-WORD = re.compile(r"\S{1,24}\s*")  # of a text without spaces (Chinese, long numbers), 24 characters count as a word
-SENTENCE_END = re.compile(r"""[.!?\u3002\uff01\uff1f]["'\u201d\u2019)\]]*\s*$|\n\s*\n""")  # the end of a word that ends a sentence or a paragraph
 MOST_CHUNKS = 2**20
 MOST_WORDS = 2**20
 
@@ -79,18 +78,16 @@ def split(documents: Sequence[Document], words: int | None) -> tuple[Chunk, ...]
 
 def _stops(text: str, words: int | None) -> Iterator[int]:
     """Where the chunks of a text end; the last one with the text."""
-    count = behind = end = last = 0  # words since the last stop, and of them those behind `end`, where a sentence ended
-    for word in WORD.finditer(text) if words is not None else ():
-        if count == words:
-            if not end or behind > words // 2:
-                end, behind = word.start(), 0
-            yield (last := end)
-            count, end = behind, 0
-        count, behind = count + 1, behind + 1
-        if SENTENCE_END.search(word[0]):
-            end, behind = word.end(), 0
-    if last < len(text):
-        yield len(text)
+    if words is not None:
+        starts = word_starts(text)
+        ends = [bisect_left(starts, end) for end in sentence_ends(text)]  # the word that a sentence begins with
+        first = 0
+        while len(starts) - first > words:
+            last = first + words  # the word that does not fit
+            end = ends[place - 1] if (place := bisect_right(ends, last)) else 0
+            first = end if end >= last - words // 2 and end > first else last
+            yield starts[first]
+    yield len(text)
 
 
 def passages(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
