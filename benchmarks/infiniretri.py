@@ -1,7 +1,7 @@
 """InfiniRetri on a text of a million tokens: pass keys and needle sentences that are kept and answered, beside the model inside one chunk.
 
-    python benchmarks/infiniretri.py --tokens 1m --questions 10 --layer auto                        # nano; results/infiniretri-nano-1024k.json
-    python benchmarks/infiniretri.py --model MODEL.gguf --tokens 128k --questions 5 --layer auto --text BOOK ...
+    python benchmarks/infiniretri.py --tokens 1m --questions 10                        # nano; results/infiniretri-nano-1024k.json
+    python benchmarks/infiniretri.py --model MODEL.gguf --tokens 128k --questions 5 --text BOOK ...
 
 Books follow each other, and begin again if they end. Every question has a text of its own with one fact in it, at depths spread evenly: a pass key (stated
 twice), then a needle sentence (stated once). The ceiling is the same model asked in the same way about the same kinds of facts, with nothing but one chunk to
@@ -25,10 +25,10 @@ from common import ROOT, facts, read_text, table, write_json
 
 import longreach
 from longreach import quantities
-from longreach.apps.infiniretri.calibration import calibrate
 from longreach.apps.infiniretri.prompt import Frame, build
-from longreach.apps.infiniretri.reading import InfiniRetri, Read, Sizes
+from longreach.apps.infiniretri.reading import InfiniRetri, Read
 from longreach.apps.infiniretri.sentences import Sentence, chunks
+from longreach.apps.infiniretri.sizes import Sizes
 from longreach.evals.samples import haystack, words
 from longreach.evals.tasks import passkeys
 from longreach.planning.machine import peak_memory, resident_memory
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--chunk-tokens", type=quantities.token_count)
     parser.add_argument("--memory-tokens", type=quantities.token_count)
-    parser.add_argument("--layer", help="a number, or auto: the one that a calibration finds; the last if not given")
+    parser.add_argument("--layer", default="auto", help="a number; last; or auto: the one that a calibration finds")
     parser.add_argument("--ceiling", type=int, default=40, help="questions about one chunk")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
@@ -164,10 +164,10 @@ def main() -> None:
     hidden = tuple(Fact.draw(KINDS[number % 2], number // 2, rng) for number in range(args.questions))
     frames = [fact.frame(tokenizer) for fact in hidden]
     with longreach.extend(model, longreach.Stock()) as extension:
-        asking = InfiniRetri(extension, tokenizer, args.chunk_tokens, args.memory_tokens, layer=None if args.layer in (None, "auto") else int(args.layer))
+        asking = InfiniRetri(extension, tokenizer, args.chunk_tokens, args.memory_tokens, layer=int(args.layer) if args.layer.isdigit() else args.layer)
         needed = None
         if args.layer == "auto":
-            found = calibrate(asking)
+            found = asking.calibrate()
             asking, needed = replace(asking, layer=found.layer), dict(found.needed)
             print(f"layer {found.layer}: {found.needed[found.layer]:.0f} tokens of a chunk are enough on average", flush=True)
         sizes, layer = asking.sizes(extension, frames, NEW_TOKENS), asking.tapped(extension)

@@ -123,3 +123,25 @@ def test_what_cannot_be_watched_is_refused():
             extension.model(tokens(2, 8), use_cache=False)
         with pytest.raises(ValueError, match="not all among the"), extension.watching_probabilities(0, [9]):
             pass
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gptj", "bloom"])
+@torch.no_grad()
+def test_a_forward_ends_where_it_is_told_to(family):
+    """The same probabilities, no later layer; nothing is stored, and the next forward is what it was."""
+    model, ids = build(family), tokens(2, LENGTH)
+    with longreach.extend(model, Stock()) as extension:
+        before, cache = model(ids).logits, DynamicCache()
+        model(ids[:, :20], past_key_values=cache)
+        with extension.watching_probabilities(FIRST) as whole:
+            model(ids)
+        for last in (0, 1):
+            tried = []
+            with extension.watching_probabilities(FIRST, [last], ends=True) as watch:
+                tried.append(model(ids))
+            assert not tried and list(watch.paid) == [last] and torch.equal(watch.paid[last], whole.paid[last])
+            with extension.watching_probabilities(30, {0, last}, ends=True):
+                tried.append(model(ids[:, 20:], past_key_values=cache))
+            assert not tried and cache.get_seq_length() == 20
+        assert torch.equal(model(ids).logits, before)
+        assert (model(ids[:, 20:], past_key_values=cache).logits - before[:, 20:]).abs().max() <= 1e-4

@@ -24,15 +24,12 @@ if TYPE_CHECKING:
     from longreach.hf.interfaces import CausalLM, Tokenizer
     from longreach.running.sampling import Sampling
 
-AUTO = "auto"
-
-
 def _layer(given: str | int) -> int | str:
-    """ "18" -> 18; "auto" stays."""
+    """ "18" -> 18; words stay."""
     try:
-        return AUTO if given == AUTO else int(given)
+        return given if given in ("auto", "last") else int(given)
     except ValueError:
-        raise typer.BadParameter(f"it must be the number of a layer, or {AUTO}, not {given!r}") from None
+        raise typer.BadParameter(f"it must be the number of a layer, last or auto, not {given!r}") from None
 
 
 Name = Literal["infiniretri"]
@@ -49,7 +46,7 @@ MemoryTokens = Annotated[
 
 Layer = Annotated[
     Any,
-    typer.Option("--layer", parser=_layer, metavar="NUMBER", help="With --strategy: whose attention is looked at; the last if not given; auto: tests say."),
+    typer.Option("--layer", parser=_layer, metavar="NUMBER", help="With --strategy: whose attention is looked at; or last; or auto, which tests them."),
 ]
 
 
@@ -60,7 +57,7 @@ class Given:
     name: Name | None
     chunk_tokens: int | None
     memory_tokens: int | None
-    layer: Any  # a number, AUTO or None
+    layer: Any  # a number, "last", "auto" or None
 
     def check(self, **others: Any) -> None:
         """`others`: options that do not go with a strategy, by their names. Raises ValueError where something does not agree."""
@@ -75,12 +72,10 @@ class Given:
     def asking(self, out: Output, extension: Extension, tokenizer: Tokenizer, system: str | None = None) -> InfiniRetri:
         from longreach.apps.infiniretri.reading import InfiniRetri
 
-        asking = InfiniRetri(extension, tokenizer, self.chunk_tokens, self.memory_tokens, layer=None if self.layer == AUTO else self.layer, system=system)
-        if self.layer != AUTO:
+        asking = InfiniRetri(extension, tokenizer, self.chunk_tokens, self.memory_tokens, layer="auto" if self.layer is None else self.layer, system=system)
+        if asking.layer != "auto":
             return asking
-        from longreach.apps.infiniretri.calibration import calibrate
-
-        found = calibrate(asking)
+        found = asking.calibrate()
         out.note(f"layer {found.layer} is looked at: the sentence that answers is on average among the best {found.needed[found.layer]:.0f} tokens of a chunk")
         return replace(asking, layer=found.layer)
 

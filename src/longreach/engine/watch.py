@@ -19,6 +19,10 @@ from longreach.kernels.protocol import KV
 from longreach.kernels.tiles import Band
 
 
+class Ended(Exception):
+    """A forward has come as far as it is wanted; not an error."""
+
+
 @dataclass(eq=False)
 class Watch:
     """What the queries of the forwards under way pay to every token.

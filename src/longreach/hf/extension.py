@@ -19,7 +19,7 @@ from longreach import configs
 from longreach.core.encodings import exact_device
 from longreach.engine import turns
 from longreach.engine.layer import Layer
-from longreach.engine.watch import Choices, Probabilities, Watch
+from longreach.engine.watch import Choices, Ended, Probabilities, Watch
 from longreach.hf import documents, flat_check, legacy, registration, report
 from longreach.hf.attach import Attachment
 from longreach.hf.cache import place
@@ -267,19 +267,21 @@ class Extension:
             yield watch
 
     @contextmanager
-    def watching_probabilities(self, first: int | Sequence[int], layers: Collection[int] | None = None) -> Iterator[Probabilities]:
+    def watching_probabilities(self, first: int | Sequence[int], layers: Collection[int] | None = None, ends: bool = False) -> Iterator[Probabilities]:
         """Inside, forwards of the model also say how much attention every token gets from each single query, all heads added up.
 
             with extension.watching_probabilities(first=90, layers=[3]) as watch:
                 model(ids)
             watch.paid[3][0]      # [queries, tokens]: of the tokens from index 90 on, in layer 3; see `Probabilities`
 
-        `first`: queries from this index on count, or from one for every row. Raises ValueError as `watching` does, and for a `first` that is no index.
+        `first`: queries from this index on count, or from one for every row. `ends`: a forward ends in the last of these layers, and the block with it;
+        later layers and the head are not computed, and nothing is stored. Raises ValueError as `watching` does, and for a `first` that is no index.
         """
         each = [first] if isinstance(first, int) else [*first]
         if not each or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in each):
             raise ValueError(f"first is the index of a query, or one for every row, not {first!r}; pass whole numbers from 0 on")
-        with self._watched(Probabilities(first if isinstance(first, int) else tuple(each), self._existing(layers))) as watch:
+        last = max(range(len(self.facts.layers)) if layers is None else layers, default=None) if ends else None
+        with self._watched(Probabilities(first if isinstance(first, int) else tuple(each), self._existing(layers)), last) as watch:
             yield watch
 
     def _existing(self, layers: Collection[int] | None) -> frozenset[int] | None:
@@ -307,14 +309,16 @@ class Extension:
             yield watch
 
     @contextmanager
-    def _watched(self, watch: Watching) -> Iterator[Watching]:
+    def _watched(self, watch: Watching, last: int | None = None) -> Iterator[Watching]:
         if self.facts.layers[0].dense or self.forward.watch is not None:
             raise ValueError("neither a dense reference nor a model that is watched already can be watched; extend() without backend, or leave the other first")
-        self.forward.watch = watch
+        self.forward.watch, self.forward.last = watch, last
         try:
             yield watch
+        except Ended:
+            pass
         finally:
-            self.forward.watch = None
+            self.forward.watch = self.forward.last = None
 
     # -- people -----------------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from longreach.engine import turns
 from longreach.engine.batch import Batch
 from longreach.engine.executor import execute
 from longreach.engine.layer import Inputs
-from longreach.engine.watch import Watcher
+from longreach.engine.watch import Ended, Watcher
 from longreach.hf import layer_kinds
 from longreach.hf.cache import place
 from longreach.hf.calls import Calls, HeadCall
@@ -48,6 +48,7 @@ class Forward:
         self._warned = False
         self.flat_checked = False
         self.watch: Watcher | None = None
+        self.last: int | None = None  # the layer that forwards end with; None: all are computed
         self.eviction = facts.chosen.method.eviction
 
     def new_store(self, joins: bool = False) -> Store:
@@ -226,7 +227,10 @@ class Forward:
 
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
             return _ForwardOnly.apply(query, key, value, run), None
-        return run(query, key, value), None
+        out = run(query, key, value)
+        if index == self.last:
+            raise Ended
+        return out, None
 
 
 def _tokens(args: Args, kwargs: Kwargs) -> tuple[str | None, torch.Tensor | None]:

@@ -10,40 +10,22 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-import torch
-
-from longreach.apps.infiniretri import scores
+from longreach.apps.infiniretri import calibration, scores
+from longreach.apps.infiniretri.calibration import Calibration
+from longreach.apps.infiniretri.paid import paid_by
 from longreach.apps.infiniretri.prompt import Frame, Prompt, build
 from longreach.apps.infiniretri.sentences import Sentence, chunks
-from longreach.engine.layer import Layer
+from longreach.apps.infiniretri.sizes import LEAST, Sizes, whole
 from longreach.hf.extension import Extension, extend
 from longreach.hf.interfaces import CausalLM, Tokenizer
-from longreach.hf.placement import device_of
 from longreach.methods.stock import Stock
-from longreach.quantities import counted
 from longreach.running import generation
 from longreach.running.sampling import GREEDY, Sampling
-
-CHUNK = 1024  # tokens of a chunk, where the window has room for them
-LEAST = 32  # tokens of a chunk, and of what is remembered
-LONGEST = 128  # tokens of a sentence
-SPARE = 16  # tokens of a prompt: where texts meet, a tokenizer may make a few more
-TOKENS_AT_ONCE = 2**14  # of the questions that are asked in one forward
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Tokens: of a chunk, of what is remembered, of a sentence, and of the largest prompt."""
-
-    chunk: int
-    memory: int
-    sentence: int
-    limit: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +85,8 @@ class InfiniRetri:
     memory_tokens  that are remembered at most; half of a chunk if not given.
     top_k          the sentences of so many tokens are kept, as long as there is room.
     phrase         tokens whose scores are added up.
-    layer          whose attention is looked at; if not given, the last one that sees a whole prompt. `calibration.calibrate` finds a better one.
+    layer          whose attention is looked at: a number; "last", as in the paper, of those that see a whole prompt; or "auto", the first that is about as
+                   good as the best of these (`calibrate`, once, before the first chunk). A chunk is read up to this layer only.
     system         a system message; needs a chat template.
 
     Raises ValueError for sizes that are none, or that the window has no room for, and for a tokenizer that cannot say where its tokens lie.
@@ -115,14 +98,17 @@ class InfiniRetri:
     memory_tokens: int | None = None
     top_k: int = 300
     phrase: int = 8
-    layer: int | None = None
+    layer: int | Literal["auto", "last"] = "auto"
     system: str | None = None
+    _calibrated: list[int] = field(default_factory=list, init=False, repr=False)  # the layer that "auto" has come to
 
     def __post_init__(self) -> None:
-        for name, least in (("chunk_tokens", LEAST), ("memory_tokens", LEAST), ("top_k", 1), ("phrase", 1), ("layer", 0)):
+        for name, least in (("chunk_tokens", LEAST), ("memory_tokens", LEAST), ("top_k", 1), ("phrase", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.layer not in ("auto", "last") and (not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0):
+            raise ValueError(f'layer must be a whole number of at least 0, "last" or "auto", not {self.layer!r}')
 
     def to_json(self) -> dict[str, Any]:
         """The parameters, as they were given."""
@@ -155,9 +141,9 @@ class InfiniRetri:
         found = []
         with self.attached() as extension:
             started = time.perf_counter()
-            sizes, layer = self.sizes(extension, frames, max_new_tokens), self.tapped(extension)
+            sizes = self.sizes(extension, frames, max_new_tokens)
             read = self.read(extension, text, frames, sizes, progress)
-            reading = time.perf_counter() - started
+            reading, layer = time.perf_counter() - started, self.tapped(extension)
             for question, frame, memory in zip(questions, frames, read.memories, strict=True):
                 answer, sentences = self.answer(extension, frame, memory, sizes, max_new_tokens, sampling=sampling, write=write)
                 found.append(
@@ -189,13 +175,13 @@ class InfiniRetri:
 
     def steps(self, extension: Extension, text: str | Iterable[str], frames: Sequence[Frame], sizes: Sizes, read: Read | None = None) -> Iterator[Read]:
         """What is remembered after every chunk. `read`: where an earlier reading of the same text stood, to go on from there."""
-        read, layer = Read(((),) * len(frames)) if read is None else read, self.tapped(extension)
+        read = Read(((),) * len(frames)) if read is None else read
         texts: Iterable[str] = [text] if isinstance(text, str) or not isinstance(text, Iterable) else text
         for chunk, size in chunks(self.tokenizer, texts, sizes.chunk, sizes.sentence, read.stop):
             if not read.chunks and all(sentence.text.isspace() for sentence in chunk):  # white space that a text begins with
                 continue
             asked = [self.fitted(frame, memory, chunk, sizes) for frame, memory in zip(frames, read.memories)]
-            memories = []
+            layer, memories = self.tapped(extension), []
             for prompt, paid in zip(asked, paid_by(extension, [layer], asked, self.tokenizer.pad_token_id or 0)):
                 found = scores.token_scores(paid[layer], prompt.question, prompt.context, self.phrase)
                 memories.append(_remembered(scores.best(found, prompt.owners, self.top_k), prompt, sizes.memory))
@@ -222,28 +208,38 @@ class InfiniRetri:
 
     def sizes(self, extension: Extension, frames: Sequence[Frame], max_new_tokens: int) -> Sizes:
         """Raises ValueError, with the numbers, where the window has no room for them."""
-        limit = _limit(extension, self.tapped(extension))
         around = max(len(build(self.tokenizer, frame, []).ids) for frame in frames)
-        room = limit - around - SPARE
-        chunk = self.chunk_tokens or min(CHUNK, room * 2 // 3 if self.memory_tokens is None else room - self.memory_tokens)
-        memory = self.memory_tokens or min(chunk // 2, room - max(chunk, max_new_tokens))
-        if chunk < LEAST or memory < LEAST or chunk + memory > room or memory + max_new_tokens > room:
-            raise ValueError(
-                f"a prompt may have {counted(limit, 'token')} here ({extension.method.brief()}), of which question and template take {around + SPARE}; there "
-                f"is no room for chunks of {max(chunk, LEAST)} and an answer of {max_new_tokens}, each beside {max(memory, LEAST)} that are remembered; "
-                "shorten the question, pass smaller chunk_tokens, memory_tokens or max_new_tokens, or extend the model to a longer context"
-            )
-        return Sizes(chunk, memory, min(LONGEST, memory // 2, chunk // 2), limit)
+        layer = self.layer if isinstance(self.layer, int) else whole(extension)[-1]
+        return Sizes.of(extension, self._existing(extension, layer), around, max_new_tokens, self.chunk_tokens, self.memory_tokens)
+
+    def calibrate(self, text: str | None = None, samples: int = 8, seed: int = 0) -> Calibration:
+        """How much of a chunk each layer puts before the sentence that answers; see `calibration.calibrate`. `replace(asking, layer=...)` looks there."""
+        with self.attached() as extension:
+            return self._compared(extension, text, samples, seed)
+
+    def _compared(self, extension: Extension, text: str | None = None, samples: int = 8, seed: int = 0) -> Calibration:
+        layers, size = whole(extension), replace(self, layer="last")
+        return calibration.calibrate(
+            extension, self.tokenizer, lambda frame: size.sizes(extension, [frame], calibration.NEW), layers, self.phrase, self.system, text, samples, seed
+        )
 
     def tapped(self, extension: Extension) -> int:
-        """The layer that is looked at."""
+        """The layer that is looked at. Reads the chunks of a calibration, where that is to find it and has not yet."""
+        layers = whole(extension)
+        if self.layer == "auto" and len(layers) > 1:
+            if not self._calibrated:
+                self._calibrated.append(self._compared(extension).layer)
+            return self._existing(extension, self._calibrated[0])
+        return self._existing(extension, self.layer if isinstance(self.layer, int) else layers[-1])
+
+    @staticmethod
+    def _existing(extension: Extension, layer: int) -> int:
         if not extension.attached:
             raise ValueError("this extension was removed from its model; extend() it again, or pass the model alone")
         count = len(extension.layers)
-        if self.layer is not None and self.layer >= count:
-            raise ValueError(f"layer must be one of the {count} of this model, 0 to {count - 1}, not {self.layer}")
-        whole = [layer.index for layer in extension.layers if _reach(layer) is None]
-        return self.layer if self.layer is not None else whole[-1] if whole else count - 1
+        if layer >= count:
+            raise ValueError(f"layer must be one of the {count} of this model, 0 to {count - 1}, not {layer}")
+        return layer
 
     def fitted(self, frame: Frame, memory: Sequence[Sentence], chunk: Sequence[Sentence], sizes: Sizes) -> Prompt:
         """The prompt with as much of what is remembered, the best first, as there is room for."""
@@ -263,32 +259,3 @@ def _remembered(best: Sequence[int], prompt: Prompt, room: int) -> tuple[Sentenc
             kept.append(prompt.sentences[number])
             room -= tokens[number]
     return tuple(kept)
-
-
-def paid_by(extension: Extension, layers: Collection[int] | None, asked: Sequence[Prompt], pad: int) -> Iterator[dict[int, torch.Tensor]]:
-    """Of each prompt, layer -> [T, N]: what its tokens from the first of the question on pay, heads added up. Some are read together, with pads behind."""
-    together = max(1, TOKENS_AT_ONCE // max(len(prompt.ids) for prompt in asked))
-    device = device_of(extension.model)
-    for first in range(0, len(asked), together):
-        some = asked[first : first + together]
-        longest = max(len(prompt.ids) for prompt in some)
-        ids = torch.tensor([prompt.ids + [pad] * (longest - len(prompt.ids)) for prompt in some], device=device)
-        mask = torch.tensor([[1] * len(prompt.ids) + [0] * (longest - len(prompt.ids)) for prompt in some], device=device)
-        with torch.no_grad(), extension.watching_probabilities([prompt.question.start for prompt in some], layers) as watch:
-            extension.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-        for row, prompt in enumerate(some):
-            tokens = len(prompt.ids)
-            yield {layer: paid[row, : tokens - prompt.question.start, :tokens] for layer, paid in watch.paid.items()}
-
-
-def _limit(extension: Extension, layer: int) -> int:
-    """Tokens that a prompt may have: so many that the layer sees the whole from its end."""
-    known = (extension.context, extension.capacity, _reach(extension.layers[layer]))
-    return min((tokens for tokens in known if tokens is not None), default=extension.window.tokens)
-
-
-def _reach(layer: Layer) -> int | None:
-    """How far back a layer looks; None: to the first token."""
-    reaches = [segment.visible.reach for segment in layer.layout.segments if segment.visible.last_key is None]
-    known = [reach for reach in reaches if reach is not None]
-    return None if len(known) < len(reaches) else max(known, default=None)
