@@ -143,6 +143,7 @@ def test_what_is_refused(nano):
             ("declared context of 600", (text(3, 30), QUESTION), {}),
             ("declared context of 600", (text(3, 30), QUESTION, ANSWER), {}),
             ("10001 parts, more than 10000", ("a " * 10_001, QUESTION, ANSWER), dict(words=1)),
+            ("10000 parts would hold more sets.*pass top=50", ("a " * 10_000, QUESTION, ANSWER), dict(words=1, top=5000)),
             ("no chat template", (KEY, QUESTION, ANSWER), dict(system="Be brief.")),
             ("at least one scorer", (KEY, QUESTION, ANSWER), dict(scorers=())),
             ("at least one scorer", (KEY, QUESTION, ANSWER), dict(scorers=("alone",))),

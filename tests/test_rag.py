@@ -336,6 +336,29 @@ def test_all_chunks_in_their_order_are_the_whole_text_and_a_long_prompt_is_read(
         assert found.answer.startswith(CITIES["Oslo"])
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_questions_together_are_those_alone(nano, rounds, monkeypatch):
+    model, tokenizer = nano
+    questions, leads = zip(*(asked(city).values() for city in CITIES))
+    forwards: list[int] = []
+    with longreach.extend(model, context=2048) as extension:
+        config = RagConfig(3, chunk_words=40, rounds=rounds, max_new_tokens=12, instruction="")
+        rag = Rag(model, tokenizer, haystack(8_000), config, extension=extension, retriever=overlap)
+        extension.flat()  # checked once
+        with model.register_forward_pre_hook(lambda *given: forwards.append(1)):
+            alone = [rag.ask(question, lead=lead) for question, lead in zip(questions, leads)]
+            each = len(forwards)
+            together = rag.ask_all(questions, lead=leads)
+        same = lambda found: (found.answer, found.passages, found.calls, found.new_tokens, found.top_k, found.ended, found.steps)  # noqa: E731
+        assert [*map(same, together)] == [*map(same, alone)] and all(found.seconds > 0 for found in together)
+        assert len(forwards) - each < each / 2 or rounds
+        assert rounds or [found.answer.split(".")[0] for found in together] == [*CITIES.values()]
+        with pytest.raises(ValueError, match="3 questions and 2 leads"):
+            rag.ask_all(questions[:3], lead=leads[:2])
+        with pytest.raises(ValueError, match="pass a list of questions"):
+            rag.ask_all(questions[0])
+
+
 def test_what_was_read_before_is_not_read_again_and_changes_nothing(nano):
     model, tokenizer = nano
     shown = [Demonstration(asked(city)["question"], CITIES[city], lead=asked(city)["lead"]) for city in ("Lisbon", "Cairo")]
@@ -428,6 +451,7 @@ def test_every_call_stays_within_the_budget_of_the_real_tokenizer(nano):
         ({"order": "best"}, "there is no order 'best'; pass rank"),
         ({"rounds": 1}, "with rounds, every sub-question needs room for chunks of its own; pass top_k"),
         ({"retriever": " "}, "the retriever has no name; pass bm25"),
+        ({"documents": None}, "the documents must be a text, a list of texts, or texts by name, not NoneType"),
         ({"documents": []}, "there are no documents"),
         ({"documents": ["x", " \n"]}, "document 2 is empty"),
         ({"documents": {"a": "x", "b": ""}}, "document 'b' is empty"),

@@ -174,17 +174,22 @@ def stop_at(text: str, stop: tuple[str, ...]) -> int | None:
     return min((at for end in stop if (at := text.find(end, begins)) >= 0), default=None)
 
 
+def ends_with(tokenizer: Tokenizer, stop: tuple[str, ...]) -> Callable[[list[int]], bool]:
+    """Whether new tokens write one of the strings, wherever the tokens that write it are cut. Such answers are short: decoding them anew is cheap."""
+    return lambda new: bool(stop) and stop_at(tokenizer.decode(new, skip_special_tokens=True), stop) is not None
+
+
 def _stopping(tokenizer: Tokenizer, prompt: int, stop: tuple[str, ...], stopped: Callable[[], bool] | None) -> Any:
-    """Ends when it is told to, or at a stop string, wherever the tokens that write it are cut. Greedy answers are short: decoding them anew costs little."""
+    """Ends when it is told to, or at a stop string."""
     if not stop and stopped is None:
         return None
+    ended = ends_with(tokenizer, stop)
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class Stop(StoppingCriteria):  # type: ignore[misc,unused-ignore]
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             told = stopped is not None and stopped()
-            done = [told or (stop and stop_at(tokenizer.decode(row[prompt:], skip_special_tokens=True), stop) is not None) for row in input_ids]
-            return torch.tensor(list(map(bool, done)), device=input_ids.device)
+            return torch.tensor([told or ended(row[prompt:].tolist()) for row in input_ids], device=input_ids.device)
 
     return StoppingCriteriaList([Stop()])
 

@@ -23,6 +23,7 @@ from longreach.running.prefix import Prefix
 from longreach.running.together import AT_ONCE
 
 MOST_PARTS = 10_000
+HELD = 10**6  # numbers of parts in the sets of one order of the groups: some 400 MB for all scores
 Progress = Callable[[int, int], None]
 
 
@@ -287,6 +288,11 @@ def _attribute(
         raise ValueError("pass at least one scorer, and each kind once, such as scorers=longreach.apps.attribution.scores.named(('alone', 'leave-one-out'))")
     if count > MOST_PARTS:
         raise ValueError(f"the text has {count} parts, more than {MOST_PARTS}; cut it into larger ones, such as paragraphs or passages of more words")
+    if min(count, 2 * top) * count > HELD:
+        raise ValueError(
+            f"a search for {top} of {count} parts would hold more sets of them than fit into memory; pass top={HELD // (2 * count)} (--top) or less, or cut "
+            "the text into larger parts"
+        )
     everything = Coalition(range(count))
     _require_room(reader.extension, len(places.prompt(everything)), len(answer_ids))  # the longest prompt: said now, not after a search among shorter ones
     started = time.perf_counter()

@@ -6,7 +6,7 @@ Knows texts only; not tokenizers, models or what a chunk is retrieved for.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from longreach.apps.parts import sentence_ends, word_starts
@@ -47,8 +47,10 @@ def documents_of(given: str | Sequence[str] | Mapping[str, str]) -> tuple[Docume
         found = [Document("", given)]
     elif isinstance(given, Mapping):
         found = [Document(name, text) for name, text in given.items()]
-    else:
+    elif isinstance(given, Iterable):
         found = [Document("", text) for text in given]
+    else:
+        raise ValueError(f"the documents must be a text, a list of texts, or texts by name, not {type(given).__name__}")
     if not found:
         raise ValueError("there are no documents; pass a text, a list of texts, or texts by name")
     for number, document in enumerate(found, 1):

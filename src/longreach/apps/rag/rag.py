@@ -24,6 +24,7 @@ from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.quantities import CHUNK_SIZE, counted
 from longreach.running import generation
 from longreach.running.prefix import Prefix
+from longreach.running.together import AT_ONCE, Pool, Request
 
 Right = Callable[[str, str], bool]  # (the model's answer, the right one) -> whether it is right
 
@@ -171,18 +172,56 @@ class Rag:
         Raises ValueError for an empty question and for what does not fit.
         """
         started = time.perf_counter()
-        if not is_text(question) or not is_text(lead):
-            raise ValueError("the question or its lead is not text; pass strings of Unicode characters")
-        question, lead = question.strip(), lead.strip()
-        if not question:
-            raise ValueError("the question is empty; pass one")
-        k, written, state = self.fitted(question, lead)
-        reader = _Reader(self, written, question, lead, progress)
+        k, reader, state = self._reader(question, lead, progress)
+        question, lead = reader.question, reader.lead
         if self.config.rounds:
             outcome = iterdrag(reader, state, lambda query, now: self._more(query, now, k), self.room(lead), self.config.rounds, self.new_tokens(lead))
         else:
             outcome = drag(reader, state)
         return self._answered(outcome, reader, k, time.perf_counter() - started)
+
+    def ask_all(self, questions: Sequence[str], *, lead: str | Sequence[str] = "", at_once: int = AT_ONCE) -> list[RagAnswer]:
+        """The answers that `ask` gives to each, read and written in flat batches. Without an extension, and with rounds, whose prompts depend on the answers
+        before, they are asked one after the other.
+
+        lead      one for all, or one for each.
+        at_once   questions that hold memory at one time.
+
+        Raises ValueError as `ask` does, and where a flat forward is not exact on this model (see `Flat`).
+        """
+        if isinstance(questions, str):
+            raise ValueError("pass a list of questions, or one to ask()")
+        leads = [lead] * len(questions) if isinstance(lead, str) else [*lead]
+        if len(leads) != len(questions):
+            raise ValueError(f"there are {counted(len(questions), 'question')} and {counted(len(leads), 'lead')}; pass one for each, or one for all")
+        if self.extension is None or self.config.rounds:
+            return [self.ask(question, lead=own) for question, own in zip(questions, leads)]
+        pool = Pool(self.extension, at_once=at_once, chunk_size=self.chunk_size, ends=generation.ends_of(self.model, self.tokenizer))
+        asked: dict[Request, tuple[int, int, _Reader, State]] = {}
+        found: dict[int, RagAnswer] = {}
+        for number, (question, own) in enumerate(zip(questions, leads)):
+            k, reader, state = self._reader(question, own)
+            request = Request(reader.ids(state), self.config.max_new_tokens, stop=generation.ends_with(self.tokenizer, reader.written.stop))
+            asked[request] = number, k, reader, state
+            pool.add([request])
+        started = time.perf_counter()
+        while pool.busy:
+            for request, generated in pool.step().done.items():
+                number, k, reader, state = asked.pop(request)
+                text = self.tokenizer.decode(generated.ids, skip_special_tokens=True)
+                reader.new = len(generated.ids)
+                outcome = Outcome(text[: generation.stop_at(text, reader.written.stop)].strip(), state, (len(request.ids),), "one call")
+                found[number] = self._answered(outcome, reader, k, time.perf_counter() - started)
+        return [found[number] for number in range(len(found))]
+
+    def _reader(self, question: str, lead: str, progress: Callable[[int], None] = lambda done: None) -> tuple[int, _Reader, State]:
+        """How many chunks are read for a question, what reads it, and what is known at first."""
+        if not is_text(question) or not is_text(lead):
+            raise ValueError("the question or its lead is not text; pass strings of Unicode characters")
+        if not question.strip():
+            raise ValueError("the question is empty; pass one")
+        k, written, state = self.fitted(question.strip(), lead.strip())
+        return k, _Reader(self, written, question.strip(), lead.strip(), progress), state
 
     def demonstrate(self, examples: Iterable[Demonstration], right: Right = contains) -> tuple[Demonstration, ...]:
         """Examples that the model itself answers in steps, with its steps; those whose final answer is not right are left out, as in the paper."""

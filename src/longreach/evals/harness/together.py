@@ -148,12 +148,7 @@ class Answering:
         return Pool(self.extension, at_once=size, chunk_size=self.chunk_size, ends=generation.ends_of(self.model, self.tokenizer))
 
     def _request(self, prompt: Prompt) -> Request:
-        stop = prompt.sample.stop
-
-        def ended(new: list[int]) -> bool:
-            return generation.stop_at(self.tokenizer.decode(new, skip_special_tokens=True), stop) is not None
-
-        return Request(prompt.ids, prompt.sample.max_new_tokens, stop=ended if stop else lambda new: False)
+        return Request(prompt.ids, prompt.sample.max_new_tokens, stop=generation.ends_with(self.tokenizer, prompt.sample.stop))
 
     def _divide(self, seconds: float, reads: dict[Request, tuple[int, int]], asked: dict[Request, _Asked]) -> None:
         whole = sum(stop - start for start, stop in reads.values())
