@@ -36,7 +36,7 @@ STATIC = [SelfExtend(16, 32), ReRoPE(32), YaRN(16.0), DualChunk(24), LMInfinite(
 CHOOSING = [
     Combined(YaRN(16.0), Quest(64, 16, 0)), Combined(YaRN(16.0), Quest(64, 16, 1)), InfLLM(32, 4, 16, 2, repr_topk=2, exc_block_size=16),
     LongHeads(48, chunk=16, together=16), LMInfinite(9, 3, top_k=2, top_k_from_layer=1, top_k_rows="all"),
-    InfiniteHiP(48, 16, 32, (16, 8), (128,), (4, 1), 16, (8, 8), 0),
+    InfiniteHiP(48, 16, 32, (16, 8), (128,), (4, 1), 16, (8, 8), 0), InfiniteHiP(16, 0, 8, (32, 8, 1), (512, 256), (1, 1, 1), 16, (1, 1, 1), 0),
 ]  # fmt: skip
 
 

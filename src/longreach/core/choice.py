@@ -107,6 +107,10 @@ class Index(ABC):
         """What so many queries who choose together among so many complete blocks are compared with, in every stage, in widths of a key; for a cost model."""
         return (blocks * max(1, self.width),)
 
+    def opened(self, blocks: int) -> tuple[tuple[int, int], ...]:
+        """Of every stage behind the first, among so many complete blocks: (stretches of keys that it looks into, keys of each), at most; for a cost model."""
+        return ()
+
     def require_widths(self, key: int, value: int) -> None:  # noqa: B027
         """Raises ValueError where keys and values of these widths cannot be summarised."""
 

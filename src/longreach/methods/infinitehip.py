@@ -68,6 +68,10 @@ class Scan(Index):
             chunks = min(chunks, kept // size) * (size // smaller)
         return tuple(found)
 
+    def opened(self, blocks: int) -> tuple[tuple[int, int], ...]:
+        keys = max(0, blocks * self.chunks[-1] - self.sink)
+        return tuple((min(kept // size, -(-keys // size)), size) for size, kept in zip(self.chunks, self.kept[:-1]))
+
     def ids(self, first: torch.Tensor, past: Past) -> torch.Tensor:
         """Numbers of the blocks that begin there, and of those of the sink."""
         block, candidates = self.chunks[-1], past.candidates[:, None]

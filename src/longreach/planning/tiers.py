@@ -78,7 +78,8 @@ class Reads:
 
     passed: int = 0
     chosen: int = 0
-    compared: int = 0  # of keys alone, by an index without summaries
+    compared: int = 0  # of keys alone, by an index without summaries, or the first of several stages
+    opened: int = 0  # of keys alone, by later stages, for which they come to the device
 
 
 @lru_cache(maxsize=256)
@@ -110,9 +111,9 @@ def spread(architecture: Decoder, method: Method, schedule: Schedule, memory: Ti
         passed, wanted, found = Counter[tuple[int, int]](), Counter[tuple[int, int]](), Counter[str]()
         for (layer, layout, n), (keys, values, _) in zip(each, sizes):
             read = reads(layer, layout, start, stop, unit)
-            for kind, compared in [*((kind, read.compared) for kind in keys[:1]), *((kind, 0) for kind in values)]:
+            for kind, compared, opened in [*((kind, read.compared, read.opened) for kind in keys[:1]), *((kind, 0, 0) for kind in values)]:
                 passed[kind] += (read.passed + compared) * n
-                wanted[kind] += read.chosen * n
+                wanted[kind] += (read.chosen + opened) * n
         for kind, blocks in passed.items():
             lie, every = placed(kind, sealed(start, unit)), sealed(start, unit) * counts[kind] * users
             below = [(name, lie[tier]) for tier, name in enumerate(budgets) if tier and lie[tier]]
@@ -170,12 +171,15 @@ def reads(layer: Attention, layout: Layout, start: int, stop: int, unit: int) ->
                 found = replace(found, passed=found.passed + every)
                 continue
             choice = segment.choice
-            lengths = stretches(choice, layer, piece.first, piece.last, piece.to_key)
+            lengths = [*stretches(choice, layer, piece.first, piece.last, piece.to_key)]
             times = sum(n * min(every, touched(choice, layer, queries, unit)) for queries, n in lengths)
-            passed = 0 if choice.index.width else every
-            if choice.refresh and stop - start == 1:  # its share of what the first stage goes through
+            passed, single = 0 if choice.index.width else every, stop - start == 1
+            if choice.refresh and single:  # its share of what the first stage goes through
                 passed = -(-every // choice.refresh[0])
-            found = replace(found, chosen=found.chosen + times, compared=found.compared + passed)
+            opened, asks = 0, 1 if single else sum(n for _, n in lengths)
+            for (some, keys), refresh in zip(choice.index.opened(choice.complete(piece.to_key)), choice.refresh[1:]):
+                opened += -(-asks * min(every, some * ((keys - 2) // unit + 2)) // (refresh if single else 1))
+            found = replace(found, chosen=found.chosen + times, compared=found.compared + passed, opened=found.opened + opened)
     return found
 
 
