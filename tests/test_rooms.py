@@ -51,6 +51,19 @@ def test_configurations_have_one_reader():
     assert readers == {"configs.py"}
 
 
+def test_vllm_is_known_in_one_place():
+    """Its names move between releases: by an import or by a string, nobody else has them."""
+    knows = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("vllm."):
+                names = [node.value]
+            if any(name is not None and name.split(".")[0] == "vllm" for name in names):
+                knows.add(path.relative_to(ROOM).parent.as_posix())
+    assert knows == {"vllm/seam", "cli"}  # the command that hands over names the module to run
+
+
 def test_a_file_is_read_in_one_sitting():
     assert {path.name: lines for path in FILES if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 350} == {}
 

@@ -144,7 +144,7 @@ def test_a_prefix_that_was_read_is_read_again_from_its_pages(engine, ids, truth)
 
 def test_pages_are_known_by_the_method_too(engine, ids):
     """What a request is found by has the method in it, beside the salt of its client."""
-    from longreach.vllm import seam
+    from longreach.vllm.seam import plugin
 
     core = engine.llm_engine.engine_core.engine_core
     seen = []
@@ -152,11 +152,11 @@ def test_pages_are_known_by_the_method_too(engine, ids):
     def look(_, request):
         seen.append(request.cache_salt)
 
-    seam._salted(look, core, SimpleNamespace(cache_salt=None))
-    seam._salted(look, core, SimpleNamespace(cache_salt="mine"))
+    plugin._salted(look, core, SimpleNamespace(cache_salt=None))
+    plugin._salted(look, core, SimpleNamespace(cache_salt="mine"))
     other = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"longreach": {**METHOD.to_json(), "window": 32}}))
-    seam._salted(look, other, SimpleNamespace(cache_salt=None))
-    seam._salted(look, SimpleNamespace(vllm_config=SimpleNamespace(additional_config={})), SimpleNamespace(cache_salt="mine"))
+    plugin._salted(look, other, SimpleNamespace(cache_salt=None))
+    plugin._salted(look, SimpleNamespace(vllm_config=SimpleNamespace(additional_config={})), SimpleNamespace(cache_salt="mine"))
     assert seen[0].startswith("longreach:") and seen[1] == "mine" + seen[0] and seen[2] not in (None, seen[0]) and seen[3] == "mine"
 
 
@@ -237,7 +237,7 @@ def test_what_cannot_apply_is_refused_before_anything_starts(case):
     ],
 )
 def test_engines_that_need_other_machines_or_models(where, wrong, sentence):
-    from longreach.vllm import seam
+    from longreach.vllm.seam import plugin
 
     parts = {
         "cache_config": {"cache_dtype": "auto"}, "model_config": {"dtype": torch.float32, "use_mla": False, "uses_mrope": False},
@@ -245,10 +245,10 @@ def test_engines_that_need_other_machines_or_models(where, wrong, sentence):
     }  # fmt: skip
     none = dict.fromkeys(("speculative_config", "kv_transfer_config", "lora_config"))
     made = lambda parts: SimpleNamespace(**none, **{name: SimpleNamespace(**each) for name, each in parts.items()})  # noqa: E731
-    seam.refuse(made(parts))
+    plugin.refuse(made(parts))
     parts[where] |= wrong
     with pytest.raises(ValueError, match=sentence):
-        seam.refuse(made(parts))
+        plugin.refuse(made(parts))
 
 
 def test_the_dial_and_the_environment(monkeypatch):
@@ -258,7 +258,7 @@ def test_the_dial_and_the_environment(monkeypatch):
     config = EngineArgs(NANO, dtype="float32").create_engine_config()
     found = config.additional_config["longreach"]
     assert config.model_config.max_model_len == 2048 == found["context"] and found["method"] == "selfextend"
-    assert config.parallel_config.worker_cls == "longreach.vllm.seam.CPUWorker" and "VLLM_ALLOW_LONG_MAX_MODEL_LEN" not in os.environ
+    assert config.parallel_config.worker_cls == "longreach.vllm.seam.worker.CPUWorker" and "VLLM_ALLOW_LONG_MAX_MODEL_LEN" not in os.environ
     monkeypatch.setenv("LONGREACH_VLLM", '{"context": 512}')
     config = EngineArgs(NANO, dtype="float32").create_engine_config()
     assert "longreach" not in config.additional_config and config.parallel_config.worker_cls.startswith("vllm.")  # plain attention is vLLM's own
@@ -271,4 +271,4 @@ def test_plain_attention_beyond_the_positions_of_the_configuration_is_ours():
     asked = {"longreach": {"context": 1024, "trained_window": 1024}}
     config = EngineArgs(NANO, dtype="float32", max_model_len=-1, additional_config=asked).create_engine_config()
     assert config.model_config.max_model_len == 1024 and config.additional_config["longreach"]["method"] == "stock"
-    assert config.parallel_config.worker_cls == "longreach.vllm.seam.CPUWorker"
+    assert config.parallel_config.worker_cls == "longreach.vllm.seam.worker.CPUWorker"
