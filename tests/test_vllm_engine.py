@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from types import SimpleNamespace
@@ -160,8 +161,9 @@ def test_pages_are_known_by_the_method_too(engine, ids):
     assert seen[0].startswith("longreach:") and seen[1] == "mine" + seen[0] and seen[2] not in (None, seen[0]) and seen[3] == "mine"
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.brief())
-def test_every_method(engine, ids, truth, method):
+@contextmanager
+def under(engine, method):
+    """Another method in the layers of an engine, for a while."""
     from longreach import configs
     from longreach.hf.frequencies import fixed
     from longreach.vllm.pages import Paged
@@ -175,11 +177,17 @@ def test_every_method(engine, ids, truth, method):
         turning = fixed(text, None, before[0].layer.rotary, method, configs.trained_window(text), LONGEST)
         for module, paged in zip(layers, before):
             module.impl.paged = Paged(replace(paged.layer, method=method, rotary=turning), paged.inputs, paged.kernel)
-        agree(engine, method, [ids[7000:8300], ids[9000:9020], ids[9500:10200]], truth)
+        yield
     finally:
         for module, paged in zip(layers, before):
             module.impl.paged = paged
         engine.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.brief())
+def test_every_method(engine, ids, truth, method):
+    with under(engine, method):
+        agree(engine, method, [ids[7000:8300], ids[9000:9020], ids[9500:10200]], truth)
 
 
 def test_another_engine_in_the_process_is_not_disturbed(engine, ids, truth):
@@ -193,12 +201,59 @@ def test_another_engine_in_the_process_is_not_disturbed(engine, ids, truth):
     agree(engine, METHOD, [ids[:1000]], truth)
 
 
+BUDGET = 100  # pages, as many as one request of LONGEST tokens fills
+
+
+@pytest.mark.parametrize("method", [LMInfinite(256), StreamingLLM(250)], ids=lambda m: m.name)
+def test_bounded_methods_free_the_pages_between(ids, truth, method):
+    """More long requests at a time than the budget has pages for one; some are aborted, some pre-empted, and those that go on still say the same."""
+    frees = start(additional_config={"longreach": method.to_json()}, max_num_batched_tokens=64, num_gpu_blocks_override=BUDGET, max_num_seqs=8)
+    core, answers, used, together = frees.llm_engine, {}, [], 0
+    prompts = {f"r{n}": ids[700 * n :][:length] for n, length in enumerate((1500, 1450, 1200, 300, 1400, 40))}
+    for name, tokens in prompts.items():
+        core.add_request(name, prompt(tokens), greedy(64))
+    for step in range(2000):
+        for answer in core.step():
+            if answer.finished:
+                answers[answer.request_id.split("-")[0]] = [*answer.outputs[0].token_ids]
+        found = metrics(frees)
+        used.append(round(found["vllm:kv_cache_usage_perc"] * (BUDGET - 1)))
+        together = max(together, int(found["vllm:num_requests_running"]))
+        if step == 30:
+            core.abort_request(["r1"])
+        if not core.has_unfinished_requests():
+            break
+    bound = frees.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().model.layers[0].self_attn.attn.impl.paged.bound
+    most = -(-bound.sinks // SIZE) + -(-(bound.near - 1 + 64) // SIZE) + 1
+    assert together >= 4 and max(used) <= together * most and used[-1] == 0
+    assert found["vllm:prefix_cache_queries"] == 0 and answers.keys() >= prompts.keys() - {"r1"}
+    for name in prompts.keys() - {"r1"}:
+        assert len(answers[name]) == 64
+        same(answers[name], prompts[name], truth(method, prompts[name] + answers[name]))
+
+
+def test_pages_that_are_kept_are_found_again(ids, truth):
+    """By a setting: then a prompt needs pages for all of its tokens, and prefix caching is on."""
+    method = LMInfinite(256)
+    keeps = start(additional_config={"longreach": {**method.to_json(), "pages": "keep"}}, enable_prefix_caching=True)
+    agree(keeps, method, [ids[:1400]], truth)
+    assert metrics(keeps)["vllm:prefix_cache_hits"] == 0
+    agree(keeps, method, [ids[:1400]], truth)
+    assert metrics(keeps)["vllm:prefix_cache_hits"] >= 1392
+
+
 def test_drafts_from_the_text_itself(ids, truth):
-    """Several tokens of a request at once, some of which are taken back."""
+    """Several tokens of a request at once, some of which are taken back, while pages are freed; and with a method that sees every key, before any is.
+
+    One engine, and the last of a process: with the compiler of the drafts in memory, vLLM 0.32 starts no other.
+    """
+    method = LMInfinite(256)
     drafting = start(
-        additional_config={"longreach": METHOD.to_json()}, speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+        additional_config={"longreach": method.to_json()}, speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     )
-    agree(drafting, METHOD, [ids[:900] * 1 + ids[100:160], ids[2000:2100] * 6], truth, 24)
+    agree(drafting, method, [ids[:900] + ids[100:160], ids[2000:2100] * 6], truth, 24)
+    with under(drafting, METHOD):
+        agree(drafting, METHOD, [ids[:150] + ids[100:150], ids[2000:2050] * 4], truth, 24)
     found = metrics(drafting)
     assert found["vllm:spec_decode_num_draft_tokens"] > found["vllm:spec_decode_num_accepted_tokens"] > 0
 
@@ -213,6 +268,8 @@ REFUSED = {
     "worker": (dict(worker_cls="longreach.files.Worker"), "does not know the worker"),
     "drafts": (dict(speculative_config={"model": NANO, "num_speculative_tokens": 2}), "drafts of draft_model"),
     "adapters": (dict(enable_lora=True), "merge the adapter into the model"),
+    "caching": (dict(additional_config={"longreach": LMInfinite(64).to_json()}, enable_prefix_caching=True), "leave out --enable-prefix-caching"),
+    "freeing": (dict(additional_config={"longreach": {**METHOD.to_json(), "pages": "free"}}), "may see any key"),
     "transfer": (dict(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}), "other engines or to disk"),
 }
 

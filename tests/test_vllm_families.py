@@ -82,20 +82,29 @@ def gptj() -> t.PreTrainedModel:
     return t.GPTJForCausalLM(t.GPTJConfig(vocab_size=259, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=WINDOW, initializer_range=0.3))
 
 
-@pytest.mark.parametrize("family", [gemma2, mistral, qwen3, glm4, gptj], ids=lambda f: f.__name__)
-def test_families(family, tmp_path):
+EXTENDING = SelfExtend(8, 16)
+FAMILIES = [
+    (gemma2, EXTENDING), (gemma2, LMInfinite(24, 4)),  # as wide as its sliding layers, which keep no first tokens
+    (mistral, LMInfinite(30, 4)), (qwen3, EXTENDING), (glm4, EXTENDING), (gptj, EXTENDING),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, method", FAMILIES, ids=[f"{family.__name__}-{method.name}" for family, method in FAMILIES])
+def test_families(family, method, tmp_path):
     """What it says after texts of up to five windows is what `longreach.extend` says."""
     from vllm import LLM, SamplingParams
 
     torch.manual_seed(0)
     model = family().eval()
     model.save_pretrained(tmp_path)
-    method = LMInfinite(30, 4) if family is mistral else SelfExtend(8, 16)
     engine = LLM(
         str(tmp_path), dtype="float32", max_model_len=300, enforce_eager=True, block_size=16, max_num_batched_tokens=64, max_num_seqs=8,
-        num_gpu_blocks_override=128, skip_tokenizer_init=True, additional_config={"longreach": method.to_json()},
+        num_gpu_blocks_override=30, skip_tokenizer_init=True, additional_config={"longreach": method.to_json()},
     )  # fmt: skip
-    prompts = [torch.randint(3, 259, (n,)).tolist() for n in (280, 33, 150, 1)]
+    planned = {type(each).__name__ for each in engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers}
+    sliding = {"SlidingWindowManager"} if family is gemma2 else set()
+    assert planned == sliding | {"BoundedManager" if method.bounded else "FullAttentionManager"}
+    prompts = [torch.randint(3, 259, (n,)).tolist() for n in (280, 33, 150, 1, 250, 90)]
     given = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     answers = engine.generate([{"prompt_token_ids": each} for each in prompts], given, use_tqdm=False)
     with longreach.extend(model, method), torch.no_grad():

@@ -15,7 +15,7 @@ from longreach.engine import reference
 from longreach.engine.layer import Inputs, Layer
 from longreach.hf.frequencies import _Standard
 from longreach.methods.stock import Stock
-from longreach.vllm.pages import Paged
+from longreach.vllm.pages import Bound, Paged
 from longreach.vllm.requests import Requests
 from longreach.vllm.settings import refuse
 from methods_matrix import METHODS
@@ -42,10 +42,13 @@ def rotary(method, pairing="half", start=0, width=WIDTH, scaling=1.0) -> Rotary:
 
 
 class Engine:
-    """A scheduler of pages: tokens of requests are read in any pieces, on pages in any order, with NaN wherever nothing was written."""
+    """A scheduler of pages: tokens of requests are read in any pieces, on pages in any order, with NaN wherever nothing was written.
 
-    def __init__(self, paged: Paged, size: int = 4, pages: int = 64) -> None:
-        self.paged, self.size = paged, size
+    frees  pages that a bounded method never reads again are others' at once, and hold NaN until then. Tables keep naming them, as vLLM's do.
+    """
+
+    def __init__(self, paged: Paged, size: int = 4, pages: int = 64, frees: bool = False) -> None:
+        self.paged, self.size, self.frees, self.freed = paged, size, frees, dict[str, int]()
         self.pool = torch.full((pages, GROUPS, 2, size, WIDTH), torch.nan)
         self.free = random.Random(1).sample(range(1, pages), pages - 1)
         self.table: dict[str, list[int]] = {}
@@ -67,13 +70,28 @@ class Engine:
             parts.append(qkv)
             ends.append(total)
             lengths.append(length)
-        table = torch.zeros(len(new), 32, dtype=torch.int32)
+        table = torch.zeros(len(new), max(len(self.table[name]) for name in new), dtype=torch.int32)
         for row, name in enumerate(new):
             table[row, : len(self.table[name])] = torch.tensor(self.table[name])
         requests = Requests.of(ends, lengths, table, torch.tensor(slots), self.size)
         q, k, v = (torch.cat(each) for each in zip(*parts))
         out = self.paged.attend(requests, q, k, v, self.pool)
+        for name, length in zip(new, lengths) if self.frees else ():
+            self.release(name, length)
         return dict(zip(new, out.split(list(new.values()))))
+
+    def release(self, name: str, read: int) -> None:
+        assert self.paged.bound is not None
+        first, last = self.paged.bound.gap(read, self.size)
+        for page in self.table[name][max(first, self.freed.get(name, 0)) : last]:
+            self.pool[page] = torch.nan
+            self.free.insert(0, page)
+        self.freed[name] = max(first, last)
+
+    def held(self, name: str) -> int:
+        """Pages that a request has now."""
+        assert self.paged.bound is not None
+        return len(self.table[name]) - max(0, self.freed[name] - self.paged.bound.gap(0, self.size)[0])
 
     def leave(self, name: str) -> None:
         self.free += self.table.pop(name)
@@ -157,6 +175,60 @@ def test_requests_that_share_pages():
     run.table["b"], run.text["b"] = run.table["a"][:5], tuple(x[:20] for x in run.text["a"])
     check(run, {"b": 9, "a": 1})
     check(run, {"b": 1, "a": 1})
+
+
+LONG = [
+    {"a": 61, "b": 3}, {"b": 40, "a": 1}, {"a": 1, "b": 1, "c": 9}, {"c": 33, "a": 1, "b": 2}, {"a": 30, "b": 1, "c": 1}, {"a": 1, "b": 1, "c": 1},
+    {"a": 2, "b": 13, "c": 1}, {"a": 1, "b": 1, "c": 18},
+]  # fmt: skip
+BOUNDED = [
+    LMInfinite(9, 3), LMInfinite(8, 5, distance_limit=10), StreamingLLM(9, 3), StreamingLLM(9, 3, counting="chunkable"), StreamingLLM(5, 0),
+    *(method for method in PAGED if method.bounded),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+@pytest.mark.parametrize("method", BOUNDED, ids=lambda m: m.brief())
+def test_freed_pages_are_never_read(method, size):
+    """They hold NaN, or what another request wrote there, and a table still names them; so many pages would not do for the whole texts."""
+    torch.manual_seed(0)
+    run = engine(method, turning=rotary(method), size=size, pages=1 + -(-120 // size), frees=True)
+    for new in LONG:
+        check(run, new)
+    bound = run.paged.bound
+    for name, text in run.text.items():
+        assert run.held(name) <= -(-bound.sinks // size) + -(-bound.near // size) + 1 < len(text[0]) // size + 2
+    assert sum(len(table) for table in run.table.values()) > len(run.pool)
+
+
+@pytest.mark.parametrize("off", [(0, 1), (-1, 0)], ids=["last", "first"])
+@pytest.mark.parametrize("new", [1, 5], ids=["decoded", "chunk"])
+def test_a_page_too_many_would_be_noticed(monkeypatch, off, new):
+    """The test before this one can fail."""
+    torch.manual_seed(0)
+    whole = Bound.gap
+    monkeypatch.setattr(Bound, "gap", lambda self, *args: tuple(a + b for a, b in zip(whole(self, *args), off)))
+    run = engine(LMInfinite(9, 3), turning=rotary(Stock()), frees=True)
+    run.read({"a": 40})
+    assert run.read({"a": new})["a"].isnan().any()
+
+
+@pytest.mark.parametrize("method", PAGED, ids=lambda m: m.brief())
+def test_a_bounded_method_has_a_bound(method):
+    bound = engine(method, turning=rotary(method)).paged.bound
+    assert (bound is not None) == method.bounded or isinstance(method, Stock)  # whose sliding layers are vLLM's to free
+    if method.bounded:
+        i, j = torch.arange(200)[:, None], torch.arange(200)
+        assert torch.equal(~method.distances(i, j).isnan(), (j <= i) & ((i - j < bound.near) | (j < bound.sinks)))  # what it sees, and no less
+
+
+@pytest.mark.parametrize(
+    "read, size, gap",
+    [(0, 4, (1, 0)), (8, 4, (1, 0)), (12, 4, (1, 1)), (15, 4, (1, 1)), (16, 4, (1, 2)), (100, 4, (1, 23)), (100, 16, (1, 5)), (100, 1, (3, 92))],
+)
+def test_what_is_between_the_first_tokens_and_the_last_ones(read, size, gap):
+    """Of nine near keys, the query's own included, and three first ones. Token `read` is the next query: it sees `read` - 8 and what follows."""
+    assert Bound(9, 3).gap(read, size) == gap
 
 
 def test_a_request_without_new_tokens_is_left_out():

@@ -95,6 +95,23 @@ def test_lengths_that_are_out_of_reach(config):
     assert decide(Settings(YaRN(4.0)), config, 2048).warning is None
 
 
+BOUNDED = {"method": "lm-infinite", "n_local": 400}
+
+
+def test_a_bounded_method_frees_pages_unless_they_are_to_be_kept(config):
+    free, keep = (decide(parse({**BOUNDED, **pages}), config, 2048) for pages in ({}, {"pages": "keep"}))
+    assert free.frees and free.memory is not None and "prefix caching is off" in free.memory and '"pages": "keep"' in free.memory
+    assert not keep.frees and keep.memory is not None and '"pages": "free"' in keep.memory
+    for found in (free, keep):
+        assert decide(parse(json.loads(json.dumps(found.to_json()))), config, 2048).to_json() == found.to_json()
+    every = decide(parse({"pages": "keep"}), config, 2048)
+    assert not every.frees and every.memory is None and "pages" not in every.to_json()
+    with pytest.raises(ValueError, match=r"selfextend may see any key.*leave out"):
+        decide(parse({"pages": "free"}), config, 2048)
+    with pytest.raises(ValueError, match='"pages" must be "free" or "keep"'):
+        parse({**BOUNDED, "pages": "drop"})
+
+
 @pytest.mark.parametrize(
     "given, sentence",
     [

@@ -66,6 +66,8 @@ def command_of(out: Output, wanted: Wanted) -> list[str]:
     asked = settings.Settings(wanted.method, longest, wanted.trained_window, wanted.profile)
     decided = settings.decide(asked, text, longest)
     out.note(f"method: {decided.said}")
+    if decided.memory:
+        out.note(decided.memory)
     if decided.warning:
         out.warn(decided.warning)
     if not decided.plain:

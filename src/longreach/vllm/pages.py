@@ -34,20 +34,35 @@ def stored_form(kept: Mapping[PositionMap, Retention]) -> PositionMap:
     return Identity() if Identity() in found else found[0]
 
 
+@dataclass(frozen=True)
+class Bound:
+    """Which tokens a query sees at most: the last `near` ones, itself included, and the first `sinks` ones."""
+
+    near: int
+    sinks: int
+
+    def gap(self, read: int, size: int) -> tuple[int, int]:
+        """Where `read` tokens were read: the first page, and the one behind the last, that no later query reads. Empty where the second is not larger."""
+        return -(-self.sinks // size), max(0, read + 1 - self.near) // size
+
+
 @dataclass(frozen=True, eq=False)
 class Paged:
-    """What is fixed about one attention layer. `stored`: the positions that its pages keep keys at."""
+    """What is fixed about one attention layer. `stored`: the positions that its pages keep keys at. `bound`: None where a query may see every key."""
 
     layer: Layer
     inputs: Inputs
     kernel: Kernel
     kept: dict[PositionMap, Retention] = field(init=False)
     stored: PositionMap = field(init=False)
+    bound: Bound | None = field(init=False)
 
     def __post_init__(self) -> None:
         kept = forms(self.layer.layout)
+        every = functools.reduce(operator.or_, kept.values())
         if self.layer.rotary is None:  # all forms are the keys as they are
-            kept = {RAW: functools.reduce(operator.or_, kept.values())}
+            kept = {RAW: every}
+        object.__setattr__(self, "bound", None if every.tail is None else Bound(every.tail, every.head))
         object.__setattr__(self, "kept", kept)
         object.__setattr__(self, "stored", stored_form(kept))
 

@@ -1,6 +1,7 @@
 """The self-test of attention on pages at the start of an engine: each kind of layer beside the dense truth, at the lengths that the engine will read.
 
-A long request gets a short chunk, another decodes, a third is new; their pages lie in any order. Knows pages and truths; no engine.
+A long request gets a short chunk, another decodes, a third is new. Their pages lie in any order, and hold NaN where a bounded method reads nothing again.
+Knows pages and truths; no engine.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def difference(paged: Paged, heads: int, groups: int, width: int, dtype: torch.d
     before = tuple(length - new for length, new in zip(lengths, NEW))
     read = [torch.cat([x[:n] for x, n in zip(each, before)]) for each in zip(*texts)]
     paged.write(Requests.of(*_whole(before, table, size, device)), read[1], read[2], pool)
+    if paged.bound is not None:  # pages that may be another's by then
+        for row, length in enumerate(before):
+            pool[table[row, slice(*paged.bound.gap(length, size))].long()] = torch.nan
     found = forward(before, lengths).split(list(NEW))
     worst = 0.0
     for (q, k, v), new, out in zip(texts, NEW, found):

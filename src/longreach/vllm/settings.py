@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longreach import configs
 from longreach.methods import from_json
@@ -20,6 +20,7 @@ from longreach.quantities import token_count
 KEY = "longreach"  # of --additional-config
 VARIABLE = "LONGREACH_VLLM"  # the same, for those who start an engine by other means
 LARGEST = 2**16  # characters of the JSON
+OTHERS = ("context", "trained_window", "profile", "pages")  # settings that are no parameters of a method
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Settings:
     """What was asked for: a method, or a context for which the dial or a profile chooses one.
 
     context  tokens of a whole sequence; None: the engine's max_model_len.
+    pages    whether those that a bounded method does not see again are freed while a request goes on; None: they are.
     """
 
     method: Method | None = None
     context: int | None = None
     trained_window: int | None = None
     profile: Path | None = None
+    pages: Literal["free", "keep"] | None = None
 
     def __post_init__(self) -> None:
         if self.profile is not None and self.method is not None:
@@ -44,6 +47,7 @@ class Decided:
     """What is in force for an engine. `said`: what a user should know of it; `warning`: of the reach of the method.
 
     plain  there is nothing to do: plain attention was chosen, and the configuration itself declares so long a context. An engine's rotary tables end there.
+    frees  pages that no query sees again are freed, so that nobody else finds them by their text.
     """
 
     method: Method
@@ -52,10 +56,21 @@ class Decided:
     said: str
     warning: str | None = None
     plain: bool = False
+    frees: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Settings that decide the same."""
-        return {**self.method.to_json(), "context": self.context, "trained_window": self.window.tokens}
+        pages = {"pages": "free" if self.frees else "keep"} if self.method.bounded else {}
+        return {**self.method.to_json(), "context": self.context, "trained_window": self.window.tokens, **pages}
+
+    @property
+    def memory(self) -> str | None:
+        """What becomes of pages under a method that sees the first tokens and the last ones only; None: it sees all."""
+        if not self.method.bounded:
+            return None
+        if self.frees:
+            return f'pages between the first and the last tokens that {self.method.name} sees are freed, and prefix caching is off ("pages": "keep" keeps both)'
+        return f'pages between the first and the last tokens that {self.method.name} sees are kept ("pages": "free" frees them, without prefix caching)'
 
 
 def salt_of(given: Mapping[str, Any]) -> str:
@@ -85,7 +100,7 @@ def parse(given: Any) -> Settings:
     them "context", "trained_window" or "profile". Raises ValueError, with the fix, for anything else."""
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ValueError(f"""{KEY!r} must be an object such as {{"context": 4096}} or {{"method": "lm-infinite", "n_local": 512}}, not {_brief(given)}""")
-    method = {key: value for key, value in given.items() if key not in ("context", "trained_window", "profile")}
+    method = {key: value for key, value in given.items() if key not in OTHERS}
     if method and "method" not in method:
         raise ValueError(f"{KEY!r} has {', '.join(sorted(method))} but no method; name it too, such as \"method\": \"selfextend\"")
     if method and not isinstance(method["method"], str):
@@ -94,11 +109,14 @@ def parse(given: Any) -> Settings:
     profile = given.get("profile")
     if profile is not None and not isinstance(profile, str):
         raise ValueError(f'"profile" must be the path of a file that longreach tune wrote, not {_brief(profile)}')
+    pages = given.get("pages")
+    if pages not in (None, "free", "keep"):
+        raise ValueError(f'"pages" must be "free" or "keep", not {_brief(pages)}')
     try:
         chosen = from_json(method) if method else None
     except TypeError as error:  # a parameter without a default, or one that is no plain value
         raise ValueError(f"{method['method']}: {str(error).partition(') ')[2] or error}; `longreach methods {method['method']}` lists them") from None
-    return Settings(chosen, lengths["context"], lengths["trained_window"], None if profile is None else Path(profile))
+    return Settings(chosen, lengths["context"], lengths["trained_window"], None if profile is None else Path(profile), pages)
 
 
 def decide(settings: Settings, config: Any, longest: int) -> Decided:
@@ -131,7 +149,9 @@ def decide(settings: Settings, config: Any, longest: int) -> Decided:
             warning = f"plain attention on {context} tokens, beyond the trained window of {window.tokens}: distances that were never trained"
     refuse(method)
     plain = isinstance(method, Stock) and settings.method is None and longest <= configs.stated_window(config, 0)[1]
-    return Decided(method, window, context, said, warning, plain)
+    if settings.pages == "free" and not method.bounded:
+        raise ValueError(f'{method.name} may see any key of a text, so that no page of it can be freed; leave out "pages": "free", or use LM-Infinite')
+    return Decided(method, window, context, said, warning, plain, method.bounded and settings.pages != "keep")
 
 
 def refuse(method: Method) -> None:

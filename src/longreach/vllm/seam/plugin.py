@@ -29,7 +29,12 @@ def register() -> None:
 
     _wrap(EngineArgs, "create_engine_config", _configured)
     if core := sys.modules.get("vllm.v1.engine.core"):  # the process of an engine, which got its configuration from another
-        _wrap(core.EngineCore, "preprocess_add_request", _salted)
+        _wrap_core(core)
+
+
+def _wrap_core(core: Any) -> None:
+    _wrap(core.EngineCore, "preprocess_add_request", _salted)
+    _wrap(core, "get_kv_cache_configs", _planned)
 
 
 def _wrap(owner: Any, name: str, around: Any) -> None:
@@ -54,6 +59,7 @@ def _configured(create: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any:
         arguments.max_model_len = asked.context
     if arguments.max_model_len in (None, -1):
         raise ValueError("longreach needs the length of the longest sequence; pass --max-model-len N, or a context in its settings")
+    caching = arguments.enable_prefix_caching  # None: nobody asked for it, and vLLM has it on
     with _long_texts():
         config = create(arguments, *args, **kwargs)
     decided = settings.decide(asked, config.model_config.hf_text_config, config.model_config.max_model_len)
@@ -63,9 +69,15 @@ def _configured(create: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any:
         config.additional_config = {key: value for key, value in additional.items() if key != settings.KEY}
         return config
     refuse(config)
+    if decided.frees:
+        if caching:
+            raise ValueError(
+                f'{decided.method.name} frees pages that prefix caching would look for; leave out --enable-prefix-caching, or set "pages": "keep" for longreach'
+            )
+        config.cache_config.enable_prefix_caching = False
     config.additional_config = {**additional, settings.KEY: decided.to_json()}  # part of the hash of compiled code too
     config.parallel_config.worker_cls = worker_of(config.parallel_config.worker_cls)
-    _wrap(importlib.import_module("vllm.v1.engine.core").EngineCore, "preprocess_add_request", _salted)
+    _wrap_core(importlib.import_module("vllm.v1.engine.core"))
     return config
 
 
@@ -75,9 +87,8 @@ def _said(decided: Decided) -> None:
     logger.info("longreach: %s, for %d tokens on a trained window of %d", decided.said, decided.context, decided.window.tokens)
     if decided.warning:
         logger.warning("longreach: %s", decided.warning)
-    if decided.method.bounded:
-        name = decided.method.name
-        logger.warning("longreach: %s sees the last tokens and the first ones only, but vLLM keeps the pages between them until a request ends", name)
+    if decided.memory:
+        logger.warning("longreach: %s", decided.memory)
 
 
 def installed() -> str:
@@ -138,6 +149,13 @@ def _salted(preprocess: Any, core: Any, request: Any) -> Any:
     if (given := settings_of(core.vllm_config)) is not None:
         request.cache_salt = f"{request.cache_salt or ''}{settings.salt_of(given)}"
     return preprocess(core, request)
+
+
+def _planned(plan: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """`get_kv_cache_configs`, called in the process of an engine when its workers have said what pages they need."""
+    if settings_of(config) is not None:
+        importlib.import_module("longreach.vllm.seam.blocks").make_known()
+    return plan(config, *args, **kwargs)
 
 
 def settings_of(config: Any) -> Any:

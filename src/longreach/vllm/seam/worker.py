@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from longreach.hf.frequencies import fixed
 from longreach.kernels import kernel_for
 from longreach.methods.stock import Stock
 from longreach.vllm import probe, selftest, settings
-from longreach.vllm.pages import Paged
+from longreach.vllm.pages import Bound, Paged
+from longreach.vllm.seam import blocks
 from longreach.vllm.seam.backend import Backend, Impl
 from longreach.vllm.seam.plugin import WORKERS, settings_of
 
@@ -62,7 +64,8 @@ def attach(config: Any, model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no attention layers that longreach knows; use vLLM without longreach")
     for name, module in found:
         _refuse_layer(name, module, plain)
-    slides = all(own.sliding_window is not None for own in configs.trained_layers(text))  # of the whole model, some of whose layers may be elsewhere
+    own = {each.sliding_window for each in configs.trained_layers(text)}  # of the whole model, some of whose layers may be elsewhere
+    slides = None not in own
     worst, tested = 0.0, {}
     for name, module in found:
         method = decided.method if module.sliding_window is None or slides else Stock(sliding_window=module.sliding_window)
@@ -80,11 +83,23 @@ def attach(config: Any, model: nn.Module) -> None:
             tested[kind] = _tested(paged, module, device, config)
         module.impl, module.attn_backend = Impl(paged, module), Backend
         if method is decided.method:
-            module.sliding_window = None  # where all layers slide, the method takes them, and their pages stay
+            module.sliding_window = None  # where all layers slide, the method takes them
+            if decided.frees:
+                module.get_kv_cache_spec = functools.partial(blocks.spec_of, module, _apart(name, paged, own))
     logger.info(
         "longreach: attached to %d layers; rotation %.1e, attention on pages %.1e (largest relative differences to vLLM's own rotary and to the dense truth)",
         len(found), worst, max(tested.values()),
     )  # fmt: skip
+
+
+def _apart(name: str, paged: Paged, own: set[int | None]) -> Bound:
+    """How far a layer sees, at least: vLLM takes layers of one window for one kind, and those that slide by themselves keep no first tokens."""
+    bound = paged.bound
+    if bound is None:
+        raise ValueError(f'{paged.layer.method} may see any key in {name}, so that no page can be freed; set "pages": "keep" for longreach')
+    while bound.near in own:
+        bound = replace(bound, near=bound.near + 1)
+    return bound
 
 
 def _refuse_layer(name: str, module: Any, plain: type) -> None:
