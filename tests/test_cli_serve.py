@@ -193,3 +193,17 @@ def test_what_vllm_cannot_be_handed(run: Run, handed: list[Any], tmp_path: Any) 
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
     refused(run, "serve", "--engine", "vllm", "--model", str(tmp_path / "model.gguf"), says="write the model as a folder first")
     assert not handed
+
+
+def test_vllm_bound_elsewhere_without_a_key_is_said(run: Run, handed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    asked = ("serve", "--engine", "vllm", "--host", "0.0.0.0")
+    assert "warning: 0.0.0.0 may be reached from other machines" in run(*asked).err
+    assert "warning" not in run(*asked, "--api-key", "sesame").err
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    assert "warning" not in run(*asked).err
+
+
+def test_what_becomes_of_pages_is_said(run: Run, handed: list[Any]) -> None:
+    found = run("serve", "--engine", "vllm", "--context", 2048, "--method", "lm-infinite", "--n-local", 256)
+    assert "are freed, and prefix caching is off" in found.err and '"pages": "free"' in handed[0][0][-1]

@@ -113,6 +113,7 @@ def command(
             serve_vllm.refuse(context)
             profiles.asked(profile, no_profile, chosen := common.method_of(context, method))
             wanted = serve_vllm.Wanted(model, name or called(model), declared, chosen, trained_window, profile, dtype, host, port)
+            warn_if_open(out, host, serve_vllm.key_of(api_key))
             serve_vllm.hand_over(out, wanted, api_key)
             return
         if lacking := [package.replace("_", "-") for package in PACKAGES if find_spec(package) is None]:
@@ -124,13 +125,18 @@ def command(
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         if memory is not None and kv_budget is not None:
             raise ValueError("--memory has budgets of its own; leave out --kv-budget")
-        if host not in LOCAL and api_key is None:
-            out.warn(f"{host} may be reached from other machines, and anybody there may ask; pass --api-key KEY (or LONGREACH_API_KEY), or leave out --host")
+        warn_if_open(out, host, api_key)
         with listening(host, port) as where, common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             with attached(out, loaded, stored.Choice(chosen, declared, trained_window, CHUNK_SIZE, by_profile, memory)) as extension:
                 stored.announce(out, extension)
                 serve(out, extension, tokenizer, name or called(model), limits, where, Options(host, api_key, step_ms, drain, kv_budget, reserve, folder))
+
+
+def warn_if_open(out: Output, host: str, api_key: str | None) -> None:
+    """Whoever serves, this or vLLM: say it where anybody may ask."""
+    if host not in LOCAL and api_key is None:
+        out.warn(f"{host} may be reached from other machines, and anybody there may ask; pass --api-key KEY (or LONGREACH_API_KEY), or leave out --host")
 
 
 def called(model: str) -> str:

@@ -20,6 +20,7 @@ from longreach.cli.common import Output
 if TYPE_CHECKING:
     from longreach.methods.base import Method
 
+KEY = "VLLM_API_KEY"
 OWN = (  # options of our own server only
     "documents", "max_new_tokens", "queue", "max_body", "timeout", "drain", "kv_budget", "reserve", "step_ms", "device", "memory",
 )  # fmt: skip
@@ -91,8 +92,13 @@ def hand_over(out: Output, wanted: Wanted, api_key: str | None) -> None:
     command = command_of(out, wanted)
     out.finish({"command": ["vllm", "serve", *command]}, lambda console: None)
     out.say("vllm serve " + shlex.join(command))
-    environment = dict(os.environ) if api_key is None else {**os.environ, "VLLM_API_KEY": api_key}
+    environment = dict(os.environ) if api_key is None else {**os.environ, KEY: api_key}
     execute([sys.executable, "-m", *program(), *command], environment)
+
+
+def key_of(api_key: str | None) -> str | None:
+    """What vLLM will ask clients for: ours, or its own variable."""
+    return api_key or os.environ.get(KEY) or None
 
 
 def program() -> list[str]:
