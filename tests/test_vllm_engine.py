@@ -6,7 +6,10 @@ An engine takes ten seconds to start, so that one serves most tests; methods oth
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
@@ -240,6 +243,47 @@ def test_pages_that_are_kept_are_found_again(ids, truth):
     assert metrics(keeps)["vllm:prefix_cache_hits"] == 0
     agree(keeps, method, [ids[:1400]], truth)
     assert metrics(keeps)["vllm:prefix_cache_hits"] >= 1392
+
+
+@pytest.mark.slow
+def test_code_that_vllm_compiles(ids, truth, monkeypatch, tmp_path):
+    """Without enforce_eager: what vLLM compiles has the identity for a rotary, and calls our attention."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    compiled = start(additional_config={"longreach": METHOD.to_json()}, enforce_eager=False)
+    assert compiled.llm_engine.vllm_config.compilation_config.mode.name != "NONE"
+    agree(compiled, METHOD, [ids[:1300], ids[2000:2040], ids[4000:4700]], truth)
+
+
+PARALLEL = """
+import json, sys
+from importlib.resources import files
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    more, settings, prompts = json.load(sys.stdin)
+    usual = dict(dtype="float32", max_model_len=1600, block_size=16, max_num_batched_tokens=64, num_gpu_blocks_override=100)
+    engine = LLM(str(files("longreach") / "nano"), additional_config={"longreach": settings}, **usual, **more)
+    given = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    answers = engine.generate([{"prompt_token_ids": each} for each in prompts], given, use_tqdm=False)
+    print("FOUND", json.dumps([[*each.outputs[0].token_ids] for each in answers]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [{"tensor_parallel_size": 2, "enforce_eager": True}, {"pipeline_parallel_size": 2}], ids=["tensor", "pipeline"]
+)  # vLLM 0.32 cannot run a pipeline on a CPU with enforce_eager, ours or not
+def test_two_processes(ids, truth, tmp_path, more):
+    """Workers in processes of their own, the scheduler in another: pages are freed there too, on fewer than one long request would fill."""
+    method, prompts, script = LMInfinite(256), [ids[:1300], ids[2000:2040], ids[4000:5400]], tmp_path / "parallel.py"
+    script.write_text(PARALLEL)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CACHE_ROOT": str(tmp_path)}
+    given = json.dumps([more, method.to_json(), prompts])
+    done = subprocess.run([sys.executable, str(script)], input=given, env=environment, capture_output=True, text=True, timeout=500)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert lines, done.stderr[-3000:]
+    for tokens, found in zip(prompts, json.loads(lines[0].removeprefix("FOUND")), strict=True):
+        same(found, tokens, truth(method, tokens + found))
 
 
 def test_drafts_from_the_text_itself(ids, truth):
