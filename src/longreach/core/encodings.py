@@ -73,6 +73,11 @@ class Rotary:
         """The same pairing and slice with other frequencies."""
         return replace(self, inverse_frequencies=frequencies.inverse, scaling=frequencies.scaling)
 
+    @functools.cached_property
+    def unscaled(self) -> Rotary:
+        """The same without its factor: one object, so that whoever keeps tables by it makes them once."""
+        return self if self.scaling == 1.0 else replace(self, scaling=1.0)
+
     def same_as(self, other: Rotary) -> bool:
         facts = lambda r: (r.scaling, r.pairing, r.start, r.sign, r.inverse_frequencies.device)  # noqa: E731
         return facts(self) == facts(other) and torch.equal(self.inverse_frequencies, other.inverse_frequencies)

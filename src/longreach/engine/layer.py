@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -40,8 +40,7 @@ class Layer:
             kept = {RAW: functools.reduce(operator.or_, kept.values())}
         object.__setattr__(self, "forms", {} if self.written else kept)
         object.__setattr__(self, "summaries", {} if self.dense else summaries(self.layout))
-        scaled = self.rotary is not None and self.rotary.scaling != 1.0
-        object.__setattr__(self, "rest", replace(self.rotary, scaling=1.0) if scaled and self.rotary is not None else self.rotary)
+        object.__setattr__(self, "rest", None if self.rotary is None else self.rotary.unscaled)
         of_queries = queries(self.layout)
         object.__setattr__(self, "queries", dict.fromkeys(of_queries, Retention(tail=None)) if self.dense else of_queries)
 

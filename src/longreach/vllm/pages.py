@@ -76,12 +76,12 @@ class Paged:
 
     def write(self, requests: Requests, k: torch.Tensor, v: torch.Tensor, pool: torch.Tensor) -> None:
         """k and v [T, G, D] of the new tokens to their pages."""
-        page, place = requests.places(k.device)
         rotary = self.layer.rotary
         if rotary is not None and (self.stored != RAW or rotary.scaling != 1.0):
             k = requests.table_of_new(rotary, self.stored, k.device).rotate(k.transpose(0, 1)).transpose(0, 1)
-        pool[page, :, 0, place] = k
-        pool[page, :, 1, place] = v
+        rows, width = pool.view(-1, pool.shape[4]), pool.shape[4]
+        for to, new in zip(requests.places(k.shape[1]), (k, v)):
+            rows.index_copy_(0, to, new.reshape(-1, width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +122,10 @@ class Pages:
         k, v = (pages.index_select(0, rows).view(heads, -1, width) for rows in self.requests.rows(stretches, count, heads))  # [G, m C, D]
         if positions != self.stored and self.rest is not None:
             k = self.requests.turn(self.rest, self.stored, positions, stretches, count, k.device).rotate(k)
+        if len(behind := self.requests.behind(stretches, count)):
+            k.index_fill_(1, behind, 0)  # whatever lies there, a mask does not make of NaN a zero
+            v.index_fill_(1, behind, 0)
         k, v = (x.unflatten(1, (len(stretches), -1)).transpose(0, 1) for x in (k, v))
-        for each, (row, first) in enumerate(stretches):
-            if (length := self.requests.length(row) - first * self.requests.size) < k.shape[2]:
-                k[each, :, max(0, length) :] = 0  # whatever lies there, a mask does not make of NaN a zero
-                v[each, :, max(0, length) :] = 0
         return k, v
 
     def shelves(self, positions: PositionMap, step: Step) -> Iterator[tuple[Shelf, KV]]:

@@ -62,12 +62,14 @@ class Requests:
             self.made["indices"] = torch.cat(found).to(exact_device(device))
         return self.made["indices"]
 
-    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """([T] pages, [T] places on them) of the new tokens."""
-        if "places" not in self.made:
-            slots = self.slots.to(device).long()
-            self.made["places"] = slots // self.size, slots % self.size
-        return self.made["places"]
+    def places(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T * heads] each: where keys and values of the new tokens go, head by head, in a pool of [pages, heads, keys and values, places]."""
+        key = "places", heads
+        if key not in self.made:
+            slots = self.slots.long()[:, None]
+            keys = (((slots // self.size * heads + torch.arange(heads, device=slots.device)) * 2) * self.size + slots % self.size).flatten()
+            self.made[key] = keys, keys + self.size
+        return self.made[key]
 
     def pages(self, stretches: tuple[Stretch, ...], count: int) -> torch.Tensor:
         """[m * count] the pages of some requests, `count` of each from its first one on; behind its last page, that one again."""
@@ -86,6 +88,16 @@ class Requests:
         if key not in self.made:
             keys = (self.pages(stretches, count) * heads + torch.arange(heads, device=self.table.device)[:, None]).flatten() * 2
             self.made[key] = keys, keys + 1
+        return self.made[key]
+
+    def behind(self, stretches: tuple[Stretch, ...], count: int) -> torch.Tensor:
+        """Which tokens of `pages(stretches, count)` are behind the last one of their request."""
+        key = "behind", stretches, count
+        if key not in self.made:
+            columns = count * self.size
+            lengths = [min(columns, max(0, self.length(row) - first * self.size)) for row, first in stretches]
+            found = [torch.arange(each * columns + length, (each + 1) * columns) for each, length in enumerate(lengths)]
+            self.made[key] = torch.cat(found).to(self.table.device)
         return self.made[key]
 
     def turn(self, rotary: Rotary, stored: PositionMap, wanted: PositionMap, stretches: tuple[Stretch, ...], count: int, device: torch.device) -> Table:

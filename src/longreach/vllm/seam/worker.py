@@ -13,6 +13,7 @@ from torch import nn
 from vllm.v1.attention.backend import AttentionType
 
 from longreach import configs
+from longreach.core.encodings import Rotary
 from longreach.engine.layer import Inputs, Layer
 from longreach.hf.frequencies import fixed
 from longreach.kernels import kernel_for
@@ -66,7 +67,7 @@ def attach(config: Any, model: nn.Module) -> None:
         _refuse_layer(name, module, plain)
     own = {each.sliding_window for each in configs.trained_layers(text)}  # of the whole model, some of whose layers may be elsewhere
     slides = None not in own
-    worst, tested = 0.0, {}
+    worst, tested, rotaries = 0.0, {}, list[Rotary]()
     for name, module in found:
         method = decided.method if module.sliding_window is None or slides else Stock(sliding_window=module.sliding_window)
         rotary, difference = probe.replace_rotaries(probe.unit_of(model, name, ROTARY))
@@ -75,6 +76,7 @@ def attach(config: Any, model: nn.Module) -> None:
             raise ValueError(f"{name} rotates nothing, so {method.name} would change nothing there; use SelfExtend or LMInfinite")
         if rotary is not None and method is decided.method:
             rotary = fixed(text, None, rotary, method, decided.window, decided.context)
+        rotary = None if rotary is None else _shared(rotary, rotaries)
         device = next(model.parameters()).device
         inputs = Inputs(float(module.impl.scale), getattr(module.impl, "logits_soft_cap", None) or None, getattr(module.impl, "sinks", None))
         paged = Paged(Layer(number(name), method, rotary, written=True), inputs, kernel_for(device, module.kv_cache_torch_dtype))
@@ -90,6 +92,14 @@ def attach(config: Any, model: nn.Module) -> None:
         "longreach: attached to %d layers; rotation %.1e, attention on pages %.1e (largest relative differences to vLLM's own rotary and to the dense truth)",
         len(found), worst, max(tested.values()),
     )  # fmt: skip
+
+
+def _shared(rotary: Rotary, others: list[Rotary]) -> Rotary:
+    """One object for all layers that rotate alike: angles are made once for it in a forward."""
+    found = next((each for each in others if each.same_as(rotary)), None)
+    if found is None:
+        others.append(rotary)
+    return found or rotary
 
 
 def _apart(name: str, paged: Paged, own: set[int | None]) -> Bound:
