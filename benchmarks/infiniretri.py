@@ -192,8 +192,8 @@ def main() -> None:
             kept = [sentence.start for sentence in sentences if fact.key in sentence.text]
             row = {
                 "kind": fact.kind, "question": fact.question, "key": fact.key, "depth": text.depth, "answer": answer.text,
-                "right": haystack.number_in(answer.text) == fact.key, "kept": bool(kept), "places": kept, "sentences": len(sentences), "chunks": read.chunks,
-                "text_tokens": read.tokens, "characters": read.stop, "answer_seconds": time.perf_counter() - started,
+                "right": haystack.number_in(answer.text) == fact.key, "kept": bool(kept), "places": kept, "sentences": len(sentences), "order": asking.order,
+                "chunks": read.chunks, "text_tokens": read.tokens, "characters": read.stop, "answer_seconds": time.perf_counter() - started,
             }  # fmt: skip
             state.keep(answers=[*state.held["answers"], row], read=None)
             print(f"question {number + 1} of {len(hidden)}: {'kept' if kept else 'lost'}, {'right' if row['right'] else 'wrong'}", flush=True)

@@ -20,6 +20,7 @@ from longreach.apps.infiniretri.prompt import Frame, build
 from longreach.apps.infiniretri.reading import Retrieved
 from longreach.apps.infiniretri.sentences import LONGEST, Sentence, chunks, measured, sentences
 from longreach.hf.checks import find_base
+from longreach.running import generation
 from tiny import tokenizer as byte_tokenizer
 
 HOSTILE = {
@@ -219,6 +220,22 @@ def test_a_key_far_from_its_question_is_found_with_its_place(nano, book):
         assert all(text[sentence.start : sentence.stop] == sentence.text for sentence in found.sentences)
         assert found.chunks > 5 and found.tokens == pytest.approx(len(tokenizer(text)["input_ids"]), abs=4) and found.seconds > 0
     assert torch.equal(model(torch.arange(5)[None]).logits, before), "the model is as it was"
+
+
+def test_the_best_sentence_stands_next_to_the_question_unless_the_order_of_the_text_is_asked_for(nano, monkeypatch):
+    model, tokenizer = nano
+    memory = [Sentence("The best one. ", 500), Sentence("The second. ", 20), Sentence("The third. ", 900)]
+    asked: list[list[int]] = []
+    real = generation.answer
+    monkeypatch.setattr(generation, "answer", lambda model, tokenizer, ids, *rest, **how: (asked.append(ids), real(model, tokenizer, ids, *rest, **how))[1])
+    for order, stands in (("rank", "The third. The second. The best one."), ("text", "The second. The best one. The third.")):
+        asking = InfiniRetri(model, tokenizer, order=order)
+        with asking.attached() as extension:
+            frame = Frame.of(tokenizer, "Why?")
+            _, kept = asking.answer(extension, frame, memory, asking.sizes(extension, [frame], 4), 4)
+        assert stands in tokenizer.decode(asked.pop()) and [sentence.start for sentence in kept] == [20, 500, 900]
+    with pytest.raises(ValueError, match='order must be "rank" or "text"'):
+        InfiniRetri(model, tokenizer, order="best")
 
 
 def test_questions_together_are_those_alone_and_pieces_the_whole(nano, book):

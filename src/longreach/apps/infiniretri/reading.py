@@ -87,6 +87,7 @@ class InfiniRetri:
     phrase         tokens whose scores are added up.
     layer          whose attention is looked at: a number; "last", as in the paper, of those that see a whole prompt; or "auto", the first that is about as
                    good as the best of these (`calibrate`, once, before the first chunk). A chunk is read up to this layer only.
+    order          of the sentences that the answer is made from: "rank", the best last, nearest to the question; or "text", as in the paper.
     system         a system message; needs a chat template.
 
     Raises ValueError for sizes that are none, or that the window has no room for, and for a tokenizer that cannot say where its tokens lie.
@@ -99,6 +100,7 @@ class InfiniRetri:
     top_k: int = 300
     phrase: int = 8
     layer: int | Literal["auto", "last"] = "auto"
+    order: Literal["rank", "text"] = "rank"
     system: str | None = None
     _calibrated: list[int] = field(default_factory=list, init=False, repr=False)  # the layer that "auto" has come to
 
@@ -107,12 +109,14 @@ class InfiniRetri:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.order not in ("rank", "text"):
+            raise ValueError(f'order must be "rank" or "text", not {self.order!r}')
         if self.layer not in ("auto", "last") and (not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0):
             raise ValueError(f'layer must be a whole number of at least 0, "last" or "auto", not {self.layer!r}')
 
     def to_json(self) -> dict[str, Any]:
         """The parameters, as they were given."""
-        names = ("chunk_tokens", "memory_tokens", "top_k", "phrase", "layer")
+        names = ("chunk_tokens", "memory_tokens", "top_k", "phrase", "layer", "order")
         return {"strategy": "infiniretri", **{name: getattr(self, name) for name in names}}
 
     def ask(self, text: str | Iterable[str], question: str, **how: Any) -> Retrieved:
@@ -202,9 +206,10 @@ class InfiniRetri:
     def answer(
         self, extension: Extension, frame: Frame, memory: Sequence[Sentence], sizes: Sizes, max_new_tokens: int, **how: Any
     ) -> tuple[generation.Answer, tuple[Sentence, ...]]:
-        """From what is remembered -> the answer, and the sentences that it was made from."""
-        prompt = self.fitted(frame, memory, (), replace(sizes, limit=sizes.limit - max_new_tokens))
-        return generation.answer(extension.model, self.tokenizer, prompt.ids, max_new_tokens, extension=extension, **how), prompt.sentences
+        """From what is remembered -> the answer, and the sentences that it was made from, as they stand in the text."""
+        prompt = self.fitted(frame, memory, (), replace(sizes, limit=sizes.limit - max_new_tokens), self.order)
+        kept = tuple(sorted(prompt.sentences, key=lambda sentence: sentence.start))
+        return generation.answer(extension.model, self.tokenizer, prompt.ids, max_new_tokens, extension=extension, **how), kept
 
     def sizes(self, extension: Extension, frames: Sequence[Frame], max_new_tokens: int) -> Sizes:
         """Raises ValueError, with the numbers, where the window has no room for them."""
@@ -241,10 +246,13 @@ class InfiniRetri:
             raise ValueError(f"layer must be one of the {count} of this model, 0 to {count - 1}, not {layer}")
         return layer
 
-    def fitted(self, frame: Frame, memory: Sequence[Sentence], chunk: Sequence[Sentence], sizes: Sizes) -> Prompt:
+    def fitted(
+        self, frame: Frame, memory: Sequence[Sentence], chunk: Sequence[Sentence], sizes: Sizes, order: Literal["rank", "text"] = "text"
+    ) -> Prompt:
         """The prompt with as much of what is remembered, the best first, as there is room for."""
         while True:
-            prompt = build(self.tokenizer, frame, [*sorted(memory, key=lambda sentence: sentence.start), *chunk])
+            placed = reversed(memory) if order == "rank" else sorted(memory, key=lambda sentence: sentence.start)
+            prompt = build(self.tokenizer, frame, [*placed, *chunk])
             held = bisect_left(prompt.owners, len(memory))
             if not memory or (len(prompt.ids) <= sizes.limit and held <= sizes.memory):
                 return prompt
