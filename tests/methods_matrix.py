@@ -147,13 +147,28 @@ def each_family() -> list[Any]:
 
 
 def cells(methods: list[Method]) -> list[Any]:
-    """Every family with every method. Quick are all methods on the representative families and the primary ones on those that are not
-    REPEATING; the rest is slow (`pytest -m ""` runs all)."""
-    quick = lambda family, method: family in REPRESENTATIVE or (isinstance(method, PRIMARY) and family not in REPEATING)  # noqa: E731
+    """Every family with every method. Quick are all of them on Llama, one of each kind on the representative families, and the primary ones on those that
+    are not REPEATING; the rest is slow (`pytest -m ""` runs all)."""
+    first = {kind_of(method): method for method in reversed(methods)}
+
+    def quick(family: str, method: Method) -> bool:
+        primary = isinstance(method, PRIMARY) and family not in REPEATING
+        return primary or family == "llama" or (family in REPRESENTATIVE and first[kind_of(method)] is method)
+
     return [
         pytest.param(family, method, id=f"{family}-{method}", marks=() if quick(family, method) else pytest.mark.slow)
         for family in FAMILIES for method in methods
     ]  # fmt: skip
+
+
+def kind_of(method: Method) -> tuple[type, ...]:
+    """Methods that differ in their parameters only are of one kind."""
+    return (type(method.encoding), type(method.positions)) if isinstance(method, Combined) else (type(method),)
+
+
+def slow_truths(methods: list[Method]) -> list[Any]:
+    """InfLLM's truth goes through every token by itself; where many requests are compared token by token, it is left to the slow tests."""
+    return [pytest.param(method, marks=pytest.mark.slow if isinstance(method, InfLLM) else ()) for method in methods]
 
 
 SCALED = {"llama3", "llama-yarn", "llama-linear", "llama-dynamic", "phi3-longrope", "gpt-oss", "deepseek-v3-yarn", "ministral3"}

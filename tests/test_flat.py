@@ -11,7 +11,7 @@ import torch
 import longreach
 from families import FAMILIES, build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
-from methods_matrix import METHODS, context, refusal
+from methods_matrix import METHODS, context, refusal, slow_truths
 
 INVARIANT = [m for m in METHODS if m.cut == 1 and m.eviction is None]
 LONGEST = 700
@@ -83,7 +83,7 @@ class Requests:
         return what
 
 
-@pytest.mark.parametrize("method", INVARIANT, ids=str)
+@pytest.mark.parametrize("method", slow_truths(INVARIANT), ids=str)
 def test_requests_that_come_and_go_are_as_if_alone(method):
     model = build("llama-head8" if refusal("llama", method) else "llama")
     with longreach.extend(model, method, context=context(method, LONGEST + 50)) as extension:

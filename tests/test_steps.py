@@ -15,7 +15,7 @@ from longreach.hf.cache import store_of
 from longreach.kernels.cpu import CpuKernel
 from longreach.kernels.protocol import Spans
 from longreach.memory.placement import SMALLEST
-from methods_matrix import METHODS, context, refusal
+from methods_matrix import METHODS, context, refusal, slow_truths
 
 LENGTHS = [1, 2, 37, 250, 251, 400, 620]  # of several buckets
 STEPS = 4
@@ -41,7 +41,7 @@ def check(model: Any, lengths: list[int], limit: float = 1e-5) -> None:
             assert ((logits[row] - alone).float().abs().max() / alone.float().abs().max()).item() <= limit, (row, step)
 
 
-@pytest.mark.parametrize("method", INVARIANT, ids=str)
+@pytest.mark.parametrize("method", slow_truths(INVARIANT), ids=str)
 @torch.no_grad()
 def test_every_row_is_as_if_it_were_alone(method):
     model = build("llama-head8" if refusal("llama", method) else "llama")
