@@ -173,9 +173,9 @@ class Rag:
         """
         started = time.perf_counter()
         k, reader, state = self._reader(question, lead, progress)
-        question, lead = reader.question, reader.lead
         if self.config.rounds:
-            outcome = iterdrag(reader, state, lambda query, now: self._more(query, now, k), self.room(lead), self.config.rounds, self.new_tokens(lead))
+            room, longest = self.room(reader.lead), self.new_tokens(reader.lead)
+            outcome = iterdrag(reader, state, lambda query, now: self._more(query, now, k), room, self.config.rounds, longest)
         else:
             outcome = drag(reader, state)
         return self._answered(outcome, reader, k, time.perf_counter() - started)
