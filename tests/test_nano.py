@@ -79,6 +79,7 @@ def test_questions_inside_the_window_are_answered(kind, least):
     assert sum(abilities.found(model, [abilities.trial(rows, books, kind, rng, 512) for _ in range(24)])) >= 24 * least
 
 
+@pytest.mark.slow  # README's first command shows it too, in tests/test_readme.py
 def test_far_beyond_the_window_selfextend_finds_what_stock_does_not():
     """Four times the window, keys farther away than the window. The dial chooses the parameters."""
     model, _, _ = nano()

@@ -214,7 +214,8 @@ def test_an_interrupt_says_what_was_kept(program: Callable[..., Program], tmp_pa
 
 
 def test_a_chat_at_a_terminal_outlives_interrupts(program: Callable[..., Program], tmp_path: Path) -> None:
-    talk = program("chat", "--file", "@book", "--truncate", "right", "--context", "2k", "--max-new-tokens", "400", terminal=True)
+    (tmp_path / "text").write_text(longreach.shipped_book()[:3000])  # little, so that both answers have room, however far they come before they are stopped
+    talk = program("chat", "--file", str(tmp_path / "text"), "--context", "8k", "--max-new-tokens", "3000", terminal=True)
     talk.wait_for("> ")
     for question in ("Tell me about the sea.", "And then?"):
         talk.type(question)
