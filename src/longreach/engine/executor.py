@@ -163,7 +163,7 @@ class _Call:
             for kv in self.view(segment, piece):
                 band = Band(piece.first - kv.index, piece.low, piece.high)
                 bias = None if self.layer.alibi is None else self.bias(self.layer.alibi, segment, piece, kv, q.device)
-                if kv.k.shape[0] == turned.shape[0]:
+                if kv.rows == turned.shape[0]:
                     out, lse = self.kernel.attend(turned, kv, band, self.inputs.scale, self.inputs.softcap, bias)
                 else:
                     out, lse = self.of_one(turned, kv, band, bias)

@@ -29,6 +29,10 @@ class KV:
     v: torch.Tensor
     index: int = 0
 
+    @property
+    def rows(self) -> int:
+        return self.k.shape[0]
+
     def of_rows(self, rows: int) -> KV:
         """The same for so many rows: what one row has, all of them see."""
         if self.k.shape[0] == self.v.shape[0] == rows:
@@ -87,6 +91,14 @@ class Spans:
             hidden = ((column < start) | (column >= stop)) & (start < stop)
             self._made[key] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, NEGATIVE_INFINITY)[:, None, None]
         return self._made[key]
+
+    def ends(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """[R] each, int32: starts and stops."""
+        key = "ends", device
+        if key not in self._made:
+            self._made[key] = torch.tensor((self.starts, self.stops), dtype=torch.int32, device=device)
+        starts, stops = self._made[key]
+        return starts, stops
 
     def empty(self, device: torch.device) -> torch.Tensor | None:
         """[R] which rows see nothing; None: none of them."""

@@ -1,7 +1,7 @@
 """Pages: the memory of one layer whose keys and values lie in the blocks of an engine's paged cache, as one more implementation of `memory.layer`.
 
-A page keeps each key once, in the form that decoding reads most; of the others a method sees few keys, and they are turned when they are read. What is read
-is gathered from its pages first. Knows pages, forms and rotations; no method, and nothing of vLLM.
+A page keeps each key once, in the form that decoding reads most; of the others a method sees few keys, and they are turned when they are read. These are
+gathered from their pages; so are all for a kernel that does not read pages. Knows pages, forms and rotations; no method, and nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from longreach.core.encodings import Rotary
 from longreach.core.segments import Identity, PositionMap, Retention, forms
 from longreach.engine import executor
 from longreach.engine.layer import RAW, Inputs, Layer
+from longreach.kernels.paged import OnPages, PagedKernel
 from longreach.kernels.protocol import KV, Kernel
 from longreach.memory.bases import BaseShelf
 from longreach.memory.recalled import Recalled
@@ -70,7 +71,7 @@ class Paged:
         """q [T, H, D], k and v [T, G, D] of the new tokens, un-rotated; pool [N, G, 2, size, D] of all pages, keys before values, which is written to.
         -> [T, H, D]."""
         self.write(requests, k, v, pool)
-        memory = Pages(requests, pool, self.stored, self.kept, self.layer.rest)
+        memory = Pages(requests, pool, self.stored, self.kept, self.layer.rest, isinstance(self.kernel, PagedKernel))
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return executor.execute(self.layer, requests.batch, memory, self.kernel, q, k, v, self.inputs)[0]  # type: ignore[arg-type]  # see Pages
 
@@ -94,6 +95,7 @@ class Pages:
     stored: PositionMap
     kept: Mapping[PositionMap, Retention]
     rest: Rotary | None  # what turns keys that have the factor of the rotary already
+    stay: bool = False  # whether the kernel reads pages
     recalled: Recalled = field(default_factory=Recalled)
 
     at_hand: ClassVar[bool] = True
@@ -110,9 +112,20 @@ class Pages:
 
     def view(self, positions: PositionMap, rows: slice, start: int, stop: int, pinned: bool) -> Sequence[KV]:
         first = start // self.requests.size
-        k, v = self.read(positions, ((rows.start, first),), -(-stop // self.requests.size) - first)
-        from_column, columns = start - first * self.requests.size, stop - start
-        return (KV(k.narrow(2, from_column, columns), v.narrow(2, from_column, columns), start),)
+        count = -(-stop // self.requests.size) - first
+        return (self.found(positions, ((rows.start, first),), count, start - first * self.requests.size, stop - start, start),)
+
+    def found(self, positions: PositionMap, stretches: tuple[Stretch, ...], count: int, skip: int, columns: int, index: int = 0) -> KV:
+        """So many columns of `count` pages of each of some requests, from its first one on, after `skip`."""
+        gather = functools.partial(self.read, positions, stretches, count)
+        if not self.stays(positions):
+            k, v = gather()
+            return KV(k.narrow(2, skip, columns), v.narrow(2, skip, columns), index)
+        return OnPages(self.pool, self.requests.pages(stretches, count).view(len(stretches), -1), skip, columns, index, gather)
+
+    def stays(self, positions: PositionMap) -> bool:
+        """Whether the kernel reads keys at these positions on their pages."""
+        return self.stay and (positions == self.stored or self.rest is None)
 
     def read(self, positions: PositionMap, stretches: tuple[Stretch, ...], count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys at some positions and values [m, G, C, D] of `count` pages of each of some requests, from its first one on. Columns behind the last token of a
@@ -129,17 +142,19 @@ class Pages:
         return k, v
 
     def shelves(self, positions: PositionMap, step: Step) -> Iterator[tuple[Shelf, KV]]:
-        """Requests of about the same length are read together."""
+        """Requests of about the same length are gathered together; on their pages all are read together."""
         size, tail = self.requests.size, self.kept[positions].tail
         first = [0 if tail is None else max(0, start + 1 - tail) // size for start in step.starts]
         pages = [start // size + 1 - a for start, a in zip(step.starts, first)]
         order = sorted(range(len(pages)), key=lambda n: pages[n])
         while order:
-            together = [n for n in order if pages[n] <= pages[order[0]] + max(1, pages[order[0]] // SLACK)]
+            most = pages[order[-1]] if self.stays(positions) else pages[order[0]] + max(1, pages[order[0]] // SLACK)
+            together = [n for n in order if pages[n] <= most]
             order = order[len(together) :]
             members = tuple(sorted(together))
-            k, v = self.read(positions, tuple((step.rows[n], first[n]) for n in members), max(pages[n] for n in members))
-            yield Shelf(0, slice(0, 0), members, (), tuple(first[n] * size for n in members)), KV(k, v)
+            count = max(pages[n] for n in members)
+            kv = self.found(positions, tuple((step.rows[n], first[n]) for n in members), count, 0, count * size)
+            yield Shelf(0, slice(0, 0), members, (), tuple(first[n] * size for n in members)), kv
 
     def bases(self, positions: PositionMap, step: Step) -> Iterator[tuple[BaseShelf, KV]]:
         """Requests that share pages read them each by itself."""
@@ -147,5 +162,4 @@ class Pages:
 
     def first_tokens(self, positions: PositionMap, step: Step) -> KV:
         head = self.kept[positions].head
-        k, v = self.read(positions, tuple((row, 0) for row in step.rows), -(-head // self.requests.size))
-        return KV(k[:, :, :head], v[:, :, :head])
+        return self.found(positions, tuple((row, 0) for row in step.rows), -(-head // self.requests.size), 0, head)

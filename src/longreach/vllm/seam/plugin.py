@@ -140,7 +140,7 @@ def worker_of(name: str) -> str:
     if WORKERS.get(kind) != module:
         raise ValueError(f"longreach does not know the worker {name}; leave out --worker-cls, or use one of {', '.join(WORKERS)}")
     if kind != "CPUWorker":
-        logger.warning("longreach was tested on vLLM's CPU platform only: on this one the checks at start decide, and attention gathers pages, which is slow")
+        logger.warning("longreach was tested on vLLM's CPU platform only: on this one the checks at start decide")
     return f"longreach.vllm.seam.worker.{kind}"
 
 

@@ -17,6 +17,8 @@ from longreach.core.encodings import Rotary
 from longreach.engine.layer import Inputs, Layer
 from longreach.hf.frequencies import fixed
 from longreach.kernels import kernel_for
+from longreach.kernels.paged import reading_pages
+from longreach.kernels.protocol import Kernel
 from longreach.methods.stock import Stock
 from longreach.vllm import probe, selftest, settings
 from longreach.vllm.pages import Bound, Paged
@@ -67,7 +69,7 @@ def attach(config: Any, model: nn.Module) -> None:
         _refuse_layer(name, module, plain)
     own = {each.sliding_window for each in configs.trained_layers(text)}  # of the whole model, some of whose layers may be elsewhere
     slides = None not in own
-    worst, tested, rotaries = 0.0, {}, list[Rotary]()
+    worst, tested, rotaries, kernels = 0.0, {}, list[Rotary](), dict[tuple[torch.dtype, int], tuple[Kernel, str]]()
     for name, module in found:
         method = decided.method if module.sliding_window is None or slides else Stock(sliding_window=module.sliding_window)
         rotary, difference = probe.replace_rotaries(probe.unit_of(model, name, ROTARY))
@@ -79,7 +81,10 @@ def attach(config: Any, model: nn.Module) -> None:
         rotary = None if rotary is None else _shared(rotary, rotaries)
         device = next(model.parameters()).device
         inputs = Inputs(float(module.impl.scale), getattr(module.impl, "logits_soft_cap", None) or None, getattr(module.impl, "sinks", None))
-        paged = Paged(Layer(number(name), method, rotary, written=True), inputs, kernel_for(device, module.kv_cache_torch_dtype))
+        dtype = module.kv_cache_torch_dtype
+        if (shape := (dtype, module.head_size)) not in kernels:
+            kernels[shape] = reading_pages(kernel_for(device, dtype), device, *shape)
+        paged = Paged(Layer(number(name), method, rotary, written=True), inputs, kernels[shape][0])
         kind = (method, module.num_heads, module.num_kv_heads, module.head_size, rotary is None, inputs.softcap)
         if kind not in tested:
             tested[kind] = _tested(paged, module, device, config)
@@ -89,8 +94,8 @@ def attach(config: Any, model: nn.Module) -> None:
             if decided.frees:
                 module.get_kv_cache_spec = functools.partial(blocks.spec_of, module, _apart(name, paged, own))
     logger.info(
-        "longreach: attached to %d layers; rotation %.1e, attention on pages %.1e (largest relative differences to vLLM's own rotary and to the dense truth)",
-        len(found), worst, max(tested.values()),
+        "longreach: attached to %d layers; rotation %.1e, attention on pages %.1e (largest relative differences to vLLM's own rotary and the dense truth); %s",
+        len(found), worst, max(tested.values()), "; ".join({said: None for _, said in kernels.values()}),
     )  # fmt: skip
 
 
