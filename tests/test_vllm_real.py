@@ -1,4 +1,4 @@
-"""A pretrained model in vLLM, `pytest -m real`: its GGUF file is written as a folder first. Needs the environment of constraints-vllm.txt, with gguf.
+"""A pretrained model in vLLM, `pytest -m real`: its GGUF file is written as a folder first. Needs the environment of constraints-vllm.txt, gguf and accelerate.
 
 LONGREACH_REAL_MODEL names the file; LONGREACH_REAL_WINDOW may name a smaller trained window, for a quick look: texts are 1.5 and 2 windows long.
 """
