@@ -23,6 +23,12 @@ def test_sentences():
     assert texts("他来了。她说：“走\uff01”他们走了？是。", by="sentence") == ["他来了。", "她说：“走\uff01”", "他们走了？", "是。"]
 
 
+def test_a_small_letter_of_any_alphabet_goes_on():
+    for one in ("Das Schiff ist ca. überall so.", "По ул. ленина он шёл.", "It is approx. all."):
+        assert texts(one, by="sentence") == [one]
+    assert texts("End.\n\nübrig. 終。über.", by="sentence") == ["End.\n\n", "übrig. ", "終。", "über."]
+
+
 def test_paragraphs():
     assert texts("One.\nStill one.\n \n\n  Two.\n\nThree", by="paragraph") == ["One.\nStill one.\n \n\n  ", "Two.\n\n", "Three"]
 

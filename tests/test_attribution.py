@@ -137,10 +137,15 @@ def test_what_is_refused(nano):
             ("no text", (" \n", QUESTION), {}),
             ("no question", (KEY, " "), {}),
             ("answer is empty", (KEY, QUESTION, " "), {}),
-            ("at least 1 part", (KEY, QUESTION, ANSWER), dict(top=0)),
+            ("top must be a whole number of at least 1, not 0", (KEY, QUESTION, ANSWER), dict(top=0)),
+            ("top must be a whole number", (KEY, QUESTION, ANSWER), dict(top=1.5)),
+            ("words must be a whole number", (KEY, QUESTION, ANSWER), dict(words=2.5)),
+            ("max_new_tokens must be a whole number", (KEY, QUESTION), dict(max_new_tokens=0)),
             ("at_once must be at least 1", (KEY, QUESTION, ANSWER), dict(at_once=0)),
             ("do not cover the text", (KEY, QUESTION, ANSWER), dict(parts=[Part(0, 3, KEY[:3])])),
-            ("declared context of 600", (text(3, 30), QUESTION), {}),
+            ("do not cover the text", (KEY, QUESTION, ANSWER), dict(parts=[Part(3, 9, KEY)])),
+            ("declared context of 600; shorten the text", (text(3, 30), QUESTION), {}),
+            (r"declared context of 600; shorten the answer \(max_new_tokens\)", (KEY, QUESTION), dict(max_new_tokens=2000)),
             ("declared context of 600", (text(3, 30), QUESTION, ANSWER), {}),
             ("10001 parts, more than 10000", ("a " * 10_001, QUESTION, ANSWER), dict(words=1)),
             ("10000 parts would hold more sets.*pass top=50", ("a " * 10_000, QUESTION, ANSWER), dict(words=1, top=5000)),
@@ -154,6 +159,16 @@ def test_what_is_refused(nano):
         ]:
             with pytest.raises(ValueError, match=says):
                 attribute(extension, tokenizer, *given, **how)
+
+
+def test_an_extension_that_was_removed_is_refused(nano):
+    model, tokenizer = nano
+    with longreach.extend(model, context=600) as extension:
+        pass
+    with pytest.raises(ValueError, match="was removed from its model"):
+        attribute(extension, tokenizer, KEY, QUESTION, ANSWER)
+    with pytest.raises(ValueError, match="was removed from its model"):
+        why(Conversation(model, tokenizer, extension=extension))
 
 
 def test_a_text_that_does_not_fit_is_refused_before_anything_is_read(nano):
@@ -311,6 +326,7 @@ def test_the_command_refuses_with_a_sentence(run, file, tmp_path):
         (("--answer", "  "), "--answer has no words"),
         (("--truncate", "right"), "pass --context N too"),
         (("--context", "100"), "more than the declared context of 100"),
+        (("--words", "1", "--top", "999999", "--file", "@book", "--context", "2k", "--truncate", "right"), "would hold more sets of them than fit into memory"),
     ]:
         refused(run, *given, *more, says=says)
     refused(run, "attribute", "--file", file, says="there is no question")

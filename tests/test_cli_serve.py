@@ -186,6 +186,9 @@ def test_what_vllm_cannot_be_handed(run: Run, handed: list[Any], tmp_path: Any) 
     with pytest.MonkeyPatch.context() as changed:
         changed.setenv("VLLM_PLUGINS", "others")
         refused(run, "serve", "--engine", "vllm", "--context", 2048, says="VLLM_PLUGINS leaves longreach out")
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("LONGREACH_VLLM", '{"method": "selfextend", "group_size": 8, "window": 64}')
+        refused(run, "serve", "--engine", "vllm", "--context", 512, says="LONGREACH_VLLM is set")  # the dial would choose plain attention
     refused(run, "serve", "--engine", "vllm", "--queue", 3, "--memory", "device=1GiB", says="--queue and --memory belong to longreach's own server")
     refused(run, "serve", "--engine", "vllm", "--reserve", 0.5, says="--reserve belong")
     refused(run, "serve", "--engine", "vllm", "--method", "lm-infinite", "--n-local", 512, says="pass --context N")

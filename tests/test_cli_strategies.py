@@ -64,6 +64,7 @@ def test_a_chat_template_has_its_place(run: Run, folders: dict[str, str], novel:
         (["--file", "@book"], "needs a question; pass --prompt"),
         (["--file", "@book", "--prompt", "a", "--resume", "folder"], "--resume cannot be used with it"),
         (["--file", "@book", "--prompt", "a", "--truncate", "left", "--document", "folder"], "--document and --truncate cannot be used with it"),
+        (["--file", "@book", "--prompt", "a", "--chunk-size", "64"], "--chunk-size cannot be used with it"),
         (["--prompt", "a"], "the text is empty"),
         (["--file", "@book", "--prompt", "a " * 2000], "a prompt may have 512 tokens here"),
         (["--file", "@book", "--prompt", "a", "--chunk-tokens", "4k"], "no room for chunks of 4096"),
@@ -75,6 +76,13 @@ def test_a_chat_template_has_its_place(run: Run, folders: dict[str, str], novel:
 )
 def test_what_does_not_go_together_is_refused(run: Run, options: list[str], says: str) -> None:
     refused(run, "run", "--strategy", "infiniretri", *options, says=says)
+
+
+def test_a_file_that_is_no_text_is_said_before_the_work_begins(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(longreach, "load", lambda *_, **__: pytest.fail("the work began"))
+    (tmp_path / "latin").write_bytes("Ein schöner Tag. ".encode("latin-1") * 9)
+    for file, says in (("nowhere.txt", "there is no file"), (tmp_path / "latin", "is not UTF-8"), (tmp_path, "is a folder")):
+        refused(run, "run", "--strategy", "infiniretri", "--file", file, "--prompt", "a", says=says)
 
 
 def test_its_options_need_a_strategy(run: Run, tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_what_is_too_long_is_refused_or_counted(nano):
             assert isinstance(answer, str) and lm.report()["shortened_requests"] == 2
         with pytest.raises(ValueError, match="max_length=300 is not within the declared context of 256"):
             wrapped(nano, extension, max_length=300)
-    with pytest.raises(ValueError, match=r"was removed from the model"):
+    with pytest.raises(ValueError, match=r"was removed from its model"):
         wrapped(nano, extension)
     with pytest.warns(UserWarning, match="beyond the 512 tokens that the model reaches"):
         assert wrapped(nano, max_length=600).max_length == 600

@@ -252,6 +252,20 @@ def test_questions_together_are_those_alone_and_pieces_the_whole(nano, book):
     assert seen == sorted(seen) and seen[-1] == len(text) and len(seen) == together[0].chunks
 
 
+def test_without_sizes_the_longest_question_decides_them_for_all(nano, book):
+    model, tokenizer = nano
+    questions = ["Who?", "Is it true that Queequeg sleeps with his boots on, and what does the landlord say about it, when the harpooneer comes home?"]
+    with longreach.extend(model, Stock()) as extension:
+        asking = InfiniRetri(extension, tokenizer, layer=1)
+        together = asking.ask_all(book[:3000], (question for question in questions), 4)
+        longest = asking.ask(book[:3000], questions[1], max_new_tokens=4)
+        given = InfiniRetri(extension, tokenizer, longest.sizes.chunk, longest.sizes.memory, layer=1)
+        alone = [given.ask(book[:3000], question, max_new_tokens=4) for question in questions]
+        own = asking.ask(book[:3000], questions[0], max_new_tokens=4)
+    assert [(f.answer, f.sentences, f.sizes) for f in together] == [(f.answer, f.sentences, f.sizes) for f in alone]
+    assert own.sizes.chunk > together[0].sizes.chunk
+
+
 def test_a_reading_goes_on_where_it_stood(book):
     model, tokenizer, text = build_model("llama", vocab_size=259, max_position_embeddings=512), byte_tokenizer(), book[:6000]
     asking = InfiniRetri(model, tokenizer, chunk_tokens=300, memory_tokens=60)
@@ -347,6 +361,8 @@ def asking_chunk(asking: InfiniRetri) -> int:
         (dict(text="A text.", question=None), "the question must be a string"),
         (dict(text="A text.", question="Why? " * 500), "a prompt may have 512 tokens here"),
         (dict(text="A text.", question="Why?", max_new_tokens=600), "an answer of 600"),
+        (dict(text="A text.", question="Why?", max_new_tokens=0), "max_new_tokens must be a whole number of at least 1, not 0"),
+        (dict(text="A text.", question="Why?", max_new_tokens="8"), "max_new_tokens must be a whole number of at least 1, not '8'"),
         (dict(text="A text.", question="Why?", chunk_tokens=4096), "no room for chunks of 4096"),
         (dict(text="A text.", question="Why?", memory_tokens=500), "500 that are remembered"),
         (dict(text="A text.", question="Why?", chunk_tokens=3), "chunk_tokens must be a whole number of at least 32"),
@@ -362,6 +378,21 @@ def test_what_cannot_be_is_one_sentence(given, says, nano):
     how = {"max_new_tokens": given.pop("max_new_tokens", 8)}
     with pytest.raises(ValueError, match=says):
         InfiniRetri(*nano, **given).ask(text, question, **how)
+
+
+@pytest.mark.parametrize("given", [dict(chunk_tokens=450), dict(chunk_tokens=300, memory_tokens=180), dict(memory_tokens=32)], ids=str)
+def test_sizes_that_fit_the_question_fit_whatever_the_layers_are_compared_with(given, nano, book):
+    """The comparison has a longer question and a longer answer of its own."""
+    found = InfiniRetri(*nano, **given).ask(book[:2000], "Why?", max_new_tokens=4)
+    assert {"chunk_tokens": found.sizes.chunk, "memory_tokens": found.sizes.memory}.items() >= given.items()
+
+
+def test_a_window_without_room_for_the_comparison_says_so(nano, book):
+    model, tokenizer = nano
+    with longreach.extend(model, Stock(), context=130) as extension:
+        assert InfiniRetri(extension, tokenizer, 32, 32, layer=1).ask(book[:500], "?", max_new_tokens=1).chunks
+        with pytest.raises(ValueError, match=r"the layers cannot be compared here: a prompt may have 130.*--layer last"):
+            InfiniRetri(extension, tokenizer, 32, 32).ask(book[:500], "?", max_new_tokens=1)
 
 
 @pytest.mark.parametrize("snippet", [part.split("```")[0] for part in PAGE.read_text(encoding="utf-8").split("```python\n")[1:]])

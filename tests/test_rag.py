@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import longreach
+from longreach import SirLLM
 from longreach.apps.parts import word_starts
 from longreach.apps.rag import Demonstration, Rag, RagConfig, Step, asking, chunks, prompts, retrievers
 from longreach.apps.rag.asking import Room, iterdrag, most
@@ -353,10 +354,56 @@ def test_questions_together_are_those_alone(nano, rounds, monkeypatch):
         assert [*map(same, together)] == [*map(same, alone)] and all(found.seconds > 0 for found in together)
         assert len(forwards) - each < each / 2 or rounds
         assert rounds or [found.answer.split(".")[0] for found in together] == [*CITIES.values()]
+        with pytest.raises(ValueError, match="the question is empty" if rounds else "question 2: the question is empty"):
+            rag.ask_all([questions[0], " "])
+        with pytest.raises(ValueError, match="at_once must be at least 1"):
+            rag.ask_all(questions, at_once=0)
         with pytest.raises(ValueError, match="3 questions and 2 leads"):
             rag.ask_all(questions[:3], lead=leads[:2])
         with pytest.raises(ValueError, match="pass a list of questions"):
             rag.ask_all(questions[0])
+
+
+def test_demonstrations_are_read_once_for_all_questions(nano):
+    model, tokenizer = nano
+    examples = [Demonstration(asked("Cairo")["question"], CITIES["Cairo"], lead=asked("Cairo")["lead"])]
+    questions, leads = zip(*(asked(city).values() for city in ("Lisbon", "Oslo")))
+    read: list[int] = []
+    with longreach.extend(model, context=2048) as extension:
+        config = RagConfig(2, chunk_words=40, max_new_tokens=8, instruction="")
+        rag = Rag(model, tokenizer, haystack(8_000), config, demonstrations=examples, extension=extension, retriever=overlap)
+        alone = [rag.ask(question, lead=lead) for question, lead in zip(questions, leads)]
+        extension.flat()
+        with model.model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True):
+            together = rag.ask_all(iter(questions), lead=leads)
+    assert [(found.answer, found.passages, found.calls) for found in together] == [(found.answer, found.passages, found.calls) for found in alone]
+    opening = rag.prompts(2).opening
+    assert opening > 50 and sum(read) == sum(sum(found.calls) + found.new_tokens - 1 for found in together) - opening
+
+
+@pytest.mark.parametrize("ask", ["ask", "ask_all"])
+def test_an_extension_that_is_not_in_force_on_the_model_is_refused(nano, ask):
+    """The stock model would answer, in prompts that are longer than its window."""
+    model, tokenizer = nano
+    question = asked("Oslo")["question"]
+    with longreach.extend(model, context=1024) as extension:
+        rag = Rag(model, tokenizer, haystack(3_000), RagConfig(1, chunk_words=40, max_new_tokens=2), extension=extension, retriever=overlap)
+        rag.ask(question)
+        other = Rag(longreach.load("nano")[0], tokenizer, haystack(3_000), rag.config, extension=extension, retriever=overlap)
+        with pytest.raises(ValueError, match="in force on another model"):
+            getattr(other, ask)(question if ask == "ask" else [question])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="was removed from its model"):
+            getattr(rag, ask)(question if ask == "ask" else [question])
+
+
+def test_what_flat_forwards_do_not_allow_is_answered_one_by_one(nano):
+    model, tokenizer = nano
+    with longreach.extend(model, SirLLM()) as extension:
+        rag = Rag(model, tokenizer, haystack(3_000), RagConfig(1, chunk_words=40, max_new_tokens=2), extension=extension, retriever=overlap)
+        with pytest.raises(ValueError, match=r"SirLLM.*or ask\(\) each question by itself"):
+            rag.ask_all(["Who?"])
+        assert rag.ask("Who?").new_tokens
 
 
 def test_what_was_read_before_is_not_read_again_and_changes_nothing(nano):

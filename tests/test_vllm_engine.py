@@ -335,6 +335,8 @@ def test_what_cannot_apply_is_refused_before_anything_starts(case):
         ("parallel_config", {"prefill_context_parallel_size": 2}, "cannot split a sequence over devices"),
         ("model_config", {"use_mla": True}, "latents instead of keys"),
         ("model_config", {"uses_mrope": True}, "several dimensions"),
+        ("model_config", {"is_mm_prefix_lm": True}, "attend to what comes after them"),
+        ("model_config", {"rswa_window": 64}, "R-SWA"),
     ],
 )
 def test_engines_that_need_other_machines_or_models(where, wrong, sentence):

@@ -10,7 +10,7 @@ import torch
 import transformers as t
 
 import longreach
-from longreach import LMInfinite, SelfExtend
+from longreach import LMInfinite, SelfExtend, Stock
 from tiny import SMALL
 
 if importlib.util.find_spec("vllm") is None:
@@ -85,7 +85,8 @@ def gptj() -> t.PreTrainedModel:
 EXTENDING = SelfExtend(8, 16)
 FAMILIES = [
     (gemma2, EXTENDING), (gemma2, LMInfinite(24, 4)),  # as wide as its sliding layers, which keep no first tokens
-    (mistral, LMInfinite(30, 4)), (qwen3, EXTENDING), (glm4, EXTENDING), (gptj, EXTENDING),
+    (mistral, LMInfinite(30, 4)), (mistral, Stock()),  # which leaves the layers as they are
+    (qwen3, EXTENDING), (glm4, EXTENDING), (gptj, EXTENDING),
 ]  # fmt: skip
 
 
@@ -97,17 +98,18 @@ def test_families(family, method, tmp_path):
     torch.manual_seed(0)
     model = family().eval()
     model.save_pretrained(tmp_path)
+    more = {"trained_window": 300} if isinstance(method, Stock) else {}  # vLLM would be left alone otherwise
     engine = LLM(
         str(tmp_path), dtype="float32", max_model_len=300, enforce_eager=True, block_size=16, max_num_batched_tokens=64, max_num_seqs=8,
-        num_gpu_blocks_override=30, skip_tokenizer_init=True, additional_config={"longreach": method.to_json()},
+        num_gpu_blocks_override=30, skip_tokenizer_init=True, additional_config={"longreach": {**method.to_json(), **more}},
     )  # fmt: skip
     planned = {type(each).__name__ for each in engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers}
-    sliding = {"SlidingWindowManager"} if family is gemma2 else set()
-    assert planned == sliding | {"BoundedManager" if method.bounded else "FullAttentionManager"}
+    sliding = {"SlidingWindowManager"} if family is gemma2 or more else set()
+    assert planned == (sliding if more else sliding | {"BoundedManager" if method.bounded else "FullAttentionManager"})
     prompts = [torch.randint(3, 259, (n,)).tolist() for n in (280, 33, 150, 1, 250, 90)]
     given = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     answers = engine.generate([{"prompt_token_ids": each} for each in prompts], given, use_tqdm=False)
-    with longreach.extend(model, method), torch.no_grad():
+    with longreach.extend(model, method, **more), torch.no_grad():
         for tokens, answer in zip(prompts, answers, strict=True):
             found = [*answer.outputs[0].token_ids]
             logits = model(torch.tensor([tokens + found])).logits[0].float()

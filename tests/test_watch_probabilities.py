@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -123,6 +124,16 @@ def test_what_cannot_be_watched_is_refused():
             extension.model(tokens(2, 8), use_cache=False)
         with pytest.raises(ValueError, match="not all among the"), extension.watching_probabilities(0, [9]):
             pass
+
+
+def test_the_forwards_of_other_threads_are_not_watched_and_do_not_end():
+    model, ids = build("llama"), tokens(1, 20)
+    with longreach.extend(model, Stock()) as extension, torch.no_grad():
+        want = model(ids).logits
+        with ThreadPoolExecutor(1) as other, extension.watching_probabilities(0, [0], ends=True) as watch:
+            assert torch.equal(other.submit(lambda: model(ids).logits).result(), want) and not watch.paid
+            model(ids)
+        assert [*watch.paid] == [0] and watch.paid[0].shape[-1] == 20
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gptj", "bloom"])

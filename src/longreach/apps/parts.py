@@ -60,8 +60,11 @@ def cut(text: str, by: Unit = "passage", words: int = WORDS) -> list[Part]:
 
 
 def sentence_ends(text: str) -> Iterator[int]:
-    """Where the next sentence or paragraph begins, behind white space; not behind titles and initials."""
-    return (end.end() for end in _END.finditer(text) if not _TITLE.search(text, max(0, end.start() - 8), end.end()))
+    """Where the next sentence or paragraph begins, behind white space; not behind titles and initials, nor before a small letter of any alphabet."""
+    for end in _END.finditer(text):
+        goes_on = end[0][0] in ".!?\u2026" and text[end.end() : end.end() + 1].islower() and not _BLANK_LINE.search(end[0])
+        if not goes_on and not _TITLE.search(text, max(0, end.start() - 8), end.end()):
+            yield end.end()
 
 
 def word_starts(text: str) -> list[int]:

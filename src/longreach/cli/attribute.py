@@ -16,7 +16,7 @@ import typer
 from longreach import files
 from longreach.apps import parts
 from longreach.apps.attribution import scores as kinds
-from longreach.apps.attribution.search import TOP, expected
+from longreach.apps.attribution.search import TOP, expected, require_searchable
 from longreach.cli import common, profiles, run, stored, targets, text
 from longreach.cli.common import Output
 from longreach.cli.console import progress_bar, stopping_gently
@@ -114,6 +114,7 @@ def command(
 @contextmanager
 def searching(out: Output, count: int, scorers: tuple[kinds.Scorer, ...], top: int) -> Iterator[tuple[Callable[[int, int], None], Callable[[], bool]]]:
     """Inside, a search among so many parts says how far it is, and the first Ctrl-C ends it."""
+    require_searchable(count, top)
     with stopping_gently() as stopped, progress_bar(out, expected(count, scorers, top), "searching", "prompt", 1) as update:
         yield lambda done, _: update(done), stopped
 

@@ -95,7 +95,8 @@ def command(
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
         reading = strategies.Given(strategy, chunk_tokens, memory_tokens, layer)
-        reading.check(save_document=save_document, document=document, resume=resume, truncate=truncate, show_retrieval=show_retrieval)
+        forwards = None if chunk_size == CHUNK_SIZE else chunk_size
+        reading.check(save_document=save_document, document=document, resume=resume, truncate=truncate, show_retrieval=show_retrieval, chunk_size=forwards)
         unread = document is not None or resume is not None or strategy is not None
         request = text.Request("" if unread else text.read(file, max_bytes or text.LARGEST_FILE, out.note, encoding), prompt.strip(), system, hide, depth)
         stored.check(out, document, save_document, request, file, truncate, force)
@@ -111,14 +112,14 @@ def command(
             check_picture(out, show_retrieval, force, retrieval.OPTION)
         if truncate is not None and declared is None and chosen is None:
             raise ValueError("--truncate needs to know for what length; pass --context N too")
+        pieces = None if strategy is None else strategies.source(file, max_bytes, request, out, encoding)
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
             sampling = sampling_of(out, temperature, top_p, seed)
             if show_retrieval is not None:
                 retrieval.require(loaded, chosen, trained_window)
             choice = stored.Choice(chosen, declared, trained_window, chunk_size, by_profile, memory)
-            if strategy is not None:
-                pieces = strategies.source(file, max_bytes, request, out, encoding)
+            if pieces is not None:
                 return strategies.run(out, model, loaded, tokenizer, choice, pieces, request, max_new_tokens, sampling, reading)
             if document is not None:
                 asked = Asked(stored.reopen(out, loaded, tokenizer, choice, document), request.prompt, file=document)

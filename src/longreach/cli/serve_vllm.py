@@ -84,11 +84,15 @@ def command_of(out: Output, wanted: Wanted) -> list[str]:
 
 
 def hand_over(out: Output, wanted: Wanted, api_key: str | None) -> None:
-    """Become `vllm serve`. Raises ValueError where vLLM is not installed."""
+    """Become `vllm serve`. Raises ValueError where vLLM is not installed, or its environment says something else than the options do."""
+    from longreach.vllm import settings
+
     if find_spec("vllm") is None:
         raise ValueError("vLLM is not installed here; docs/vllm.md says how, in an environment of its own")
     if "longreach" not in os.environ.get("VLLM_PLUGINS", "longreach").split(","):
         raise ValueError("VLLM_PLUGINS leaves longreach out, so that vLLM would serve the model as it is; add longreach to it, or unset it")
+    if settings.VARIABLE in os.environ:
+        raise ValueError(f"{settings.VARIABLE} is set, and here the options of this command choose the method; unset it, or call vllm serve yourself")
     command = command_of(out, wanted)
     out.finish({"command": ["vllm", "serve", *command]}, lambda console: None)
     out.say("vllm serve " + shlex.join(command))

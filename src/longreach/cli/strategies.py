@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -71,9 +72,10 @@ class Given:
 
     def asking(self, out: Output, extension: Extension, tokenizer: Tokenizer, system: str | None = None) -> InfiniRetri:
         from longreach.apps.infiniretri.reading import InfiniRetri
+        from longreach.apps.infiniretri.sizes import whole
 
         asking = InfiniRetri(extension, tokenizer, self.chunk_tokens, self.memory_tokens, layer="auto" if self.layer is None else self.layer, system=system)
-        if asking.layer != "auto":
+        if asking.layer != "auto" or len(whole(extension)) < 2:  # one layer is not compared
             return asking
         found = asking.calibrate()
         out.note(f"layer {found.layer} is looked at: the sentence that answers is on average among the best {found.needed[found.layer]:.0f} tokens of a chunk")
@@ -89,11 +91,12 @@ class Given:
 
 
 def source(file: str | None, max_bytes: int | None, request: text.Request, out: Output, encoding: str | None) -> Iterable[str]:
-    """The text in pieces. A file is not held in memory, unless a sentence is to be hidden in it."""
+    """The text in pieces. A file is not held in memory, unless a sentence is to be hidden in it. What is no text is said before the work begins."""
     if file is None or file == text.STDIN or request.hidden is not None:
         whole = text.Request(text.read(file, max_bytes or text.LARGEST_FILE, out.note, encoding), request.prompt, None, request.hidden, request.depth)
         return [whole.text]
-    return text.pieces(file, max_bytes, out.note, encoding)
+    pieces = text.pieces(file, max_bytes, out.note, encoding)
+    return chain([*islice(pieces, 1)], pieces)
 
 
 def run(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from longreach.engine.batch import Batch
+from longreach.engine.watch import Watcher
 from longreach.memory.store import Store
 
 
@@ -40,9 +41,13 @@ class Calls(threading.local):
     """The calls under way in this thread, the innermost last: one may be made from a hook inside another.
 
     Each is known by the tensor of its tokens, which it alone holds; those whose tensor is gone were broken off, by an interrupt for example.
+
+    watch  who watches the forwards of this thread; last: the layer that they end with. None: nobody, and all layers are computed.
     """
 
     def __init__(self) -> None:
+        self.watch: Watcher | None = None
+        self.last: int | None = None
         self.heads: list[HeadCall] = []
         self.bases: list[BaseCall] = []
 

@@ -25,6 +25,19 @@ class Inexact(ValueError):
     """The engine was attached and does not compute what the stock model does: a refusal of a model that we do not know, a fault on one that we do."""
 
 
+def require_in_force(extension: Any, model: object = None) -> None:
+    """Raise where an extension was removed, or is another model's than this one."""
+    if not extension.attached:
+        raise ValueError("this extension was removed from its model; extend() it again and pass the new one, or none for the stock model")
+    if model is not None and _plain(model) is not _plain(extension.model):
+        raise ValueError("this extension is in force on another model; pass the model that was extended, or the extension of this one")
+
+
+def _plain(model: object) -> object:
+    """A model without the wrapper of torch.compile."""
+    return getattr(model, "_orig_mod", model)
+
+
 def find_base(model: object) -> Any:
     """The text model that owns the rotary module, or of a legacy family the layers. Raises if there is none, several, or one that is extended already."""
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):

@@ -310,15 +310,16 @@ class Extension:
 
     @contextmanager
     def _watched(self, watch: Watching, last: int | None = None) -> Iterator[Watching]:
-        if self.facts.layers[0].dense or self.forward.watch is not None:
+        if self.facts.layers[0].dense or self.forward.calls.watch is not None:
             raise ValueError("neither a dense reference nor a model that is watched already can be watched; extend() without backend, or leave the other first")
-        self.forward.watch, self.forward.last = watch, last
+        calls = self.forward.calls
+        calls.watch, calls.last = watch, last
         try:
             yield watch
         except Ended:
             pass
         finally:
-            self.forward.watch = self.forward.last = None
+            calls.watch = calls.last = None
 
     # -- people -----------------------------------------------------------------------------------------------------------------
 

@@ -35,11 +35,11 @@ def require_exact(forward: Forward) -> None:
     """Raise where a request that is read beside others would not be what it is alone. A model is looked at once."""
     if forward.flat_checked:
         return
-    watch, forward.watch = forward.watch, None  # who watches the model asks about its texts
+    watch, forward.calls.watch = forward.calls.watch, None  # who watches the model asks about its texts
     try:
         _require_exact(forward)
     finally:
-        forward.watch = watch
+        forward.calls.watch = watch
     forward.flat_checked = True
 
 

@@ -20,7 +20,7 @@ from longreach.engine import turns
 from longreach.engine.batch import Batch
 from longreach.engine.executor import execute
 from longreach.engine.layer import Inputs
-from longreach.engine.watch import Ended, Watcher
+from longreach.engine.watch import Ended
 from longreach.hf import layer_kinds
 from longreach.hf.cache import place
 from longreach.hf.calls import Calls, HeadCall
@@ -47,8 +47,6 @@ class Forward:
         self._arguments = list(inspect.signature(facts.base.forward).parameters)
         self._warned = False
         self.flat_checked = False
-        self.watch: Watcher | None = None
-        self.last: int | None = None  # the layer that forwards end with; None: all are computed
         self.eviction = facts.chosen.method.eviction
 
     def new_store(self, joins: bool = False) -> Store:
@@ -218,17 +216,17 @@ class Forward:
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if not autocast:
-                return execute(layer, batch, memory, kernel, q, k, v, inputs, self.watch)
+                return execute(layer, batch, memory, kernel, q, k, v, inputs, self.calls.watch)
             # A cache is of one dtype, whether its tokens were read under autocast or not, and exact: that of the weights, as stock's keys have it.
             # Attention computes in it too, for what is stored would have to be cast anew for every token; the result is what stock's kernel gives.
             with torch.autocast(kind, enabled=False):
-                out = execute(layer, batch, memory, kernel, q.to(own), k.to(own), v.to(own), inputs, self.watch)
+                out = execute(layer, batch, memory, kernel, q.to(own), k.to(own), v.to(own), inputs, self.calls.watch)
             return out.to(torch.get_autocast_dtype(kind))
 
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
             return _ForwardOnly.apply(query, key, value, run), None
         out = run(query, key, value)
-        if index == self.last:
+        if index == self.calls.last:
             raise Ended
         return out, None
 

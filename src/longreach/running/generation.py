@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from longreach.hf.cache import cache_bytes
+from longreach.hf.checks import require_in_force
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.hf.placement import device_of
@@ -74,6 +75,8 @@ def answer(
     """
     from transformers import DynamicCache
 
+    if extension is not None:
+        require_in_force(extension, model)
     prompt = torch.as_tensor(ids, device=device_of(model))[None]
     config = generation_config(model, tokenizer, max_new_tokens, sampling)
     streamer = _streamer(tokenizer, write)

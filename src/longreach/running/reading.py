@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from longreach.hf.cache import cache_bytes
+from longreach.hf.checks import require_in_force
 from longreach.hf.extension import Extension
 from longreach.hf.placement import device_of
 from longreach.quantities import CHUNK_SIZE
@@ -73,6 +74,8 @@ def stream(
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"token ids are whole numbers, not {ids.dtype}; pass ids.long()")
         ids = ids.long()
+    if isinstance(extension, Extension):
+        require_in_force(extension)
     model = extension.model if isinstance(extension, Extension) else extension
     device = device_of(model)
     last: torch.Tensor | None = None  # logits [V] that predict the next chunk's first token

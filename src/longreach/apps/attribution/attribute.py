@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from longreach.apps.attribution.scores import Coalition, Scorer, named
-from longreach.apps.attribution.search import TOP, Search, expected, search
+from longreach.apps.attribution.search import TOP, Search, expected, require_searchable, search
 from longreach.apps.parts import WORDS, Part, Unit, cut
+from longreach.hf.checks import require_in_force
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import Tokenizer
 from longreach.quantities import CHUNK_SIZE
@@ -22,8 +23,6 @@ from longreach.running.conversation import Conversation
 from longreach.running.prefix import Prefix
 from longreach.running.together import AT_ONCE
 
-MOST_PARTS = 10_000
-HELD = 10**6  # numbers of parts in the sets of one order of the groups: some 400 MB for all scores
 Progress = Callable[[int, int], None]
 
 
@@ -140,10 +139,17 @@ def attribute(
 
     Raises ValueError for an empty text, question or answer, for more than 10000 parts, and for a text that does not fit the declared context.
     """
+    require_in_force(extension)
     for value, what in ((text, "the text"), (question, "the question"), *(() if answer is None else ((answer, "the answer"),))):
         prompts.require_text(value, what=what)
+    for number, name in ((words, "words"), (top, "top"), (max_new_tokens, "max_new_tokens")):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {number!r}")
     parts = cut(text, by, words) if parts is None else parts
-    if "".join(part.text for part in parts) != text:
+    at = 0
+    for part in parts:
+        at = part.stop if part.start == at and part.text == text[at : part.stop] else len(text) + 1
+    if at != len(text):
         raise ValueError("the parts do not cover the text; pass those of longreach.apps.parts.cut(text) or at(text, places)")
     if not text.strip():
         raise ValueError("there is no text to attribute the answer to; pass one with words in it")
@@ -179,6 +185,7 @@ def why(
     """
     if talk.extension is None:
         raise ValueError("only an extended model can be asked why; pass extension=longreach.extend(model, ...)")
+    require_in_force(talk.extension)
     if not talk.turns:
         raise ValueError("there is no answer yet; ask a question first")
     *before, (question, found) = talk.turns
@@ -240,7 +247,7 @@ def _require_room(extension: Extension, prompt: int, new: int) -> None:
     if extension.context is not None and prompt + new > extension.context:
         raise ValueError(
             f"the text and its question have {prompt} tokens, and with {new} of the answer exceed the declared context of {extension.context}; shorten the "
-            f"text, or extend(model, context={prompt + new})"
+            f"{'text' if prompt >= new else 'answer (max_new_tokens)'}, or extend(model, context={prompt + new})"
         )
 
 
@@ -281,18 +288,10 @@ def _attribute(
     stopped: Callable[[], bool],
 ) -> Attribution:
     count, scorers = len(places.parts), named() if scorers is None else scorers
-    if top < 1:
-        raise ValueError(f"top must be at least 1 part, not {top}")
     names = [each.name if isinstance(each, Scorer) else None for each in scorers]
     if not names or None in names or len({*names}) < len(names):
         raise ValueError("pass at least one scorer, and each kind once, such as scorers=longreach.apps.attribution.scores.named(('alone', 'leave-one-out'))")
-    if count > MOST_PARTS:
-        raise ValueError(f"the text has {count} parts, more than {MOST_PARTS}; cut it into larger ones, such as paragraphs or passages of more words")
-    if min(count, 2 * top) * count > HELD:
-        raise ValueError(
-            f"a search for {top} of {count} parts would hold more sets of them than fit into memory; pass top={HELD // (2 * count)} (--top) or less, or cut "
-            "the text into larger parts"
-        )
+    require_searchable(count, top)
     everything = Coalition(range(count))
     _require_room(reader.extension, len(places.prompt(everything)), len(answer_ids))  # the longest prompt: said now, not after a search among shorter ones
     started = time.perf_counter()

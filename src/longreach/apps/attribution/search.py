@@ -14,6 +14,8 @@ from longreach.apps.attribution.scores import Coalition, Scorer
 
 Values = Callable[[Sequence[Coalition]], Sequence[float]]  # coalitions of parts -> their values, all at once
 TOP = 5  # K of the paper
+MOST_PARTS = 10_000
+HELD = 10**6  # numbers of parts in the sets of one order of the groups: some 400 MB for all scores
 
 
 class Search:
@@ -57,6 +59,19 @@ def search(searches: Sequence[Search], values: Values) -> None:
         known = dict(zip(asked, values(asked), strict=True))
         for each in going:
             each.score(known.__getitem__)
+
+
+def require_searchable(count: int, top: int) -> None:
+    """Raises ValueError, with the fix, where there are too many parts, or too many are searched for: sets of them have to fit into memory."""
+    if top < 1:
+        raise ValueError(f"top must be at least 1 part, not {top}")
+    if count > MOST_PARTS:
+        raise ValueError(f"the text has {count} parts, more than {MOST_PARTS}; cut it into larger ones, such as paragraphs or passages of more words")
+    if min(count, 2 * top) * count > HELD:
+        raise ValueError(
+            f"a search for {top} of {count} parts would hold more sets of them than fit into memory; pass top={HELD // (2 * count)} (--top) or less, or cut "
+            "the text into larger parts"
+        )
 
 
 def expected(n: int, scorers: Sequence[Scorer], keep: int) -> int:

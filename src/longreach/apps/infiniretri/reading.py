@@ -20,7 +20,8 @@ from longreach.apps.infiniretri.calibration import Calibration
 from longreach.apps.infiniretri.paid import paid_by
 from longreach.apps.infiniretri.prompt import Frame, Prompt, build
 from longreach.apps.infiniretri.sentences import Sentence, chunks
-from longreach.apps.infiniretri.sizes import LEAST, Sizes, whole
+from longreach.apps.infiniretri.sizes import LEAST, NoRoom, Sizes, whole
+from longreach.hf.checks import require_in_force
 from longreach.hf.extension import Extension, extend
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.methods.stock import Stock
@@ -126,21 +127,25 @@ class InfiniRetri:
     def ask_all(
         self,
         text: str | Iterable[str],
-        questions: Sequence[str],
+        questions: Iterable[str],
         max_new_tokens: int = 128,
         *,
         sampling: Sampling = GREEDY,
         write: Callable[[str], None] = lambda text: None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[Retrieved]:
-        """Questions about one text, which is read once for all of them; each remembers what it attends to.
+        """Questions about one text, which is read once for all of them; each remembers what it attends to. The answers are those of single calls with the same
+        `chunk_tokens` and `memory_tokens`; where these are not given, the longest question decides them for all.
 
         text      or its pieces, such as an open file, which need not be in memory.
         write     gets the answers as they come, one after the other.
         progress  gets the number of characters that were read so far.
         """
-        if isinstance(questions, str) or not questions:
+        questions = [] if isinstance(questions, str) else [*questions]
+        if not questions:
             raise ValueError("pass a list of at least one question, or one to ask()")
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
         frames = [Frame.of(self.tokenizer, question, self.system) for question in questions]
         found = []
         with self.attached() as extension:
@@ -223,10 +228,16 @@ class InfiniRetri:
             return self._compared(extension, text, samples, seed)
 
     def _compared(self, extension: Extension, text: str | None = None, samples: int = 8, seed: int = 0) -> Calibration:
-        layers, size = whole(extension), replace(self, layer="last")
-        return calibration.calibrate(
-            extension, self.tokenizer, lambda frame: size.sizes(extension, [frame], calibration.NEW), layers, self.phrase, self.system, text, samples, seed
-        )
+        def size(frame: Frame) -> Sizes:
+            """Its own question is not the one that is asked, so sizes that were given for that one are no more than a limit."""
+            found = free.sizes(extension, [frame], calibration.NEW)
+            return replace(found, chunk=min(found.chunk, self.chunk_tokens or found.chunk), memory=min(found.memory, self.memory_tokens or found.memory))
+
+        free = replace(self, layer="last", chunk_tokens=None, memory_tokens=None)
+        try:
+            return calibration.calibrate(extension, self.tokenizer, size, whole(extension), self.phrase, self.system, text, samples, seed)
+        except NoRoom as error:
+            raise ValueError(f'the layers cannot be compared here: {error}; or pass layer="last" (--layer last) or a number, which compares none') from None
 
     def tapped(self, extension: Extension) -> int:
         """The layer that is looked at. Reads the chunks of a calibration, where that is to find it and has not yet."""
@@ -239,8 +250,7 @@ class InfiniRetri:
 
     @staticmethod
     def _existing(extension: Extension, layer: int) -> int:
-        if not extension.attached:
-            raise ValueError("this extension was removed from its model; extend() it again, or pass the model alone")
+        require_in_force(extension)
         count = len(extension.layers)
         if layer >= count:
             raise ValueError(f"layer must be one of the {count} of this model, 0 to {count - 1}, not {layer}")

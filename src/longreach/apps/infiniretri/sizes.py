@@ -14,6 +14,10 @@ LONGEST = 128  # tokens of a sentence
 SPARE = 16  # tokens of a prompt: where texts meet, a tokenizer may make a few more
 
 
+class NoRoom(ValueError):
+    """The window has no room for what is asked."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Tokens: of a chunk, of what is remembered, of a sentence, and of the largest prompt."""
@@ -29,14 +33,14 @@ class Sizes:
 
         around  tokens that the question and all else around a text take; new: those of the answer.
 
-        Raises ValueError, with the numbers, where the window has no room for what is asked.
+        Raises NoRoom, with the numbers, where the window has no room for what is asked.
         """
         limit = limit_of(extension, layer)
         room = limit - around - SPARE
         chunk = chunk_tokens or min(CHUNK, room * 2 // 3 if memory_tokens is None else room - memory_tokens)
         memory = memory_tokens or min(chunk // 2, room - max(chunk, new))
         if chunk < LEAST or memory < LEAST or chunk + memory > room or memory + new > room:
-            raise ValueError(
+            raise NoRoom(
                 f"a prompt may have {counted(limit, 'token')} here ({extension.method.brief()}), of which question and template take {around + SPARE}; there "
                 f"is no room for chunks of {max(chunk, LEAST)} and an answer of {new}, each beside {max(memory, LEAST)} that are remembered; "
                 "shorten the question, pass smaller chunk_tokens, memory_tokens or max_new_tokens, or extend the model to a longer context"

@@ -18,7 +18,7 @@ from longreach.apps.rag.asking import Outcome, Room, drag, iterdrag, most
 from longreach.apps.rag.chunks import documents_of, is_text, split
 from longreach.apps.rag.config import Passage, RagAnswer, RagConfig
 from longreach.apps.rag.prompts import SELF_ASK, Demonstration, Prompts, State, Used, arranged, controls, longest_control
-from longreach.hf.checks import find_base
+from longreach.hf.checks import find_base, require_in_force
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.quantities import CHUNK_SIZE, counted
@@ -180,30 +180,43 @@ class Rag:
             outcome = drag(reader, state)
         return self._answered(outcome, reader, k, time.perf_counter() - started)
 
-    def ask_all(self, questions: Sequence[str], *, lead: str | Sequence[str] = "", at_once: int = AT_ONCE) -> list[RagAnswer]:
+    def ask_all(self, questions: Iterable[str], *, lead: str | Sequence[str] = "", at_once: int = AT_ONCE) -> list[RagAnswer]:
         """The answers that `ask` gives to each, read and written in flat batches. Without an extension, and with rounds, whose prompts depend on the answers
         before, they are asked one after the other.
 
         lead      one for all, or one for each.
         at_once   questions that hold memory at one time.
 
-        Raises ValueError as `ask` does, and where a flat forward is not exact on this model (see `Flat`).
+        Raises ValueError as `ask` does, and where a flat forward is not exact on this model or method (see `Flat`); ask one by one there.
         """
         if isinstance(questions, str):
             raise ValueError("pass a list of questions, or one to ask()")
+        if at_once < 1:
+            raise ValueError(f"at_once must be at least 1, not {at_once}")
+        questions = [*questions]
         leads = [lead] * len(questions) if isinstance(lead, str) else [*lead]
         if len(leads) != len(questions):
             raise ValueError(f"there are {counted(len(questions), 'question')} and {counted(len(leads), 'lead')}; pass one for each, or one for all")
         if self.extension is None or self.config.rounds:
             return [self.ask(question, lead=own) for question, own in zip(questions, leads)]
-        pool = Pool(self.extension, at_once=at_once, chunk_size=self.chunk_size, ends=generation.ends_of(self.model, self.tokenizer))
+        require_in_force(self.extension, self.model)
+        try:
+            pool = Pool(self.extension, at_once=at_once, chunk_size=self.chunk_size, ends=generation.ends_of(self.model, self.tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{error}; or ask() each question by itself") from None
         asked: dict[Request, tuple[int, int, _Reader, State]] = {}
         found: dict[int, RagAnswer] = {}
+        alike: dict[tuple[int, int], list[Request]] = {}  # with as many chunks they begin with the same demonstrations, which are read once
         for number, (question, own) in enumerate(zip(questions, leads)):
-            k, reader, state = self._reader(question, own)
+            try:
+                k, reader, state = self._reader(question, own)
+            except ValueError as error:
+                raise ValueError(f"question {number + 1}: {error}") from None
             request = Request(reader.ids(state), self.config.max_new_tokens, stop=generation.ends_with(self.tokenizer, reader.written.stop))
             asked[request] = number, k, reader, state
-            pool.add([request])
+            alike.setdefault((k, reader.written.opening), []).append(request)
+        for (_, opening), requests in alike.items():
+            pool.add(requests, opening)
         started = time.perf_counter()
         while pool.busy:
             for request, generated in pool.step().done.items():
@@ -216,6 +229,8 @@ class Rag:
 
     def _reader(self, question: str, lead: str, progress: Callable[[int], None] = lambda done: None) -> tuple[int, _Reader, State]:
         """How many chunks are read for a question, what reads it, and what is known at first."""
+        if self.extension is not None:
+            require_in_force(self.extension, self.model)
         if not is_text(question) or not is_text(lead):
             raise ValueError("the question or its lead is not text; pass strings of Unicode characters")
         if not question.strip():

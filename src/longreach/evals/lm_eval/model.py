@@ -17,6 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from longreach import configs
+from longreach.hf.checks import require_in_force
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.quantities import CHUNK_SIZE
@@ -51,10 +52,8 @@ class LongContextLM(HFLM):
             raise ValueError(f"there is no overflow {overflow!r}; choose one of {', '.join(OVERFLOWS)}")
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-        if extension is not None and extension.model is not model:
-            raise ValueError("the extension is that of another model; pass the one that extend() returned for this model")
-        if extension is not None and not extension.attached:  # without this the stock model would be evaluated under the method's name
-            raise ValueError("the extension was removed from the model; extend() it again, or pass none to evaluate the stock model")
+        if extension is not None:  # without this the stock model would be evaluated under the method's name
+            require_in_force(extension, model)
         self.extension, self.overflow, self.chunk_size = extension, overflow, chunk_size
         self.requests = self.shortened = self.left_out = 0
         self._prefix = Prefix()

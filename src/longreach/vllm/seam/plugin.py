@@ -123,7 +123,9 @@ def refuse(config: Any) -> None:
     if config.kv_transfer_config is not None:
         raise ValueError("longreach was not tested with pages that are handed to other engines or to disk; leave out --kv-transfer-config")
     if speculative is not None and speculative.method not in SPECULATION:
-        raise ValueError(f"drafts of {speculative.method} come from a model without the method; use {' or '.join(SPECULATION)}, or no speculation")
+        raise ValueError(
+            f"drafts of {speculative.method} come from a model without the method, or were not tested; use {' or '.join(SPECULATION)}, or no speculation"
+        )
     if config.lora_config is not None:
         raise ValueError("longreach cannot verify layers that have adapters; merge the adapter into the model, and leave out --enable-lora")
     if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
@@ -132,6 +134,10 @@ def refuse(config: Any) -> None:
         raise ValueError("this model keeps latents instead of keys, which have no form that longreach could turn; use longreach serve")
     if getattr(config.model_config, "uses_mrope", False):
         raise ValueError("the positions of this model have several dimensions (M-RoPE), for which no distance is defined here; use a text model")
+    if getattr(config.model_config, "is_mm_prefix_lm", False):
+        raise ValueError("images attend to what comes after them in this model, and longreach's attention is causal; pass --language-model-only")
+    if getattr(config.model_config, "rswa_window", None) is not None:
+        raise ValueError("what this model writes slides while its prompt stays visible (R-SWA), which longreach does not know; use vLLM without longreach")
 
 
 def worker_of(name: str) -> str:

@@ -68,7 +68,7 @@ def attach(config: Any, model: nn.Module) -> None:
     for name, module in found:
         _refuse_layer(name, module, plain)
     own = {each.sliding_window for each in configs.trained_layers(text)}  # of the whole model, some of whose layers may be elsewhere
-    slides = None not in own
+    slides = None not in own and not isinstance(decided.method, Stock)  # then the method takes them all, as in `configs.methods_of`
     worst, tested, rotaries, kernels = 0.0, {}, list[Rotary](), dict[tuple[torch.dtype, int], tuple[Kernel, str]]()
     for name, module in found:
         method = decided.method if module.sliding_window is None or slides else Stock(sliding_window=module.sliding_window)
