@@ -1,6 +1,7 @@
 """A pretrained model in vLLM, `pytest -m real`: its GGUF file is written as a folder first. Needs the environment of constraints-vllm.txt, gguf and accelerate.
 
-LONGREACH_REAL_MODEL names the file; LONGREACH_REAL_WINDOW may name a smaller trained window, for a quick look: texts are 1.5 and 2 windows long.
+LONGREACH_REAL_MODEL names the file; LONGREACH_REAL_WINDOW may name a smaller trained window, for a look: texts are 1.5 and 2 windows long. With one of 8192
+a test takes up to 16 GiB, which its engine does not give back: run each in a process of its own (`-k selfextend`).
 """
 
 from __future__ import annotations
