@@ -291,7 +291,7 @@ def test_every_method_that_chooses_says_what_it_was_measured_to_find():
         assert method.known == f"{method.sees}; {method.evidence or UNMEASURED}"
     assert all("on nano" in method.evidence for method in (Quest(), InfLLM(256), LongHeads(256, chunk=32), InfiniteHiP()))
     assert not InfLLM(256, heads="head").evidence and not InfLLM(256, relevance="max").evidence
-    assert "12 of 12 far pass keys at 32 windows" in InfLLM(256, heads="head", relevance="max").known
+    assert "12 of 12 far pass keys at 32 windows of filler" in InfLLM(256, heads="head", relevance="max").known
     assert LMInfinite(9, top_k=2).known.endswith(UNMEASURED) and Stock().known == Stock().sees
     assert offers.retrieving(Quest, 512, 500) == Quest() and offers.retrieving(Quest, 512, 4096) == Combined(YaRN(8.0), Quest())
     assert offers.retrieving(SelfExtend, 512, 4096) is None is offers.retrieving(Combined, 512, 4096)
