@@ -147,7 +147,7 @@ def test_who_sees_nothing_gets_nothing(work, kernel):
 def test_a_choice_is_the_other_kernel_s(kernel):
     pool = torch.randn(9, 1, 2, 4, 16)
     gathered = []
-    kv = OnPages(pool, torch.arange(1, 9).view(2, 4), 0, 16, 0, lambda: gathered.append(1) or paged._gather(pool, torch.arange(1, 9).view(2, 4)))
+    kv = OnPages(pool, torch.arange(1, 9).view(2, 4), 0, 16, 0, lambda: gathered.append(1) or paged._gather(pool, torch.arange(1, 9).view(2, 4), 0, 16))
     kernel.attend(torch.randn(2, 2, 1, 16), kv, Chosen(torch.rand(2, 1, 16) > 0.5), 0.25)
     assert gathered == [1]
 

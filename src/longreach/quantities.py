@@ -15,6 +15,12 @@ MOST_BYTES = 2**60
 MOST_TOKENS = 2**32  # more than anything reads; beyond it a number is a slip of the keyboard
 
 
+def require_whole(name: str, value: object, least: int = 1) -> None:
+    """Raises ValueError where a value is no whole number, or too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
 def token_count(given: str | int, name: str = "context") -> int:
     """4096, "4096" or "4k" -> 4096; "k" stands for 1024, "m" for 1024 of them.
 

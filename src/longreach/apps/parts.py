@@ -19,9 +19,9 @@ WORDS = 100  # of a passage
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts that put no spaces between words: each character counts as one
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]{{1,24}}")  # of a text without spaces (long numbers, data), 24 characters count as one
 _BLANK_LINE = re.compile(r"\n[^\S\n]*+\n\s*+")
-# behind a full stop, a question or exclamation mark, and what closes; not before a small letter, which goes on. Or behind a mark that needs no space.
+# behind a full stop, a question or exclamation mark, and what closes. Or behind a mark that needs no space.
 _END = re.compile(
-    r"(?<![.!?\u2026])[.!?\u2026]++[\"'\u2019\u201d\u00bb)\]]*+\s++(?![a-z])|(?<![\u3002\uff01\uff1f])[\u3002\uff01\uff1f]++[\"\u201d\u300d\u300f\uff09]*+\s*+"
+    r"(?<![.!?\u2026])[.!?\u2026]++[\"'\u2019\u201d\u00bb)\]]*+\s++|(?<![\u3002\uff01\uff1f])[\u3002\uff01\uff1f]++[\"\u201d\u300d\u300f\uff09]*+\s*+"
     r"|\n[^\S\n]*+\n\s*+"
 )
 _TITLE = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|Fig|vs|cf|e\.g|i\.e)|\b[A-Z])\.\s+$")  # "Mr. ", and initials: "J. S. Bach"

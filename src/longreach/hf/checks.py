@@ -29,12 +29,12 @@ def require_in_force(extension: Any, model: object = None) -> None:
     """Raise where an extension was removed, or is another model's than this one."""
     if not extension.attached:
         raise ValueError("this extension was removed from its model; extend() it again and pass the new one, or none for the stock model")
-    if model is not None and _plain(model) is not _plain(extension.model):
+    if model is not None and uncompiled(model) is not extension.model:
         raise ValueError("this extension is in force on another model; pass the model that was extended, or the extension of this one")
 
 
-def _plain(model: object) -> object:
-    """A model without the wrapper of torch.compile."""
+def uncompiled(model: Any) -> Any:
+    """A model without the wrapper of torch.compile, which calls the model that it wraps, and so sees what is attached to it."""
     return getattr(model, "_orig_mod", model)
 
 

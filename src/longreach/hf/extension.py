@@ -23,7 +23,7 @@ from longreach.engine.watch import Choices, Ended, Probabilities, Watch
 from longreach.hf import documents, flat_check, legacy, registration, report
 from longreach.hf.attach import Attachment
 from longreach.hf.cache import place
-from longreach.hf.checks import configs_of, find_base
+from longreach.hf.checks import configs_of, find_base, uncompiled
 from longreach.hf.documents import Document
 from longreach.hf.facts import Chosen, Exactness, Facts
 from longreach.hf.fingerprint import checkpoint_fingerprint
@@ -73,7 +73,7 @@ def extend(
     window, does not reach the context, or stands beside a method. A model may be wrapped by torch.compile or PEFT,
     before or after.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile calls the model that it wraps, and so sees what is attached to it
+    model = uncompiled(model)
     tokens = None if context is None else token_count(context), None if trained_window is None else token_count(trained_window, "trained_window")
     if isinstance(method, int):
         raise ValueError(f"pass a declared context by name: extend(model, context={method})")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from longreach.core.differences import largest
+from longreach.kernels import selftest
 from longreach.kernels.biased import Bias
 from longreach.kernels.protocol import KV, Chosen, Kernel, Spans
 from longreach.kernels.tiles import Band
@@ -35,13 +35,12 @@ class OnPages(KV):
     gather: Callable[[], Gathered]
 
     def __init__(self, pool: torch.Tensor, table: torch.Tensor, skip: int, columns: int, index: int, gather: Callable[[], Gathered]) -> None:
-        """`gather()`: keys and values [R, G, C, D] of all these pages, finite in every column that nobody sees."""
+        """`gather()`: these keys and values [R, G, C, D], finite in every column that nobody sees."""
         self.__dict__.update(pool=pool, table=table, skip=skip, columns=columns, index=index, gather=gather)
 
     @functools.cached_property
     def _gathered(self) -> Gathered:
-        k, v = self.gather()
-        return k.narrow(2, self.skip, self.columns), v.narrow(2, self.skip, self.columns)
+        return self.gather()
 
     @property
     def k(self) -> torch.Tensor:
@@ -93,7 +92,7 @@ def failure_of(kernel: PagedKernel, device: torch.device, dtype: torch.dtype, wi
         found = difference(kernel, device, dtype, width)
     except Exception as error:  # a compiler that is not there, or does not know the device, raises anything
         return f"{type(error).__name__}: {error}"
-    return None if found < (1e-4 if dtype == torch.float32 else 2e-2) else f"differs by {found:.1e}"
+    return selftest.verdict(found, dtype)
 
 
 def difference(kernel: PagedKernel, device: torch.device, dtype: torch.dtype, width: int) -> float:
@@ -106,20 +105,16 @@ def difference(kernel: PagedKernel, device: torch.device, dtype: torch.dtype, wi
         pool = torch.randn(2 * pages + 1, 2, 2, size, width, generator=generator)
         pool[0] = torch.nan
         pool = pool.to(device, dtype)
-        kv = OnPages(pool, table.to(device), 5, columns, 0, functools.partial(_gather, pool, table.to(device)))
+        kv = OnPages(pool, table.to(device), 5, columns, 0, functools.partial(_gather, pool, table.to(device), 5, columns))
         works: list[Band | Spans] = [Band(100), Band(100, 0, 33), Band(100, 90, 120), Band(2, 5)]
         if queries == 1:
             works += [Spans(starts, stops) for starts, stops in (((0, 0), (150, 150)), ((3, 0), (150, 70)), ((20, 9), (20, 150)))]
         for work, softcap in itertools.product(works, (None, 5.0)):
-            out, lse = kernel.attend(q, kv, work, width**-0.5, softcap)
-            want, want_lse = kernel.inner.attend(q, KV(kv.k, kv.v), work, width**-0.5, softcap)
-            seen = ~want_lse.isneginf()
-            if not torch.equal(seen, ~lse.isneginf()):
-                return float("inf")
-            worst = max(worst, largest(out.float() - want.float()), largest((lse - want_lse)[seen]))
+            how = (q, kv, work, width**-0.5, softcap)
+            worst = max(worst, selftest.apart(kernel.attend(*how), kernel.inner.attend(*how)))
     return worst
 
 
-def _gather(pool: torch.Tensor, table: torch.Tensor) -> Gathered:
-    k, v = (pool[table, :, which].transpose(1, 2).flatten(2, 3) for which in (0, 1))
+def _gather(pool: torch.Tensor, table: torch.Tensor, skip: int, columns: int) -> Gathered:
+    k, v = (pool[table, :, which].transpose(1, 2).flatten(2, 3).narrow(2, skip, columns) for which in (0, 1))
     return k, v

@@ -53,7 +53,8 @@ def ends(work: Band | Spans, rows: int, device: torch.device) -> tuple[torch.Ten
     if isinstance(work, Spans):
         return work.ends(device)
     low = -FARTHEST if work.high is None else work.offset - work.high + 1
-    return tuple(torch.full((rows,), x, dtype=torch.int32, device=device) for x in (low, work.offset - work.low + 1))  # type: ignore[return-value]
+    lows, highs = (torch.full((rows,), x, dtype=torch.int32, device=device) for x in (low, work.offset - work.low + 1))
+    return lows, highs
 
 
 def product(q: torch.Tensor) -> tl.dtype:
@@ -64,7 +65,7 @@ def product(q: torch.Tensor) -> tl.dtype:
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def _attend(  # type: ignore[no-untyped-def]  # Triton's values have no types of Python
     q, pool, table, lows, highs, out, lse, scale, softcap, q_row, q_head, q_query, table_row, rows, heads, groups, queries, skip, columns, per,
     WIDTH: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PRODUCT: tl.constexpr,

@@ -117,10 +117,13 @@ class Pages:
 
     def found(self, positions: PositionMap, stretches: tuple[Stretch, ...], count: int, skip: int, columns: int, index: int = 0) -> KV:
         """So many columns of `count` pages of each of some requests, from its first one on, after `skip`."""
-        gather = functools.partial(self.read, positions, stretches, count)
+
+        def gather() -> tuple[torch.Tensor, torch.Tensor]:
+            k, v = self.read(positions, stretches, count)
+            return k.narrow(2, skip, columns), v.narrow(2, skip, columns)
+
         if not self.stays(positions):
-            k, v = gather()
-            return KV(k.narrow(2, skip, columns), v.narrow(2, skip, columns), index)
+            return KV(*gather(), index)
         return OnPages(self.pool, self.requests.pages(stretches, count).view(len(stretches), -1), skip, columns, index, gather)
 
     def stays(self, positions: PositionMap) -> bool:

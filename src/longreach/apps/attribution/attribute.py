@@ -16,7 +16,7 @@ from longreach.apps.parts import WORDS, Part, Unit, cut
 from longreach.hf.checks import require_in_force
 from longreach.hf.extension import Extension
 from longreach.hf.interfaces import Tokenizer
-from longreach.quantities import CHUNK_SIZE
+from longreach.quantities import CHUNK_SIZE, require_whole
 from longreach.running import generation, prompts
 from longreach.running.continuations import Continuations, Stopped
 from longreach.running.conversation import Conversation
@@ -143,8 +143,7 @@ def attribute(
     for value, what in ((text, "the text"), (question, "the question"), *(() if answer is None else ((answer, "the answer"),))):
         prompts.require_text(value, what=what)
     for number, name in ((words, "words"), (top, "top"), (max_new_tokens, "max_new_tokens")):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {number!r}")
+        require_whole(name, number)
     parts = cut(text, by, words) if parts is None else parts
     at = 0
     for part in parts:

@@ -25,6 +25,7 @@ from longreach.hf.checks import require_in_force
 from longreach.hf.extension import Extension, extend
 from longreach.hf.interfaces import CausalLM, Tokenizer
 from longreach.methods.stock import Stock
+from longreach.quantities import require_whole
 from longreach.running import generation
 from longreach.running.sampling import GREEDY, Sampling
 
@@ -107,9 +108,8 @@ class InfiniRetri:
 
     def __post_init__(self) -> None:
         for name, least in (("chunk_tokens", LEAST), ("memory_tokens", LEAST), ("top_k", 1), ("phrase", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+            if (value := getattr(self, name)) is not None:
+                require_whole(name, value, least)
         if self.order not in ("rank", "text"):
             raise ValueError(f'order must be "rank" or "text", not {self.order!r}')
         if self.layer not in ("auto", "last") and (not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0):
@@ -144,8 +144,7 @@ class InfiniRetri:
         questions = [] if isinstance(questions, str) else [*questions]
         if not questions:
             raise ValueError("pass a list of at least one question, or one to ask()")
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
+        require_whole("max_new_tokens", max_new_tokens)
         frames = [Frame.of(self.tokenizer, question, self.system) for question in questions]
         found = []
         with self.attached() as extension:

@@ -199,11 +199,6 @@ class Rag:
             raise ValueError(f"there are {counted(len(questions), 'question')} and {counted(len(leads), 'lead')}; pass one for each, or one for all")
         if self.extension is None or self.config.rounds:
             return [self.ask(question, lead=own) for question, own in zip(questions, leads)]
-        require_in_force(self.extension, self.model)
-        try:
-            pool = Pool(self.extension, at_once=at_once, chunk_size=self.chunk_size, ends=generation.ends_of(self.model, self.tokenizer))
-        except ValueError as error:
-            raise ValueError(f"{error}; or ask() each question by itself") from None
         asked: dict[Request, tuple[int, int, _Reader, State]] = {}
         found: dict[int, RagAnswer] = {}
         alike: dict[tuple[int, int], list[Request]] = {}  # with as many chunks they begin with the same demonstrations, which are read once
@@ -215,6 +210,10 @@ class Rag:
             request = Request(reader.ids(state), self.config.max_new_tokens, stop=generation.ends_with(self.tokenizer, reader.written.stop))
             asked[request] = number, k, reader, state
             alike.setdefault((k, reader.written.opening), []).append(request)
+        try:
+            pool = Pool(self.extension, at_once=at_once, chunk_size=self.chunk_size, ends=generation.ends_of(self.model, self.tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{error}; or ask() each question by itself") from None
         for (_, opening), requests in alike.items():
             pool.add(requests, opening)
         started = time.perf_counter()

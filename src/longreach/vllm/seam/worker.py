@@ -67,11 +67,12 @@ def attach(config: Any, model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no attention layers that longreach knows; use vLLM without longreach")
     for name, module in found:
         _refuse_layer(name, module, plain)
-    own = {each.sliding_window for each in configs.trained_layers(text)}  # of the whole model, some of whose layers may be elsewhere
-    slides = None not in own and not isinstance(decided.method, Stock)  # then the method takes them all, as in `configs.methods_of`
+    trained = configs.trained_layers(text)  # of the whole model, some of whose layers may be elsewhere
+    own = {each.sliding_window for each in trained}
+    takes_all = all(each is decided.method for each in configs.methods_of(trained, decided.method))
     worst, tested, rotaries, kernels = 0.0, {}, list[Rotary](), dict[tuple[torch.dtype, int], tuple[Kernel, str]]()
     for name, module in found:
-        method = decided.method if module.sliding_window is None or slides else Stock(sliding_window=module.sliding_window)
+        method = decided.method if module.sliding_window is None or takes_all else Stock(sliding_window=module.sliding_window)
         rotary, difference = probe.replace_rotaries(probe.unit_of(model, name, ROTARY))
         worst = max(worst, difference)
         if rotary is None and method.rescales:
