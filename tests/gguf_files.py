@@ -30,8 +30,13 @@ ARCHITECTURES = {
 TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # of GPT-2
 
 
-def write(file: Path, architecture: str, kind: str = "F16", config: Any = None) -> dict[str, str]:
-    """-> {name in the file: name in the model}, by Transformers' own walk. One-dimensional weights are F32, as llama.cpp writes them."""
+def write(
+    file: Path, architecture: str, kind: str = "F16", config: Any = None, said: dict[str, Any] | None = None, vectors: dict[str, Any] | None = None
+) -> dict[str, str]:
+    """-> {name in the file: name in the model}, by Transformers' own walk. One-dimensional weights are F32, as llama.cpp writes them.
+
+    said, vectors  more metadata of the architecture, and more tensors: what Transformers does not read.
+    """
     import gguf
     from transformers.integrations import GGUF_CONFIG_MAPPING
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -42,12 +47,14 @@ def write(file: Path, architecture: str, kind: str = "F16", config: Any = None) 
     names = get_gguf_hf_weights_map(model, processor)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("tiny")
-    for key, attribute in GGUF_CONFIG_MAPPING.get(architecture, GGUF_CONFIG_MAPPING[config.model_type]).items():
-        value = getattr(config, attribute, None) if attribute else None
-        if attribute == "rope_theta":
-            value = config.rope_parameters["rope_theta"]
+    known = GGUF_CONFIG_MAPPING[architecture if architecture in GGUF_CONFIG_MAPPING else config.model_type]
+    facts = {key: getattr(config, attribute, None) for key, attribute in known.items() if attribute}
+    if "rope.freq_base" in facts:
+        facts["rope.freq_base"] = float(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"])
+    for key, value in (facts | (said or {})).items():
         if value is not None and not isinstance(value, bool):
-            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{architecture}.{key}", value)
+            add = {float: writer.add_float32, str: writer.add_string}.get(type(value), writer.add_uint32)
+            add(f"{architecture}.{key}", value)
     vocabulary(writer, config.vocab_size)
     random, state = np.random.default_rng(0), model.state_dict()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -63,6 +70,8 @@ def write(file: Path, architecture: str, kind: str = "F16", config: Any = None) 
         values = random.standard_normal(shape, np.float32)
         stored = gguf.GGMLQuantizationType[kind if len(shape) > 1 else "F32"]
         writer.add_tensor(name, gguf.quantize(values, stored), raw_dtype=stored)
+    for name, vector in (vectors or {}).items():
+        writer.add_tensor(name, np.asarray(vector, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

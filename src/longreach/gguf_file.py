@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from longreach import gguf_positions
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # the first version counted in 32 bits; big-endian files say 2 or 3 the other way round
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -61,6 +63,11 @@ class Header:
     @property
     def architecture(self) -> str:
         return str(self.facts["general.architecture"])
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What is said of the architecture, without its name before each key."""
+        return {key.removeprefix(f"{self.architecture}."): value for key, value in self.facts.items() if key.startswith(f"{self.architecture}.")}
 
 
 def is_gguf(file: Path) -> bool:
@@ -184,15 +191,18 @@ def streamed_by_transformers(architecture: str) -> bool:
 
 
 def configuration(file: Path, found: Header) -> Any:
-    """What Transformers makes of the metadata."""
+    """What Transformers makes of the metadata, and what it leaves out. Raises ValueError for frequencies that it cannot express."""
     from transformers import AutoConfig
 
     if streamed_by_transformers(found.architecture):
-        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "sketch.gguf").write_bytes(sketch(found))
-        return AutoConfig.from_pretrained(folder, gguf_file="sketch.gguf")
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    else:
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "sketch.gguf").write_bytes(sketch(found))
+            config = AutoConfig.from_pretrained(folder, gguf_file="sketch.gguf")
+    vectors = {tensor.name: _fp32(file, tensor).reshape(-1) for tensor in found.tensors if tensor.name in gguf_positions.VECTORS}
+    gguf_positions.complete(config, found.said, vectors)
+    return config
 
 
 def sketch(found: Header) -> bytes:
@@ -216,6 +226,9 @@ def model(file: Path, found: Header, dtype: torch.dtype) -> tuple[Any, dict[str,
     config = configuration(file, found)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    rotated = {2 * buffer.shape[-1] for name, buffer in empty.named_buffers() if name.endswith("inv_freq")}
+    if rotated and (count := found.said.get("rope.dimension_count", min(rotated))) not in rotated:
+        raise ValueError(f"{count} dimensions of its heads rotate, and {min(rotated)} would in Transformers; {gguf_positions.ADVICE}")
     made, info = type(empty).from_pretrained(None, config=config, state_dict=weights(file, found, empty, dtype), dtype=dtype, output_loading_info=True)
     made.name_or_path = made.config.name_or_path = str(file)
     return made, info

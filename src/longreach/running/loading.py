@@ -44,7 +44,10 @@ def _load_gguf(file: Path, dtype: torch.dtype, where: torch.device) -> tuple[Any
         header = gguf_file.header(file)
         if gguf_file.streamed_by_transformers(header.architecture):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-            model, info = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+            config = gguf_file.configuration(file, header)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
         else:
             model, info = gguf_file.model(file, header, dtype)
             tokenizer = TOKENIZER_MAPPING.get(type(model.config), PreTrainedTokenizerFast).from_pretrained(file.parent, gguf_file=file.name)
