@@ -89,6 +89,7 @@ def test_its_options_need_a_strategy(run: Run, tmp_path: Path) -> None:
     refused(run, "run", "--file", "@book", "--prompt", "a", "--memory-tokens", 64, says="--memory-tokens says how a strategy reads")
     refused(run, "eval", "run", "passkey", "--chunk-tokens", 64, "--out", tmp_path / "run", says="--chunk-tokens says how a strategy reads")
     refused(run, "eval", "run", "passkey", "--strategy", "infiniretri", "--truncate", "left", "--out", tmp_path / "run", says="--truncate cannot be used")
+    refused(run, "eval", "run", "passkey", "--strategy", "infiniretri", "--chunk-size", 64, "--out", tmp_path / "run", says="--chunk-size cannot be used")
 
 
 def test_an_evaluation_has_its_row(run: Run, tmp_path: Path) -> None:

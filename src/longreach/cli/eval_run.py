@@ -85,7 +85,7 @@ def command(
         chosen = common.method_of(context, method)
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         reading = strategies.Given(strategy, chunk_tokens, memory_tokens, layer)
-        reading.check(truncate=truncate, batch_size=batch_size)
+        reading.check(truncate=truncate, batch_size=batch_size, chunk_size=chunk_size)
         part = eval_options.parse_shard(shard)
         folder = Folder(out_folder, part)
         folder.check()

@@ -95,8 +95,7 @@ def command(
         if document is not None and encoding is not None:
             raise ValueError(text.NOTHING_TO_DECODE)
         reading = strategies.Given(strategy, chunk_tokens, memory_tokens, layer)
-        forwards = None if chunk_size == CHUNK_SIZE else chunk_size
-        reading.check(save_document=save_document, document=document, resume=resume, truncate=truncate, show_retrieval=show_retrieval, chunk_size=forwards)
+        reading.check(save_document=save_document, document=document, resume=resume, truncate=truncate, show_retrieval=show_retrieval, chunk_size=chunk_size)
         unread = document is not None or resume is not None or strategy is not None
         request = text.Request("" if unread else text.read(file, max_bytes or text.LARGEST_FILE, out.note, encoding), prompt.strip(), system, hide, depth)
         stored.check(out, document, save_document, request, file, truncate, force)

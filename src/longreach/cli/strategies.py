@@ -15,7 +15,7 @@ import typer
 from longreach.cli import common, profiles, stored, text
 from longreach.cli.common import Output
 from longreach.cli.console import Pace
-from longreach.quantities import counted
+from longreach.quantities import CHUNK_SIZE, counted
 
 if TYPE_CHECKING:
     from longreach.apps.infiniretri.evaluation import RetrievalEngine
@@ -60,8 +60,9 @@ class Given:
     memory_tokens: int | None
     layer: Any  # a number, "last", "auto" or None
 
-    def check(self, **others: Any) -> None:
-        """`others`: options that do not go with a strategy, by their names. Raises ValueError where something does not agree."""
+    def check(self, chunk_size: int, **others: Any) -> None:
+        """`chunk_size` and `others`: options that do not go with a strategy, by their names. Raises ValueError where something does not agree."""
+        others["chunk_size"] = None if chunk_size == CHUNK_SIZE else chunk_size
         own = {"--chunk-tokens": self.chunk_tokens, "--memory-tokens": self.memory_tokens, "--layer": self.layer}
         if self.name is None and (idle := [option for option, value in own.items() if value is not None]):
             says = "says" if len(idle) == 1 else "say"
