@@ -20,7 +20,7 @@ MOE = {**DENSE, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_si
 ARCHITECTURES = {
     "llama": t.LlamaConfig(**DENSE, tie_word_embeddings=True),
     "qwen2": t.Qwen2Config(**DENSE),
-    "gemma2": t.Gemma2Config(**DENSE),
+    "gemma2": t.Gemma2Config(**{**DENSE, "head_dim": 256}),  # the width that all but the largest scale queries by
     "starcoder2": t.Starcoder2Config(**DENSE),
     "nemotron": t.NemotronConfig(**DENSE),
     "gpt2": t.GPT2Config(**GPT2),

@@ -1,5 +1,6 @@
 """What a GGUF file says of positions and attention and Transformers leaves out: read as llama.cpp wrote it, against the model that it was written from."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -51,8 +52,10 @@ def cases() -> dict[str, tuple[str, t.PretrainedConfig, dict[str, object], dict[
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     }
     swa = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 20_000.0}}
-    mixed = {"num_hidden_layers": 6, "sliding_window": 24}
+    mixed = {"num_hidden_layers": 6, "sliding_window": 24, "query_pre_attn_scalar": 16}
     scaling = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 256}
+    bare = {key: value for key, value in scaling.items() if "original" not in key}
+    nowhere = {**mixed, "layer_types": ["full_attention"] * 6, "query_pre_attn_scalar": 16}
     partial = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}
     return {
         "Llama 3": ("llama", llama3[8192], {}, {"rope_freqs.weight": divisors(llama3[8192])}),
@@ -71,6 +74,18 @@ def cases() -> dict[str, tuple[str, t.PretrainedConfig, dict[str, object], dict[
             {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
             {},
         ),
+        "YaRN of a window that is not stated": (
+            "qwen2",
+            dense("Qwen2Config", rope_parameters={**yarn, "original_max_position_embeddings": gguf_files.DENSE["max_position_embeddings"]}),
+            bare,
+            {},
+        ),
+        "YaRN with Mistral's multiplier": (
+            "llama",
+            dense("LlamaConfig", rope_parameters={**yarn, "attention_factor": 1.0}),
+            {**scaling, "rope.scaling.yarn_log_multiplier": 1.0, "rope.scaling.yarn_ext_factor": -1.0},
+            {},
+        ),
         "linear, as it was written once": (
             "llama",
             dense("LlamaConfig", rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
@@ -82,6 +97,24 @@ def cases() -> dict[str, tuple[str, t.PretrainedConfig, dict[str, object], dict[
             "gemma3",
             dense("Gemma3TextConfig", rope_parameters=linear, **mixed),
             {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+            {},
+        ),
+        "YaRN, and no layer slides (Rnj-1)": (
+            "gemma3",
+            dense("Gemma3TextConfig", rope_parameters={**swa, "full_attention": {**yarn, "rope_theta": 1e6}}, **nowhere),
+            {**scaling, "attention.sliding_window": None},
+            {},
+        ),
+        "bases as Ollama writes them": (
+            "gemma3",
+            dense("Gemma3TextConfig", rope_parameters=swa, **mixed),
+            {"rope.freq_base": None, "rope.global.freq_base": 1e6, "rope.local.freq_base": 20_000.0},
+            {},
+        ),
+        "no window, and said so (Phi-4)": (
+            "phi3",
+            dense("Phi3Config", sliding_window=None, vocab_size=32064),
+            {"rope.dimension_count": 16, "attention.sliding_window": 0},
             {},
         ),
         "the base of sliding layers": ("gemma3", dense("Gemma3TextConfig", rope_parameters=swa, **mixed), {"rope.freq_base_swa": 20_000.0}, {}),
@@ -105,7 +138,7 @@ def cases() -> dict[str, tuple[str, t.PretrainedConfig, dict[str, object], dict[
         ),
         "soft-caps": (
             "gemma2",
-            dense("Gemma2Config", attn_logit_softcapping=7.0, final_logit_softcapping=9.0),
+            dense("Gemma2Config", query_pre_attn_scalar=16, attn_logit_softcapping=7.0, final_logit_softcapping=9.0),
             {"attn_logit_softcapping": 7.0, "final_logit_softcapping": 9.0},
             {},
         ),
@@ -122,7 +155,7 @@ def loaded(file: Path) -> t.PreTrainedModel:
 
 @pytest.mark.parametrize("what", CASES)
 def test_a_file_gives_the_model_that_it_was_written_from(tmp_path, what):
-    """The same logits, bit for bit, as the original configuration gives with these weights, in its window and, where frequencies depend on it, beyond."""
+    """The same logits as the original configuration gives with these weights, in its window and, where frequencies depend on it, beyond."""
     architecture, config, said, vectors = CASES[what]
     file = tmp_path / "tiny.gguf"
     gguf_files.write(file, architecture, config=config, said=said, vectors=vectors)
@@ -135,10 +168,10 @@ def test_a_file_gives_the_model_that_it_was_written_from(tmp_path, what):
             expected, found = original(ids).logits, model(ids).logits
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), (what, length)
     assert configs.trained_window(model.config) == configs.trained_window(config)
-    assert configs.load(str(file))[0].rope_parameters == model.config.rope_parameters  # what `plan` reads
+    assert configs.scaling(configs.load(str(file))[0]) == configs.scaling(model.config)  # what `plan` reads
 
 
-@pytest.mark.parametrize("what", [what for what in CASES if what not in ("divisors of one", "no scaling, and said so")])
+@pytest.mark.parametrize("what", [what for what in CASES if what not in ("divisors of one", "no scaling, and said so", "no window, and said so (Phi-4)")])
 def test_transformers_alone_makes_another_model_of_it(tmp_path, what):
     """Why this is here. Where Transformers has learned to read it, its line in `gguf_positions` can go."""
     architecture, config, said, vectors = CASES[what]
@@ -162,15 +195,21 @@ def test_a_version_that_streams_files_itself_is_given_what_it_leaves_out(tmp_pat
         assert torch.equal(found(ids).logits, expected(ids).logits)
 
 
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("said", "vectors", "sentence"),
     [
         ({}, {"rope_freqs.weight": [1.0, 1.0, 9.0, 2.0, 1.0, 1.0, 1.0, 1.0]}, "by another rule than Llama 3's"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {"rope_freqs.weight": [1.0] * 7 + [8.0]}, "both rope_freqs.weight and"),
-        ({"rope.scaling.type": "longrope"}, {}, "lacks rope_factors_short.weight"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope_freqs.weight": [1.0] * 7 + [8.0]}, "both rope_freqs.weight and"),
+        ({"rope.scaling.type": "longrope"}, {}, "or the original window"),
+        ({}, {"rope_factors_short.weight": [1.0] * 8}, "lacks rope_factors_short.weight, rope_factors_long.weight or"),
         ({"rope.scaling.type": "spiral"}, {}, "unknown rule 'spiral'"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_ext_factor": 0.5}, {}, "extrapolation factor of 0.5"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_log_multiplier": 0.1}, {}, "rope.scaling.yarn_log_multiplier"),
+        ({"rope.scaling.type": "yarn"}, {}, "does not say by how much"),
+        ({**YARN, "rope.scaling.yarn_ext_factor": 0.5}, {}, "extrapolation factor of 0.5"),
+        ({"rope.spiral": 0.1}, {}, "it says rope.spiral"),
+        ({"rope.scaling.attn_factor": 0.5}, {}, "it multiplies cos and sin by 0.5"),
     ],
 )
 def test_frequencies_that_transformers_has_no_name_for(tmp_path, said, vectors, sentence):
@@ -178,7 +217,60 @@ def test_frequencies_that_transformers_has_no_name_for(tmp_path, said, vectors, 
     for read in (longreach.load, configs.load):
         with pytest.raises(ValueError, match="could not load") as raised:
             read(str(tmp_path / "tiny.gguf"))
-        assert sentence in str(raised.value) and "load the safetensors" in str(raised.value)
+        assert sentence in str(raised.value) and str(raised.value).endswith("load the safetensors that it was made from")
+
+
+NUMBERS = (
+    "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.dimension_count",
+)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -2.0, 0.0, "4", [4.0, 4.0]], ids=str)
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_that_cannot_be_is_refused(key, value):
+    """Not read as another one: a list is known by its length alone, and 0 is no factor."""
+    said = {"context_length": 1024, "rope.freq_base": 10_000.0, "rope.scaling.original_context_length": 256, **YARN}
+    said[key] = gguf_file.Length(len(value)) if isinstance(value, list) else value
+    with pytest.raises(ValueError, match=f"for {key.removeprefix('rope.')}, .*; download the file again"):
+        gguf_positions.complete(dense("LlamaConfig"), said, {})
+
+
+@pytest.mark.parametrize("vector", [[1.0] * 4, [1.0] * 16, [1.0] * 7 + [float("nan")], [1.0] * 7 + [0.0], [-1.0] * 8], ids=str)
+@pytest.mark.parametrize("name", gguf_positions.VECTORS)
+def test_a_vector_that_cannot_be_is_refused(name, vector):
+    whole = {name: np.full(8, 1.5, np.float32) for name in gguf_positions.VECTORS}
+    with pytest.raises(ValueError, match=f"its {name} is not one positive number for each of 8 frequencies"):
+        gguf_positions.complete(dense("LlamaConfig"), {"context_length": 1024}, {**whole, name: np.asarray(vector, np.float32)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1, "24"])
+@pytest.mark.parametrize("key", ["attention.sliding_window", "attn_logit_softcapping"])
+def test_a_window_or_a_cap_that_cannot_be_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"for {key}, .*; download the file again"):
+        gguf_positions.complete(dense("Gemma2Config"), {key: value}, {})
+
+
+def test_a_factor_that_files_do_not_explain_is_said_aloud():
+    """The converter writes a model's attention_factor, which replaces YaRN's, and its attn_factor, which multiplies it, under one name."""
+    config = dense("Qwen2Config")
+    said = {"context_length": 1024, **YARN, "rope.scaling.original_context_length": 256, "rope.scaling.yarn_attn_factor": 0.9}
+    with pytest.warns(UserWarning, match="yarn_attn_factor of 0.9 may replace YaRN's own factor or multiply it"):
+        gguf_positions.complete(config, said, {})
+    assert "attention_factor" not in config.rope_parameters
+
+
+def test_a_family_with_a_rule_of_its_own_keeps_it():
+    """Gemma 4's full layers rotate a part of their frequencies, which files write as divisors of 1e30."""
+    config = t.Gemma3TextConfig(num_hidden_layers=6)
+    config.rope_parameters["full_attention"] |= {"rope_type": "proportional", "partial_rotary_factor": 0.25}
+    before = copy.deepcopy(config.rope_parameters)
+    gguf_positions.complete(config, {"attention.sliding_window": 512, "rope.freq_base": 5.0}, {"rope_freqs.weight": np.asarray([1.0] * 64 + [1e30] * 64)})
+    assert config.rope_parameters == before and config.sliding_window == 512
 
 
 def test_dimensions_that_would_not_rotate_as_in_training(tmp_path):

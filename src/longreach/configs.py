@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from longreach import gguf_file
+from longreach import gguf_file, gguf_positions
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
 
@@ -227,9 +227,8 @@ def first_of(config: Any, names: Sequence[str]) -> Any:
 
 def falcon_groups(config: Any) -> int | None:
     """Falcon names its groups otherwise, and one flag stands for a single group."""
-    if getattr(config, "new_decoder_architecture", False):
-        return int(config.num_kv_heads)
-    return 1 if getattr(config, "multi_query", False) else None
+    single = 1 if getattr(config, "multi_query", False) else None
+    return int(config.num_kv_heads) if getattr(config, "new_decoder_architecture", False) else single
 
 
 def text_part(config: Any, dtype: torch.dtype | None) -> tuple[Any, torch.dtype, tuple[str, ...]]:
@@ -324,13 +323,14 @@ def gguf_of(name: str) -> Path | None:
 
 @contextmanager
 def reading(shown: str, advice: str, lacking: Callable[[], str | None] = lambda: None) -> Iterator[None]:
-    """Whatever a reader of foreign files meets becomes one sentence that ends in the advice. What is `lacking` is looked for once they could not be read."""
+    """Whatever a reader of foreign files meets becomes one sentence that ends in a fix. What is `lacking` is looked for once they could not be read."""
     try:
         yield
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise
-        raise ValueError(f"could not load {shown!r}: {lacking() or sentence(error)}; {advice}") from error
+        own = str(error) if isinstance(error, gguf_positions.Unreadable) else f"{lacking() or sentence(error)}; {advice}"
+        raise ValueError(f"could not load {shown!r}: {own}") from error
 
 
 def sentence(error: Exception) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from longreach import gguf_positions
+from longreach.gguf_positions import Unreadable
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # the first version counted in 32 bits; big-endian files say 2 or 3 the other way round
@@ -83,17 +84,17 @@ def check_packages(*names: str) -> None:
 
 
 def header(file: Path) -> Header:
-    """Read and check the header. Raises ValueError if it is not that of a whole file."""
+    """Read and check the header. Raises Unreadable if it is not that of a whole file."""
     import mmap
 
     with file.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
-            raise ValueError("it does not begin with the letters GGUF; name a GGUF file")
+            raise Unreadable("it does not begin with the letters GGUF; name a GGUF file")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _Reader(data).header()
             except (struct.error, UnicodeDecodeError, KeyError, OverflowError) as error:
-                raise ValueError("its header is cut off or damaged; download the file again") from error
+                raise Unreadable("its header is cut off or damaged; download the file again") from error
 
 
 class _Reader:
@@ -110,7 +111,7 @@ class _Reader:
     def skip(self, count: int) -> int:
         """-> where it was."""
         if count > len(self.data) - self.at:
-            raise ValueError(f"its header speaks of {count} bytes where {len(self.data) - self.at} are left; download the file again")
+            raise Unreadable(f"its header speaks of {count} bytes where {len(self.data) - self.at} are left; download the file again")
         self.at += count
         return self.at - count
 
@@ -124,7 +125,7 @@ class _Reader:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            raise ValueError(f"its metadata has a value of the unknown type {kind}; download the file again")
+            raise Unreadable(f"its metadata has a value of the unknown type {kind}; download the file again")
         inner, count = self.unpack("IQ")
         if inner in SCALARS:
             self.skip(count * struct.calcsize(SCALARS[inner]))
@@ -132,14 +133,14 @@ class _Reader:
             for _ in range(count):
                 self.skip(*self.unpack("Q"))
         else:
-            raise ValueError(f"its metadata has a list of the unknown type {inner}; download the file again")
+            raise Unreadable(f"its metadata has a list of the unknown type {inner}; download the file again")
         return Length(count)
 
     def header(self) -> Header:
         self.at = len(MAGIC)
         version, tensors, count = self.unpack("IQQ")
         if version not in VERSIONS:
-            raise ValueError(f"it is of version {version}, and {' and '.join(map(str, VERSIONS))} are read; convert the model anew with llama.cpp")
+            raise Unreadable(f"it is of version {version}, and {' and '.join(map(str, VERSIONS))} are read; convert the model anew with llama.cpp")
         facts, entries = {}, {}
         for _ in range(count):
             start = self.at
@@ -149,35 +150,35 @@ class _Reader:
         infos = [(self.string(), self.unpack(f"{self._dimensions()}Q"), *self.unpack("IQ")) for _ in range(tensors)]
         alignment = facts.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"it aligns its weights to {alignment!r} bytes; download the file again")
+            raise Unreadable(f"it aligns its weights to {alignment!r} bytes; download the file again")
         if len({name for name, *_ in infos}) < len(infos):
-            raise ValueError("it has two tensors of one name; download the file again")
+            raise Unreadable("it has two tensors of one name; download the file again")
         begin = -(-self.at // alignment) * alignment
         stored = tuple(self._stored(name, dims, kind, begin + offset) for name, dims, kind, offset in infos)
         if not isinstance(facts["general.architecture"], str):  # every file has one: KeyError is a damaged header
-            raise ValueError("it does not name its architecture; download the file again")
+            raise Unreadable("it does not name its architecture; download the file again")
         if (parts := facts.get("split.count", 1)) > 1:
-            raise ValueError(f"it is one of {parts} parts of a model; join them with llama-gguf-split --merge")
+            raise Unreadable(f"it is one of {parts} parts of a model; join them with llama-gguf-split --merge")
         return Header(version, facts, entries, stored)
 
     def _dimensions(self) -> int:
         (count,) = self.unpack("I")
         if not 1 <= count <= MOST_DIMENSIONS:
-            raise ValueError(f"it has a tensor of {count} dimensions; download the file again")
+            raise Unreadable(f"it has a tensor of {count} dimensions; download the file again")
         return int(count)
 
     def _stored(self, name: str, dims: tuple[int, ...], kind: int, start: int) -> Stored:
         from gguf import GGML_QUANT_SIZES
 
         if kind not in GGML_QUANT_SIZES:
-            raise ValueError(f"{name} is of the unknown type {kind}; update the gguf package, or take a file of another quantisation")
+            raise Unreadable(f"{name} is of the unknown type {kind}; update the gguf package, or take a file of another quantisation")
         block, width = GGML_QUANT_SIZES[kind]  # type: ignore[index]  # an IntEnum
         row, rest = divmod(dims[0], block)
         rows = prod(dims[1:])
         if rest or not row or not rows:
-            raise ValueError(f"{name} has the impossible shape {dims}; download the file again")
+            raise Unreadable(f"{name} has the impossible shape {dims}; download the file again")
         if start + rows * row * width > len(self.data):
-            raise ValueError(f"{name} would end at byte {start + rows * row * width} of {len(self.data)}: the file is cut off; download it again")
+            raise Unreadable(f"{name} would end at byte {start + rows * row * width} of {len(self.data)}: the file is cut off; download it again")
         return Stored(name, dims[::-1], kind, start, rows, row * width)
 
 
@@ -191,7 +192,7 @@ def streamed_by_transformers(architecture: str) -> bool:
 
 
 def configuration(file: Path, found: Header) -> Any:
-    """What Transformers makes of the metadata, and what it leaves out. Raises ValueError for frequencies that it cannot express."""
+    """What Transformers makes of the metadata, and what it leaves out. Raises Unreadable for frequencies that it cannot express."""
     from transformers import AutoConfig
 
     if streamed_by_transformers(found.architecture):
@@ -228,7 +229,7 @@ def model(file: Path, found: Header, dtype: torch.dtype) -> tuple[Any, dict[str,
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     rotated = {2 * buffer.shape[-1] for name, buffer in empty.named_buffers() if name.endswith("inv_freq")}
     if rotated and (count := found.said.get("rope.dimension_count", min(rotated))) not in rotated:
-        raise ValueError(f"{count} dimensions of its heads rotate, and {min(rotated)} would in Transformers; {gguf_positions.ADVICE}")
+        raise Unreadable(f"{count} dimensions of its heads rotate, and {min(rotated)} would in Transformers; {gguf_positions.ADVICE}")
     made, info = type(empty).from_pretrained(None, config=config, state_dict=weights(file, found, empty, dtype), dtype=dtype, output_loading_info=True)
     made.name_or_path = made.config.name_or_path = str(file)
     return made, info
