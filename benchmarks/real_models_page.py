@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -22,7 +22,7 @@ NAMES = {"old rule": "the dial's old rule", "second rule": "its second rule", "d
 NAMES |= {"rerope": "ReRoPE", "yarn": "YaRN", "lm-infinite": "LM-Infinite"}
 LABELS = NAMES | {"dial": "**the dial**"}
 PICTURE_LABELS = NAMES | {"tuned": "longreach tune"}
-COLOURS = dict(zip(CORE, ("#8a8a8a", "#6fb3e0", "#9bb8d0", canvas.BLUE, "#c0392b", "#2a9d6f", "#8a5ab5", canvas.ORANGE)))
+COLOURS = dict(zip(CORE, ("#8a8a8a", "#6fb3e0", "#b08968", canvas.BLUE, "#c0392b", "#2a9d6f", "#8a5ab5", canvas.ORANGE)))
 
 
 def write_page(models: dict[str, list[Row]]) -> None:
@@ -32,6 +32,7 @@ def write_page(models: dict[str, list[Row]]) -> None:
         if not answers:
             continue
         write_section(PAGE, f"{name} recall", recall(answers))
+        write_section(PAGE, f"{name} pairs", pairs(answers))
         write_section(PAGE, f"{name} loss", losses([row for row in rows if row["task"] == "loss"]))
         write_section(PAGE, f"{name} methods", methods(answers))
         write_section(PAGE, f"{name} tasks", others([row for row in rows if row["task"] not in ("passkeys", "loss")]))
@@ -74,32 +75,52 @@ def recall(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def pairs(rows: Sequence[Row]) -> str:
+    """The dial against the others, on the documents that both have read."""
+    beyond = sorted({(row["windows"], row["form"]) for row in rows if row["windows"] > 1}, key=lambda key: (key[0], list(FORMS).index(key[1])))
+    length = {row["windows"]: row["length"] for row in rows}
+    scores = {(row["setting"], row["windows"], row["form"], row["document"]): [q["score"] for q in row["questions"]] for row in rows}
+    body = []
+    for name in (name for name in ordered(rows) if name != "dial"):
+        cells = []
+        for place in beyond:
+            both = [n for n in range(100) if ("dial", *place, n) in scores and (name, *place, n) in scores]
+            if not both:
+                cells.append("")
+                continue
+            found = clusters.compare([scores[("dial", *place, n)] for n in both], [scores[(name, *place, n)] for n in both])
+            cells.append(f"{found.only_a:.4g}, {found.only_b:.4g} (p = {found.p:.2g})")
+        if any(cells):
+            body.append([LABELS.get(name, name), *cells])
+    if not body:
+        return "Not measured yet."
+    head = ["", *(f"{length[w]} tokens, {FORMS[form].removeprefix('filler, ')}" for w, form in beyond)]
+    return markdown(head, body)
+
+
 def losses(rows: Sequence[Row]) -> str:
-    """The mean over the last two segments before a place; in the longest reading of a setting that has one parameter set, else in that of the length."""
+    """The mean over the last two segments before a place, where it was read under the setting for the shortest of the lengths that reach it."""
     if not rows:
         return "Not measured yet."
-    longest = max(row["length"] for row in rows)
+    lengths = sorted({row["length"] for row in rows})
     window = next(row["length"] / row["windows"] for row in rows)
-    places = [window * part for part in (0.5, 1.0, 1.5, 2.0) if window * part <= longest]
+    places = [window * part for part in (0.5, 1.0, 1.5, 2.0) if window * part <= lengths[-1]]
+    books = len({row["document"] for row in rows})
     body = []
     for name in ordered(rows):
         cells = []
         for place in places:
-            values = []
-            for row in rows:
-                if row["setting"] == name and row["length"] == best_length(rows, name, place):
-                    end = int(place // row["segment"])
-                    values.append(fmean(row["losses"][max(0, end - 2) : end]))
-            cells.append(f"{fmean(values):.2f}" if values else "")
+            end, length = int(place // rows[0]["segment"]), min(n for n in lengths if n >= place)
+            values = [fmean(row["losses"][max(0, end - 2) : end]) for row in rows if (row["setting"], row["length"]) == (name, length)]
+            few = f" ({counted(len(values), 'passage')})" if len(values) < books else ""
+            cells.append(f"{fmean(values):.2f}{few}" if values else "")
         body.append([LABELS.get(name, name), *cells])
-    books = len({row["document"] for row in rows})
     head = ["", *(f"at {place:.0f} ({place / window:g}x)" for place in places)]
-    return f"Nats per token over the 2048 tokens before a place, mean of {books} {'passage' if books == 1 else 'passages'}:\n\n" + markdown(head, body)
-
-
-def best_length(rows: Sequence[Row], name: str, place: float) -> int | None:
-    """The shortest reading that reaches the place: its parameters are those for that length."""
-    return min((row["length"] for row in rows if row["setting"] == name and row["length"] >= place), default=None)
+    under = f"under the setting for {lengths[0]} tokens" + "".join(f", then under that for {length}" for length in lengths[1:])
+    return (
+        f"Nats per token over the 2048 tokens before a place, mean of {counted(books, 'passage')}, {under}. Texts inside the window the dial reads with plain "
+        f"attention: what its row says there is what a longer text costs in its beginning.\n\n{markdown(head, body)}"
+    )
 
 
 def methods(rows: Sequence[Row]) -> str:
@@ -139,15 +160,19 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def made(rows: Sequence[Row]) -> str:
-    machine = rows[-1]["facts"]
+    """Readings were taken on several days, and need not be of one machine."""
+
+    def several(values: Iterable[str]) -> str:
+        return " or ".join(sorted(set(values)))
+
     loads = sorted(row["facts"]["load_at_start"] or 0 for row in rows)
     dates = sorted(row["facts"]["date"][:10] for row in rows)
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    threads = " or ".join(counted(n, "thread") for n in sorted({row["facts"]["threads"] for row in rows}))
     return (
-        f"{len(rows)} readings, {span}; {machine['cpu']}, {threads}, {rows[-1]['dtype'].removeprefix('torch.')}, PyTorch {machine['torch']}, "
-        f"Transformers {machine['transformers']}; load at the start of a reading {loads[0]:.1f} to {loads[-1]:.1f}, median {median(loads):.1f}: where it is "
-        "above the number of threads, seconds say little."
+        f"{len(rows)} readings, {span}; {several(row['facts']['cpu'] for row in rows)}, {several(counted(row['facts']['threads'], 'thread') for row in rows)}, "
+        f"{several(row['dtype'].removeprefix('torch.') for row in rows)}, PyTorch {several(row['facts']['torch'] for row in rows)}, "
+        f"Transformers {several(row['facts']['transformers'] for row in rows)}; load at the start of a reading {loads[0]:.1f} to {loads[-1]:.1f}, median "
+        f"{median(loads):.1f}: where it is above the number of threads, seconds say little."
     )
 
 
@@ -207,8 +232,13 @@ def draw(rows: Sequence[Row], path: Path, name: str) -> None:
 
 
 def _losses_along(axis: Any, loss: Sequence[Row]) -> None:
-    for setting in (setting for setting in ordered(loss) if setting in CORE):
-        mine = [row for row in loss if row["setting"] == setting and row["length"] == max(r["length"] for r in loss if r["setting"] == setting)]
+    """Those of the longest texts, of settings that have read all of them."""
+    longest = [row for row in loss if row["length"] == max(row["length"] for row in loss)]
+    passages = {row["document"] for row in longest}
+    for setting in (setting for setting in ordered(longest) if setting in CORE):
+        mine = [row for row in longest if row["setting"] == setting]
+        if {row["document"] for row in mine} != passages:
+            continue
         curve = [fmean(values) for values in zip(*(row["losses"] for row in mine))]
         smooth = [fmean(curve[max(0, n - 1) : n + 1]) for n in range(len(curve))]
         axis.plot([(n + 1) * mine[0]["segment"] * mine[0]["windows"] / mine[0]["length"] for n in range(len(curve))], smooth, color=COLOURS[setting], lw=1.6)

@@ -98,8 +98,21 @@ def test_the_tables_say_what_was_found():
     assert "| stock | 0 of 10 (0 to " in found and "| **the dial** | 9 of 10 (" in found and "2 documents)" in found and "12288 tokens (1.5x)" in found
     loss = bench.page.losses([row for row in rows() if row["task"] == "loss"])
     assert "| stock | 6.00 | 6.00 | 6.00 | 6.00 |" in loss and "| **the dial** | 3.50 |" in loss and "at 4096 (0.5x)" in loss
+    pairs = bench.page.pairs([row for row in rows() if row["task"] == "passkeys"])
+    assert "| stock | 9, 0 (p = 0.062) |" in pairs and "dial" not in pairs and "12288 tokens, raw prompt" in pairs
     assert "`Dial()`" in bench.page.methods(rows()[:4]) and "10 s, 1 MiB" in bench.page.methods(rows()[:4])
     assert "6 readings, 2026-01-01; a processor, 2 threads, bfloat16" in bench.page.made(rows())
+    mixed = [*rows(), {**rows()[0], "facts": {**rows()[0]["facts"], "cpu": "another", "threads": 1}}]
+    assert "a processor or another, 1 thread or 2 threads, bfloat16" in bench.page.made(mixed)
+
+
+def test_losses_under_one_setting_are_not_shown_for_another():
+    """A setting that was read at twice the window only has nothing to say of shorter texts, and one passage is not two."""
+    found = [{**row, "document": n} for row in rows() if row["task"] == "loss" for n in (0, 1)]
+    shorter = [{**row, "windows": 1.5, "length": 12288, "losses": [5.0] * 12} for row in found if row["setting"] == "dial"]
+    lines = bench.page.losses([row for row in found if (row["setting"], row["document"]) != ("stock", 1)] + shorter)
+    assert "| stock |  |  |  | 6.00 (1 passage) |" in lines and "| **the dial** | 5.00 | 5.00 | 5.00 | 3.50 |" in lines
+    assert "mean of 2 passages, under the setting for 12288 tokens, then under that for 16384" in lines
 
 
 def test_the_picture_is_drawn(tmp_path):
@@ -118,9 +131,11 @@ def test_the_pages_are_those_of_the_results():
         assert len(rows) == len({bench.run.key(row) for row in rows}), "a reading is there twice"
         for name, content in (
             ("recall", bench.page.recall(keys)),
+            ("pairs", bench.page.pairs(keys)),
             ("loss", bench.page.losses([row for row in rows if row["task"] == "loss"])),
             ("methods", bench.page.methods(keys)),
             ("settings", bench.page.settings(rows)),
+            ("made", bench.page.made(rows)),
         ):
             assert f"<!-- begin {path.stem} {name} -->\n{content.strip()}\n<!-- end" in page, f"{path.stem} {name}: run benchmarks/real_models.py --page"
         if f"<!-- begin {path.stem} -->" in readme:

@@ -64,7 +64,7 @@ def compare(a: Groups, b: Groups) -> Paired:
     differences = [[y - x for x, y in zip(one, other)] for one, other in zip(a, b)]
     every = [d for group in differences for d in group]
     effect = design_effect(differences)
-    less, more = -math.fsum(d for d in every if d < 0), math.fsum(d for d in every if d > 0)
+    less, more = math.fsum(-d for d in every if d < 0), math.fsum(d for d in every if d > 0)
     small, large = sorted((less / effect, more / effect))
     p = statistics.mcnemar(math.ceil(small - 1e-9), math.floor(large + 1e-9))
     return Paired(math.fsum(every) / len(every), less, more, len(every), len(differences), p)
