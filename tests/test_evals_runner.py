@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +18,7 @@ import longreach
 from fake_engines import CopyTail, Empty, Failing, First
 from longreach.evals import tasks as registry
 from longreach.evals.harness import results, runner
+from longreach.evals.harness.engine import Reply
 from longreach.evals.harness.estimates import Step
 from longreach.evals.harness.items import Item, ordered
 from longreach.evals.harness.results import Folder
@@ -26,7 +27,7 @@ from longreach.evals.report import page as written_page
 from longreach.evals.report.view import View
 from longreach.evals.samples import budget
 from longreach.evals.samples.base import Parts, Sample, Settings, Task
-from longreach.evals.scores import statistics
+from longreach.evals.scores import clusters, statistics
 from longreach.running import prompts
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
@@ -71,7 +72,7 @@ def test_the_files_of_a_run(tmp_path, items, tokenizer):
     assert len(lines) == 12 and all(set(wanted) <= line.keys() and "prompt" not in line for line in lines)
     assert [line["prompt_tokens"] for line in lines] == sorted((line["prompt_tokens"] for line in lines), reverse=True)  # the longest first
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert list(metrics[0]) == "bench task length depth metric value n ci_low ci_high n_truncated n_errors".split()
+    assert list(metrics[0]) == "bench task length depth metric value n ci_low ci_high n_truncated n_errors documents".split()
     whole = next(row for row in metrics if row["length"] is None)
     assert whole["n"] == 12 and whole["value"] == pytest.approx(100 * sum(line["metrics"]["accuracy"] for line in lines) / 12, abs=1e-3)
     deep = [row for row in metrics if row["depth"] == 1.0]
@@ -351,6 +352,71 @@ def test_two_runs_are_compared_on_the_same_samples(folders, tmp_path):
     (tmp_path / "run.json").write_bytes((folders[0].path / "run.json").read_bytes())
     with pytest.raises(ValueError, match="no sample in common"):
         results.compare(folders[0], Folder(tmp_path))
+
+
+LOST = [[1.0] * 5, [1.0, 1.0, 1.0, 0.0, 0.0]]  # 8 of 10 keys of two documents that one run finds, and the other does not
+
+
+def folder_of(path: Path, documents: list[list[float]], facts: Callable[[int], dict[str, Any]]) -> Folder:
+    """A run of `passkeys` with these scores, the keys of a document one after the other."""
+    folder = Folder(path)
+    tasks = {"passkeys": {"config_hash": "x", "metric": "accuracy"}}
+    folder.start({"config": {"method_text": path.name}, "tasks": tasks, "started": "then", "ended": None})
+    for n, scores in enumerate(documents):
+        for depth, score in enumerate(scores):
+            name, more = f"passkeys/512/{n}/{depth}", facts(n)
+            made = runner._record(Item(registry.task("passkeys"), Sample(name, Parts(""), ("1",), 4, {"length_target": 512, "depth": depth / 4}), 0, 9), None,
+                                  Reply("", 1, "stop"), "x", False)  # fmt: skip
+            folder.append(dataclasses.replace(made, metrics={"accuracy": score}, **more))
+    folder.finish("now")
+    return folder
+
+
+def clustered(root: Path, facts: Callable[[int], dict[str, Any]]) -> tuple[Folder, Folder]:
+    return folder_of(root / "found", LOST, facts), folder_of(root / "lost", [[0.0] * 5] * 2, facts)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [lambda n: {"document": f"text {n}"}, lambda n: {"meta": {"keys": 5}}, lambda n: {"meta": {"document": n}}],
+    ids=["by its text", "an earlier run of passkeys", "an earlier run of data"],
+)
+def test_the_questions_about_one_document_are_not_independent(tmp_path, facts, run):
+    found, lost = clustered(tmp_path, facts)
+    (row,) = (row for row in results.compare(found, lost) if row["length"] is None)
+    paired = clusters.compare(LOST, [[0.0] * 5] * 2)
+    effect = clusters.design_effect([[-value for value in scores] for scores in LOST])
+    assert (row["n"], row["documents"], row["only_a"], row["only_b"]) == (10, 2, 8, 0) and row["p"] == paired.p == 0.125 and effect > 1.5
+    assert (row["low"], row["high"]) == tuple(100 * value for value in statistics.bootstrap([-1.0] * 8 + [0.0] * 2, effect)) and row["high"] > -50
+    every = next(row for row in found.metrics() if (row.length, row.depth) == (None, None))
+    low, high = (round(100 * value, 4) for value in statistics.wilson(8 / effect, 10 / effect))
+    assert (every.n, every.documents, every.ci_low, every.ci_high) == (10, 2, low, high)
+    at_a_depth = next(row for row in found.metrics() if row.depth == 1.0)
+    assert (at_a_depth.n, at_a_depth.documents) == (2, 2) and at_a_depth.ci_low == round(100 * statistics.wilson(1, 2)[0], 4)
+    assert "80 (" in results.markdown(found.metrics()) and ", n=10 in 2 documents)" in results.markdown(found.metrics())
+    shown = run("eval", "compare", found.path, lost.path).out
+    assert "documents are the units, and intervals and p are those of fewer samples (passkeys: 10 about 2 documents)" in shown
+    page = written_page.render([found, lost], [view.view(folder) for folder in (found, lost)], tmp_path / "figures")[0].decode()
+    assert "n = 10 in 2 documents for each length" in page and page.count("10 in 2 documents") > 1
+
+
+def test_questions_about_documents_of_their_own_are_independent(tmp_path, run):
+    found, lost = clustered(tmp_path, lambda n: {})
+    (row,) = (row for row in results.compare(found, lost) if row["length"] is None)
+    same = statistics.compare([*LOST[0], *LOST[1]], [0.0] * 10)
+    assert (row["n"], row["documents"], row["p"], row["low"], row["high"]) == (10, 10, same.p, -100, -50) and same.p == 2 / 2**8
+    assert "are the units" not in run("eval", "compare", found.path, lost.path).out
+
+
+def test_a_sample_names_its_document(tmp_path, tokenizer):
+    items = runner.plan({Questions(): Settings()}, tokenizer)
+    tasks = runner.describe({Questions(): Settings()}, CONFIG)
+    folder = Folder(tmp_path)
+    folder.start({"config": CONFIG, "tasks": tasks, "started": "then", "ended": None})
+    runner.run(items, First(), tokenizer, folder, {name: facts["config_hash"] for name, facts in tasks.items()})
+    names = {record.sample_id: record.about for record in folder.records()}
+    assert len(set(names.values())) == 3 and names["q0"] == names["q3"] == names["q6"] != names["q1"]
+    assert {row.documents for row in folder.metrics()} == {3}
 
 
 def test_the_page_holds_everything_and_no_foreign_markup(folders, tmp_path):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from longreach import SelfExtend, extend
+from longreach.evals import tasks
+from longreach.evals.harness import runner
+from longreach.evals.harness.model_engine import ModelEngine
+from longreach.evals.harness.together import Several
+from longreach.evals.samples import budget
+from longreach.evals.samples.base import Settings
 from longreach.running import generation
+from longreach.running.conversation import Conversation
 from longreach.running.generation import Sampling
 from longreach.running.sampling import OTHERS, Sampler
 from tiny import llama, tokenizer
@@ -105,3 +116,61 @@ def test_among_them_those_that_need_no_processor_of_logits() -> None:
         setattr(config, name, value)
         with pytest.raises(ValueError, match=f"{name}=.*not honoured here"):
             Sampler(config, generation.GREEDY)
+
+
+# -- logits that are none ---------------------------------------------------------------------------------------------------------------
+
+UNSOUND = "gives NaN or infinity for the next token; load it in another dtype .*another method or other parameters"
+
+
+@contextmanager
+def unsound(model: Any, value: float, calls: int = 0) -> Iterator[None]:
+    """After so many forwards the model gives one logit of this value, or all of them if it is the least."""
+
+    def spoil(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            output.logits[..., slice(None) if value == -math.inf else 7] = value
+
+    handle = model.register_forward_hook(spoil, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sampling", [HOT, generation.GREEDY])
+@pytest.mark.parametrize("more", [{}, {"beginnings": [[30, 31, 32, 33]]}])
+def test_no_token_is_made_of_logits_that_are_none(model: Any, value: float, sampling: Sampling, more: dict[str, Any]) -> None:
+    written: list[str] = []
+    whole = tokenizer().decode(sampled(model, sampling, **more))
+    with unsound(model, value, calls=3), pytest.raises(ValueError, match=UNSOUND):
+        sampled(model, sampling, write=written.append, **more)
+    assert "".join(written) in whole and "".join(written) != whole  # nothing of the token that is none
+    logits = torch.zeros(9)
+    logits[slice(None) if value == -math.inf else 7] = value
+    with pytest.raises(ValueError, match=UNSOUND):
+        Sampler(model.generation_config, sampling).token([1], logits)
+
+
+def test_a_conversation_goes_on_after_it(model: Any) -> None:
+    with extend(model, SelfExtend(4, 16)) as extension:
+        talk, other = (Conversation(model, tokenizer(), "a" * 40, None, None, extension) for _ in range(2))
+        talk.ask("one?", 4)
+        other.ask("one?", 4)
+        with unsound(model, math.nan, calls=2), pytest.raises(ValueError, match=UNSOUND):
+            talk.ask("two?", 4)
+        assert len(talk.turns) == 1 and talk.ask("three?", 4).ids == other.ask("three?", 4).ids
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_evaluation_says_it_of_every_sample(model: Any, size: int) -> None:
+    items = runner.plan({tasks.task("passkeys"): Settings(lengths=(700,), depths=(0.1, 0.9), samples=1)}, tokenizer())
+    prompts = [budget.encode(tokenizer(), item.sample) for item in items]
+    with extend(model, SelfExtend(32, 16), context=800) as extension:
+        extension.flat()  # it is exact on this model, which is found out once
+        with unsound(model, math.nan):
+            found = dict(ModelEngine(model, tokenizer(), extension, several=Several(size, "as asked")).answers(prompts))
+    assert len(found) == 2 and all(isinstance(reply, ValueError) and "NaN or infinity" in str(reply) for reply in found.values())

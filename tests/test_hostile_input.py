@@ -78,7 +78,7 @@ CASES = [
     ("plan --context 1e13", "such as 4096, '4k' or '1m'"),
     ("methods --markdown bin.bin", "not text in UTF-8"),
     ("methods --markdown d", "pass docs/methods.md"),
-    ("distances lm-infinite --n-local 99999999999999999999999999", "--n-local must be of type int"),
+    ("distances lm-infinite --n-local 99999999999999999999999999", "n_local must be an integer of at least 1 and at most 4294967296"),
     ("distances combined --encoding \"yarn --factor '4\" --positions selfextend", "cannot be taken apart (no closing quotation)"),
     ("distances yarn --factor 4 --png y.png --trained-window 8 --rope-base inf", "--rope-base must be a number above 1"),
     ("distances yarn --factor 4 --png y.png --trained-window 8 --rope-base 1", "--rope-base must be a number above 1"),

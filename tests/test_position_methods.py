@@ -199,7 +199,7 @@ def test_keys_exist_in_as_few_forms_as_needed():
         (lambda: ReRoPE(0), "at least 1"),
         (lambda: ReRoPE(4, log_scale=1), "at least 2"),
         (lambda: LeakyReRoPE(0), "at least 1"),
-        (lambda: LeakyReRoPE(4, 0.5), "pass factor 1"),
+        (lambda: LeakyReRoPE(4, 0.5), "factor must be a number of at least 1 and at most"),
         (lambda: LeakyReRoPE(4, math.nan), "at least 1"),
         (lambda: LeakyReRoPE(4, math.inf), "at least 1"),
         (lambda: LeakyReRoPE(4, log_scale=1), "at least 2"),

@@ -152,6 +152,9 @@ HOSTILE = [
     (change(["entries", 0, "method"], {"method": "rerope"}), r"ReRoPE\(\) does not reach the 128 tokens"),
     (change(["entries", 0, "method"], {"method": "longrope", "factor": 2, "long_factor": "/etc/hostname"}), "must be numbers in a profile"),
     (change(["entries", 0, "method"], {"method": "longrope", "factor": 2, "long_factor": "README"}), "must be numbers in a profile"),
+    (change(["entries", 0, "method"], {"method": "dynamic-ntk", "factor": 1e300}), "factor must be a number of at least 1 and at most 4294967296, not 1e"),
+    (change(["entries", 0, "method"], {"method": "infllm", "n_local": 32, "block_size": 2**62}), "block_size must be an integer of at least 1 and at most"),
+    (change(["entries", 0, "method"], {"method": "yarn", "factor": 2, "attention_factor": 1e300}), "attention_factor must be a number above 0, from 0.01 to"),
     (change(["entries", 0, "method"], {"method": ["longrope"], "factor": 2, "long_factor": "README"}), "an object with its name"),
     (
         change(["entries", 0, "method"], {"method": "combined", "encoding": {"method": "longrope", "factor": 2, "long_factor": "./x"}, "positions": {}}),

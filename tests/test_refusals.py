@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import typing
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ import longreach
 from families import BASE, REFUSED, build, tokens
 from longreach import LMInfinite, SelfExtend, Stock
 from longreach.engine.batch import Batch
+from longreach.methods import registry
+from longreach.quantities import MOST_TOKENS
+from tiny import llama
 
 
 @pytest.fixture
@@ -278,3 +283,46 @@ def test_in_half_precision_layers_are_compared_where_rounding_moves_the_logits(m
     monkeypatch.setattr(seam, "execute", lambda *args: 1.1 * execute(*args))
     with refuses(r"differs from the stock model by .* \(a layer by 1"):
         longreach.extend(model, SelfExtend(1, 16))
+
+
+def numbers(kind: type) -> dict[str, tuple[object, bool]]:
+    """The parameters of a method that are numbers -> (what they are in a small configuration, whether they are whole ones)."""
+    small, hints = kind.small(8), typing.get_type_hints(kind)
+    return {f.name: (getattr(small, f.name), "float" not in str(hints[f.name])) for f in dataclasses.fields(kind) if {"int", "float"} & words(hints[f.name])}
+
+
+def words(hint: object) -> set[str]:
+    found = {getattr(hint, "__name__", "")}
+    return found.union(*map(words, typing.get_args(hint)))
+
+
+@pytest.mark.parametrize("name", registry())
+def test_a_parameter_that_would_overflow_is_refused(name):
+    kind = registry()[name]
+    small = kind.small(8)
+    for parameter, (value, whole) in numbers(kind).items():
+        for far in (2**62, MOST_TOKENS + 1) if whole else (1e300, float("inf"), float("nan"), 10**400):
+            given = (far,) * len(value) if isinstance(value, tuple) else far
+            with pytest.raises(ValueError, match=f"{parameter} must be"):
+                dataclasses.replace(small, **{parameter: given})
+
+
+@pytest.mark.filterwarnings("ignore:a sequence of")
+@pytest.mark.parametrize("name", registry())
+def test_the_largest_parameters_need_no_more_memory_than_the_text(name):
+    """But for the first tokens that stay, whose memory is set aside at once."""
+    kind, model = registry()[name], llama()
+    ids = torch.arange(80)[None] % 50 + 3
+    for parameter, (value, whole) in numbers(kind).items():
+        if parameter in ("n_init", "n_sink", "n_global") or value == ():
+            continue
+        most = MOST_TOKENS if whole else float(MOST_TOKENS)
+        try:
+            method = dataclasses.replace(kind.small(8), **{parameter: (most,) * len(value) if isinstance(value, tuple) else most})
+            extension = longreach.extend(model, method, context=100 if method.needs_context else None)
+        except ValueError as refused:  # the parameter has a smaller bound, alone or beside the others
+            assert refused.args
+            continue
+        with extension, torch.no_grad():
+            assert model(ids).logits.isfinite().all()
+            assert len(model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)[0]) > 80

@@ -292,4 +292,4 @@ def test_a_model_that_gives_nan_ends_that_job(monkeypatch):
         found = run(Scheduler(extension), [good, bad, hot])
         assert new(found[good]) == want
         for job in (bad, hot):
-            assert found[job][-1].finish == "error" and "the model gives NaN for the next token" in found[job][-1].problem
+            assert found[job][-1].finish == "error" and "the model gives NaN or infinity for the next token" in found[job][-1].problem

@@ -160,3 +160,7 @@ def show_comparison(console: Console, a: Path, b: Path, rows: list[dict[str, Any
         spread = f"{r['low']:+.1f} to {r['high']:+.1f}"
         table.add_row(r["task"], r["metric"], length, str(r["n"]), f"{r['a']:.1f}", f"{r['b']:.1f}", f"{r['difference']:+.1f}", spread, *only, p)
     console.print(table)
+    whole = [r for r in rows if r["length"] is None and r["documents"] < r["n"]]
+    if some := ", ".join({r["task"]: f"{r['task']}: {r['n']} about {counted(r['documents'], 'document')}" for r in whole}.values()):
+        told = "samples about one document are not independent: documents are the units, and intervals and p are those of fewer samples"
+        console.print(f"{told} ({some})", soft_wrap=True)

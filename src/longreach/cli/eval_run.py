@@ -316,11 +316,13 @@ def summary(out: Output, outcome: Outcome, file: Path) -> None:
 
 def show(console: Console, rows: list[Row], metrics: dict[str, str]) -> None:
     chosen = [row for row in rows if row.depth is None and row.value is not None and metrics.get(row.task, row.metric) == row.metric]
-    table = common.plain_table("task", "metric", "length", "score (%)", "95 % interval", "n", "failed", "cut")
+    documents = ["documents"] if any(row.documents != row.n for row in chosen) else []
+    table = common.plain_table("task", "metric", "length", "score (%)", "95 % interval", "n", *documents, "failed", "cut")
     for row in chosen:
         length = "all" if row.length is None else str(row.length)
         troubles = (str(count or "") for count in (row.n_errors, row.n_truncated))
-        table.add_row(row.task, row.metric, length, f"{row.value:.1f}", f"{row.ci_low:.1f} to {row.ci_high:.1f}", str(row.n), *troubles)
+        size = (str(row.n), str(row.documents)) if documents else (str(row.n),)
+        table.add_row(row.task, row.metric, length, f"{row.value:.1f}", f"{row.ci_low:.1f} to {row.ci_high:.1f}", *size, *troubles)
     console.print(table)
 
 

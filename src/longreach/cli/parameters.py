@@ -16,8 +16,6 @@ from typing import Any, Literal
 from longreach.methods import parameters, registry
 from longreach.methods.base import Method
 
-LARGEST = 2**48  # of a whole number; no index reaches it, and a tensor of numbers beyond 2**63 cannot be
-
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -205,8 +203,6 @@ def _convert(annotation: Any, text: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
         return text.lower() == "true"
-    if annotation is int and abs(int(text)) > LARGEST:
-        raise ValueError(text)
     if annotation in (int, float, str):
         return annotation(text)
     raise ValueError(text)

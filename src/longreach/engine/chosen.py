@@ -225,7 +225,7 @@ def _columns(
             ids = ids.sort(-1).values
         token = (ids[..., None] * block + torch.arange(block, device=ids.device)).flatten(-2)
         parts.append(token.masked_fill_((ids < 0).repeat_interleave(block, -1), source.keys))
-    if latest := block - 1 + choice.lag + answer.ahead:
+    if latest := min(block - 1 + choice.lag + answer.ahead, max(1, source.keys)):  # a block may be larger than the text
         last = complete[:, None, :, None] * block + torch.arange(latest, device=complete.device)
         parts.append(last.expand(rows, parts[0].shape[1] if parts else 1, -1, -1))
     columns = torch.cat(parts, -1) if parts else complete.new_empty(rows, 1, complete.shape[1], 0)

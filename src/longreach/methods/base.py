@@ -17,9 +17,11 @@ from longreach.core.dense import Dense
 from longreach.core.encodings import Frequencies, Rope
 from longreach.core.eviction import Eviction
 from longreach.core.segments import PLAIN, Layout, LogScale
+from longreach.quantities import MOST_TOKENS
 
 UNMEASURED = "how much of that it finds was not measured"
 DEEP = 16  # a layer that chooses, in a method that does so from some layer on
+MOST_SHARPENING = 100  # of a factor on cos and sin; logits carry its square, and the papers' formulas stay below 4
 
 
 class Method(ABC):
@@ -82,7 +84,8 @@ class Method(ABC):
         """Largest distance in a text of `tokens` tokens. The last query has it, unless a method's distances shrink on the way."""
         n = tokens
         i = torch.tensor([max(0, n - 1)])
-        j = torch.arange(n) if n < 65536 else torch.cat([torch.arange(1024), torch.arange(1024, n, 97), torch.arange(n - 1024, n)])
+        step = max(97, n // 2**23)  # bounded memory, however far a factor reaches
+        j = torch.arange(n) if n < 65536 else torch.cat([torch.arange(1024), torch.arange(1024, n, step), torch.arange(n - 1024, n)])
         return self.distances(i, j).nan_to_num(0).max().item()
 
     @classmethod
@@ -192,15 +195,28 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def require_integer(name: str, value: object, least: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(ok, f"{name} must be an integer of at least {least}, not {value!r}; pass {name.replace('_', '-')} {least} or more")
+    """`least` to `MOST_TOKENS`: whatever is counted is tokens or fewer things, and what is beyond overflows in some product of sizes."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST_TOKENS
+    require(ok, f"{name} must be an integer of at least {least} and at most {MOST_TOKENS}, not {value!r}; pass {name.replace('_', '-')} in this range")
 
 
 def require_number(name: str, value: object, least: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= least
-    require(ok, f"{name} must be a number of at least {least:g}, not {value!r}; pass {name.replace('_', '-')} {least:g} or more")
+    """`least` to `MOST_TOKENS`: a factor of a window is bounded as tokens are."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= MOST_TOKENS
+    require(ok, f"{name} must be a number of at least {least:g} and at most {MOST_TOKENS}, not {value!r}; pass {name.replace('_', '-')} in this range")
 
 
-def require_positive(name: str, value: object) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    require(ok, f"{name} must be a number above 0, not {value!r}; leave it out for its default")
+def require_positive(name: str, value: object, most: float = MOST_TOKENS) -> None:
+    """1 / `most` to `most`."""
+    require(is_positive(value, most), f"{name} must be a number above 0, from {1 / most:.3g} to {most:.10g}, not {value!r}; leave it out for its default")
+
+
+def require_attention_factor(value: object) -> None:
+    """None is the method's own formula."""
+    if value is not None:
+        require_positive("attention_factor", value, MOST_SHARPENING)
+
+
+def is_positive(value: object, most: float = MOST_TOKENS) -> bool:
+    """Whether a number is in 1 / `most` to `most`, where neither it nor its reciprocal overflows what it is multiplied with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1 / most <= value <= most

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from longreach.core.encodings import Frequencies, Rope
-from longreach.methods.base import FrequencyMethod, require_positive
+from longreach.methods.base import FrequencyMethod, require_attention_factor
 from longreach.methods.yarn import YaRN, require_ramp
 
 
@@ -22,7 +22,7 @@ class DynamicYaRN(FrequencyMethod):
     beta_fast         turns from which a pair stays as it is, > beta_slow; 32 for Llama.
     beta_slow         turns up to which a pair is interpolated, > 0; 1 for Llama.
     truncate_ramp     round the borders of the ramp to whole pairs, as the official code does.
-    attention_factor  > 0; None is the paper's 0.1 ln(factor) + 1.
+    attention_factor  0.01 to 100; None is the paper's 0.1 ln(factor) + 1.
 
     Raises ValueError for parameters out of range; extend() refuses a checkpoint whose rotary is scaled already, and a missing context.
     """
@@ -39,8 +39,7 @@ class DynamicYaRN(FrequencyMethod):
 
     def __post_init__(self) -> None:
         require_ramp(self.beta_fast, self.beta_slow, self.truncate_ramp)
-        if self.attention_factor is not None:
-            require_positive("attention_factor", self.attention_factor)
+        require_attention_factor(self.attention_factor)
 
     @classmethod
     def recommended(cls, window: int, context: int) -> DynamicYaRN:

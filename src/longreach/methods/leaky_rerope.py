@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from longreach.core.segments import Affine, Identity, Layout, LogScale, Segment, Visible
-from longreach.methods.base import Method, require, require_integer
+from longreach.methods.base import Method, require_integer, require_number
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class LeakyReRoPE(Method):
 
     def __post_init__(self) -> None:
         require_integer("window", self.window, 1)
-        number = isinstance(self.factor, (int, float)) and not isinstance(self.factor, bool)
-        require(number and 1 <= self.factor < math.inf, f"factor must be a number of at least 1, not {self.factor!r}; pass factor 1 for plain attention")
+        require_number("factor", self.factor, 1)
         if self.log_scale is not None:
             require_integer("log_scale", self.log_scale, 2)
 

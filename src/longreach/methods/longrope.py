@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from longreach.core.encodings import Frequencies, Rope
-from longreach.methods.base import FrequencyMethod, require, require_number, require_positive, stretched
+from longreach.methods.base import FrequencyMethod, is_positive, require, require_attention_factor, require_number, stretched
+from longreach.quantities import MOST_TOKENS
 
 Factors = tuple[float, ...] | str
 
@@ -28,7 +28,7 @@ class LongRoPE(FrequencyMethod):
     long_factor       one divisor > 0 per pair of rotary dims, or the path of a JSON file: a list, or an object with `long_factor` and,
                       if wanted, `short_factor`, also inside `rope_parameters` or `rope_scaling`, such as a checkpoint's config.json.
     short_factor      the same for short texts; None takes it from the file, else ones: short texts as the model computes them.
-    attention_factor  > 0; None is sqrt(1 + ln(factor) / ln(L)).
+    attention_factor  0.01 to 100; None is sqrt(1 + ln(factor) / ln(L)).
 
     Raises ValueError for parameters out of range and unreadable files; extend() refuses lists of another length than the model's
     pairs, and a checkpoint whose rotary is scaled already.
@@ -55,8 +55,7 @@ class LongRoPE(FrequencyMethod):
                 len(self.short_factor) == len(self.long_factor),
                 f"short_factor has {len(self.short_factor)} numbers and long_factor {len(self.long_factor)}; give both one per pair of rotary dims",
             )
-        if self.attention_factor is not None:
-            require_positive("attention_factor", self.attention_factor)
+        require_attention_factor(self.attention_factor)
 
     def frequencies(self, rope: Rope) -> Frequencies:
         pairs = rope.own.inverse.numel()
@@ -89,14 +88,10 @@ def _divisors(name: str, value: Any) -> tuple[float, ...]:
     if isinstance(value, str):
         value = _read(value, name, required=True)
     require(
-        isinstance(value, list | tuple) and len(value) > 0 and all(_is_divisor(x) for x in value),
-        f"{name} must be numbers above 0, one per pair of rotary dims, or the path of a JSON file with them",
+        isinstance(value, list | tuple) and len(value) > 0 and all(is_positive(x) for x in value),
+        f"{name} must be numbers above 0, from {1 / MOST_TOKENS:.3g} to {MOST_TOKENS}, one per pair of rotary dims, or the path of a JSON file with them",
     )
     return tuple(float(x) for x in value)
-
-
-def _is_divisor(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
 
 
 def _read(path: str, name: str, required: bool) -> Any:

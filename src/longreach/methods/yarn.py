@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from longreach.core.encodings import Frequencies, Rope
-from longreach.methods.base import FrequencyMethod, require, require_number, require_positive, stretched
+from longreach.methods.base import FrequencyMethod, require, require_attention_factor, require_number, require_positive, stretched
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class YaRN(FrequencyMethod):
     beta_fast         turns from which a pair stays as it is, > beta_slow; 32 for Llama.
     beta_slow         turns up to which a pair is interpolated, > 0; 1 for Llama.
     truncate_ramp     round low and high to whole pairs, as the official code does.
-    attention_factor  > 0; None is the paper's 0.1 ln(factor) + 1.
+    attention_factor  0.01 to 100; None is the paper's 0.1 ln(factor) + 1.
 
     Raises ValueError for parameters out of range; extend() refuses a checkpoint whose rotary is scaled already.
     """
@@ -42,8 +42,7 @@ class YaRN(FrequencyMethod):
     def __post_init__(self) -> None:
         require_number("factor", self.factor, 1)
         require_ramp(self.beta_fast, self.beta_slow, self.truncate_ramp)
-        if self.attention_factor is not None:
-            require_positive("attention_factor", self.attention_factor)
+        require_attention_factor(self.attention_factor)
 
     @classmethod
     def recommended(cls, window: int, context: int) -> YaRN:

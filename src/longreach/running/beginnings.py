@@ -18,13 +18,13 @@ def allowed(new: Sequence[int], beginnings: Sequence[Sequence[int]]) -> set[int]
     return {begin[len(new)] for begin in beginnings if list(begin[: len(new)]) == list(new)}
 
 
-def begins_with(prompt: int, beginnings: Sequence[Sequence[int]]) -> Any:
-    """A list of one logits processor for `generate`, after a prompt of so many tokens; None without beginnings. Raises ValueError for an empty one."""
+def begins_with(prompt: int, beginnings: Sequence[Sequence[int]]) -> list[Any]:
+    """A list of one logits processor for `generate`, after a prompt of so many tokens; of none without beginnings. Raises ValueError for an empty one."""
     if not beginnings:
-        return None
+        return []
     if not all(beginnings):
         raise ValueError("a beginning without tokens asks for nothing; leave it out")
-    from transformers import LogitsProcessor, LogitsProcessorList
+    from transformers import LogitsProcessor
 
     class OneOf(LogitsProcessor):  # type: ignore[misc,unused-ignore]
         """All but the tokens that may follow get no probability."""
@@ -39,4 +39,4 @@ def begins_with(prompt: int, beginnings: Sequence[Sequence[int]]) -> Any:
                     kept[row] = torch.full_like(scores[row], -torch.inf).index_copy(0, places, scores[row, places])
             return kept
 
-    return LogitsProcessorList([OneOf()])
+    return [OneOf()]

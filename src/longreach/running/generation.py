@@ -23,7 +23,7 @@ from longreach.quantities import CHUNK_SIZE
 from longreach.running.beginnings import begins_with
 from longreach.running.reading import stream
 from longreach.running.resuming import Kept
-from longreach.running.sampling import GREEDY, Sampling
+from longreach.running.sampling import GREEDY, Sampling, Sound
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,17 @@ def answer(
     stop       strings that end the answer and are left out of its text. White space before the first word is not searched for them.
     beginnings token ids: the answer begins with one of these.
     stopped    asked between chunks and after each token; once it is true the answer ends there, whole and consistent with its cache.
+
+    Raises ValueError where the model gives NaN or infinity for a token.
     """
-    from transformers import DynamicCache
+    from transformers import DynamicCache, LogitsProcessorList
 
     if extension is not None:
         require_in_force(extension, model)
     prompt = torch.as_tensor(ids, device=device_of(model))[None]
     config = generation_config(model, tokenizer, max_new_tokens, sampling)
-    streamer = _streamer(tokenizer, write)
+    sound = Sound()
+    streamer = _streamer(tokenizer, write, sound)
     started = time.perf_counter()
     cache = resume.cache if resume is not None else DynamicCache() if cache is None else cache
     known = cache.get_seq_length()
@@ -105,7 +108,7 @@ def answer(
             generation_config=config,
             streamer=streamer,
             stopping_criteria=criteria,
-            logits_processor=begins_with(len(ids), beginnings),
+            logits_processor=LogitsProcessorList([sound, *begins_with(len(ids), beginnings)]),
             return_dict_in_generate=True,
         )
     ended = time.perf_counter()
@@ -207,17 +210,18 @@ def _ends(config: Any) -> list[int]:
     return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [int(end)]
 
 
-def _streamer(tokenizer: Tokenizer, write: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: Tokenizer, write: Callable[[str], None], sound: Sound) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc,unused-ignore]
-        """Hands on the text and notes when the first new token came; the first `put` is the prompt."""
+        """Hands on the text of sound tokens and notes when the first new one came; the first `put` is the prompt."""
 
         first: float | None = None
         puts = 0
 
         def put(self, value: torch.Tensor) -> None:
             self.puts += 1
+            sound.require()
             if self.puts == 2:
                 self.first = time.perf_counter()
             super().put(value)

@@ -13,7 +13,7 @@ import torch
 
 from longreach.hf.flat import Flat
 from longreach.methods.base import Method
-from longreach.running.sampling import NAN, Sampler
+from longreach.running.sampling import Sampler, refusal
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ def tokens(found: Mapping[Row, torch.Tensor]) -> dict[Row, int | ValueError]:
     chosen: dict[Row, int | ValueError] = {}
     if plain := [row for row in found if row.sampler is not None and row.sampler.plain]:
         best, which = torch.stack([found[row] for row in plain]).max(-1)
-        chosen = {row: token if value == value else ValueError(NAN) for row, value, token in zip(plain, best.tolist(), which.tolist(), strict=True)}
+        chosen = {row: refusal(value) or token for row, value, token in zip(plain, best.tolist(), which.tolist(), strict=True)}
     for row, logits in found.items():
         if row not in chosen and row.sampler is not None:
             try:

@@ -58,16 +58,42 @@ class Sampler:
         return self._generator is None and not self._processors
 
     def token(self, ids: list[int], logits: torch.Tensor) -> int:
-        """The token behind `ids`; logits [V]. Raises ValueError where the model gives NaN."""
+        """The token behind `ids`; logits [V]. Raises ValueError where the model gives NaN or infinity."""
         scores = logits.float()[None]
+        if (problem := refusal(scores.max().item())) is not None:
+            raise problem
         if self._processors:
             scores = self._processors(torch.tensor([ids], device=scores.device), scores)
-        if bool(scores.max().isnan()):
-            raise ValueError(NAN)
         return int(scores.argmax(-1) if self._generator is None else torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self._generator))
 
 
-NAN = "the model gives NaN for the next token; load it in another dtype (float32, or bfloat16 where float16 overflows), or check its weights"
+class Sound:
+    """A logits processor for `generate`, the first of its list: it notes the largest logit of every row where it lies, so that a card is waited for once in a
+    token, when that is read. Rows without a token become zeros, which may be drawn from: what comes of it is refused by `require` before anybody sees it.
+    """
+
+    def __init__(self) -> None:
+        self._best: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._best = scores.amax(-1)
+        return scores.masked_fill(~self._best.isfinite()[:, None], 0.0)
+
+    def require(self) -> None:
+        """Raises ValueError where the model gave NaN or infinity for the token that has just been read."""
+        for best in () if self._best is None else self._best.tolist():
+            if (problem := refusal(best)) is not None:
+                raise problem
+
+
+def refusal(best: float) -> ValueError | None:
+    """Why there is no next token where `best` is the largest logit, and NaN is larger than any; None: there is one."""
+    if math.isfinite(best):
+        return None
+    return ValueError(
+        "the model gives NaN or infinity for the next token; load it in another dtype (float32, or bfloat16 where float16 overflows), choose another method or "
+        "other parameters if it is extended, or check its weights"
+    )
 
 
 def ends_of(config: Any) -> Collection[int]:

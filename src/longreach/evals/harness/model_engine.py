@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,7 +84,8 @@ class ModelEngine:
     def _prepared(self, ids: list[int]) -> torch.device:
         """Something has been read, which is not timed, and the peak of memory counts from now on."""
         if not self._warm:
-            generation.answer(self.model, self.tokenizer, ids[:WARM_UP], 2, extension=self.extension, chunk_size=self.chunk_size)
+            with suppress(ValueError):  # whatever is wrong with the model is said of its samples
+                generation.answer(self.model, self.tokenizer, ids[:WARM_UP], 2, extension=self.extension, chunk_size=self.chunk_size)
             self._warm = True
         device = next(self.model.parameters()).device
         if device.type == "cuda":

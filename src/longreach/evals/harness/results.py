@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from longreach import files
-from longreach.evals.scores import statistics
+from longreach.evals.scores import clusters, statistics
+from longreach.quantities import counted
 
 RUN, METRICS, CURVES, SAMPLES = "run.json", "metrics.json", "curves.csv", "samples"
 GOES_ON = "free some space and run the same command again, which goes on from what is there"
@@ -50,7 +51,15 @@ class Record:
     reused_tokens: int = 0
     together: int = 1  # samples in one forward, at most
     meta: dict[str, Any] = field(default_factory=dict)
+    document: str = ""  # a digest of it; runs of earlier versions do not have it
     prompt: str | None = None  # only where it was asked for
+
+    @property
+    def about(self) -> str:
+        """Names the document that the question is about, in the samples of a task and length; where none is known, the question itself."""
+        if not self.document and "keys" in self.meta:  # an earlier version of passkeys, which names the key last
+            return self.sample_id.rpartition("/")[0]
+        return self.document or str(self.meta.get("document", self.sample_id))
 
     @property
     def key(self) -> tuple[str, str]:
@@ -72,6 +81,7 @@ class Row:
     ci_high: float | None
     n_truncated: int
     n_errors: int
+    documents: int | None = None  # that the n samples are about; None where they are no samples
 
 
 def digest(data: Any) -> str:
@@ -246,14 +256,15 @@ def _rows(cell: tuple[str, str, int | None, float | None], records: list[Record]
     names = sorted({name for record in good for name in record.metrics})
     rows = []
     for name in names:
-        values = [record.metrics[name] for record in good if name in record.metrics]
-        found = statistics.mean(values)
-        rows.append(Row(*cell, name, percent(found.value), found.n, percent(found.low), percent(found.high), truncated, errors))
+        groups = clusters.grouped(*zip(*((record.metrics[name], record.about) for record in good if name in record.metrics)))
+        found = statistics.mean([value for group in groups for value in group], clusters.design_effect(groups))
+        rows.append(Row(*cell, name, percent(found.value), found.n, percent(found.low), percent(found.high), truncated, errors, len(groups)))
     return rows or [Row(*cell, "", None, 0, None, None, truncated, errors)]
 
 
 def compare(a: Folder, b: Folder) -> list[dict[str, Any]]:
     """Two runs on the samples that both have answered, paired: one row for every task, length and metric; length null for all of them.
+    Questions about one document are not independent: an interval and a p are those of n / effect samples, see `clusters`.
 
     Raises ValueError where the runs have no sample in common.
     """
@@ -264,19 +275,26 @@ def compare(a: Folder, b: Folder) -> list[dict[str, Any]]:
     common = sorted(first.keys() & second.keys())
     if not common:
         raise ValueError("the two runs have no sample in common; run the same tasks with the same seed, lengths and tokenizer")
-    cells: dict[tuple[str, int | None, str], list[tuple[float, float]]] = {}
+    cells: dict[tuple[str, int | None, str], list[tuple[float, float, str]]] = {}
     for key in common:
         one, other = first[key], second[key]
         for name in sorted(one.metrics.keys() & other.metrics.keys()):
             for length in {one.length_target, None}:
-                cells.setdefault((one.task, length, name), []).append((one.metrics[name], other.metrics[name]))
+                cells.setdefault((one.task, length, name), []).append((one.metrics[name], other.metrics[name], one.about))
     rows = []
     for (task, length, name), pairs in sorted(cells.items(), key=lambda c: (c[0][0], c[0][2], c[0][1] is not None, c[0][1] or 0)):
-        found = dataclasses.asdict(statistics.compare([x for x, _ in pairs], [y for _, y in pairs]))
+        x, y, documents = zip(*pairs)
+        groups = clusters.grouped([other - one for one, other in zip(x, y)], documents)
+        found = dataclasses.asdict(statistics.compare(x, y, clusters.design_effect(groups)))
         for value in ("a", "b", "difference", "low", "high"):
             found[value] = percent(found[value])
-        rows.append({"task": task, "length": length, "metric": name, **found})
+        rows.append({"task": task, "length": length, "metric": name, **found, "documents": len(groups)})
     return rows
+
+
+def size(n: int, documents: int | None) -> str:
+    """How many samples, and about how many documents, where several are about one."""
+    return str(n) if documents in (None, n) else f"{n} in {counted(documents or 0, 'document')}"
 
 
 def percent(share: float) -> float:
@@ -300,7 +318,7 @@ def markdown(rows: Iterable[Row], metrics: Mapping[str, str] | None = None) -> s
 
 def _cell(row: Row) -> str:
     interval = "" if row.ci_low is None or row.ci_high is None else f"{row.ci_low:.4g} to {row.ci_high:.4g}, "
-    return f"{row.value:.4g} ({interval}n={row.n})"
+    return f"{row.value:.4g} ({interval}n={size(row.n, row.documents)})"
 
 
 def runs_in_markdown(folders: Iterable[Folder]) -> str:

@@ -190,5 +190,6 @@ def _record(item: Item, prompt: Prompt | None, reply: Reply | Exception, config_
         reused_tokens=answer.reused if answer else 0,
         together=answer.together if answer else 1,
         meta=meta,
+        document=digest(sample.parts.document) if sample.parts.document else "",
         prompt=prompt.text if prompt and save_prompts else None,
     )

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from longreach.drawing.canvas import Picture
-from longreach.evals.harness.results import Folder, Row, compare
+from longreach.evals.harness.results import Folder, Row, compare, size
 from longreach.evals.report.figures import draw
 from longreach.evals.report.view import View
 
@@ -73,10 +73,11 @@ def tables(views: Sequence[View], wanted: Callable[[Row], bool], unit: str, form
 def by_length(title: str, cells: Sequence[tuple[str, Row]], form: str, shaded: bool) -> dict[str, Any]:
     """`cells` are pairs of a run's label and a row of metrics."""
     lengths = sorted({row.length for _, row in cells}, key=lambda n: (n is None, n or 0))
-    counts = sorted({row.n for _, row in cells if row.length is not None}) or sorted({row.n for _, row in cells})
+    counted = [row for _, row in cells if row.length is not None] or [row for _, row in cells]
+    counts = [size(*each) for each in sorted({(row.n, row.documents or row.n) for row in counted})]
     at = {(label, row.length): row for label, row in cells}
     rows = [(label, *(measured(at.get((label, n)), form, shaded) for n in lengths)) for label in dict.fromkeys(label for label, _ in cells)]
-    samples = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    samples = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
     return {"title": title, "samples": samples, "head": ("run", *("all" if n is None else str(n) for n in lengths)), "rows": rows}
 
 
@@ -114,7 +115,8 @@ def comparisons(folders: Sequence[Folder], views: Sequence[View]) -> list[tuple[
             length = (r["length"], str(r["length"])) if r["length"] is not None else (0, "all")
             p = (r["p"], "" if r["p"] is None else f"{r['p']:.3g}")
             spread = f"{r['low']:+.1f} to {r['high']:+.1f}"
-            rows.append((views[0].label, view.label, r["task"], r["metric"], length, r["n"], (r["difference"], f"{r['difference']:+.1f}"), spread, p))
+            n, difference = (r["n"], size(r["n"], r["documents"])), (r["difference"], f"{r['difference']:+.1f}")
+            rows.append((views[0].label, view.label, r["task"], r["metric"], length, n, difference, spread, p))
     return rows
 
 

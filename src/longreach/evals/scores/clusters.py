@@ -34,10 +34,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Paired:
-    """B - A on the same questions: `only_a` and `only_b` are what one of them has more than the other, `p` is McNemar's exact test of both / deff.
-
-    The test wants whole numbers: the smaller one is rounded up and the larger one down, so that rounding makes nobody surer.
-    """
+    """B - A on the same questions: `only_a` and `only_b` are what one of them has more than the other, `p` is McNemar's exact test of both / deff."""
 
     difference: float
     only_a: float
@@ -65,13 +62,19 @@ def compare(a: Groups, b: Groups) -> Paired:
     every = [d for group in differences for d in group]
     effect = design_effect(differences)
     less, more = math.fsum(-d for d in every if d < 0), math.fsum(d for d in every if d > 0)
-    small, large = sorted((less / effect, more / effect))
-    p = statistics.mcnemar(math.ceil(small - 1e-9), math.floor(large + 1e-9))
-    return Paired(math.fsum(every) / len(every), less, more, len(every), len(differences), p)
+    return Paired(math.fsum(every) / len(every), less, more, len(every), len(differences), statistics.mcnemar(less, more, effect))
+
+
+def grouped(values: Sequence[float], documents: Sequence[str]) -> Groups:
+    """Values by the document of each, in the order in which documents come first."""
+    found: dict[str, list[float]] = {}
+    for value, document in zip(values, documents, strict=True):
+        found.setdefault(document, []).append(value)
+    return [*found.values()]
 
 
 def design_effect(groups: Groups) -> float:
-    """deff >= 1."""
+    """deff >= 1; 1 where every document has one answer."""
     sizes = [len(group) for group in groups if len(group)]
     return 1 + (sum(sizes) / len(sizes) - 1) * correlation(groups)
 

@@ -1,5 +1,8 @@
 """How sure a mean is: intervals of 95 % for one run, and tests for two runs on the same samples.
 
+`effect`, here and below, is the design effect of values that come in clusters (`clusters.design_effect`), 1 of independent ones: intervals and tests are
+those of n / effect values.
+
 Knows numbers only. SciPy's intervals and tests differ from these in their last digits, and it would be a large dependency of every run.
 """
 
@@ -30,12 +33,13 @@ def is_binary(values: Sequence[float]) -> bool:
     return all(value in (0.0, 1.0) for value in values)
 
 
-def mean(values: Sequence[float]) -> Mean:
+def mean(values: Sequence[float], effect: float = 1.0) -> Mean:
     if not values:
         raise ValueError("there is no mean of no values")
-    average = math.fsum(values) / len(values)
-    low, high = wilson(round(math.fsum(values)), len(values)) if is_binary(values) else bootstrap(values)
-    return Mean(average, len(values), min(low, average), max(high, average))
+    total, n = math.fsum(values), len(values)
+    average = total / n
+    low, high = wilson(round(total) / effect, n / effect) if is_binary(values) else bootstrap(values, effect)
+    return Mean(average, n, min(low, average), max(high, average))
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
@@ -45,11 +49,12 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
 
 
-def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """The middle 95 % of the means of 1000 resamples, drawn with a fixed seed."""
+def bootstrap(values: Sequence[float], effect: float = 1.0) -> tuple[float, float]:
+    """The middle 95 % of the means of 1000 resamples, drawn with a fixed seed, of n / effect values each, rounded down to one at least."""
     drawn = np.random.default_rng(SEED)
     data = np.asarray(values, dtype=np.float64)
-    means = [data[drawn.integers(0, len(data), len(data))].mean() for _ in range(RESAMPLES)]
+    size = max(1, math.floor(len(data) / effect + 1e-9))
+    means = [data[drawn.integers(0, len(data), size)].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
@@ -72,25 +77,31 @@ class Comparison:
     p: float | None
 
 
-def compare(a: Sequence[float], b: Sequence[float]) -> Comparison:
+def compare(a: Sequence[float], b: Sequence[float], effect: float = 1.0) -> Comparison:
+    """`effect`: that of the differences."""
     if len(a) != len(b) or not a:
         raise ValueError(f"a paired comparison needs the same samples twice, not {len(a)} and {len(b)}")
     differences = [y - x for x, y in zip(a, b)]
-    low, high = bootstrap(differences)
+    low, high = bootstrap(differences, effect)
     only_a = only_b = p = None
     if is_binary(a) and is_binary(b):
         only_a, only_b = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
-        p = mcnemar(only_a, only_b)
+        p = mcnemar(only_a, only_b, effect)
     n = len(a)
     return Comparison(n, math.fsum(a) / n, math.fsum(b) / n, math.fsum(differences) / n, low, high, only_a, only_b, p)
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided probability of so uneven a split of the samples on which two methods disagree, if both were equally good."""
-    n = only_a + only_b
+def mcnemar(only_a: float, only_b: float, effect: float = 1.0) -> float:
+    """The exact two-sided probability of so uneven a split of the samples on which two methods disagree, if both were equally good.
+
+    The test wants whole numbers: of both / effect the smaller one is rounded up and the larger one down, so that rounding makes nobody surer.
+    """
+    small, large = sorted((only_a / effect, only_b / effect))
+    fewer, more = math.ceil(small - 1e-9), math.floor(large + 1e-9)
+    n = fewer + more
     term = tail = 1  # n over k, and the sum up to k
     dropped = 0  # low bits of both: hundreds of leading bits are kept, and integers of n bits would make this quadratic
-    for k in range(min(only_a, only_b)):
+    for k in range(min(fewer, more)):
         term = term * (n - k) // (k + 1)
         tail += term
         if term.bit_length() > 512:
