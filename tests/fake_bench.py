@@ -32,6 +32,10 @@ class FakeBench:
     parts: tuple[Part, ...] = (Part("recall at 1x of the window, raw", 0.5), Part("loss inside the window", 0.5))
     done: dict[tuple[str, object], object] = field(default_factory=dict)
     asked: list[tuple[str, object]] = field(default_factory=list)  # in the order of asking, in this life
+    documents: int = 1000
+
+    def has(self, document: int) -> bool:
+        return document < self.documents
 
     def known(self, candidate: Candidate, document: int) -> Answers | None:
         return self.done.get((candidate.label, document))  # type: ignore[return-value]

@@ -241,6 +241,15 @@ def test_slow_candidates_end_a_search_early_and_within_a_reading_of_the_budget()
     assert decide(found.entries).chosen.candidate.label == "ReRoPE(512)"
 
 
+def test_a_document_that_cannot_be_made_ends_the_documents_and_not_the_tune():
+    bench = likes("SelfExtend(12, 252)")
+    bench.documents = 3
+    found = run(bench, 600)
+    assert found.plan.rungs[-1].documents > 3 and max(len(e.answers) for e in found.tried) == 3
+    decision = decide(found.entries)
+    assert decision.chosen is not None and decision.chosen.candidate.label == "SelfExtend(12, 252)" and len(decision.chosen.answers) == 3
+
+
 def test_what_the_model_refuses_gives_its_place_to_the_next():
     bench = likes("ReRoPE(512)")
     bench.refuses = ("SelfExtend(12, 252)", "SelfExtend(16, 512)")

@@ -255,6 +255,23 @@ def test_a_short_text_hides_facts_and_the_book_is_predicted(nano, tmp_path):
     assert not any("fewer than the context" in note for note in longer.notes)
 
 
+@pytest.mark.parametrize("fails_at, there_are", [(2, 2), (3, 3), (9, 9)])
+def test_the_documents_end_at_the_first_that_cannot_be_made(nano, tmp_path, monkeypatch, fails_at, there_are):
+    """Document 8 used to end a whole tune of ruler-cwe, because sixteen were planned at a time: every time, and without a choice."""
+    every = study.runner.plan
+
+    def plan(work: Any, *more: Any) -> Any:
+        if next(iter(work.values())).samples > fails_at:
+            raise ValueError(f"sample {fails_at}: the shortest prompt has 1029 tokens; pass a longer --context")
+        return every(work, *more)
+
+    monkeypatch.setattr(study.runner, "plan", plan)
+    bench = ModelBench(*nano, "nano", Asked(CONTEXT, (registry.task("passkeys"),)), tmp_path / "w")
+    assert [bench.has(n) for n in range(there_are + 2)] == [True] * there_are + [False, False]
+    assert bench.has(0) and len(bench.notes) == 1
+    assert bench.notes[0].startswith(f"the tasks make no more than {there_are} documents, so that no candidate could read another: sample {fails_at}: the shortest")
+
+
 def test_several_tasks_are_answered_together(nano, tmp_path):
     tasks = tuple(registry.task(name) for name in ("passkey", "ruler-niah-single-1", "passkeys"))
     bench = ModelBench(*nano, "nano", Asked(CONTEXT, tasks), tmp_path / "w")

@@ -62,6 +62,7 @@ class Bench(Protocol):
 
     @property
     def parts(self) -> Sequence[Part]: ...
+    def has(self, document: int) -> bool: ...  # whether there is such a document; False ends them
     def known(self, candidate: Candidate, document: int) -> Answers | None: ...
     def read(self, candidate: Candidate, document: int) -> Answers: ...
     def known_loss(self, candidate: Candidate) -> Loss | None: ...
@@ -186,9 +187,11 @@ class _Run:
         return sum(entry.reason not in (None, NO_TIME) for entry in self.entries)
 
     def read(self, entry: Entry, document: int, sure: bool = False) -> bool:
-        """Have a candidate answer the next document, if it has not and there is time -> whether it has now. `sure`: time is not asked for."""
+        """Have a candidate answer the next document, if it has not, and there are such a document and time -> whether it has now. `sure`: time is not asked."""
         if document < len(entry.answers):
             return True
+        if not self.there_is(document):
+            return False
         found = self._obtain(
             entry, self.bench.known(entry.candidate, document), lambda: self.bench.read(entry.candidate, document),
             f"{entry.candidate.label} reads document {document + 1}", None if sure else (entry.seconds or self.cost.document) + self.reserve,
@@ -197,6 +200,10 @@ class _Run:
             return False
         entry.answers.append(found)
         return True
+
+    def there_is(self, document: int) -> bool:
+        """Whether there is a document that may be read."""
+        return document < self.most and self.bench.has(document)
 
     def _obtain(self, entry: Entry, known: Found | None, measure: Callable[[], Found], what: str, seconds: float | None) -> Found | None:
         """What is known, or measured now where there is time for so many seconds (None: it is not asked for); None where it is neither."""
@@ -310,7 +317,7 @@ class _Run:
         if (dial := self.dial()) is not None and dial.loss is not None and dial not in rivals:
             rivals.append(dial)
         going_on = [entry for entry in rivals if entry.reason is None and len(entry.answers) == documents]
-        while len(going_on) > 1 and documents < self.most:
+        while len(going_on) > 1 and self.there_is(documents):
             new = [entry for entry in going_on if self.bench.known(entry.candidate, documents) is None]
             if new and not self.meter.allows(sum(entry.seconds or 0.0 for entry in new)):
                 return
