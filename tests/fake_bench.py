@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from longreach.evals.tune.bench import Answers, Loss, Part, Refused
 from longreach.evals.tune.candidates import Candidate
-from longreach.evals.tune.halving import Answers, Loss, Part, Refused
 
 KEYS = 8
 

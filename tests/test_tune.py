@@ -13,14 +13,15 @@ from rich.console import Console
 from fake_bench import KEYS, Clock, FakeBench
 from longreach import Combined, InfLLM, LongHeads, Quest, YaRN
 from longreach.cli import check_recall
-from longreach.cli.tune import show, use
+from longreach.cli.tune import ladder, show, use
 from longreach.configs import Window
 from longreach.evals.scores import clusters, statistics
 from longreach.evals.tune import halving, outcome
+from longreach.evals.tune.bench import Answers, Loss
 from longreach.evals.tune.candidates import DIAL, PLAIN, Candidate, grouped, propose
 from longreach.evals.tune.decision import SURE, decide, paired
-from longreach.evals.tune.halving import NO_TIME, Answers, Entry, Loss, search
-from longreach.evals.tune.plan import Cost, Plan, Rung, divide
+from longreach.evals.tune.halving import NO_TIME, Entry, search
+from longreach.evals.tune.plan import NOTHING_NEW, Cost, Plan, Rung, divide
 from longreach.methods import registry
 from longreach.methods.rerope import ReRoPE
 from longreach.methods.selfextend import SelfExtend
@@ -201,6 +202,23 @@ def test_the_same_budget_again_measures_nothing_and_a_larger_one_goes_on():
     more = run(larger, 400)
     assert larger.asked and not set(larger.asked) & set(first.asked) and len(more.tried) > len(before.tried)
     assert more.spent <= 410 and larger.clock.now <= 210
+
+
+@pytest.mark.parametrize("budget", [20, 60, 100, 600])
+def test_a_smaller_budget_decides_on_all_that_is_known(budget):
+    """A tune of 8 s after one of 60 s used to forget most of it, and said that candidates were not tried which had been."""
+    first = likes("SelfExtend(12, 252)")
+    before = run(first, 900)
+    again = first.again()
+    after = run(again, budget)
+    assert after.plan == NOTHING_NEW if budget == 20 else after.plan.rungs
+    if budget < 100:  # a larger one may ask for what was not, within its time
+        assert again.asked == []
+    for old, new in zip(before.entries, after.entries):
+        assert new.groups[: len(old.groups)] == old.groups and (new.loss == old.loss or old.loss is None) and (new.reason is None) >= (old.reason is None)
+    assert after.spent >= before.spent and set(after.parts) >= set(before.parts)
+    assert decide(after.entries).chosen.candidate.label == "SelfExtend(12, 252)"
+    assert ladder(outcome.plan_row(NOTHING_NEW)) == "nothing new, because more is known already than it buys"
 
 
 @pytest.mark.parametrize("budget", [200, 300, 400])
@@ -428,6 +446,22 @@ def test_what_lies_in_the_cache_does_not_block_a_tune(tmp_path):
                 outcome.before(bench, path)
     finally:
         path.unlink(missing_ok=True)
+
+
+def test_the_entry_that_gives_way_is_named(tmp_path):
+    asked = {"tasks": ["passkeys"], "price": 0.25}
+    reason = "ReRoPE(512) is chosen: it found 76 of 80 in 16 documents (95 %, 88 to 98); loss 4.036; the dial's rule is beaten"
+    entry = Tuned(CONTEXT, ReRoPE(512), reason, {**asked, "date": "2026-05-04"})
+    said = outcome.replaced(entry, asked, tmp_path / "p.json")
+    assert said == (
+        f"{tmp_path / 'p.json'} has an entry for 12288 tokens of 2026-05-04, for passkeys: ReRoPE(512) is chosen: it found 76 of 80 in 16 documents "
+        "(95 %, 88 to 98). A new choice replaces it; --out FILE keeps both"
+    )
+    other = outcome.replaced(entry, {"tasks": ["ruler-vt"], "price": 0.05}, tmp_path / "p.json")
+    assert 'tuned with other settings (price: 0.25 there, 0.05 now; tasks: ["passkeys"] there, ["ruler-vt"] now)' in other
+    hostile = Tuned(CONTEXT, ReRoPE(512), reason, {"tasks": "\x1b[2J" * 1000})
+    said = outcome.replaced(hostile, asked, tmp_path / "p.json")
+    assert said.isprintable() and len(said) < 1000
 
 
 def test_commands_to_copy_state_the_window_and_quote_the_model():

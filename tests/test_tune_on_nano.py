@@ -16,8 +16,8 @@ from longreach.drawing.canvas import SIGNATURE
 from longreach.evals import tasks as registry
 from longreach.evals.harness.results import Folder
 from longreach.evals.tune import halving, study
+from longreach.evals.tune.bench import Refused
 from longreach.evals.tune.candidates import DIAL, PLAIN, Candidate, propose
-from longreach.evals.tune.halving import Refused
 from longreach.evals.tune.study import Asked, ModelBench
 from longreach.methods import from_json
 from longreach.methods.selfextend import SelfExtend
@@ -111,7 +111,7 @@ def test_the_same_again_measures_nothing(tuned, run: Run, monkeypatch):
     assert (again["chosen"], again["ceiling"], again["sentences"]) == (found["chosen"], found["ceiling"], found["sentences"])
 
 
-def test_other_contexts_are_added_to_a_profile(tuned, tmp_path):
+def test_other_contexts_are_added_to_a_profile(tuned, run: Run, tmp_path):
     folder, _ = tuned
     profile = Profile.read(folder / "p.json")
     entry = profile.choose(CONTEXT)
@@ -121,7 +121,9 @@ def test_other_contexts_are_added_to_a_profile(tuned, tmp_path):
     both = profile.with_entry(replace(entry, context=900))
     both.write(tmp_path / "both.json")
     assert [e.context for e in Profile.read(tmp_path / "both.json").entries] == [900, CONTEXT]
-    assert main(["tune", *AT, "--work", str(folder / "work"), "--out", str(tmp_path / "both.json")]) == 0
+    again = run("tune", *AT, "--work", folder / "work", "--out", tmp_path / "both.json")
+    assert again.code == 0 and f"warning: {tmp_path / 'both.json'} has an entry for 1024 tokens of 20" in again.err
+    assert "for passkeys: " in again.err and " in 2 documents" in again.err and "A new choice replaces it" in again.err
     assert [e.context for e in Profile.read(tmp_path / "both.json").entries] == [900, CONTEXT]
 
 
@@ -155,6 +157,7 @@ def test_what_is_refused(run: Run, tmp_path):
     refused(run, "tune", "--context", 600, "--task", "nothing", says="there is no task 'nothing'")
     refused(run, "tune", "--context", 1024, "--task", "longbench-v2", says="needs official data")
     refused(run, "tune", "--context", 1024, "--budget", "soon", says="budget must be a time, such as 90s, 10m or 1.5h")
+    refused(run, "tune", "--context", 1024, "--budget", 10, says="budget needs a unit; write 10s, 10m or 10h")
     refused(run, "tune", "--context", 1024, "--picture", tmp_path / "p.jpg", says="--picture writes a PNG picture")
     (tmp_path / "mine.json").write_text("{}")
     refused(run, "tune", "--context", 1024, "--out", tmp_path / "mine.json", says="no profile that Longreach wrote")

@@ -28,11 +28,18 @@ PRICE = 0.25
 
 
 def budget_of(text: str | float) -> float:
-    """ "10m" -> 600."""
-    return common.parsed(seconds_of, text)
+    """ "10m" -> 600. Raises for a number without a unit: of 10, nobody knows whether it means seconds or minutes."""
+
+    def with_unit(given: str | float) -> float:
+        seconds = seconds_of(given)
+        if str(given).strip()[-1].isdigit():
+            raise ValueError(f"budget needs a unit; write {given}s, {given}m or {given}h")
+        return seconds
+
+    return common.parsed(with_unit, text)
 
 
-Budget = Annotated[float, typer.Option("--budget", parser=budget_of, metavar="TIME", help="Time for all of it, such as 90s, 10m or 1h; earlier calls count.")]
+Budget = Annotated[float, typer.Option("--budget", parser=budget_of, metavar="TIME", help="Time for all of it, such as 90s, 10m or 1h; the time of earlier calls counts.")]
 
 
 def command(
@@ -78,7 +85,7 @@ def command(
                 out.finish(listed, lambda console: show_list(console, listed))
                 return
             out.kept = f"what was measured is kept in {bench.place.path}, and the same command goes on from there"
-            if remark := outcome.before(bench, profile)[1]:
+            if remark := outcome.before(bench, profile, price)[1]:
                 out.warn(remark)
             from longreach.cli.eval_run import progress_of
 
@@ -127,6 +134,8 @@ def show_list(console: Console, listed: dict[str, Any]) -> None:
 
 
 def ladder(plan: dict[str, Any]) -> str:
+    if not plan["rungs"]:
+        return "nothing new, because more is known already than it buys"
     rungs = ", then ".join(f"{counted(candidates, 'candidate')} with {counted(documents, 'document')}" for candidates, documents in plan["rungs"])
     losses = f"{plan['losses']} losses" if plan["losses"] != 1 else "1 loss"
     return f"{rungs}; {losses}; {counted(plan['ceiling'], 'part')} of the ceiling; about {duration(plan['seconds'])}"

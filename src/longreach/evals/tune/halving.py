@@ -1,7 +1,8 @@
 """Successive halving within a time budget: every candidate of a rung answers the same documents, the better half goes on to more of them.
 
 Knows candidates, answers and a clock; not models, files or terminals: a `Bench` asks. What was measured in an earlier call costs the seconds that it took then,
-so that the same budget comes to the same end again without work, and a larger one goes on from there.
+so that the same budget comes to the same end again without work, and a larger one goes on from there. In the end all that is known counts, also where a
+budget alone would have bought less.
 """
 
 from __future__ import annotations
@@ -9,66 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from longreach.evals.harness.estimates import Step
 from longreach.evals.harness.runner import Progress
 from longreach.evals.scores import clusters
 from longreach.evals.scores.clusters import Share
+from longreach.evals.tune.bench import Answers, Bench, Loss, Part, Refused
 from longreach.evals.tune.candidates import DIAL, Candidate
-from longreach.evals.tune.plan import FINALISTS, MOST_DOCUMENTS, Cost, Plan, divide
+from longreach.evals.tune.plan import FINALISTS, MOST_DOCUMENTS, NOTHING_NEW, Cost, Plan, divide
 from longreach.quantities import counted
 
 NO_TIME = "the budget ended before its turn"
-
-
-class Refused(ValueError):
-    """This model cannot have the candidate's method, or its answers failed; the sentence says why. Another candidate takes its place."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """To the questions about one document: a score in 0..1 for each. `seconds` of all of it, `reading` of the document alone."""
-
-    scores: tuple[float, ...]
-    seconds: float
-    reading: float
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Nats per token over the part of one passage that is scored, its 95 % interval over blocks of tokens, and the mean of every block."""
-
-    nats: float
-    low: float
-    high: float
-    blocks: tuple[float, ...]
-    seconds: float
-
-
 Found = TypeVar("Found", Answers, Loss)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the ceiling: plain attention inside the window. `weight`: its length as a share of the context."""
-
-    name: str
-    weight: float
-
-
-class Bench(Protocol):
-    """Where measurements come from. `known...` are those of earlier calls. The others raise Refused where a candidate cannot be measured at all."""
-
-    @property
-    def parts(self) -> Sequence[Part]: ...
-    def has(self, document: int) -> bool: ...  # whether there is such a document; False ends them
-    def known(self, candidate: Candidate, document: int) -> Answers | None: ...
-    def read(self, candidate: Candidate, document: int) -> Answers: ...
-    def known_loss(self, candidate: Candidate) -> Loss | None: ...
-    def loss(self, candidate: Candidate) -> Loss: ...
-    def known_part(self, part: Part) -> float | None: ...  # the seconds it took
-    def ceiling(self, part: Part) -> float: ...
 
 
 @dataclass
@@ -143,7 +97,8 @@ def search(
     said    gets the plan before it is carried out.
     most    documents of a candidate; MOST_DOCUMENTS if not given.
 
-    Exceeds the budget by at most one reading. Raises ValueError, with the budget that is needed, where two candidates are more than it allows.
+    Exceeds the budget by at most one reading. Raises ValueError, with the budget that is needed, where two candidates are more than it allows, and two are not
+    known yet either.
     """
     run = _Run([Entry(candidate) for candidate in candidates], bench, Meter(budget, clock), progress, MOST_DOCUMENTS if most is None else most)
     first = next((entry for entry in run.entries if run.read(entry, 0, sure=True)), None)
@@ -151,13 +106,17 @@ def search(
         raise ValueError(f"no candidate can be measured on this model; the first one: {run.entries[0].reason}")
     timed = first.answers[0]
     run.cost = Cost(timed.seconds, timed.reading, tuple(part.weight * timed.seconds for part in bench.parts))
-    run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, run.most)
+    try:
+        run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, run.most)
+    except ValueError:
+        run.take_up()
+        if sum(not entry.candidate.control for entry in run.ranked()) < 2:
+            raise
+        run.plan = plan = NOTHING_NEW
     said(plan, run.cost)
-    run.try_first(2)  # before the ceiling: without two there is nothing to choose between
-    run.measure_ceiling(plan.ceiling)
-    run.halve()
-    run.measure_losses()
-    run.spend_the_rest()
+    if plan is not NOTHING_NEW:
+        run.carry_out(plan)
+        run.take_up()
     for entry in run.entries:
         if not entry.answers and entry.reason is None:
             entry.reason = NO_TIME
@@ -200,6 +159,28 @@ class _Run:
             return False
         entry.answers.append(found)
         return True
+
+    def carry_out(self, plan: Plan) -> None:
+        self.try_first(2)  # before the ceiling: without two there is nothing to choose between
+        self.measure_ceiling(plan.ceiling)
+        self.halve()
+        self.measure_losses()
+        self.spend_the_rest()
+
+    def take_up(self) -> None:
+        """What earlier calls have measured beyond that: to leave it out would be to decide on less than is known."""
+        for entry in self.entries:
+            if entry.reason is None:
+                while len(entry.answers) < self.most and (known := self.bench.known(entry.candidate, len(entry.answers))) is not None:
+                    self.meter.carried += known.seconds
+                    entry.answers.append(known)
+                if entry.loss is None and (loss := self.bench.known_loss(entry.candidate)) is not None:
+                    self.meter.carried += loss.seconds
+                    entry.loss = loss
+        for part in self.bench.parts:
+            if part not in self.parts and (seconds := self.bench.known_part(part)) is not None:
+                self.meter.carried += seconds
+                self.parts.append(part)
 
     def there_is(self, document: int) -> bool:
         """Whether there is a document that may be read."""

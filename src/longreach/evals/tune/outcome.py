@@ -6,13 +6,14 @@ Knows the bench, the schedule, the decision and profiles; not options, terminals
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longreach.evals.harness import environment
 from longreach.evals.harness.environment import now
+from longreach.evals.harness.results import differences
 from longreach.evals.harness.runner import Progress
 from longreach.evals.scores import clusters
 from longreach.evals.tune import decision, halving
@@ -22,6 +23,8 @@ from longreach.evals.tune.halving import Entry, Search
 from longreach.evals.tune.plan import Cost, Plan, divide
 from longreach.evals.tune.study import Inside, ModelBench
 from longreach.planning.profile import LONGEST, Profile, Tuned, default_path
+
+MOST_SAID = 400  # characters of what is different in an entry, which anybody may have written
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,11 @@ class Outcome:
             "fingerprint": bench.fingerprint,
             "trained_window": bench.window.tokens,
             "context": asked.context,
-            "tasks": [task.name for task in asked.tasks],
-            "text": bench.place.settings["text"],
-            "seed": asked.seed,
-            "chat": asked.chat,
-            "dtype": bench.place.settings["dtype"],
-            "device": bench.place.settings["device"],
+            **asked_of(bench, self.price),
             "versions": {name: versions[name] for name in ("longreach", "torch", "transformers", "commit")},
             "date": now(),
             "budget": self.budget,
             "spent": round(self.search.spent, 1),
-            "price": self.price,
             "plan": plan_row(self.search.plan),
             "ceiling": [ceiling_row(name, inside) for name, inside in bench.inside.items()],
             "candidates": [row(entry, entry is self.decision.chosen) for entry in self.search.entries],
@@ -155,7 +152,7 @@ def profile_file(bench: ModelBench, out: Path | None) -> Path:
     return default_path(bench.fingerprint) if out is None else out
 
 
-def before(bench: ModelBench, out: Path | None) -> tuple[Profile, str | None]:
+def before(bench: ModelBench, out: Path | None, price: float = decision.PRICE) -> tuple[Profile, str | None]:
     """-> (the profile that the new entry goes into, what people should know of it). Raises ValueError where the file of --out holds something else.
 
     In the user's cache such a file is of no use to anybody, so that it is replaced, which is said.
@@ -175,7 +172,23 @@ def before(bench: ModelBench, out: Path | None) -> tuple[Profile, str | None]:
         return empty, f"{error}; it will be replaced"
     if there.window != bench.window.tokens:
         return empty, f"{path} holds entries for a trained window of {there.window}, which will be replaced by one for {bench.window.tokens}"
-    return there, None
+    entry = next((known for known in there.entries if known.context == bench.asked.context), None)
+    return there, None if entry is None else replaced(entry, asked_of(bench, price), path)
+
+
+def asked_of(bench: ModelBench, price: float) -> dict[str, Any]:
+    """What was asked, as the evidence of an entry has it. The same weights and context may be tuned for other things."""
+    settings = bench.place.settings
+    named = {"tasks": [task.name for task in bench.asked.tasks], "text": settings["text"], "seed": bench.asked.seed, "chat": bench.asked.chat}
+    return {**named, "dtype": settings["dtype"], "device": settings["device"], "price": price}
+
+
+def replaced(entry: Tuned, asked: Mapping[str, Any], path: Path) -> str:
+    """Which entry gives way to a new one, and what it rests on: one sentence."""
+    when = f" of {entry.date}" if entry.date else ""
+    others = differences({name: entry.evidence.get(name) for name in asked}, asked)[:MOST_SAID]
+    how = f", tuned with other settings ({others})" if others else f", for {', '.join(asked['tasks'])}"
+    return f"{path} has an entry for {entry.context} tokens{when}{how}: {entry.reason.split('; ')[0]}. A new choice replaces it; --out FILE keeps both"
 
 
 def keep(outcome: Outcome, out: Path | None) -> Path:

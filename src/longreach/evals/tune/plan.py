@@ -45,6 +45,9 @@ class Plan:
         return _documents(self.rungs) + self.losses + self.ceiling
 
 
+NOTHING_NEW = Plan((), 0, 0, 0.0)  # what is known is more than the budget buys
+
+
 def divide(candidates: int, budget: float, cost: Cost, most: int = MOST_DOCUMENTS) -> Plan:
     """The ladder that fits with the most of: candidates of the first rung x square root of the documents of the last one.
 

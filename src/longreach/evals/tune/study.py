@@ -27,8 +27,8 @@ from longreach.evals.samples import haystack
 from longreach.evals.samples.base import Settings, Task
 from longreach.evals.samples.budget import ChatMode
 from longreach.evals.tune import workplace
+from longreach.evals.tune.bench import Answers, Loss, Part, Refused
 from longreach.evals.tune.candidates import Candidate, propose
-from longreach.evals.tune.halving import Answers, Loss, Part, Refused
 from longreach.evals.tune.workplace import Workplace
 from longreach.hf.checks import find_base
 from longreach.hf.fingerprint import checkpoint_fingerprint
@@ -179,8 +179,10 @@ class ModelBench:
     # -- candidates --------------------------------------------------------------------------------------------------------------------
 
     def known(self, candidate: Candidate, document: int) -> Answers | None:
-        config = self.place.config(candidate.method)
-        return self._known(self._folder(candidate), config, self.document(document), str(document))
+        config, folder = self.place.config(candidate.method), self._folder(candidate)
+        if document >= len(self._documents) and str(document) not in workplace.units(folder):
+            return None  # it need not be made to know that nobody has read it
+        return self._known(folder, config, self.document(document), str(document))
 
     def read(self, candidate: Candidate, document: int) -> Answers:
         config = self.place.config(candidate.method)

@@ -16,7 +16,7 @@ from longreach.evals.harness import results
 from longreach.evals.harness.items import Item
 from longreach.evals.harness.results import RUN, Folder, Record, Row
 from longreach.evals.scores import statistics
-from longreach.evals.tune.halving import Answers, Loss
+from longreach.evals.tune.bench import Answers, Loss
 from longreach.methods.base import Method
 from longreach.planning.machine import cache_folder
 
