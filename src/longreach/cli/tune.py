@@ -39,7 +39,7 @@ def budget_of(text: str | float) -> float:
     return common.parsed(with_unit, text)
 
 
-Budget = Annotated[float, typer.Option("--budget", parser=budget_of, metavar="TIME", help="Time for all of it, such as 90s, 10m or 1h; the time of earlier calls counts.")]
+Budget = Annotated[float, typer.Option("--budget", parser=budget_of, metavar="TIME", help="Time for all of it, such as 90s, 10m or 1h; earlier calls count.")]
 
 
 def command(

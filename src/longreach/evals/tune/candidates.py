@@ -106,8 +106,8 @@ def _drawn_up(window: Window, context: int) -> Iterator[Candidate | LeftOut]:
     grid, others = _grid(length, context), _recommended(length, context)
     rerope = [_rerope(length, share) for share in (16, 32, 8)]
     yield from _next(grid, 1)
+    yield _dial(window, context)  # among the first two: whatever else is found is compared with it
     yield rerope[0]
-    yield _dial(window, context)
     yield from _next(grid, 2)
     yield from _next(others, 1)
     yield Candidate(PLAIN, Stock(), "what the model does by itself beyond its window, to compare with", control=True)

@@ -13,6 +13,7 @@ from longreach.evals.scores import clusters
 from longreach.evals.scores.clusters import Paired, Share
 from longreach.evals.tune.candidates import DIAL, Candidate
 from longreach.evals.tune.halving import NO_TIME, Entry
+from longreach.evals.tune.plan import Cost, two_documents
 from longreach.quantities import counted
 
 PRICE = 0.25  # nats per token: docs/tune.md argues it
@@ -20,11 +21,13 @@ SURE = 0.05  # p below which two are told apart
 MARGIN = 0.05  # recall below the best at which one that is not told apart may still be preferred: few documents tell nothing apart
 SAME_LOSS = 0.01  # nats
 LOW_CEILING = 0.5
+FEW = 3  # documents: fewer tell nothing apart, whatever was found in them
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`chosen` None: nothing that was measured can be chosen. `beaten`: the dial's rule is told apart from the choice, and worse; None: not compared."""
+    """`chosen` None: nothing that was measured can be chosen, or too little was. `beaten`: the dial's rule is told apart from the choice, and worse; None: not
+    compared."""
 
     chosen: Entry | None
     beaten: bool | None
@@ -37,6 +40,9 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     Of those with as many documents that are not told apart from it and at most MARGIN below, the lowest loss; of those with about the same loss the fewest
     parameters. One whose loss was not measured cannot be chosen, unless none that can be chosen has a loss: then all count.
 
+    Nothing is chosen where the dial's rule was not compared with it, or where one document is all that was read and the dial's rule (or, where that is the
+    choice, another) found as much in it: other commands would follow a choice that rests on nothing.
+
     The choice is the best of many, so that the dial's rule is beaten only where p times the number of tried ones that can be chosen is below SURE (Bonferroni).
 
     ceiling  recall of plain attention at the length of its window.
@@ -48,7 +54,7 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     if len(able) == 1 and sum(not entry.candidate.control for entry in entries) > 1:
         only = f"only {name(able[0].candidate)} was measured, it found {found(able[0])}: there is nothing to choose between"
         return Decision(None, None, (f"{only}; pass a larger --budget, which goes on from what was measured",))
-    measured = [entry for entry in entries if entry.loss is not None and entry.reason in (None, NO_TIME)]  # of the dial's rule perhaps the loss alone
+    measured = [entry for entry in tried if entry.loss is not None]
     lowest = min((loss(entry) for entry in measured), default=0.0)
     priced = [entry for entry in able if entry.loss is not None] or able
     eligible = [entry for entry in priced if loss(entry) <= lowest + price] or priced
@@ -57,10 +63,31 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     alike = [e for e in eligible if e is best or (len(e.answers) >= len(best.answers) and e.share.value >= best.share.value - MARGIN and not told(e, best))]
     cheapest = min(loss(e) for e in alike)
     chosen = min((e for e in alike if loss(e) <= cheapest + SAME_LOSS), key=lambda e: (e.candidate.parameters, -e.share.value, order[id(e)]))
-    dial = next((entry for entry in tried if entry.candidate.label == DIAL), None)
+    dial = next((entry for entry in entries if entry.candidate.label == DIAL and entry.reason in (None, NO_TIME)), None)
+    if too_little := _too_little(chosen, able, dial):
+        return Decision(None, None, (f"{too_little}, so nothing is chosen; pass --budget {enough(able)} or more, which goes on from what was measured",))
     beaten = None if dial is None else dial is not chosen and worse(dial, chosen, len(able))
     said = [*_chosen(chosen, measured, lowest), *_others(chosen, eligible, measured, tried, lowest, price)]
     return Decision(chosen, beaten, (*said, *_dial(chosen, dial, len(able)), *_frankly(chosen, tried, ceiling)))
+
+
+def _too_little(chosen: Entry, able: Sequence[Entry], dial: Entry | None) -> str | None:
+    """Why a choice rests on too little; None where it does not. `dial` None: it cannot be had here."""
+    if dial is not None and not dial.answers:
+        return f"{name(dial.candidate)} was not measured"
+    if dial is not None and dial.loss is None and chosen.loss is not None:
+        return f"{name(chosen.candidate)} found {found(chosen)}, but the loss of {name(dial.candidate)}, with which it is compared, was not measured"
+    rivals = [entry for entry in able if entry is not chosen] if dial is None or dial is chosen else [dial]
+    equal = next((entry for entry in rivals if entry.share.value >= chosen.share.value), None)
+    if len(chosen.answers) > 1 or equal is None:
+        return None
+    return f"{name(chosen.candidate)} found {found(chosen)}, and {name(equal.candidate)} found {found(equal)}: one document tells them not apart"
+
+
+def enough(able: Sequence[Entry]) -> str:
+    """The budget that would do, by the slowest reading."""
+    document = max(entry.seconds or 0.0 for entry in able)
+    return two_documents(Cost(document, max([document, *(entry.loss.seconds for entry in able if entry.loss is not None)]), ()))
 
 
 def loss(entry: Entry) -> float:
@@ -159,7 +186,10 @@ def _frankly(chosen: Entry, tried: Sequence[Entry], ceiling: Share | None) -> It
             "pass --trained-window"
         )
     elif plain is not None and not worse(plain, chosen):
-        yield f"nothing here is shown to beat plain attention beyond its window, which found {found(plain)}"
+        if len(plain.answers) < FEW:
+            yield f"plain attention beyond its window found {found(plain)}: too few to tell whether anything here beats it"
+        else:
+            yield f"nothing here is shown to beat plain attention beyond its window, which found {found(plain)}"
     if ceiling is not None and ceiling.value < LOW_CEILING:
         yield (
             f"the ceiling is low: inside its window the model itself finds {ceiling.found:.4g} of {ceiling.n} ({interval(ceiling)}), "

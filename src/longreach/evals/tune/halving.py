@@ -22,6 +22,7 @@ from longreach.evals.tune.plan import FINALISTS, MOST_DOCUMENTS, NOTHING_NEW, Co
 from longreach.quantities import counted
 
 NO_TIME = "the budget ended before its turn"
+CONTROL_DOCUMENTS = 4  # that plain attention reads before the best read more: fewer tell nothing about it
 Found = TypeVar("Found", Answers, Loss)
 
 
@@ -105,7 +106,7 @@ def search(
     if first is None:
         raise ValueError(f"no candidate can be measured on this model; the first one: {run.entries[0].reason}")
     timed = first.answers[0]
-    run.cost = Cost(timed.seconds, timed.reading, tuple(part.weight * timed.seconds for part in bench.parts))
+    run.cost = Cost(timed.seconds, timed.seconds, tuple(part.weight * timed.seconds for part in bench.parts))
     try:
         run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, run.most)
     except ValueError:
@@ -204,8 +205,12 @@ class _Run:
 
     @property
     def reserve(self) -> float:
-        """Kept for the losses, without which nothing can be chosen."""
-        return 0.0 if self.plan is None else max(0, self.plan.losses - sum(entry.loss is not None for entry in self.entries)) * self.cost.loss
+        """Kept for the losses, without which nothing can be chosen: by what those took that are known, else by the documents of those that were read."""
+        if self.plan is None:
+            return 0.0
+        known = [entry.loss.seconds for entry in self.entries if entry.loss is not None]
+        like = known or [entry.seconds for entry in self.entries if entry.seconds is not None]
+        return max(0, self.plan.losses - len(known)) * sum(like) / len(like)
 
     def measure_loss(self, entry: Entry) -> bool:
         """-> whether it is known now."""
@@ -233,6 +238,8 @@ class _Run:
         self.try_first(first.candidates)
         self.finalists = self.ranked()
         for number, rung in enumerate(rest, 1):
+            if rung.documents > CONTROL_DOCUMENTS:
+                self.read_controls(CONTROL_DOCUMENTS)
             going_on = self.ranked(self.finalists)[: rung.candidates]
             if not going_on:
                 return
@@ -250,6 +257,12 @@ class _Run:
             if sum(bool(e.answers) for e in self.entries) >= count:
                 return
             self.read(entry, 0)
+
+    def read_controls(self, documents: int) -> None:
+        """Have the controls that were tried read so many documents, so that they tell something."""
+        for entry in self.entries:
+            if entry.candidate.control and entry.answers:
+                self.read_all([entry], range(len(entry.answers), documents))
 
     def read_all(self, entries: Sequence[Entry], documents: range) -> bool:
         """One document after the other, so that the candidates can be compared whenever time ends -> whether it has not."""
@@ -281,15 +294,16 @@ class _Run:
             self.measure_loss(entry)
 
     def spend_the_rest(self) -> None:
-        """The loss of the others that found most; what the best has read, read by what it is compared with: the dial's rule, then plain attention; and more
-        documents for those between which the choice lies."""
+        """The loss of the others that found most; what the best has read, read by what it is compared with, plain attention first a few documents of it; and
+        more documents for those between which the choice lies."""
         for entry in self.ranked():
             if not entry.candidate.control and entry.loss is None and self.worth(entry) and not self.measure_loss(entry):
                 break
         most = max((len(entry.answers) for entry in self.finalists), default=0)
-        for entry in self.entries:
-            if entry.answers and (entry.candidate.label == DIAL or entry.candidate.control):
-                self.read_all([entry], range(len(entry.answers), most))
+        self.read_controls(min(most, CONTROL_DOCUMENTS))
+        if (dial := self.dial()) is not None and dial.answers:
+            self.read_all([dial], range(len(dial.answers), most))
+        self.read_controls(most)
         self.read_on(most)
 
     def read_on(self, documents: int) -> None:
