@@ -242,6 +242,33 @@ def test_extend_takes_the_method_of_the_profile(tmp_path):
         assert extension.method == ReRoPE(16)
 
 
+def test_an_entry_far_above_the_context_is_used_with_a_warning():
+    window = Window(WINDOW, "of the test")
+    profile = Profile("tiny", PRINTS, WINDOW, (SHORT, LONG), user=("my model", None))
+    for context, says in ((256, None), (255, "tuned at 512 tokens and is used at 255, where it was not measured"), (128, None), (WINDOW, None)):
+        warning = dial.choose(window, context, None, profile).warning
+        assert (warning is None) == (says is None) and (says is None or says in warning), context
+    assert "longreach tune --model 'my model' --context 200 measures that" in (dial.choose(window, 200, None, profile).warning or "")
+    model = llama()
+    with pytest.warns(UserWarning, match="is used at 200, where it was not measured"), extend(model, context=200, profile=profile_of(model)) as extension:
+        assert extension.method == LONG.method
+
+
+def test_a_comparison_with_a_rule_that_has_changed_is_said():
+    window = Window(WINDOW, "of the test")
+    today = dial.by_length(window, 128).method
+
+    def reason(evidence: Any) -> str:
+        return dial.choose(window, 100, None, Profile("tiny", PRINTS, WINDOW, (Tuned(128, ReRoPE(16), "found", evidence),))).reason
+
+    then = SelfExtend(7, 21)
+    assert f"at 128 tokens the dial's rule was {then.brief()} then, with which it was compared, and is {today.brief()} now" in reason({"dial": then.to_json()})
+    for same in ({"dial": today.to_json()}, {}, {"dial": None}, {"dial": {"method": "nothing"}}, {"dial": [1]}):
+        assert "the dial's rule was" not in reason(same)
+    published = Profile.read(Path(__file__).parent.parent / "benchmarks/results/real-models/smollm2-135m-instruct-profile.json")
+    assert [entry.dial for entry in published.entries] == [None, None]  # written before that was recorded
+
+
 def test_frequencies_are_those_that_were_measured():
     """DynamicNTK fixes its frequencies from the declared context: a shorter one would make others."""
     model = llama()

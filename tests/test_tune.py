@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from fake_bench import KEYS, Clock, FakeBench
@@ -508,6 +509,23 @@ def test_the_entry_that_gives_way_is_named(tmp_path):
     hostile = Tuned(CONTEXT, ReRoPE(512), reason, {"tasks": "\x1b[2J" * 1000})
     said = outcome.replaced(hostile, asked, tmp_path / "p.json")
     assert said.isprintable() and len(said) < 1000
+
+
+def test_an_entry_says_nothing_that_is_not_true_of_shorter_contexts():
+    """ "A profile changes nothing at this length" stood in the reason of every context that the entry serves, and was false there."""
+    bench = SimpleNamespace(
+        model=SimpleNamespace(device=torch.device("cpu")), fingerprint="a" * 64, window=WINDOW, inside={}, notes=[], proposal=SimpleNamespace(left_out=()),
+        asked=SimpleNamespace(context=CONTEXT, tasks=(), seed=0, chat="auto"),
+        place=SimpleNamespace(model="mine", path=Path("work"), settings={"text": None, "dtype": "float32", "device": "cpu"}),
+    )  # fmt: skip
+    rule, good = entry(DIAL, [8, 8], 3.4), entry("good", [1, 1], 3.5)
+    for entries, says in (((rule, good), False), ((good, entry(DIAL, [1, 1], 3.9)), True)):
+        found = outcome.Outcome(bench, halving.Search(entries, (), NOTHING_NEW, 1.0), decide(entries), 60.0, 0.25)  # type: ignore[arg-type]
+        tuned = found.entry()
+        assert "is chosen: it found" in tuned.reason and "a profile changes nothing" not in tuned.reason
+        assert ("the dial's rule" in tuned.reason.split("; ", 1)[1]) == says
+        assert tuned.evidence["dial"] == SelfExtend(4, 64).to_json() and tuned.dial == SelfExtend(4, 64)
+    assert "the dial's rule is the choice: a profile changes nothing at this length" in decide([rule, good]).sentences
 
 
 def test_commands_to_copy_state_the_window_and_quote_the_model():

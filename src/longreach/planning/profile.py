@@ -38,7 +38,8 @@ class Tuned:
     context   tokens of a whole sequence that it was measured at.
     method    reaches that context.
     reason    one sentence a person reads: what the method was chosen by.
-    evidence  plain JSON data: candidates with recall and loss, the ceiling inside the window, settings, versions; "date" is shown to people.
+    evidence  plain JSON data: candidates with recall and loss, the ceiling inside the window, settings, versions; "date" is shown to people, and "dial" is
+              the method of the dial's rule that it was compared with.
 
     Raises ValueError for what is none of that, or too large.
     """
@@ -65,6 +66,14 @@ class Tuned:
         """When it was measured, for people; None where the evidence does not say."""
         found = self.evidence.get("date")
         return found if isinstance(found, str) and 0 < len(found) <= 40 and found.isprintable() else None
+
+    @property
+    def dial(self) -> Method | None:
+        """What the dial's rule chose for the context when it was tuned; None where the evidence does not say."""
+        try:
+            return read_method(self.evidence["dial"])
+        except (KeyError, ValueError):
+            return None
 
     def to_json(self) -> dict[str, Any]:
         return {"context": self.context, "method": plain_method(self.method), "reason": self.reason, "evidence": dict(self.evidence)}

@@ -56,6 +56,7 @@ class Outcome:
             "candidates": [row(entry, entry is self.decision.chosen) for entry in self.search.entries],
             "left_out": [dataclasses.asdict(each) for each in bench.proposal.left_out],
             "chosen": None if self.decision.chosen is None else self.decision.chosen.candidate.label,
+            "dial": next((entry.candidate.method.to_json() for entry in self.search.entries if entry.candidate.label == DIAL), None),
             "dial_beaten": self.decision.beaten,
             "sentences": [*self.decision.sentences, *halving.tried(self.search.entries)],
             "notes": list(bench.notes),
@@ -67,7 +68,8 @@ class Outcome:
         if self.decision.chosen is None:
             raise ValueError("nothing was measured that could be chosen; pass a larger --budget")
         first, *rest = self.decision.sentences
-        reason = "; ".join([first, *(sentence for sentence in rest if sentence.startswith(DIAL))])
+        compared = () if self.decision.chosen.candidate.label == DIAL else rest  # of other lengths, which the entry serves too, it says nothing
+        reason = "; ".join([first, *(sentence for sentence in compared if sentence.startswith(DIAL))])
         printable = "".join(c if c.isprintable() else " " for c in reason)
         return Tuned(self.bench.asked.context, self.decision.chosen.candidate.method, printable[:LONGEST], self.to_json())
 
