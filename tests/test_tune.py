@@ -459,8 +459,11 @@ def test_what_a_number_alone_does_not_say():
     assert chosen(poor, better) == "poor"  # a control cannot be chosen
     assert any("finds more than the choice" in s and "--trained-window" in s for s in decide([poor, better]).sentences)
     assert any("nothing here is shown to beat plain attention" in s for s in decide([poor, plain]).sentences)
-    low = clusters.share([[1.0, 1.0, 0, 0, 0, 0, 0, 0]])
-    assert any("the ceiling is low: inside its window the model itself finds 2 of 8" in s for s in decide([good], ceiling=low).sentences)
+    few, low = clusters.share([[1.0, 1.0, 0, 0, 0, 0, 0, 0]]), clusters.share([[1.0, 0, 0, 0, 0, 0, 0, 0]] * 8)
+    assert few.high > 0.5 > low.high
+    assert not any("ceiling" in s for s in decide([good], ceiling=few).sentences)  # a choice that finds more refutes it
+    assert any("the ceiling may be low: inside its window the model itself finds 2 of 8" in s and "do not tell" in s for s in decide([poor], ceiling=few).sentences)
+    assert any("the ceiling is low: inside its window the model itself finds 8 of 64" in s for s in decide([poor], ceiling=low).sentences)
     assert not any("ceiling" in s for s in decide([good], ceiling=clusters.share([[1.0] * 8])).sentences)
     assert any("no candidate found anything" in s for s in decide([entry("blind", [0, 0], 3.4)]).sentences)
 

@@ -190,10 +190,11 @@ def _frankly(chosen: Entry, tried: Sequence[Entry], ceiling: Share | None) -> It
             yield f"plain attention beyond its window found {found(plain)}: too few to tell whether anything here beats it"
         else:
             yield f"nothing here is shown to beat plain attention beyond its window, which found {found(plain)}"
-    if ceiling is not None and ceiling.value < LOW_CEILING:
-        yield (
-            f"the ceiling is low: inside its window the model itself finds {ceiling.found:.4g} of {ceiling.n} ({interval(ceiling)}), "
-            "and no setting can be expected to find more beyond it"
-        )
+    if ceiling is not None and ceiling.value < LOW_CEILING and chosen.share.value <= ceiling.value:
+        inside = f"inside its window the model itself finds {ceiling.found:.4g} of {ceiling.n} ({interval(ceiling)})"
+        if ceiling.high < LOW_CEILING:
+            yield f"the ceiling is low: {inside}, and no setting can be expected to find more beyond it"
+        else:
+            yield f"the ceiling may be low: {inside}; so few answers do not tell"
     if max(entry.share.found for entry in tried) == 0:
         yield "no candidate found anything: this model cannot do the task at this length, and the choice rests on loss alone"
