@@ -536,8 +536,11 @@ def test_commands_to_copy_state_the_window_and_quote_the_model():
     assert use("nano", 900, Path("p.json"), 400).startswith("longreach run --model nano --context 900 --trained-window 400 --profile p.json --file")
     row = {"length": 900, "method": Stock().to_json(), "found": 1, "keys": 5, "low": 0, "high": 1, "seconds": 1}
     said = StringIO()
-    seen = {"model": "my models/[a]", "recall": {"here": row, "inside": row}}
+    seen = {"model": "my models/[a]", "trained_window": 400, "recall": {"here": row, "inside": row}}
     check_recall.show(Console(file=said, width=200), seen, 400)
     assert "longreach tune --model 'my models/[a]' --context 900 --trained-window 400 measures" in said.getvalue()
     check_recall.show(Console(file=said, width=200), {**seen, "model": "nano"}, None)
     assert "longreach tune --model nano --context 900 measures" in said.getvalue()
+    said.truncate(0)
+    check_recall.show(Console(file=said, width=200), {**seen, "trained_window": 900}, None)
+    assert said.getvalue().endswith("a look, not a measurement\n")  # what tune would refuse is not advised

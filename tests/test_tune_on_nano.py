@@ -22,7 +22,7 @@ from longreach.evals.tune.study import Asked, ModelBench
 from longreach.methods import from_json
 from longreach.methods.selfextend import SelfExtend
 from longreach.planning.machine import cache_folder
-from longreach.planning.profile import Profile
+from longreach.planning.profile import Profile, Tuned
 
 CONTEXT, FEW = 1024, ("SelfExtend(16, 16)", DIAL, PLAIN)
 AT = ("--context", str(CONTEXT), "--budget", "1h", "--json")
@@ -290,3 +290,21 @@ def test_a_quick_look_at_recall(run: Run):
     assert (inside["length"], inside["found"], inside["method"]["method"]) == (512, 5, "stock") and inside["low"] == pytest.approx(0.41965, abs=1e-5)
     shown = run("check", "--recall", "--context", CONTEXT, "--method", "lm-infinite", "--n-local", 256)
     assert "at 1024 tokens this model finds" in shown.out and "5 of 5 inside its window" in shown.out and "lm-infinite" in shown.out
+
+
+def test_a_look_is_refused_before_anything_is_read(run: Run, nano, tmp_path, monkeypatch):
+    """The document inside the window, which takes minutes on a real model, was read before the profile and the method were checked."""
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("a question was read")
+
+    monkeypatch.setattr("longreach.evals.harness.model_engine.ModelEngine.answers", never)
+    Profile("other", "0" * 64, 512, (Tuned(CONTEXT, SelfExtend(4, 64), "found"),)).write(tmp_path / "p.json")
+    refused(run, "check", "--recall", "--context", CONTEXT, "--profile", tmp_path / "p.json", says="tuned for other weights than these")
+    refused(run, "check", "--recall", "--context", CONTEXT, "--method", "selfextend", "--group-size", 1, "--window", 64, says="reaches 512 tokens")
+    refused(run, "check", "--recall", "--context", 40, says="tokens")
+
+
+def test_a_look_inside_the_window_advises_nothing(run: Run):
+    shown = run("check", "--recall", "--context", 300)
+    assert shown.code == 0 and "a look, not a measurement" in shown.out and "longreach tune" not in shown.out
