@@ -171,6 +171,17 @@ def test_somebody_elses_folder(run: Run, tuned, tmp_path):
     (tmp_path / "mine/notes.txt").write_text("mine")
     refused(run, "tune", *AT[:-1], "--work", tmp_path / "mine", says="so it is no tune that could go on")
     refused(run, "tune", *AT[:-1], "--seed", 1, "--work", folder / "work", says="holds a tune of other settings (seed: 0 there, 1 now)")
+    file = folder / "work/tune.json"
+    before = file.read_text()
+    try:
+        for version, says in (("0.0.7", 'holds what longreach "0.0.7" measured'), (None, "a longreach that did not say its version")):
+            noted = json.loads(before)
+            noted["settings"]["longreach"] = version
+            file.write_text(json.dumps(noted))
+            done = run("tune", *AT[:-1], "--work", folder / "work")
+            assert done.code == 2 and says in done.err and f'this is "{longreach.__version__}"' in done.err and "choose another --work folder" in done.err
+    finally:
+        file.write_text(before)
     for content in ("[]", "{", '{"kind": "longreach tune"}', '{"kind": "longreach tune", "settings": {}, "model": "\\u001b[2J"}'):
         (tmp_path / "mine/tune.json").write_text(content)
         assert run("tune", *AT[:-1], "--work", tmp_path / "mine").code == 2

@@ -37,6 +37,7 @@ from longreach.methods.stock import Stock
 from longreach.quantities import CHUNK_SIZE, counted
 from longreach.running import prompts
 from longreach.running.loading import shipped_book
+from longreach.version import __version__
 
 KEYS = 5  # in a document, where a task has depths: with more, a small model mistakes one for another
 DEPTHS = tuple((2 * n + 1) / (2 * KEYS) for n in range(KEYS))
@@ -98,6 +99,7 @@ class ModelBench:
         """What decides every answer and loss, beside the candidate."""
         text = self.asked.text
         return {
+            "longreach": __version__,
             "fingerprint": self.fingerprint,
             "trained_window": self.window.tokens,
             "tuned_context": self.asked.context,
