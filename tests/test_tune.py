@@ -494,6 +494,11 @@ def test_what_lies_in_the_cache_does_not_block_a_tune(tmp_path):
             assert profile == empty and says in remark and remark.endswith("; it will be replaced") and "--out" not in remark
             with pytest.raises(ValueError):  # a file that somebody named is theirs
                 outcome.before(bench, path)
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(ValueError, match="is a folder; name a file with --out"):  # before anything is measured, not after it
+            outcome.before(bench, None)
+        path.rmdir()
     finally:
         path.unlink(missing_ok=True)
 

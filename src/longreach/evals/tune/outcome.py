@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longreach import files
 from longreach.evals.harness import environment
 from longreach.evals.harness.environment import now
 from longreach.evals.harness.results import differences
@@ -155,12 +156,18 @@ def profile_file(bench: ModelBench, out: Path | None) -> Path:
 
 
 def before(bench: ModelBench, out: Path | None, price: float = decision.PRICE) -> tuple[Profile, str | None]:
-    """-> (the profile that the new entry goes into, what people should know of it). Raises ValueError where the file of --out holds something else.
+    """-> (the profile that the new entry goes into, what people should know of it). Raises ValueError where the file of --out holds something else, or the
+    one in the cache could not be written.
 
     In the user's cache such a file is of no use to anybody, so that it is replaced, which is said.
     """
     path = profile_file(bench, out)
     empty = Profile(bench.place.model, bench.fingerprint, bench.window.tokens)
+    if out is None and path.parent.is_dir():  # else it is made
+        try:
+            files.place(path, "profile")
+        except ValueError as error:
+            raise ValueError(f"{error} with --out") from error
     if not path.exists():
         return empty, None
     try:
