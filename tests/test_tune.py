@@ -15,7 +15,7 @@ from rich.console import Console
 from fake_bench import KEYS, Clock, FakeBench
 from longreach import Combined, InfLLM, LongHeads, Quest, YaRN
 from longreach.cli import check_recall
-from longreach.cli.tune import ladder, show, use
+from longreach.cli.tune import found_of, ladder, show, use
 from longreach.configs import Window
 from longreach.evals.scores import clusters, statistics
 from longreach.evals.tune import halving, outcome
@@ -124,6 +124,36 @@ def test_one_document_alone_tells_nothing_apart_and_four_do():
     assert (same.difference, same.p) == (0, 1)
     with pytest.raises(ValueError, match="same questions"):
         clusters.compare([none], [none, none])
+
+
+def test_answers_that_count_more_make_the_others_tell_less():
+    groups, weights = [[1.0] * 5 + [0.0]] * 4, [[0.2] * 5 + [1.0]] * 4
+    found = clusters.share(groups, weights)
+    assert (found.value, found.found, found.n) == (pytest.approx(0.5), 20, 24)
+    effective = 24 / (clusters.design_effect(groups) * 1.8)  # n sum(w^2) / (sum w)^2 = 6 (5 / 25 + 1) / 4
+    assert (found.low, found.high) == pytest.approx(statistics.wilson(0.5 * effective, effective))
+    assert clusters.share(groups, [[3.0] * 6] * 4) == clusters.share(groups)
+    none = [[0.0] * 6] * 4
+    assert clusters.compare(none, groups, weights).difference == pytest.approx(0.5) and clusters.compare(none, groups).difference == pytest.approx(5 / 6)
+    assert clusters.compare(none, groups, weights).p > clusters.compare(none, groups).p
+
+
+def test_every_task_counts_the_same_and_is_shown_by_itself():
+    """Five keys and one chain of facts: recall used to be five sixths pass keys."""
+    tasks = ("passkeys",) * 5 + ("ruler-vt",)
+    keys = Entry(Candidate("keys", SelfExtend(4, 64), ""), [Answers((1.0,) * 5 + (0.0,), 1.0, 1.0, tasks)] * 2, Loss(3.5, 3.5, 3.5, (3.5,), 1.0))
+    both = Entry(Candidate("both", ReRoPE(64), ""), [Answers((1.0,) * 3 + (0.0,) * 2 + (1.0,), 1.0, 1.0, tasks)] * 2, Loss(3.5, 3.5, 3.5, (3.5,), 1.0))
+    assert keys.share.value == pytest.approx(0.5) and both.share.value == pytest.approx(0.8)
+    assert chosen(keys, both) == "both" and keys.share.found == 10 > both.share.found == 8
+    row = outcome.row(keys, False)
+    assert row["by_task"] == {"passkeys": {"found": 10, "of": 10, "recall": 1}, "ruler-vt": {"found": 0, "of": 2, "recall": 0}} and row["recall"] == 0.5
+    assert found_of(row) == "passkeys 10 of 10, ruler-vt 0 of 2"
+    one = outcome.row(entry("a", [8], 3.5), False)
+    assert "by_task" not in one and found_of(one) == "8 of 8"
+    said = StringIO()
+    nothing = SimpleNamespace(decision=decide([keys, both]), search=SimpleNamespace(entries=[]), bench=SimpleNamespace(notes=[]))
+    show(Console(file=said, width=300), nothing, {"candidates": [row], "ceiling": [], "tasks": ["passkeys", "ruler-vt"]})  # type: ignore[arg-type]
+    assert "passkeys 10 of 10, ruler-vt 0 of 2" in said.getvalue() and "recall is the mean over the tasks" in said.getvalue()
 
 
 def test_rounding_to_whole_answers_makes_nobody_surer():
@@ -446,7 +476,7 @@ def test_plain_attention_is_nothing_to_choose_between():
     assert chosen(entry("a", [8], 3.5), plain) == "a"  # nothing else was proposed
     said = StringIO()
     found = SimpleNamespace(decision=alone, search=SimpleNamespace(entries=[]), bench=SimpleNamespace(notes=[]))
-    show(Console(file=said, width=300), found, {"candidates": [], "ceiling": []})  # type: ignore[arg-type]
+    show(Console(file=said, width=300), found, {"candidates": [], "ceiling": [], "tasks": ["passkeys"]})  # type: ignore[arg-type]
     assert said.getvalue().splitlines()[-1].startswith("no profile was written: only a was measured, it found 8 of 8 in 1 document: there is nothing to choose")
 
 

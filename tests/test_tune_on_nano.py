@@ -292,6 +292,10 @@ def test_several_tasks_are_answered_together(nano, tmp_path):
     names = [item.task.name for item in bench.document(1)]
     assert [names.count(task.name) for task in tasks] == [5, 1, 5]  # a pass key at every depth, one needle, one document with five keys
     assert {item.sample.meta["index"] for item in bench.document(1)} == {1}
+    rule = next(candidate for candidate in bench.proposal.candidates if candidate.label == DIAL)
+    answers = bench.read(rule, 0)
+    assert [answers.tasks.count(task.name) for task in tasks] == [5, 1, 5] and len(answers.scores) == len(answers.weights) == 11
+    assert sum(weight for weight, task in zip(answers.weights, answers.tasks) if task == "ruler-niah-single-1") == pytest.approx(sum(answers.weights) / 3)
 
 
 def test_a_quick_look_at_recall(run: Run):

@@ -141,6 +141,12 @@ def ladder(plan: dict[str, Any]) -> str:
     return f"{rungs}; {losses}; {counted(plan['ceiling'], 'part')} of the ceiling; about {duration(plan['seconds'])}"
 
 
+def found_of(row: dict[str, Any]) -> str:
+    """Of every task where there are several."""
+    tasks = row.get("by_task") or {"": row}
+    return ", ".join(f"{name} {each['found']:g} of {each['of']}".strip() for name, each in tasks.items())
+
+
 def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:
     from longreach.evals.tune.outcome import summary
 
@@ -149,14 +155,16 @@ def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:
         mark = "*" if row["chosen"] else "!" if row["reason"] else ""
         loss = "" if row["loss"] is None else f"{row['loss']:.3f}"
         table.add_row(
-            mark, row["label"], f"{row['found']:g} of {row['of']}", f"{100 * row['recall']:.0f}", f"{100 * row['low']:.0f} to {100 * row['high']:.0f}",
+            mark, row["label"], found_of(row), f"{100 * row['recall']:.0f}", f"{100 * row['low']:.0f} to {100 * row['high']:.0f}",
             str(row["documents"]), loss, f"{row['seconds']:.3g}",
         )  # fmt: skip
     console.print(table)
+    if len(result["tasks"]) > 1:
+        console.print("recall is the mean over the tasks, each of which counts the same, however many questions it asks", soft_wrap=True)
     for row in result["ceiling"]:
         if "recall" in row:
             spread = f"{100 * row['low']:.0f} to {100 * row['high']:.0f} %"
-            console.print(f"ceiling, {row['name']} ({counted(row['length'], 'token')}): {row['found']:g} of {row['of']} ({spread})")
+            console.print(f"ceiling, {row['name']} ({counted(row['length'], 'token')}): {found_of(row)} ({spread})")
         else:
             console.print(f"ceiling, {row['name']} (up to {row['length']}): loss {row['loss']:.3f}")
     console.print()

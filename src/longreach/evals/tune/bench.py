@@ -5,10 +5,13 @@ Knows numbers and names; no models, files or clocks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from longreach.evals.scores import clusters
+from longreach.evals.scores.clusters import Share
 from longreach.evals.tune.candidates import Candidate
 
 
@@ -18,11 +21,32 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Answers:
-    """To the questions about one document: a score in 0..1 for each. `seconds` of all of it, `reading` of the document alone."""
+    """To the questions about one document: a score in 0..1 for each. `seconds` of all of it, `reading` of the document alone. `tasks`: whose every question
+    is; () where there is one task."""
 
     scores: tuple[float, ...]
     seconds: float
     reading: float
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the scores, so that every task counts the same, however many questions it asks."""
+        asked = Counter(self.tasks)
+        return tuple(1 / asked[task] for task in self.tasks) if self.tasks else (1.0,) * len(self.scores)
+
+
+def recall(answers: Sequence[Answers]) -> Share:
+    """The mean over tasks of their shares, over documents."""
+    return clusters.share([each.scores for each in answers], [each.weights for each in answers])
+
+
+def of_tasks(answers: Sequence[Answers]) -> dict[str, Share]:
+    """The share of every task by itself, where there are several."""
+    names = dict.fromkeys(task for each in answers for task in each.tasks)
+    if len(names) < 2:
+        return {}
+    return {name: clusters.share([[s for s, task in zip(each.scores, each.tasks) if task == name] for each in answers]) for name in names}
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def loss(entry: Entry) -> float:
 def paired(a: Entry, b: Entry) -> Paired:
     """On the documents that both have read."""
     common = min(len(a.answers), len(b.answers))
-    return clusters.compare(a.groups[:common], b.groups[:common])
+    return clusters.compare(a.groups[:common], b.groups[:common], [answers.weights for answers in a.answers[:common]])
 
 
 def told(a: Entry, b: Entry) -> bool:

@@ -14,9 +14,8 @@ from typing import TypeVar
 
 from longreach.evals.harness.estimates import Step
 from longreach.evals.harness.runner import Progress
-from longreach.evals.scores import clusters
 from longreach.evals.scores.clusters import Share
-from longreach.evals.tune.bench import Answers, Bench, Loss, Part, Refused
+from longreach.evals.tune.bench import Answers, Bench, Loss, Part, Refused, recall
 from longreach.evals.tune.candidates import DIAL, Candidate
 from longreach.evals.tune.plan import FINALISTS, MOST_DOCUMENTS, NOTHING_NEW, Cost, Plan, divide
 from longreach.quantities import counted
@@ -42,7 +41,7 @@ class Entry:
 
     @property
     def share(self) -> Share:
-        return clusters.share(self.groups)
+        return recall(self.answers)
 
     @property
     def seconds(self) -> float | None:
@@ -279,7 +278,7 @@ class _Run:
         place = {id(entry): n for n, entry in enumerate(self.entries)}
 
         def key(entry: Entry) -> tuple[float, float, int]:
-            return -clusters.share(entry.groups[:common]).value, float("inf") if entry.loss is None else entry.loss.nats, place[id(entry)]
+            return -recall(entry.answers[:common]).value, float("inf") if entry.loss is None else entry.loss.nats, place[id(entry)]
 
         return sorted(able, key=key)
 

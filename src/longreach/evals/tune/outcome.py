@@ -18,6 +18,7 @@ from longreach.evals.harness.results import differences
 from longreach.evals.harness.runner import Progress
 from longreach.evals.scores import clusters
 from longreach.evals.tune import decision, halving
+from longreach.evals.tune.bench import Answers, of_tasks, recall
 from longreach.evals.tune.candidates import DIAL
 from longreach.evals.tune.decision import Decision
 from longreach.evals.tune.halving import Entry, Search
@@ -120,13 +121,13 @@ def plan_row(plan: Plan) -> dict[str, Any]:
 def ceiling_share(bench: ModelBench) -> clusters.Share | None:
     """Recall of plain attention at the whole window, asked as the candidates are: the first part of the ceiling."""
     first = bench.inside.get(bench.parts[0].name) if bench.parts else None
-    return None if first is None or first.answers is None else clusters.share([first.answers.scores])
+    return None if first is None or first.answers is None else recall([first.answers])
 
 
 def ceiling_row(name: str, inside: Inside) -> dict[str, Any]:
     found: dict[str, Any] = {"name": name, "length": inside.length, "chat": inside.chat}
     if inside.answers is not None:
-        found |= share_row([inside.answers.scores])
+        found |= share_row([inside.answers])
     if inside.loss is not None:
         found |= {"loss": round(inside.loss.nats, 5), "loss_low": round(inside.loss.low, 5), "loss_high": round(inside.loss.high, 5)}
     return found
@@ -138,17 +139,20 @@ def row(entry: Entry, chosen: bool) -> dict[str, Any]:
         "label": candidate.label, "method": candidate.method.to_json(), "why": candidate.why, "control": candidate.control, "chosen": chosen,
         "reason": entry.reason, "seconds": None if entry.seconds is None else round(entry.seconds, 2),
     }  # fmt: skip
-    found |= share_row(entry.groups) if entry.answers else dict.fromkeys(("found", "of", "documents", "recall", "low", "high"))
+    found |= share_row(entry.answers) if entry.answers else dict.fromkeys(("found", "of", "documents", "recall", "low", "high"))
     nats = (None, None, None) if loss is None else (loss.nats, loss.low, loss.high)
     return found | {name: None if n is None else round(n, 5) for name, n in zip(("loss", "loss_low", "loss_high"), nats)}
 
 
-def share_row(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
-    share = clusters.share(groups)
-    return {
+def share_row(answers: Sequence[Answers]) -> dict[str, Any]:
+    """`by_task` only where several were asked."""
+    share = recall(answers)
+    found: dict[str, Any] = {
         "found": round(share.found, 4), "of": share.n, "documents": share.documents,
         "recall": round(share.value, 5), "low": round(share.low, 5), "high": round(share.high, 5),
     }  # fmt: skip
+    by_task = {name: {"found": round(each.found, 4), "of": each.n, "recall": round(each.value, 5)} for name, each in of_tasks(answers).items()}
+    return found | ({"by_task": by_task} if by_task else {})
 
 
 def profile_file(bench: ModelBench, out: Path | None) -> Path:

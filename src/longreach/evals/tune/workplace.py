@@ -99,7 +99,7 @@ def answers(folder: Folder, config: Mapping[str, Any], items: Sequence[Item], ha
         seconds += prefill + ((tokens - 1) / speed if speed and tokens and tokens > 1 else 0.0)
     units = run.get("units")
     whole = _seconds(units.get(unit)) if isinstance(units, dict) else None
-    return Answers(tuple(scores), seconds if whole is None else whole, reading)
+    return Answers(tuple(scores), seconds if whole is None else whole, reading, tuple(item.task.name for item in items))
 
 
 def note_seconds(folder: Folder, unit: str, seconds: float) -> None:
