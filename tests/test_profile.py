@@ -367,6 +367,18 @@ def test_nothing_is_said_inside_the_window(run, folders, tuned):
     assert "profile" not in found.err
 
 
+def test_a_named_profile_that_is_not_used_is_said(run, folders, tuned, tmp_path):
+    file = tmp_path / "mine.json"
+    tuned.write(file)
+    base = ("run", "-m", folders["llama"], "-p", "aaa", "--max-new-tokens", 2, "--json")
+    found = run(*base, "--profile", file)
+    assert found.json["method"]["method"] == "stock" and found.json["extension"]["profile"] is None
+    assert f"the profile {file} is not used: 6 tokens fit the trained window of 64, where plain attention reads them" in found.err
+    assert f"the profile {file} is not used: 60 tokens fit" in run(*base, "--profile", file, "--context", 60).err
+    assert "is not used" not in run(*base, "--profile", file, "--context", 100).err
+    assert "is not used" not in run(*base, "--profile", file, "--context", 600).err  # refused, in words of its own
+
+
 def test_a_profile_that_does_not_fit_is_said_and_the_rule_chooses(run, folders, tuned, tmp_path):
     path = default_path(tuned.fingerprint)
     beyond = ask(run, folders, "--context", 600, "--json")
