@@ -69,7 +69,7 @@ def test_evidence_is_a_copy_of_plain_data():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Tuned(0, ReRoPE(16), "found"), "context of an entry must be a positive number of tokens"),
+        (lambda: Tuned(0, ReRoPE(16), "found"), "context of an entry must be a positive number of tokens, not '0'; tune again with longreach tune"),
         (lambda: Tuned(True, ReRoPE(16), "found"), "context of an entry must be a positive number of tokens"),
         (lambda: Tuned(128, "rerope", "found"), "must be a method such as"),  # type: ignore[arg-type]
         (lambda: Tuned(128, ReRoPE(16), ""), "the reason of an entry must be one line"),
@@ -131,6 +131,9 @@ def change(path: list[Any], value: Any) -> Any:
 HOSTILE = [
     ([], "no profile of longreach"),
     (change(["kind"], "cake"), "no profile of longreach"),
+    (change(["version"], True), "a profile of version True, and this longreach reads version 1"),
+    (change(["version"], 1.0), "a profile of version 1.0, and this longreach reads version 1"),
+    (change(["entries", 0, "method"], {"method": "selfextend", "group_size": 4, "window": 16, "shift": "zzz"}), "shift must be 'floor' or 'true_division', not 'zzz'"),
     (change(["version"], 2), "version 2, and this longreach reads version 1"),
     (change(["extra"], 1), "'extra' is unknown"),
     (change(["entries", 0, "extra"], 1), "'extra' is unknown"),
@@ -176,7 +179,7 @@ def test_a_hostile_file_is_refused_with_its_path(tmp_path, data, says):
         (b"\xff\xfe", "no JSON"),
         (b"[" * 100_000, "no JSON"),
         (b'{"kind": NaN}', "holds NaN"),
-        (b'{"window": ' + b"9" * 5000 + b"}", "cannot be used"),
+        (b'{"window": ' + b"9" * 5000 + b"}", "holds a whole number of 5000 digits, which no profile has; tune again"),
         (b" " * (LARGEST + 1), "more than 1048576 bytes"),
     ],
 )
@@ -191,7 +194,7 @@ def test_deep_evidence_and_absent_files_are_refused(tmp_path):
     for _ in range(40):
         nested = [nested]
     (tmp_path / "deep.json").write_text(json.dumps(change(["entries", 0, "evidence", "x"], nested)))
-    for name, says in (("deep.json", "nested more than 12 deep"), ("none.json", "there is no such file"), (".", "no ordinary file")):
+    for name, says in (("deep.json", "nested more than 12 deep"), ("none.json", "there is no such file; name another, or make"), (".", "no ordinary file")):
         with pytest.raises(ValueError, match=says):
             Profile.read(tmp_path / name)
 

@@ -143,13 +143,17 @@ def test_the_cache_is_the_default_for_profile_and_work(tuned, nano, run: Run):
         target.rename(tuned[0] / "work")
 
 
-def test_the_list_measures_nothing_but_a_short_prompt(run: Run):
+def test_the_list_measures_nothing_but_a_short_prompt(run: Run, tmp_path):
     done = run("tune", "--context", CONTEXT, "--budget", "1h", "--list", "--json").json
     assert [row["label"] for row in done["candidates"]] == list(FEW) and done["document_seconds"] > 0
     assert done["plan"]["rungs"][0] == [3, 1] and done["candidates"][0]["options"] == ["selfextend", "--group-size", "16", "--window", "16"]
     shown = run("tune", "--context", CONTEXT, "--budget", "1h", "--list")
     assert "SelfExtend(16, 16)" in shown.out and "left out: combined" in shown.out and "a budget of 60 min buys: 3 candidates with 1 document" in shown.out
     assert not (cache_folder() / "tune").exists()
+    assert "one document with its questions: about 0 s" not in shown.out and done["notes"] == []
+    (tmp_path / "short.txt").write_text("The sea was calm that night. Nobody spoke of the ship. " * 3)
+    short = run("tune", "--context", CONTEXT, "--text", tmp_path / "short.txt", "--list")
+    assert "fewer than the context, so that the loss is that of the book" in short.out
 
 
 def test_what_is_refused(run: Run, tmp_path):

@@ -111,7 +111,7 @@ def use(model: str, context: int, profile: Path | None, trained_window: int | No
 def say_plan(out: Output, bench: ModelBench, plan: Plan, cost: Cost, budget: float) -> None:
     from longreach.evals.tune.outcome import plan_row
 
-    out.note(f"the first document took {duration(cost.document)}; plan for {duration(budget)}: {ladder(plan_row(plan))}")
+    out.note(f"the first document took {briefly(cost.document)}; plan for {duration(budget)}: {ladder(plan_row(plan))}")
     out.note(f"what is measured is kept in {bench.place.path}")
 
 
@@ -126,11 +126,11 @@ def show_list(console: Console, listed: dict[str, Any]) -> None:
         console.print(f"left out: {row['label']}: {row['reason']}", soft_wrap=True)
     seconds = listed["document_seconds"]
     if seconds is not None:
-        console.print(f"one document with its questions: about {duration(seconds)} (an estimate from short beginnings of the document)")
+        console.print(f"one document with its questions: about {briefly(seconds)} (an estimate from short beginnings of the document)")
     if listed["plan"] is not None:
         console.print(f"a budget of {duration(listed['budget'])} buys: {ladder(listed['plan'])}", soft_wrap=True)
-    if listed["remark"]:
-        console.print(listed["remark"], soft_wrap=True)
+    for sentence in [*([listed["remark"]] if listed["remark"] else []), *listed["notes"]]:
+        console.print(sentence, soft_wrap=True)
 
 
 def ladder(plan: dict[str, Any]) -> str:
@@ -139,6 +139,11 @@ def ladder(plan: dict[str, Any]) -> str:
     rungs = ", then ".join(f"{counted(candidates, 'candidate')} with {counted(documents, 'document')}" for candidates, documents in plan["rungs"])
     losses = f"{plan['losses']} losses" if plan["losses"] != 1 else "1 loss"
     return f"{rungs}; {losses}; {counted(plan['ceiling'], 'part')} of the ceiling; about {duration(plan['seconds'])}"
+
+
+def briefly(seconds: float) -> str:
+    """Of one document, which may take less than a second."""
+    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def found_of(row: dict[str, Any]) -> str:

@@ -103,6 +103,7 @@ def listing(bench: ModelBench, budget: float) -> dict[str, Any]:
         "budget": budget,
         "plan": None,
         "remark": None,
+        "notes": list(bench.notes),
     }
     if seconds is not None:
         try:
