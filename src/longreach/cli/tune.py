@@ -121,7 +121,7 @@ def show_list(console: Console, listed: dict[str, Any]) -> None:
     table = common.plain_table("", "candidate", "options", "why")
     for place, row in enumerate(listed["candidates"], 1):
         table.add_row(str(place), Text(row["label"]), Text(" ".join(row["options"])), row["why"])
-    console.print(table)
+    common.show_table(console, table)
     for row in listed["left_out"]:
         console.print(f"left out: {row['label']}: {row['reason']}", soft_wrap=True)
     seconds = listed["document_seconds"]
@@ -163,7 +163,7 @@ def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:
             mark, row["label"], found_of(row), f"{100 * row['recall']:.0f}", f"{100 * row['low']:.0f} to {100 * row['high']:.0f}",
             str(row["documents"]), loss, f"{row['seconds']:.3g}",
         )  # fmt: skip
-    console.print(table)
+    common.show_table(console, table)
     if len(result["tasks"]) > 1:
         console.print("recall is the mean over the tasks, each of which counts the same, however many questions it asks", soft_wrap=True)
     for row in result["ceiling"]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from longreach.evals.scores import clusters
 from longreach.evals.scores.clusters import Paired, Share
-from longreach.evals.tune.candidates import DIAL, Candidate
+from longreach.evals.tune.candidates import DIAL, RECOMMENDED, Candidate
 from longreach.evals.tune.halving import NO_TIME, Entry
 from longreach.evals.tune.plan import Cost, two_documents
 from longreach.quantities import counted
@@ -132,12 +132,15 @@ def _chosen(chosen: Entry, measured: Sequence[Entry], lowest: float) -> Iterator
 
 
 def name(candidate: Candidate) -> str:
-    return f"{DIAL} ({candidate.method.brief()})" if candidate.label == DIAL else candidate.label
+    """With its parameters, where the label does not have them."""
+    return f"{candidate.label} ({candidate.method.brief()})" if candidate.label == DIAL or candidate.label.endswith(RECOMMENDED) else candidate.label
 
 
 def _others(
     chosen: Entry, eligible: Sequence[Entry], measured: Sequence[Entry], tried: Sequence[Entry], lowest: float, price: float
 ) -> Iterator[str]:  # fmt: skip
+    """One sentence for all of whom the same is to be said."""
+    same: dict[str, list[str]] = {}
     for entry in sorted((e for e in tried if e is not chosen and e.candidate.label != DIAL), key=lambda e: -e.share.value):
         what = entry.candidate.label
         if entry in measured and entry not in eligible and entry.share.value > chosen.share.value:
@@ -145,7 +148,14 @@ def _others(
             fix = f"--price {math.ceil(100 * over + 1e-6) / 100:g} admits it"
             yield f"{what} found {found(entry)}, but its loss is {over:.3f} above the lowest, more than the price of {price:g}; {fix}"
             continue
-        yield f"{what} found {found(entry)}: {compared(entry, chosen)}{_price(entry, chosen)}"
+        same.setdefault(f"found {found(entry)}: {compared(entry, chosen)}{_price(entry, chosen)}", []).append(what)
+    for said, names in same.items():
+        yield f"{listed(names)}{' each' if len(names) > 1 else ''} {said}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def compared(entry: Entry, chosen: Entry, best_of: int = 1) -> str:
