@@ -24,7 +24,7 @@ def test_what_has_no_loss_is_not_drawn_as_too_dear():
     assert main.get_xlim()[1] < 3.9 and len(main.containers) == 3
     assert [tick.get_text() for tick in strip.get_xticklabels()] == [f"candidate {n}" for n in range(3, 15)]  # all of them can be told
     assert strip.get_title() == "loss not measured" and strip.get_ylim() == main.get_ylim() == (-8, 108)
-    assert [text.get_text() for text in main.figure.legends[0].get_texts()][0] == "candidate 0: 4 of 5 (chosen)"
+    assert main.figure.legends[0].get_texts()[0].get_text() == "candidate 0: 4 of 5 (chosen)"
 
 
 @pytest.mark.parametrize(("measured", "others"), [(2, 0), (0, 3), (0, 0)])

@@ -133,7 +133,10 @@ HOSTILE = [
     (change(["kind"], "cake"), "no profile of longreach"),
     (change(["version"], True), "a profile of version True, and this longreach reads version 1"),
     (change(["version"], 1.0), "a profile of version 1.0, and this longreach reads version 1"),
-    (change(["entries", 0, "method"], {"method": "selfextend", "group_size": 4, "window": 16, "shift": "zzz"}), "shift must be 'floor' or 'true_division', not 'zzz'"),
+    (
+        change(["entries", 0, "method"], {"method": "selfextend", "group_size": 4, "window": 16, "shift": "zzz"}),
+        "shift must be 'floor' or 'true_division', not 'zzz'",
+    ),
     (change(["version"], 2), "version 2, and this longreach reads version 1"),
     (change(["extra"], 1), "'extra' is unknown"),
     (change(["entries", 0, "extra"], 1), "'extra' is unknown"),

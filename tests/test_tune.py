@@ -354,7 +354,9 @@ def test_one_document_in_which_as_much_was_found_chooses_nothing():
     rule, good = entry(DIAL, [7], 3.5), entry("good", [7], 3.4)
     says = decide([rule, good]).sentences[0]
     assert decide([rule, good]).chosen is None
-    assert says.startswith("good found 7 of 8 in 1 document, and the dial's rule (SelfExtend(group_size=4, window=64)) found 7 of 8 in 1 document: one document")
+    assert says.startswith(
+        "good found 7 of 8 in 1 document, and the dial's rule (SelfExtend(group_size=4, window=64)) found 7 of 8 in 1 document: one document"
+    )
     assert decide([entry(DIAL, [7], 3.4), good]).chosen is None  # a profile of the dial's rule would change what shorter contexts have
     assert chosen(rule, entry("good", [8], 3.4)) == "good" and chosen(entry(DIAL, [8], 3.4), good) == DIAL
     assert chosen(rule, entry("good", [7, 7], 3.4)) == "good"
@@ -384,7 +386,10 @@ def test_plain_attention_is_read_before_the_best_read_much_more():
     assert found.plan.rungs[-1].documents > CONTROL_DOCUMENTS
     assert bench.asked.index((PLAIN, CONTROL_DOCUMENTS - 1)) < bench.asked.index(("SelfExtend(12, 252)", CONTROL_DOCUMENTS))
     poor = entry("poor", [1, 1, 1, 1], 3.5)
-    for count, says in ((1, "found 1 of 8 in 1 document: too few to tell whether anything here beats it"), (3, "nothing here is shown to beat plain attention")):
+    for count, says in (
+        (1, "found 1 of 8 in 1 document: too few to tell whether anything here beats it"),
+        (3, "nothing here is shown to beat plain attention"),
+    ):
         plain = entry(PLAIN, [1] * count, method=Stock(), control=True)
         assert any(says in s for s in decide([poor, plain]).sentences), count
 
@@ -519,7 +524,9 @@ def test_what_a_number_alone_does_not_say():
     few, low = clusters.share([[1.0, 1.0, 0, 0, 0, 0, 0, 0]]), clusters.share([[1.0, 0, 0, 0, 0, 0, 0, 0]] * 8)
     assert few.high > 0.5 > low.high
     assert not any("ceiling" in s for s in decide([good], ceiling=few).sentences)  # a choice that finds more refutes it
-    assert any("the ceiling may be low: inside its window the model itself finds 2 of 8" in s and "do not tell" in s for s in decide([poor], ceiling=few).sentences)
+    assert any(
+        "the ceiling may be low: inside its window the model itself finds 2 of 8" in s and "do not tell" in s for s in decide([poor], ceiling=few).sentences
+    )
     assert any("the ceiling is low: inside its window the model itself finds 8 of 64" in s for s in decide([poor], ceiling=low).sentences)
     assert not any("ceiling" in s for s in decide([good], ceiling=clusters.share([[1.0] * 8])).sentences)
     assert any("no candidate found anything" in s for s in decide([entry("blind", [0, 0], 3.4)]).sentences)

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from longreach.methods.base import Method
 
 
-def run(
-    out: Output, model: Any, tokenizer: Any, method: Method | None, context: int, trained_window: int | None, by_profile: profiles.Asked
-) -> dict[str, Any]:
+def run(out: Output, model: Any, tokenizer: Any, method: Method | None, context: int, trained_window: int | None, by_profile: profiles.Asked) -> dict[str, Any]:
     """Two documents with five keys each, as plain data. Both are made before one is read, and the context comes first: what is refused is refused at once."""
     from longreach.evals.tune.recall import look, questions
     from longreach.methods.stock import Stock

@@ -75,7 +75,8 @@ def find(out: Output, asked: Asked, model: Any, method: Method | None, context: 
 def look(asked: Asked, base: Any, context: int, trained_window: int | None) -> Found:
     """The profile for a context. One that was given is used or refused by `extend`; one in the cache is used if it fits, and what is wrong is said.
 
-    Inside the trained window nothing is looked for, and one that was given has nothing to choose, which is said. `base` is the text model, which may be extended by now.
+    Inside the trained window nothing is looked for, and one that was given has nothing to choose, which is said. `base` is the text model, which may be
+    extended by now.
     """
     from longreach import configs
     from longreach.hf.fingerprint import checkpoint_fingerprint
@@ -87,7 +88,9 @@ def look(asked: Asked, base: Any, context: int, trained_window: int | None) -> F
         if window != given.window or not given.reaches(context) or given.fingerprint != checkpoint_fingerprint(base):
             return Found(given)
         if context <= window:
-            return Found(given, f"the profile {given.source} is not used: {context} tokens fit the trained window of {window}, where plain attention reads them")
+            return Found(
+                given, f"the profile {given.source} is not used: {context} tokens fit the trained window of {window}, where plain attention reads them"
+            )
         return Found(given, used(given, str(given.source), context))
     if asked.ignored or context <= window:
         return Found()

@@ -122,9 +122,7 @@ class Profile:
             if entry.context <= self.window:
                 raise ValueError(f"an entry for {entry.context} tokens is inside the trained window of {self.window}, where nothing is chosen; leave it out")
             if not reaches(entry.method, self.window, entry.context):
-                raise ValueError(
-                    f"{entry.method.brief()} does not reach the {entry.context} tokens of its entry on a trained window of {self.window}; {AGAIN}"
-                )
+                raise ValueError(f"{entry.method.brief()} does not reach the {entry.context} tokens of its entry on a trained window of {self.window}; {AGAIN}")
 
     @property
     def contexts(self) -> str:

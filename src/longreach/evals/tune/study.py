@@ -336,4 +336,3 @@ def _documents(items: Sequence[Item]) -> list[list[Item]]:
         of_task.setdefault(item.task.name, {}).setdefault(index, []).append(item)
     columns = [list(found.values()) for found in of_task.values()]
     return [[item for column in columns for item in column[n]] for n in range(min(map(len, columns)))]
-
