@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from longreach.evals.tune.bench import Answers, Loss, Part, Refused
 from longreach.evals.tune.candidates import Candidate
-from longreach.evals.tune.halving import Answers, Loss, Part, Refused
 
 KEYS = 8
 
@@ -32,6 +32,11 @@ class FakeBench:
     parts: tuple[Part, ...] = (Part("recall at 1x of the window, raw", 0.5), Part("loss inside the window", 0.5))
     done: dict[tuple[str, object], object] = field(default_factory=dict)
     asked: list[tuple[str, object]] = field(default_factory=list)  # in the order of asking, in this life
+    documents: int = 1000
+    losses: Callable[[Candidate], float] | None = None  # seconds of a loss
+
+    def has(self, document: int) -> bool:
+        return document < self.documents
 
     def known(self, candidate: Candidate, document: int) -> Answers | None:
         return self.done.get((candidate.label, document))  # type: ignore[return-value]
@@ -47,7 +52,7 @@ class FakeBench:
         return self.done.get((candidate.label, "loss"))  # type: ignore[return-value]
 
     def loss(self, candidate: Candidate) -> Loss:
-        nats, seconds = self.nats(candidate), 0.8 * self.seconds(candidate)
+        nats, seconds = self.nats(candidate), self.losses(candidate) if self.losses else 0.8 * self.seconds(candidate)
         return self._keep(candidate.label, "loss", Loss(nats, nats - 0.1, nats + 0.1, (nats,), seconds), seconds)
 
     def known_part(self, part: Part) -> float | None:
@@ -64,4 +69,4 @@ class FakeBench:
 
     def again(self) -> FakeBench:
         """What another process finds: all that was measured, and a clock of its own."""
-        return FakeBench(Clock(), self.recall, self.nats, self.seconds, self.refuses, self.parts, dict(self.done))
+        return FakeBench(Clock(), self.recall, self.nats, self.seconds, self.refuses, self.parts, dict(self.done), losses=self.losses)

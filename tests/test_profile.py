@@ -69,7 +69,7 @@ def test_evidence_is_a_copy_of_plain_data():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Tuned(0, ReRoPE(16), "found"), "context of an entry must be a positive number of tokens"),
+        (lambda: Tuned(0, ReRoPE(16), "found"), "context of an entry must be a positive number of tokens, not '0'; tune again with longreach tune"),
         (lambda: Tuned(True, ReRoPE(16), "found"), "context of an entry must be a positive number of tokens"),
         (lambda: Tuned(128, "rerope", "found"), "must be a method such as"),  # type: ignore[arg-type]
         (lambda: Tuned(128, ReRoPE(16), ""), "the reason of an entry must be one line"),
@@ -131,6 +131,12 @@ def change(path: list[Any], value: Any) -> Any:
 HOSTILE = [
     ([], "no profile of longreach"),
     (change(["kind"], "cake"), "no profile of longreach"),
+    (change(["version"], True), "a profile of version True, and this longreach reads version 1"),
+    (change(["version"], 1.0), "a profile of version 1.0, and this longreach reads version 1"),
+    (
+        change(["entries", 0, "method"], {"method": "selfextend", "group_size": 4, "window": 16, "shift": "zzz"}),
+        "shift must be 'floor' or 'true_division', not 'zzz'",
+    ),
     (change(["version"], 2), "version 2, and this longreach reads version 1"),
     (change(["extra"], 1), "'extra' is unknown"),
     (change(["entries", 0, "extra"], 1), "'extra' is unknown"),
@@ -179,7 +185,7 @@ def test_a_hostile_file_is_refused_with_its_path(tmp_path, data, says):
         (b"\xff\xfe", "no JSON"),
         (b"[" * 100_000, "no JSON"),
         (b'{"kind": NaN}', "holds NaN"),
-        (b'{"window": ' + b"9" * 5000 + b"}", "cannot be used"),
+        (b'{"window": ' + b"9" * 5000 + b"}", "holds a whole number of 5000 digits, which no profile has; tune again"),
         (b" " * (LARGEST + 1), "more than 1048576 bytes"),
     ],
 )
@@ -194,7 +200,7 @@ def test_deep_evidence_and_absent_files_are_refused(tmp_path):
     for _ in range(40):
         nested = [nested]
     (tmp_path / "deep.json").write_text(json.dumps(change(["entries", 0, "evidence", "x"], nested)))
-    for name, says in (("deep.json", "nested more than 12 deep"), ("none.json", "there is no such file"), (".", "no ordinary file")):
+    for name, says in (("deep.json", "nested more than 12 deep"), ("none.json", "there is no such file; name another, or make"), (".", "no ordinary file")):
         with pytest.raises(ValueError, match=says):
             Profile.read(tmp_path / name)
 
@@ -243,6 +249,33 @@ def test_extend_takes_the_method_of_the_profile(tmp_path):
         assert (extension.method, extension.report()["profile"]) == (Stock(), None)
     with extend(model.bfloat16(), context=100, profile=profile) as extension:
         assert extension.method == ReRoPE(16)
+
+
+def test_an_entry_far_above_the_context_is_used_with_a_warning():
+    window = Window(WINDOW, "of the test")
+    profile = Profile("tiny", PRINTS, WINDOW, (SHORT, LONG), user=("my model", None))
+    for context, says in ((256, None), (255, "tuned at 512 tokens and is used at 255, where it was not measured"), (128, None), (WINDOW, None)):
+        warning = dial.choose(window, context, None, profile).warning
+        assert (warning is None) == (says is None) and (says is None or says in warning), context
+    assert "longreach tune --model 'my model' --context 200 measures that" in (dial.choose(window, 200, None, profile).warning or "")
+    model = llama()
+    with pytest.warns(UserWarning, match="is used at 200, where it was not measured"), extend(model, context=200, profile=profile_of(model)) as extension:
+        assert extension.method == LONG.method
+
+
+def test_a_comparison_with_a_rule_that_has_changed_is_said():
+    window = Window(WINDOW, "of the test")
+    today = dial.by_length(window, 128).method
+
+    def reason(evidence: Any) -> str:
+        return dial.choose(window, 100, None, Profile("tiny", PRINTS, WINDOW, (Tuned(128, ReRoPE(16), "found", evidence),))).reason
+
+    then = SelfExtend(7, 21)
+    assert f"at 128 tokens the dial's rule was {then.brief()} then, with which it was compared, and is {today.brief()} now" in reason({"dial": then.to_json()})
+    for same in ({"dial": today.to_json()}, {}, {"dial": None}, {"dial": {"method": "nothing"}}, {"dial": [1]}):
+        assert "the dial's rule was" not in reason(same)
+    published = Profile.read(Path(__file__).parent.parent / "benchmarks/results/real-models/smollm2-135m-instruct-profile.json")
+    assert [entry.dial for entry in published.entries] == [None, None]  # written before that was recorded
 
 
 def test_frequencies_are_those_that_were_measured():
@@ -341,6 +374,18 @@ def test_nothing_is_said_inside_the_window(run, folders, tuned):
     found = run("run", "-m", folders["llama"], "-p", "aaa", "--max-new-tokens", 2, "--json")
     assert found.json["method"]["method"] == "stock"
     assert "profile" not in found.err
+
+
+def test_a_named_profile_that_is_not_used_is_said(run, folders, tuned, tmp_path):
+    file = tmp_path / "mine.json"
+    tuned.write(file)
+    base = ("run", "-m", folders["llama"], "-p", "aaa", "--max-new-tokens", 2, "--json")
+    found = run(*base, "--profile", file)
+    assert found.json["method"]["method"] == "stock" and found.json["extension"]["profile"] is None
+    assert f"the profile {file} is not used: 6 tokens fit the trained window of 64, where plain attention reads them" in found.err
+    assert f"the profile {file} is not used: 60 tokens fit" in run(*base, "--profile", file, "--context", 60).err
+    assert "is not used" not in run(*base, "--profile", file, "--context", 100).err
+    assert "is not used" not in run(*base, "--profile", file, "--context", 600).err  # refused, in words of its own
 
 
 def test_a_profile_that_does_not_fit_is_said_and_the_rule_chooses(run, folders, tuned, tmp_path):

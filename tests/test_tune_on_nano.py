@@ -16,13 +16,13 @@ from longreach.drawing.canvas import SIGNATURE
 from longreach.evals import tasks as registry
 from longreach.evals.harness.results import Folder
 from longreach.evals.tune import halving, study
+from longreach.evals.tune.bench import Refused
 from longreach.evals.tune.candidates import DIAL, PLAIN, Candidate, propose
-from longreach.evals.tune.halving import Refused
 from longreach.evals.tune.study import Asked, ModelBench
 from longreach.methods import from_json
 from longreach.methods.selfextend import SelfExtend
 from longreach.planning.machine import cache_folder
-from longreach.planning.profile import Profile
+from longreach.planning.profile import Profile, Tuned
 
 CONTEXT, FEW = 1024, ("SelfExtend(16, 16)", DIAL, PLAIN)
 AT = ("--context", str(CONTEXT), "--budget", "1h", "--json")
@@ -111,7 +111,7 @@ def test_the_same_again_measures_nothing(tuned, run: Run, monkeypatch):
     assert (again["chosen"], again["ceiling"], again["sentences"]) == (found["chosen"], found["ceiling"], found["sentences"])
 
 
-def test_other_contexts_are_added_to_a_profile(tuned, tmp_path):
+def test_other_contexts_are_added_to_a_profile(tuned, run: Run, tmp_path):
     folder, _ = tuned
     profile = Profile.read(folder / "p.json")
     entry = profile.choose(CONTEXT)
@@ -121,7 +121,9 @@ def test_other_contexts_are_added_to_a_profile(tuned, tmp_path):
     both = profile.with_entry(replace(entry, context=900))
     both.write(tmp_path / "both.json")
     assert [e.context for e in Profile.read(tmp_path / "both.json").entries] == [900, CONTEXT]
-    assert main(["tune", *AT, "--work", str(folder / "work"), "--out", str(tmp_path / "both.json")]) == 0
+    again = run("tune", *AT, "--work", folder / "work", "--out", tmp_path / "both.json")
+    assert again.code == 0 and f"warning: {tmp_path / 'both.json'} has an entry for 1024 tokens of 20" in again.err
+    assert "for passkeys: " in again.err and " in 2 documents" in again.err and "A new choice replaces it" in again.err
     assert [e.context for e in Profile.read(tmp_path / "both.json").entries] == [900, CONTEXT]
 
 
@@ -141,13 +143,17 @@ def test_the_cache_is_the_default_for_profile_and_work(tuned, nano, run: Run):
         target.rename(tuned[0] / "work")
 
 
-def test_the_list_measures_nothing_but_a_short_prompt(run: Run):
+def test_the_list_measures_nothing_but_a_short_prompt(run: Run, tmp_path):
     done = run("tune", "--context", CONTEXT, "--budget", "1h", "--list", "--json").json
     assert [row["label"] for row in done["candidates"]] == list(FEW) and done["document_seconds"] > 0
     assert done["plan"]["rungs"][0] == [3, 1] and done["candidates"][0]["options"] == ["selfextend", "--group-size", "16", "--window", "16"]
     shown = run("tune", "--context", CONTEXT, "--budget", "1h", "--list")
     assert "SelfExtend(16, 16)" in shown.out and "left out: combined" in shown.out and "a budget of 60 min buys: 3 candidates with 1 document" in shown.out
     assert not (cache_folder() / "tune").exists()
+    assert "one document with its questions: about 0 s" not in shown.out and done["notes"] == []
+    (tmp_path / "short.txt").write_text("The sea was calm that night. Nobody spoke of the ship. " * 3)
+    short = run("tune", "--context", CONTEXT, "--text", tmp_path / "short.txt", "--list")
+    assert "fewer than the context, so that the loss is that of the book" in short.out
 
 
 def test_what_is_refused(run: Run, tmp_path):
@@ -155,6 +161,7 @@ def test_what_is_refused(run: Run, tmp_path):
     refused(run, "tune", "--context", 600, "--task", "nothing", says="there is no task 'nothing'")
     refused(run, "tune", "--context", 1024, "--task", "longbench-v2", says="needs official data")
     refused(run, "tune", "--context", 1024, "--budget", "soon", says="budget must be a time, such as 90s, 10m or 1.5h")
+    refused(run, "tune", "--context", 1024, "--budget", 10, says="budget needs a unit; write 10s, 10m or 10h")
     refused(run, "tune", "--context", 1024, "--picture", tmp_path / "p.jpg", says="--picture writes a PNG picture")
     (tmp_path / "mine.json").write_text("{}")
     refused(run, "tune", "--context", 1024, "--out", tmp_path / "mine.json", says="no profile that Longreach wrote")
@@ -168,6 +175,17 @@ def test_somebody_elses_folder(run: Run, tuned, tmp_path):
     (tmp_path / "mine/notes.txt").write_text("mine")
     refused(run, "tune", *AT[:-1], "--work", tmp_path / "mine", says="so it is no tune that could go on")
     refused(run, "tune", *AT[:-1], "--seed", 1, "--work", folder / "work", says="holds a tune of other settings (seed: 0 there, 1 now)")
+    file = folder / "work/tune.json"
+    before = file.read_text()
+    try:
+        for version, says in (("0.0.7", 'holds what longreach "0.0.7" measured'), (None, "a longreach that did not say its version")):
+            noted = json.loads(before)
+            noted["settings"]["longreach"] = version
+            file.write_text(json.dumps(noted))
+            done = run("tune", *AT[:-1], "--work", folder / "work")
+            assert done.code == 2 and says in done.err and f'this is "{longreach.__version__}"' in done.err and "choose another --work folder" in done.err
+    finally:
+        file.write_text(before)
     for content in ("[]", "{", '{"kind": "longreach tune"}', '{"kind": "longreach tune", "settings": {}, "model": "\\u001b[2J"}'):
         (tmp_path / "mine/tune.json").write_text(content)
         assert run("tune", *AT[:-1], "--work", tmp_path / "mine").code == 2
@@ -255,12 +273,33 @@ def test_a_short_text_hides_facts_and_the_book_is_predicted(nano, tmp_path):
     assert not any("fewer than the context" in note for note in longer.notes)
 
 
+@pytest.mark.parametrize("fails_at, there_are", [(2, 2), (3, 3), (9, 9)])
+def test_the_documents_end_at_the_first_that_cannot_be_made(nano, tmp_path, monkeypatch, fails_at, there_are):
+    """Document 8 used to end a whole tune of ruler-cwe, because sixteen were planned at a time: every time, and without a choice."""
+    every = study.runner.plan
+
+    def plan(work: Any, *more: Any) -> Any:
+        if next(iter(work.values())).samples > fails_at:
+            raise ValueError(f"sample {fails_at}: the shortest prompt has 1029 tokens; pass a longer --context")
+        return every(work, *more)
+
+    monkeypatch.setattr(study.runner, "plan", plan)
+    bench = ModelBench(*nano, "nano", Asked(CONTEXT, (registry.task("passkeys"),)), tmp_path / "w")
+    assert [bench.has(n) for n in range(there_are + 2)] == [True] * there_are + [False, False]
+    assert bench.has(0) and len(bench.notes) == 1
+    assert bench.notes[0].startswith(f"the tasks make no more than {there_are} documents, so that no candidate could read another: sample {fails_at}:")
+
+
 def test_several_tasks_are_answered_together(nano, tmp_path):
     tasks = tuple(registry.task(name) for name in ("passkey", "ruler-niah-single-1", "passkeys"))
     bench = ModelBench(*nano, "nano", Asked(CONTEXT, tasks), tmp_path / "w")
     names = [item.task.name for item in bench.document(1)]
     assert [names.count(task.name) for task in tasks] == [5, 1, 5]  # a pass key at every depth, one needle, one document with five keys
     assert {item.sample.meta["index"] for item in bench.document(1)} == {1}
+    rule = next(candidate for candidate in bench.proposal.candidates if candidate.label == DIAL)
+    answers = bench.read(rule, 0)
+    assert [answers.tasks.count(task.name) for task in tasks] == [5, 1, 5] and len(answers.scores) == len(answers.weights) == 11
+    assert sum(weight for weight, task in zip(answers.weights, answers.tasks) if task == "ruler-niah-single-1") == pytest.approx(sum(answers.weights) / 3)
 
 
 def test_a_quick_look_at_recall(run: Run):
@@ -270,3 +309,21 @@ def test_a_quick_look_at_recall(run: Run):
     assert (inside["length"], inside["found"], inside["method"]["method"]) == (512, 5, "stock") and inside["low"] == pytest.approx(0.41965, abs=1e-5)
     shown = run("check", "--recall", "--context", CONTEXT, "--method", "lm-infinite", "--n-local", 256)
     assert "at 1024 tokens this model finds" in shown.out and "5 of 5 inside its window" in shown.out and "lm-infinite" in shown.out
+
+
+def test_a_look_is_refused_before_anything_is_read(run: Run, nano, tmp_path, monkeypatch):
+    """The document inside the window, which takes minutes on a real model, was read before the profile and the method were checked."""
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("a question was read")
+
+    monkeypatch.setattr("longreach.evals.harness.model_engine.ModelEngine.answers", never)
+    Profile("other", "0" * 64, 512, (Tuned(CONTEXT, SelfExtend(4, 64), "found"),)).write(tmp_path / "p.json")
+    refused(run, "check", "--recall", "--context", CONTEXT, "--profile", tmp_path / "p.json", says="tuned for other weights than these")
+    refused(run, "check", "--recall", "--context", CONTEXT, "--method", "selfextend", "--group-size", 1, "--window", 64, says="reaches 512 tokens")
+    refused(run, "check", "--recall", "--context", 40, says="tokens")
+
+
+def test_a_look_inside_the_window_advises_nothing(run: Run):
+    shown = run("check", "--recall", "--context", 300)
+    assert shown.code == 0 and "a look, not a measurement" in shown.out and "longreach tune" not in shown.out

@@ -74,13 +74,15 @@ def command(
             return
         if family or markdown:
             raise ValueError("--family and --markdown belong to --all; add it")
+        if recall and declared is None:
+            raise ValueError("--recall looks at a context; pass --context N too")
         chosen = common.method_of(context, method)
         by_profile = profiles.asked(profile, no_profile, chosen, model=model)
         if profile is not None and declared is None:
             raise ValueError("--profile chooses the method for a context; pass --context N too")
         with common.quiet_transformers(verbose):
             loaded, tokenizer = common.load_model(out, model, dtype, device)
-            if recall:
+            if recall and declared is not None:
                 seen = {"model": model, **check_recall.run(out, loaded, tokenizer, chosen, declared, trained_window, by_profile)}
                 out.finish(seen, lambda console: check_recall.show(console, seen, trained_window))
                 return

@@ -19,15 +19,11 @@ if TYPE_CHECKING:
     from longreach.methods.base import Method
 
 
-def run(
-    out: Output, model: Any, tokenizer: Any, method: Method | None, context: int | None, trained_window: int | None, by_profile: profiles.Asked
-) -> dict[str, Any]:
-    """Two documents with five keys each, as plain data."""
-    from longreach.evals.tune.recall import look
+def run(out: Output, model: Any, tokenizer: Any, method: Method | None, context: int, trained_window: int | None, by_profile: profiles.Asked) -> dict[str, Any]:
+    """Two documents with five keys each, as plain data. Both are made before one is read, and the context comes first: what is refused is refused at once."""
+    from longreach.evals.tune.recall import look, questions
     from longreach.methods.stock import Stock
 
-    if context is None:
-        raise ValueError("--recall looks at a context; pass --context N too")
     window = eval_options.window_of(model, trained_window)
     profile = profiles.find(out, by_profile, model, method, context, trained_window)
     pace = Pace(at_once=True)
@@ -39,8 +35,9 @@ def run(
 
         return update
 
-    inside = look(model, tokenizer, Stock(), window, trained_window=trained_window, progress=progress(window))
-    here = look(model, tokenizer, method, context, trained_window=trained_window, profile=profile, progress=progress(context))
+    asked, asked_inside = questions(tokenizer, context), questions(tokenizer, window)
+    here = look(model, tokenizer, method, context, asked, trained_window=trained_window, profile=profile, progress=progress(context))
+    inside = look(model, tokenizer, Stock(), window, asked_inside, trained_window=trained_window, progress=progress(window))
     for note in dict.fromkeys((*inside.alone, *here.alone)):
         out.warn(note)
     return {"context": context, "trained_window": window, "recall": {"here": here.to_json(), "inside": inside.to_json()}}
@@ -65,5 +62,7 @@ def show(console: Console, result: dict[str, Any], trained_window: int | None) -
         f"{inside['found']} of {inside['keys']} inside its window",
         soft_wrap=True,
     )
-    measure = shlex.join(options(result["model"], here["length"], trained_window))
-    console.print(f"one document each: a look, not a measurement. longreach tune {measure} measures", soft_wrap=True, markup=False)
+    said = "one document each: a look, not a measurement"
+    if here["length"] > result["trained_window"]:  # inside it there is nothing to tune
+        said += f". longreach tune {shlex.join(options(result['model'], here['length'], trained_window))} measures"
+    console.print(said, soft_wrap=True, markup=False)

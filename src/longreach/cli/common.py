@@ -13,15 +13,19 @@ import typer
 from rich.table import Table
 
 from longreach.cli.console import Output as Output
+from longreach.cli.console import Terminal
 from longreach.cli.console import output as output
 from longreach.cli.console import progress_bar as progress_bar
 from longreach.cli.console import quiet_transformers as quiet_transformers
 from longreach.quantities import token_count
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from longreach.methods.base import Method
 
 T = TypeVar("T")
+WIDE = 1000  # columns where there is no terminal
 MORE = "Parameters of the method are options too, for example [bold]--group-size 16 --window 64[/bold]; `longreach methods` lists them."
 
 Json = Annotated[bool, typer.Option("--json", help="Standard output is one JSON object and nothing else.")]
@@ -134,6 +138,12 @@ def plain_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def show_table(console: Console, table: Table) -> None:
+    """At a terminal as wide as that; elsewhere as wide as it is, since nothing folds a file."""
+    where = console if console.is_terminal else Terminal(file=console.file, width=WIDE, highlight=False, markup=False)
+    where.print(table)
 
 
 def size(count: int) -> str:

@@ -65,13 +65,18 @@ def find(out: Output, asked: Asked, model: Any, method: Method | None, context: 
     """What `extend` is to be given as its profile, after it was said which one that is."""
     from longreach.hf.checks import find_base
 
-    return None if method is not None or context is None else look(asked, find_base(model), context, trained_window).say(out)
+    if method is not None or context is None:  # a method of the user's own is refused beside a profile
+        if asked.given is not None:
+            out.note(f"the profile {asked.given.source} is not used, because no context is declared; pass --context N beyond the trained window")
+        return None
+    return look(asked, find_base(model), context, trained_window).say(out)
 
 
 def look(asked: Asked, base: Any, context: int, trained_window: int | None) -> Found:
     """The profile for a context. One that was given is used or refused by `extend`; one in the cache is used if it fits, and what is wrong is said.
 
-    Inside the trained window nothing is looked for. `base` is the text model, which may be extended by now.
+    Inside the trained window nothing is looked for, and one that was given has nothing to choose, which is said. `base` is the text model, which may be
+    extended by now.
     """
     from longreach import configs
     from longreach.hf.fingerprint import checkpoint_fingerprint
@@ -80,8 +85,13 @@ def look(asked: Asked, base: Any, context: int, trained_window: int | None) -> F
     window = configs.trained_window(base.config, trained_window).tokens
     if asked.given is not None:
         given = asked.given if asked.model is None else replace(asked.given, user=(asked.model, trained_window))
-        fits = context > window == given.window and given.reaches(context) and given.fingerprint == checkpoint_fingerprint(base)
-        return Found(given, used(given, str(given.source), context) if fits else None)
+        if window != given.window or not given.reaches(context) or given.fingerprint != checkpoint_fingerprint(base):
+            return Found(given)
+        if context <= window:
+            return Found(
+                given, f"the profile {given.source} is not used: {context} tokens fit the trained window of {window}, where plain attention reads them"
+            )
+        return Found(given, used(given, str(given.source), context))
     if asked.ignored or context <= window:
         return Found()
     fingerprint = checkpoint_fingerprint(base)

@@ -28,8 +28,15 @@ PRICE = 0.25
 
 
 def budget_of(text: str | float) -> float:
-    """ "10m" -> 600."""
-    return common.parsed(seconds_of, text)
+    """ "10m" -> 600. Raises for a number without a unit: of 10, nobody knows whether it means seconds or minutes."""
+
+    def with_unit(given: str | float) -> float:
+        seconds = seconds_of(given)
+        if str(given).strip()[-1].isdigit():
+            raise ValueError(f"budget needs a unit; write {given}s, {given}m or {given}h")
+        return seconds
+
+    return common.parsed(with_unit, text)
 
 
 Budget = Annotated[float, typer.Option("--budget", parser=budget_of, metavar="TIME", help="Time for all of it, such as 90s, 10m or 1h; earlier calls count.")]
@@ -78,7 +85,7 @@ def command(
                 out.finish(listed, lambda console: show_list(console, listed))
                 return
             out.kept = f"what was measured is kept in {bench.place.path}, and the same command goes on from there"
-            if remark := outcome.before(bench, profile)[1]:
+            if remark := outcome.before(bench, profile, price)[1]:
                 out.warn(remark)
             from longreach.cli.eval_run import progress_of
 
@@ -104,7 +111,7 @@ def use(model: str, context: int, profile: Path | None, trained_window: int | No
 def say_plan(out: Output, bench: ModelBench, plan: Plan, cost: Cost, budget: float) -> None:
     from longreach.evals.tune.outcome import plan_row
 
-    out.note(f"the first document took {duration(cost.document)}; plan for {duration(budget)}: {ladder(plan_row(plan))}")
+    out.note(f"the first document took {briefly(cost.document)}; plan for {duration(budget)}: {ladder(plan_row(plan))}")
     out.note(f"what is measured is kept in {bench.place.path}")
 
 
@@ -114,22 +121,35 @@ def show_list(console: Console, listed: dict[str, Any]) -> None:
     table = common.plain_table("", "candidate", "options", "why")
     for place, row in enumerate(listed["candidates"], 1):
         table.add_row(str(place), Text(row["label"]), Text(" ".join(row["options"])), row["why"])
-    console.print(table)
+    common.show_table(console, table)
     for row in listed["left_out"]:
         console.print(f"left out: {row['label']}: {row['reason']}", soft_wrap=True)
     seconds = listed["document_seconds"]
     if seconds is not None:
-        console.print(f"one document with its questions: about {duration(seconds)} (an estimate from short beginnings of the document)")
+        console.print(f"one document with its questions: about {briefly(seconds)} (an estimate from short beginnings of the document)")
     if listed["plan"] is not None:
         console.print(f"a budget of {duration(listed['budget'])} buys: {ladder(listed['plan'])}", soft_wrap=True)
-    if listed["remark"]:
-        console.print(listed["remark"], soft_wrap=True)
+    for sentence in [*([listed["remark"]] if listed["remark"] else []), *listed["notes"]]:
+        console.print(sentence, soft_wrap=True)
 
 
 def ladder(plan: dict[str, Any]) -> str:
+    if not plan["rungs"]:
+        return "nothing new, because more is known already than it buys"
     rungs = ", then ".join(f"{counted(candidates, 'candidate')} with {counted(documents, 'document')}" for candidates, documents in plan["rungs"])
     losses = f"{plan['losses']} losses" if plan["losses"] != 1 else "1 loss"
     return f"{rungs}; {losses}; {counted(plan['ceiling'], 'part')} of the ceiling; about {duration(plan['seconds'])}"
+
+
+def briefly(seconds: float) -> str:
+    """Of one document, which may take less than a second."""
+    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def found_of(row: dict[str, Any]) -> str:
+    """Of every task where there are several."""
+    tasks = row.get("by_task") or {"": row}
+    return ", ".join(f"{name} {each['found']:g} of {each['of']}".strip() for name, each in tasks.items())
 
 
 def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:
@@ -140,14 +160,16 @@ def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:
         mark = "*" if row["chosen"] else "!" if row["reason"] else ""
         loss = "" if row["loss"] is None else f"{row['loss']:.3f}"
         table.add_row(
-            mark, row["label"], f"{row['found']:g} of {row['of']}", f"{100 * row['recall']:.0f}", f"{100 * row['low']:.0f} to {100 * row['high']:.0f}",
+            mark, row["label"], found_of(row), f"{100 * row['recall']:.0f}", f"{100 * row['low']:.0f} to {100 * row['high']:.0f}",
             str(row["documents"]), loss, f"{row['seconds']:.3g}",
         )  # fmt: skip
-    console.print(table)
+    common.show_table(console, table)
+    if len(result["tasks"]) > 1:
+        console.print("recall is the mean over the tasks, each of which counts the same, however many questions it asks", soft_wrap=True)
     for row in result["ceiling"]:
         if "recall" in row:
             spread = f"{100 * row['low']:.0f} to {100 * row['high']:.0f} %"
-            console.print(f"ceiling, {row['name']} ({counted(row['length'], 'token')}): {row['found']:g} of {row['of']} ({spread})")
+            console.print(f"ceiling, {row['name']} ({counted(row['length'], 'token')}): {found_of(row)} ({spread})")
         else:
             console.print(f"ceiling, {row['name']} (up to {row['length']}): loss {row['loss']:.3f}")
     console.print()

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from longreach import files
 from longreach.methods import from_json as method_from_json
@@ -28,6 +28,7 @@ LARGEST_EVIDENCE = 2**18  # bytes of the evidence of one entry, as JSON
 MOST_ENTRIES = 64
 DEEPEST = 12  # lists and objects inside each other
 LONGEST = 1000  # characters of a sentence or a name
+TUNE = "longreach tune --model MODEL --context N --out FILE"
 AGAIN = "tune again with longreach tune --model MODEL --context N"
 
 
@@ -38,7 +39,8 @@ class Tuned:
     context   tokens of a whole sequence that it was measured at.
     method    reaches that context.
     reason    one sentence a person reads: what the method was chosen by.
-    evidence  plain JSON data: candidates with recall and loss, the ceiling inside the window, settings, versions; "date" is shown to people.
+    evidence  plain JSON data: candidates with recall and loss, the ceiling inside the window, settings, versions; "date" is shown to people, and "dial" is
+              the method of the dial's rule that it was compared with.
 
     Raises ValueError for what is none of that, or too large.
     """
@@ -65,6 +67,14 @@ class Tuned:
         """When it was measured, for people; None where the evidence does not say."""
         found = self.evidence.get("date")
         return found if isinstance(found, str) and 0 < len(found) <= 40 and found.isprintable() else None
+
+    @property
+    def dial(self) -> Method | None:
+        """What the dial's rule chose for the context when it was tuned; None where the evidence does not say."""
+        try:
+            return read_method(self.evidence["dial"])
+        except (KeyError, ValueError):
+            return None
 
     def to_json(self) -> dict[str, Any]:
         return {"context": self.context, "method": plain_method(self.method), "reason": self.reason, "evidence": dict(self.evidence)}
@@ -112,9 +122,7 @@ class Profile:
             if entry.context <= self.window:
                 raise ValueError(f"an entry for {entry.context} tokens is inside the trained window of {self.window}, where nothing is chosen; leave it out")
             if not reaches(entry.method, self.window, entry.context):
-                raise ValueError(
-                    f"{entry.method.brief()} does not reach the {entry.context} tokens of its entry on a trained window of {self.window}; {AGAIN}"
-                )
+                raise ValueError(f"{entry.method.brief()} does not reach the {entry.context} tokens of its entry on a trained window of {self.window}; {AGAIN}")
 
     @property
     def contexts(self) -> str:
@@ -126,7 +134,7 @@ class Profile:
 
         Raises ValueError, with what it was tuned for and the fix, where no entry reaches so far.
         """
-        require_tokens("context", context)
+        require_tokens("context", context, "count the prompt and the new tokens")
         if context <= self.window:
             return None
         for entry in self.entries:
@@ -165,7 +173,7 @@ class Profile:
         """The inverse of `to_json`. Raises ValueError for unknown fields, another version, and values of a wrong type or size."""
         if not isinstance(data, dict) or data.get("kind") != KIND:
             raise ValueError(f"this is no profile of longreach; {AGAIN}")
-        if data.get("version") != VERSION:
+        if data.get("version") != VERSION or type(data["version"]) is not int:  # true and 1.0 equal 1
             raise ValueError(f"it is a profile of version {str(data.get('version'))[:40]}, and this longreach reads version {VERSION}; {AGAIN}")
         fields = require_fields(data, "a profile", {"kind", "version", "model", "fingerprint", "window", "entries"})
         if not isinstance(fields["entries"], list) or len(fields["entries"]) > MOST_ENTRIES:
@@ -178,7 +186,7 @@ class Profile:
         file = Path(path).expanduser()
         try:
             if not file.is_file():
-                raise ValueError("there is no such file" if not file.exists() else "it is no ordinary file")
+                raise ValueError(f"{'there is no such file' if not file.exists() else 'it is no ordinary file'}; name another, or make one with {TUNE}")
             with open(file, "rb") as opened:
                 content = opened.read(LARGEST + 1)
             if len(content) > LARGEST:
@@ -231,10 +239,15 @@ def reaches(method: Method, window: int, context: int) -> bool:
 
 def decode(content: bytes) -> Any:
     def refuse(name: str) -> None:
-        raise ValueError(f"it holds {name}, which is no number of JSON; {AGAIN}")
+        raise ValueError(f"it holds {name}, which no profile has; {AGAIN}")
+
+    def whole(digits: str) -> int:
+        if len(digits) > 20:  # no count has so many, and Python refuses thousands of them in words of its own
+            refuse(f"a whole number of {len(digits)} digits")
+        return int(digits)
 
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=refuse)
+        return json.loads(content.decode("utf-8"), parse_constant=refuse, parse_int=whole)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({str(error)[:120]}); {AGAIN}") from error
 
@@ -248,7 +261,10 @@ def read_method(data: object) -> Method:
         kind = registry().get(str(values.get("method")))
         hints = get_type_hints(kind) if kind is not None else {}
         for name, value in values.items():
-            if name != "method" and isinstance(value, str) and value not in get_args(hints.get(name)):  # a choice of words is a Literal
+            words = get_args(hints.get(name)) if get_origin(hints.get(name)) is Literal else ()
+            if name != "method" and isinstance(value, str) and value not in words:
+                if words:
+                    raise ValueError(f"{name} must be {' or '.join(map(repr, words))}, not {value[:80]!r}; write one of these into it")
                 raise ValueError(f"{name} must be numbers in a profile, not a name such as {value[:80]!r}; write the numbers into it")
     try:
         return method_from_json(plain)
@@ -269,9 +285,9 @@ def require_fields(data: object, what: str, names: set[str]) -> dict[str, Any]:
     return data
 
 
-def require_tokens(what: str, value: object) -> None:
+def require_tokens(what: str, value: object, fix: str = AGAIN) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_TOKENS:
-        raise ValueError(f"{what} must be a positive number of tokens, not {str(value)[:80]!r}")
+        raise ValueError(f"{what} must be a positive number of tokens, not {str(value)[:80]!r}; {fix}")
 
 
 def require_line(what: str, value: object) -> None:

@@ -6,6 +6,8 @@ Knows numbers only. With answers that agree inside a document more than between 
 
 rho is estimated from the variance between documents (the estimator of the analysis of variance). Few documents tell little about it, so that the estimate is
 averaged with PRIOR, which weighs as much as PRIOR_DOCUMENTS of them; one document alone has the prior. Then the usual interval and test are made with n / deff.
+
+Where answers count differently, shares and differences are weighted means, and deff is multiplied by n sum(w^2) / (sum w)^2 (Kish, as above).
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from dataclasses import dataclass
 from longreach.evals.scores import statistics
 
 PRIOR, PRIOR_DOCUMENTS = 0.2, 4
-Groups = Sequence[Sequence[float]]  # the scores of every document
+Groups = Sequence[Sequence[float]]  # the scores of every document, or their weights
 
 
 @dataclass(frozen=True)
 class Share:
-    """The mean of `n` scores in 0..1 over `documents`, with Wilson's 95 % interval for n / deff independent ones. `found` is their sum."""
+    """The mean of `n` scores in 0..1 over `documents`, weighted, with Wilson's 95 % interval for n / deff independent ones. `found` is their plain sum."""
 
     value: float
     found: float
@@ -34,7 +36,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Paired:
-    """B - A on the same questions: `only_a` and `only_b` are what one of them has more than the other, `p` is McNemar's exact test of both / deff."""
+    """B - A on the same questions: `only_a` and `only_b` are what one of them has more than the other, weighted, `p` is McNemar's exact test of both / deff."""
 
     difference: float
     only_a: float
@@ -44,23 +46,27 @@ class Paired:
     p: float
 
 
-def share(groups: Groups) -> Share:
+def share(groups: Groups, weights: Groups | None = None) -> Share:
+    """`weights` of the answers, above 0; None: all count the same. Raises ValueError where there are no answers."""
     scores = [score for group in groups for score in group]
     if not scores:
         raise ValueError("there is no share of no answers")
-    found, n = math.fsum(scores), len(scores)
-    effective = n / design_effect(groups)
-    low, high = statistics.wilson(min(1.0, found / n) * effective, effective)
-    return Share(found / n, found, n, len(groups), low, high)
+    counts, n = _scaled(scores, weights), len(scores)
+    value = min(1.0, math.fsum(count * score for count, score in zip(counts, scores, strict=True)) / n)
+    effective = n / (design_effect(groups) * _unequal(counts))
+    low, high = statistics.wilson(value * effective, effective)
+    return Share(value, math.fsum(scores), n, len(groups), low, high)
 
 
-def compare(a: Groups, b: Groups) -> Paired:
-    """Raises ValueError where the two are not answers to the same questions."""
+def compare(a: Groups, b: Groups, weights: Groups | None = None) -> Paired:
+    """`weights` as in `share`. Raises ValueError where the two are not answers to the same questions."""
     if [len(group) for group in a] != [len(group) for group in b] or not any(a):
         raise ValueError("a paired comparison needs the answers to the same questions twice")
     differences = [[y - x for x, y in zip(one, other)] for one, other in zip(a, b)]
-    every = [d for group in differences for d in group]
-    effect = design_effect(differences)
+    plain = [d for group in differences for d in group]
+    counts = _scaled(plain, weights)
+    every = [count * d for count, d in zip(counts, plain, strict=True)]
+    effect = design_effect(differences) * _unequal(counts)
     less, more = math.fsum(-d for d in every if d < 0), math.fsum(d for d in every if d > 0)
     return Paired(math.fsum(every) / len(every), less, more, len(every), len(differences), statistics.mcnemar(less, more, effect))
 
@@ -71,6 +77,18 @@ def grouped(values: Sequence[float], documents: Sequence[str]) -> Groups:
     for value, document in zip(values, documents, strict=True):
         found.setdefault(document, []).append(value)
     return [*found.values()]
+
+
+def _scaled(answers: Sequence[float], weights: Groups | None) -> list[float]:
+    """The weights, with a mean of 1."""
+    flat = [1.0] * len(answers) if weights is None else [weight for group in weights for weight in group]
+    mean = math.fsum(flat) / len(flat)
+    return [weight / mean for weight in flat]
+
+
+def _unequal(counts: Sequence[float]) -> float:
+    """How many times fewer answers of the same weight would tell as much."""
+    return math.fsum(count * count for count in counts) / len(counts)
 
 
 def design_effect(groups: Groups) -> float:

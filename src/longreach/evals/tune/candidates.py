@@ -23,7 +23,8 @@ SHARES = ((1, 6), (1, 4), (1, 3), (2, 3))  # of the trained window that the larg
 GROUPS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 FIRST = ("logistic-selfextend", "dual-chunk", "yarn", "lm-infinite", "infllm", "quest", "longheads")  # of what others recommend; then by name
 BY_HAND = ("selfextend", "rerope", "leaky-rerope", "stock")  # whose settings are drawn up here
-DIAL, PLAIN = "the dial's rule", "plain attention"
+DIAL, PLAIN, RECOMMENDED = "the dial's rule", "plain attention", " as recommended"
+LONGEST = 30  # characters of a label: longer ones fill a table, and there is one setting that the authors of a method recommend
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def _drawn_up(window: Window, context: int) -> Iterator[Candidate | LeftOut]:
     grid, others = _grid(length, context), _recommended(length, context)
     rerope = [_rerope(length, share) for share in (16, 32, 8)]
     yield from _next(grid, 1)
+    yield _dial(window, context)  # among the first two: whatever else is found is compared with it
     yield rerope[0]
-    yield _dial(window, context)
     yield from _next(grid, 2)
     yield from _next(others, 1)
     yield Candidate(PLAIN, Stock(), "what the model does by itself beyond its window, to compare with", control=True)
@@ -191,4 +192,5 @@ def _recommended(length: int, context: int) -> Iterator[Candidate | LeftOut]:
         why = "as its authors recommend"
         if (chooses := offers.retrieving(known[name], length, context)) not in (None, method):
             method, why = chooses, f"{why}, at frequencies that reach so far"
-        yield Candidate(label(method), method, why)
+        named = label(method)
+        yield Candidate(named if len(named) <= LONGEST else f"{known[name].__name__}{RECOMMENDED}", method, why)

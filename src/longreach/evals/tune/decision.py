@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from longreach.evals.scores import clusters
 from longreach.evals.scores.clusters import Paired, Share
-from longreach.evals.tune.candidates import DIAL, Candidate
+from longreach.evals.tune.candidates import DIAL, RECOMMENDED, Candidate
 from longreach.evals.tune.halving import NO_TIME, Entry
+from longreach.evals.tune.plan import Cost, two_documents
 from longreach.quantities import counted
 
 PRICE = 0.25  # nats per token: docs/tune.md argues it
@@ -20,11 +21,13 @@ SURE = 0.05  # p below which two are told apart
 MARGIN = 0.05  # recall below the best at which one that is not told apart may still be preferred: few documents tell nothing apart
 SAME_LOSS = 0.01  # nats
 LOW_CEILING = 0.5
+FEW = 3  # documents: fewer tell nothing apart, whatever was found in them
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`chosen` None: nothing that was measured can be chosen. `beaten`: the dial's rule is told apart from the choice, and worse; None: not compared."""
+    """`chosen` None: nothing that was measured can be chosen, or too little was. `beaten`: the dial's rule is told apart from the choice, and worse; None: not
+    compared."""
 
     chosen: Entry | None
     beaten: bool | None
@@ -37,6 +40,9 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     Of those with as many documents that are not told apart from it and at most MARGIN below, the lowest loss; of those with about the same loss the fewest
     parameters. One whose loss was not measured cannot be chosen, unless none that can be chosen has a loss: then all count.
 
+    Nothing is chosen where the dial's rule was not compared with it, or where one document is all that was read and the dial's rule (or, where that is the
+    choice, another) found as much in it: other commands would follow a choice that rests on nothing.
+
     The choice is the best of many, so that the dial's rule is beaten only where p times the number of tried ones that can be chosen is below SURE (Bonferroni).
 
     ceiling  recall of plain attention at the length of its window.
@@ -48,7 +54,7 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     if len(able) == 1 and sum(not entry.candidate.control for entry in entries) > 1:
         only = f"only {name(able[0].candidate)} was measured, it found {found(able[0])}: there is nothing to choose between"
         return Decision(None, None, (f"{only}; pass a larger --budget, which goes on from what was measured",))
-    measured = [entry for entry in entries if entry.loss is not None and entry.reason in (None, NO_TIME)]  # of the dial's rule perhaps the loss alone
+    measured = [entry for entry in tried if entry.loss is not None]
     lowest = min((loss(entry) for entry in measured), default=0.0)
     priced = [entry for entry in able if entry.loss is not None] or able
     eligible = [entry for entry in priced if loss(entry) <= lowest + price] or priced
@@ -57,10 +63,31 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     alike = [e for e in eligible if e is best or (len(e.answers) >= len(best.answers) and e.share.value >= best.share.value - MARGIN and not told(e, best))]
     cheapest = min(loss(e) for e in alike)
     chosen = min((e for e in alike if loss(e) <= cheapest + SAME_LOSS), key=lambda e: (e.candidate.parameters, -e.share.value, order[id(e)]))
-    dial = next((entry for entry in tried if entry.candidate.label == DIAL), None)
+    dial = next((entry for entry in entries if entry.candidate.label == DIAL and entry.reason in (None, NO_TIME)), None)
+    if too_little := _too_little(chosen, able, dial):
+        return Decision(None, None, (f"{too_little}, so nothing is chosen; pass --budget {enough(able)} or more, which goes on from what was measured",))
     beaten = None if dial is None else dial is not chosen and worse(dial, chosen, len(able))
     said = [*_chosen(chosen, measured, lowest), *_others(chosen, eligible, measured, tried, lowest, price)]
     return Decision(chosen, beaten, (*said, *_dial(chosen, dial, len(able)), *_frankly(chosen, tried, ceiling)))
+
+
+def _too_little(chosen: Entry, able: Sequence[Entry], dial: Entry | None) -> str | None:
+    """Why a choice rests on too little; None where it does not. `dial` None: it cannot be had here."""
+    if dial is not None and not dial.answers:
+        return f"{name(dial.candidate)} was not measured"
+    if dial is not None and dial.loss is None and chosen.loss is not None:
+        return f"{name(chosen.candidate)} found {found(chosen)}, but the loss of {name(dial.candidate)}, with which it is compared, was not measured"
+    rivals = [entry for entry in able if entry is not chosen] if dial is None or dial is chosen else [dial]
+    equal = next((entry for entry in rivals if entry.share.value >= chosen.share.value), None)
+    if len(chosen.answers) > 1 or equal is None:
+        return None
+    return f"{name(chosen.candidate)} found {found(chosen)}, and {name(equal.candidate)} found {found(equal)}: one document tells them not apart"
+
+
+def enough(able: Sequence[Entry]) -> str:
+    """The budget that would do, by the slowest reading."""
+    document = max(entry.seconds or 0.0 for entry in able)
+    return two_documents(Cost(document, max([document, *(entry.loss.seconds for entry in able if entry.loss is not None)]), ()))
 
 
 def loss(entry: Entry) -> float:
@@ -70,7 +97,7 @@ def loss(entry: Entry) -> float:
 def paired(a: Entry, b: Entry) -> Paired:
     """On the documents that both have read."""
     common = min(len(a.answers), len(b.answers))
-    return clusters.compare(a.groups[:common], b.groups[:common])
+    return clusters.compare(a.groups[:common], b.groups[:common], [answers.weights for answers in a.answers[:common]])
 
 
 def told(a: Entry, b: Entry) -> bool:
@@ -105,12 +132,15 @@ def _chosen(chosen: Entry, measured: Sequence[Entry], lowest: float) -> Iterator
 
 
 def name(candidate: Candidate) -> str:
-    return f"{DIAL} ({candidate.method.brief()})" if candidate.label == DIAL else candidate.label
+    """With its parameters, where the label does not have them."""
+    return f"{candidate.label} ({candidate.method.brief()})" if candidate.label == DIAL or candidate.label.endswith(RECOMMENDED) else candidate.label
 
 
 def _others(
     chosen: Entry, eligible: Sequence[Entry], measured: Sequence[Entry], tried: Sequence[Entry], lowest: float, price: float
 ) -> Iterator[str]:  # fmt: skip
+    """One sentence for all of whom the same is to be said."""
+    same: dict[str, list[str]] = {}
     for entry in sorted((e for e in tried if e is not chosen and e.candidate.label != DIAL), key=lambda e: -e.share.value):
         what = entry.candidate.label
         if entry in measured and entry not in eligible and entry.share.value > chosen.share.value:
@@ -118,7 +148,14 @@ def _others(
             fix = f"--price {math.ceil(100 * over + 1e-6) / 100:g} admits it"
             yield f"{what} found {found(entry)}, but its loss is {over:.3f} above the lowest, more than the price of {price:g}; {fix}"
             continue
-        yield f"{what} found {found(entry)}: {compared(entry, chosen)}{_price(entry, chosen)}"
+        same.setdefault(f"found {found(entry)}: {compared(entry, chosen)}{_price(entry, chosen)}", []).append(what)
+    for said, names in same.items():
+        yield f"{listed(names)}{' each' if len(names) > 1 else ''} {said}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def compared(entry: Entry, chosen: Entry, best_of: int = 1) -> str:
@@ -159,11 +196,15 @@ def _frankly(chosen: Entry, tried: Sequence[Entry], ceiling: Share | None) -> It
             "pass --trained-window"
         )
     elif plain is not None and not worse(plain, chosen):
-        yield f"nothing here is shown to beat plain attention beyond its window, which found {found(plain)}"
-    if ceiling is not None and ceiling.value < LOW_CEILING:
-        yield (
-            f"the ceiling is low: inside its window the model itself finds {ceiling.found:.4g} of {ceiling.n} ({interval(ceiling)}), "
-            "and no setting can be expected to find more beyond it"
-        )
+        if len(plain.answers) < FEW:
+            yield f"plain attention beyond its window found {found(plain)}: too few to tell whether anything here beats it"
+        else:
+            yield f"nothing here is shown to beat plain attention beyond its window, which found {found(plain)}"
+    if ceiling is not None and ceiling.value < LOW_CEILING and chosen.share.value <= ceiling.value:
+        inside = f"inside its window the model itself finds {ceiling.found:.4g} of {ceiling.n} ({interval(ceiling)})"
+        if ceiling.high < LOW_CEILING:
+            yield f"the ceiling is low: {inside}, and no setting can be expected to find more beyond it"
+        else:
+            yield f"the ceiling may be low: {inside}; so few answers do not tell"
     if max(entry.share.found for entry in tried) == 0:
         yield "no candidate found anything: this model cannot do the task at this length, and the choice rests on loss alone"

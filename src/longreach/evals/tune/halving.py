@@ -1,7 +1,8 @@
 """Successive halving within a time budget: every candidate of a rung answers the same documents, the better half goes on to more of them.
 
 Knows candidates, answers and a clock; not models, files or terminals: a `Bench` asks. What was measured in an earlier call costs the seconds that it took then,
-so that the same budget comes to the same end again without work, and a larger one goes on from there.
+so that the same budget comes to the same end again without work, and a larger one goes on from there. In the end all that is known counts, also where a
+budget alone would have bought less.
 """
 
 from __future__ import annotations
@@ -9,65 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from longreach.evals.harness.estimates import Step
 from longreach.evals.harness.runner import Progress
-from longreach.evals.scores import clusters
 from longreach.evals.scores.clusters import Share
+from longreach.evals.tune.bench import Answers, Bench, Loss, Part, Refused, recall
 from longreach.evals.tune.candidates import DIAL, Candidate
-from longreach.evals.tune.plan import FINALISTS, MOST_DOCUMENTS, Cost, Plan, divide
+from longreach.evals.tune.plan import FINALISTS, MOST_DOCUMENTS, NOTHING_NEW, Cost, Plan, divide
 from longreach.quantities import counted
 
 NO_TIME = "the budget ended before its turn"
-
-
-class Refused(ValueError):
-    """This model cannot have the candidate's method, or its answers failed; the sentence says why. Another candidate takes its place."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """To the questions about one document: a score in 0..1 for each. `seconds` of all of it, `reading` of the document alone."""
-
-    scores: tuple[float, ...]
-    seconds: float
-    reading: float
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Nats per token over the part of one passage that is scored, its 95 % interval over blocks of tokens, and the mean of every block."""
-
-    nats: float
-    low: float
-    high: float
-    blocks: tuple[float, ...]
-    seconds: float
-
-
+CONTROL_DOCUMENTS = 4  # that plain attention reads before the best read more: fewer tell nothing about it
 Found = TypeVar("Found", Answers, Loss)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the ceiling: plain attention inside the window. `weight`: its length as a share of the context."""
-
-    name: str
-    weight: float
-
-
-class Bench(Protocol):
-    """Where measurements come from. `known...` are those of earlier calls. The others raise Refused where a candidate cannot be measured at all."""
-
-    @property
-    def parts(self) -> Sequence[Part]: ...
-    def known(self, candidate: Candidate, document: int) -> Answers | None: ...
-    def read(self, candidate: Candidate, document: int) -> Answers: ...
-    def known_loss(self, candidate: Candidate) -> Loss | None: ...
-    def loss(self, candidate: Candidate) -> Loss: ...
-    def known_part(self, part: Part) -> float | None: ...  # the seconds it took
-    def ceiling(self, part: Part) -> float: ...
 
 
 @dataclass
@@ -86,7 +41,7 @@ class Entry:
 
     @property
     def share(self) -> Share:
-        return clusters.share(self.groups)
+        return recall(self.answers)
 
     @property
     def seconds(self) -> float | None:
@@ -142,21 +97,26 @@ def search(
     said    gets the plan before it is carried out.
     most    documents of a candidate; MOST_DOCUMENTS if not given.
 
-    Exceeds the budget by at most one reading. Raises ValueError, with the budget that is needed, where two candidates are more than it allows.
+    Exceeds the budget by at most one reading. Raises ValueError, with the budget that is needed, where two candidates are more than it allows, and two are not
+    known yet either.
     """
     run = _Run([Entry(candidate) for candidate in candidates], bench, Meter(budget, clock), progress, MOST_DOCUMENTS if most is None else most)
     first = next((entry for entry in run.entries if run.read(entry, 0, sure=True)), None)
     if first is None:
         raise ValueError(f"no candidate can be measured on this model; the first one: {run.entries[0].reason}")
     timed = first.answers[0]
-    run.cost = Cost(timed.seconds, timed.reading, tuple(part.weight * timed.seconds for part in bench.parts))
-    run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, run.most)
+    run.cost = Cost(timed.seconds, timed.seconds, tuple(part.weight * timed.seconds for part in bench.parts))
+    try:
+        run.plan = plan = divide(sum(entry.reason is None for entry in run.entries), budget, run.cost, run.most)
+    except ValueError:
+        run.take_up()
+        if sum(not entry.candidate.control for entry in run.ranked()) < 2:
+            raise
+        run.plan = plan = NOTHING_NEW
     said(plan, run.cost)
-    run.try_first(2)  # before the ceiling: without two there is nothing to choose between
-    run.measure_ceiling(plan.ceiling)
-    run.halve()
-    run.measure_losses()
-    run.spend_the_rest()
+    if plan is not NOTHING_NEW:
+        run.carry_out(plan)
+        run.take_up()
     for entry in run.entries:
         if not entry.answers and entry.reason is None:
             entry.reason = NO_TIME
@@ -186,9 +146,11 @@ class _Run:
         return sum(entry.reason not in (None, NO_TIME) for entry in self.entries)
 
     def read(self, entry: Entry, document: int, sure: bool = False) -> bool:
-        """Have a candidate answer the next document, if it has not and there is time -> whether it has now. `sure`: time is not asked for."""
+        """Have a candidate answer the next document, if it has not, and there are such a document and time -> whether it has now. `sure`: time is not asked."""
         if document < len(entry.answers):
             return True
+        if not self.there_is(document):
+            return False
         found = self._obtain(
             entry, self.bench.known(entry.candidate, document), lambda: self.bench.read(entry.candidate, document),
             f"{entry.candidate.label} reads document {document + 1}", None if sure else (entry.seconds or self.cost.document) + self.reserve,
@@ -197,6 +159,32 @@ class _Run:
             return False
         entry.answers.append(found)
         return True
+
+    def carry_out(self, plan: Plan) -> None:
+        self.try_first(2)  # before the ceiling: without two there is nothing to choose between
+        self.measure_ceiling(plan.ceiling)
+        self.halve()
+        self.measure_losses()
+        self.spend_the_rest()
+
+    def take_up(self) -> None:
+        """What earlier calls have measured beyond that: to leave it out would be to decide on less than is known."""
+        for entry in self.entries:
+            if entry.reason is None:
+                while len(entry.answers) < self.most and (known := self.bench.known(entry.candidate, len(entry.answers))) is not None:
+                    self.meter.carried += known.seconds
+                    entry.answers.append(known)
+                if entry.loss is None and (loss := self.bench.known_loss(entry.candidate)) is not None:
+                    self.meter.carried += loss.seconds
+                    entry.loss = loss
+        for part in self.bench.parts:
+            if part not in self.parts and (seconds := self.bench.known_part(part)) is not None:
+                self.meter.carried += seconds
+                self.parts.append(part)
+
+    def there_is(self, document: int) -> bool:
+        """Whether there is a document that may be read."""
+        return document < self.most and self.bench.has(document)
 
     def _obtain(self, entry: Entry, known: Found | None, measure: Callable[[], Found], what: str, seconds: float | None) -> Found | None:
         """What is known, or measured now where there is time for so many seconds (None: it is not asked for); None where it is neither."""
@@ -216,8 +204,12 @@ class _Run:
 
     @property
     def reserve(self) -> float:
-        """Kept for the losses, without which nothing can be chosen."""
-        return 0.0 if self.plan is None else max(0, self.plan.losses - sum(entry.loss is not None for entry in self.entries)) * self.cost.loss
+        """Kept for the losses, without which nothing can be chosen: by what those took that are known, else by the documents of those that were read."""
+        if self.plan is None:
+            return 0.0
+        known = [entry.loss.seconds for entry in self.entries if entry.loss is not None]
+        like = known or [entry.seconds for entry in self.entries if entry.seconds is not None]
+        return max(0, self.plan.losses - len(known)) * sum(like) / len(like)
 
     def measure_loss(self, entry: Entry) -> bool:
         """-> whether it is known now."""
@@ -245,6 +237,8 @@ class _Run:
         self.try_first(first.candidates)
         self.finalists = self.ranked()
         for number, rung in enumerate(rest, 1):
+            if rung.documents > CONTROL_DOCUMENTS:
+                self.read_controls(CONTROL_DOCUMENTS)
             going_on = self.ranked(self.finalists)[: rung.candidates]
             if not going_on:
                 return
@@ -263,6 +257,12 @@ class _Run:
                 return
             self.read(entry, 0)
 
+    def read_controls(self, documents: int) -> None:
+        """Have the controls that were tried read so many documents, so that they tell something."""
+        for entry in self.entries:
+            if entry.candidate.control and entry.answers:
+                self.read_all([entry], range(len(entry.answers), documents))
+
     def read_all(self, entries: Sequence[Entry], documents: range) -> bool:
         """One document after the other, so that the candidates can be compared whenever time ends -> whether it has not."""
         for document in documents:
@@ -278,7 +278,7 @@ class _Run:
         place = {id(entry): n for n, entry in enumerate(self.entries)}
 
         def key(entry: Entry) -> tuple[float, float, int]:
-            return -clusters.share(entry.groups[:common]).value, float("inf") if entry.loss is None else entry.loss.nats, place[id(entry)]
+            return -recall(entry.answers[:common]).value, float("inf") if entry.loss is None else entry.loss.nats, place[id(entry)]
 
         return sorted(able, key=key)
 
@@ -293,15 +293,16 @@ class _Run:
             self.measure_loss(entry)
 
     def spend_the_rest(self) -> None:
-        """The loss of the others that found most; what the best has read, read by what it is compared with: the dial's rule, then plain attention; and more
-        documents for those between which the choice lies."""
+        """The loss of the others that found most; what the best has read, read by what it is compared with, plain attention first a few documents of it; and
+        more documents for those between which the choice lies."""
         for entry in self.ranked():
             if not entry.candidate.control and entry.loss is None and self.worth(entry) and not self.measure_loss(entry):
                 break
         most = max((len(entry.answers) for entry in self.finalists), default=0)
-        for entry in self.entries:
-            if entry.answers and (entry.candidate.label == DIAL or entry.candidate.control):
-                self.read_all([entry], range(len(entry.answers), most))
+        self.read_controls(min(most, CONTROL_DOCUMENTS))
+        if (dial := self.dial()) is not None and dial.answers:
+            self.read_all([dial], range(len(dial.answers), most))
+        self.read_controls(most)
         self.read_on(most)
 
     def read_on(self, documents: int) -> None:
@@ -310,7 +311,7 @@ class _Run:
         if (dial := self.dial()) is not None and dial.loss is not None and dial not in rivals:
             rivals.append(dial)
         going_on = [entry for entry in rivals if entry.reason is None and len(entry.answers) == documents]
-        while len(going_on) > 1 and documents < self.most:
+        while len(going_on) > 1 and self.there_is(documents):
             new = [entry for entry in going_on if self.bench.known(entry.candidate, documents) is None]
             if new and not self.meter.allows(sum(entry.seconds or 0.0 for entry in new)):
                 return

@@ -16,7 +16,7 @@ CEILING_SHARE = 0.2  # of the budget, at most
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds: of one document with all its questions, of reading it for its loss, and of the parts of the ceiling, the most telling first."""
+    """Seconds, with what is around it: of one document with all its questions, of a loss, and of the parts of the ceiling, the most telling first."""
 
     document: float
     loss: float
@@ -45,6 +45,9 @@ class Plan:
         return _documents(self.rungs) + self.losses + self.ceiling
 
 
+NOTHING_NEW = Plan((), 0, 0, 0.0)  # what is known is more than the budget buys
+
+
 def divide(candidates: int, budget: float, cost: Cost, most: int = MOST_DOCUMENTS) -> Plan:
     """The ladder that fits with the most of: candidates of the first rung x square root of the documents of the last one.
 
@@ -64,6 +67,11 @@ def divide(candidates: int, budget: float, cost: Cost, most: int = MOST_DOCUMENT
         f"two candidates with one document of about {math.ceil(cost.document)} s each and their losses need about {math.ceil(needed)} s, "
         f"more than the budget of {math.floor(budget)} s; pass --budget {_rounded(needed)} or more (what was measured is kept), or a shorter --context"
     )
+
+
+def two_documents(cost: Cost) -> str:
+    """The budget, as one types it, with which two candidates read two documents each, whatever the ceiling takes."""
+    return _rounded(_seconds(_ladder(2, 2), cost) / (1 - CEILING_SHARE))
 
 
 def _ladder(first: int, documents: int) -> tuple[Rung, ...]:

@@ -6,12 +6,13 @@ Knows the task of the pass keys and the engine of the evaluations; no files, no 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from longreach.evals import tasks as registry
 from longreach.evals.harness import runner
+from longreach.evals.harness.items import Item
 from longreach.evals.harness.model_engine import attached
 from longreach.evals.samples import budget
 from longreach.evals.samples.base import Settings
@@ -43,26 +44,29 @@ class Look:
         return {"length": self.length, "method": self.method.to_json(), "reason": self.reason, **numbers, "alone": [*self.alone]}
 
 
+def questions(tokenizer: Any, length: int, seed: int = 0) -> list[Item]:
+    """About one document of `length` tokens (question and answer included) with a key at five depths. Raises ValueError where the keys do not fit into it."""
+    return runner.plan({registry.task(TASK): Settings(lengths=(length,), depths=DEPTHS, samples=1, seed=seed)}, tokenizer)
+
+
 def look(
     model: Any,
     tokenizer: Any,
     method: Method | None,
     length: int,
+    items: Sequence[Item],
     *,
     trained_window: int | None = None,
     profile: Profile | None = None,
-    seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Look:
-    """Read one document of `length` tokens (question and answer included) with a key at five depths, and ask for each.
+    """Have the model answer the questions about a document of `length` tokens.
 
     method    None: the profile's choice, or the dial's.
     progress  gets the questions answered and their number.
 
-    Raises ValueError where the keys do not fit into the length, or the method does not reach it.
+    Raises ValueError, before anything is read, where the method or the profile does not reach the length, or the profile is of another model.
     """
-    task = registry.task(TASK)
-    items = runner.plan({task: Settings(lengths=(length,), depths=DEPTHS, samples=1, seed=seed)}, tokenizer)
     started = time.perf_counter()
     scores: list[float] = []
     with attached(model, tokenizer, method, length, trained_window=trained_window, profile=profile, batch_size=None) as engine:
@@ -73,6 +77,7 @@ def look(
         for number, reply in engine.answers(budget.encode(tokenizer, item.sample) for item in items):
             if isinstance(reply, Exception):
                 raise reply
+            task = items[number].task
             scores.append(task.score(items[number].sample, reply.text)[task.metric])
             if len(scores) < len(items):
                 progress(len(scores), len(items))

@@ -27,16 +27,17 @@ from longreach.evals.samples import haystack
 from longreach.evals.samples.base import Settings, Task
 from longreach.evals.samples.budget import ChatMode
 from longreach.evals.tune import workplace
+from longreach.evals.tune.bench import Answers, Loss, Part, Refused
 from longreach.evals.tune.candidates import Candidate, propose
-from longreach.evals.tune.halving import Answers, Loss, Part, Refused
 from longreach.evals.tune.workplace import Workplace
 from longreach.hf.checks import find_base
 from longreach.hf.fingerprint import checkpoint_fingerprint
 from longreach.methods.base import Method
 from longreach.methods.stock import Stock
-from longreach.quantities import CHUNK_SIZE
+from longreach.quantities import CHUNK_SIZE, counted
 from longreach.running import prompts
 from longreach.running.loading import shipped_book
+from longreach.version import __version__
 
 KEYS = 5  # in a document, where a task has depths: with more, a small model mistakes one for another
 DEPTHS = tuple((2 * n + 1) / (2 * KEYS) for n in range(KEYS))
@@ -81,6 +82,7 @@ class ModelBench:
         self.fingerprint = checkpoint_fingerprint(self.base)
         self.passage = self._passage()
         self._documents: list[list[Item]] = []
+        self._end: int | None = None  # so many documents there are, once that is known
         self.document(0)  # what cannot be made is said before anything is measured
         self._work = self._settings_of(asked.context, 1)
         self.inside: dict[str, Inside] = {}
@@ -97,6 +99,7 @@ class ModelBench:
         """What decides every answer and loss, beside the candidate."""
         text = self.asked.text
         return {
+            "longreach": __version__,
             "fingerprint": self.fingerprint,
             "trained_window": self.window.tokens,
             "tuned_context": self.asked.context,
@@ -114,13 +117,36 @@ class ModelBench:
         return {task: asked for task in self.asked.tasks}
 
     def document(self, number: int) -> list[Item]:
-        """The questions of the n-th document, of every task; a document is what one sample of every depth makes where a task has no document of several."""
-        while len(self._documents) <= number:
-            count = max(1, 2 * len(self._documents))
-            self._documents = _documents(runner.plan(self._settings_of(self.asked.context, count), self.tokenizer, self.asked.chat))
-            if len(self._documents) < count:
-                raise ValueError(f"the tasks make {len(self._documents)} documents, fewer than the {count} asked for; choose a task with more samples")
+        """The questions of the n-th document, of every task; a document is what one sample of every depth makes where a task has no document of several.
+
+        Raises ValueError where the tasks do not make so many.
+        """
+        if number >= len(self._documents):
+            twice = max(number + 1, 2 * len(self._documents))
+            try:
+                self._documents = self._made(twice)
+            except ValueError:
+                if twice == number + 1:
+                    raise
+                self._documents = self._made(number + 1)  # a later one may be the only one that cannot be made
         return self._documents[number]
+
+    def _made(self, count: int) -> list[list[Item]]:
+        found = _documents(runner.plan(self._settings_of(self.asked.context, count), self.tokenizer, self.asked.chat))
+        if len(found) < count:
+            raise ValueError(f"the tasks make {counted(len(found), 'document')}, fewer than the {count} asked for; choose a task with more samples")
+        return found
+
+    def has(self, document: int) -> bool:
+        """Whether the tasks make so many documents: a sample may not fit into the context, or a task may have few. The end is noted once."""
+        if self._end is None:
+            try:
+                self.document(document)
+                return True
+            except ValueError as error:
+                self._end = document
+                self.notes.append(f"the tasks make no more than {counted(document, 'document')}, so that no candidate could read another: {one_line(error)}")
+        return document < self._end
 
     def _passage(self) -> torch.Tensor:
         """[context] ids of one passage of the text."""
@@ -155,8 +181,10 @@ class ModelBench:
     # -- candidates --------------------------------------------------------------------------------------------------------------------
 
     def known(self, candidate: Candidate, document: int) -> Answers | None:
-        config = self.place.config(candidate.method)
-        return self._known(self._folder(candidate), config, self.document(document), str(document))
+        config, folder = self.place.config(candidate.method), self._folder(candidate)
+        if document >= len(self._documents) and str(document) not in workplace.units(folder):
+            return None  # it need not be made to know that nobody has read it
+        return self._known(folder, config, self.document(document), str(document))
 
     def read(self, candidate: Candidate, document: int) -> Answers:
         config = self.place.config(candidate.method)
@@ -308,4 +336,3 @@ def _documents(items: Sequence[Item]) -> list[list[Item]]:
         of_task.setdefault(item.task.name, {}).setdefault(index, []).append(item)
     columns = [list(found.values()) for found in of_task.values()]
     return [[item for column in columns for item in column[n]] for n in range(min(map(len, columns)))]
-

@@ -5,6 +5,7 @@ Knows folders, records and JSON; not models. A folder of other settings, or with
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from longreach.evals.harness import results
 from longreach.evals.harness.items import Item
 from longreach.evals.harness.results import RUN, Folder, Record, Row
 from longreach.evals.scores import statistics
-from longreach.evals.tune.halving import Answers, Loss
+from longreach.evals.tune.bench import Answers, Loss
 from longreach.methods.base import Method
 from longreach.planning.machine import cache_folder
 
@@ -29,7 +30,8 @@ MOST_SECONDS = 1e9
 
 @dataclass(frozen=True)
 class Workplace:
-    """`settings` decide every answer, and name the folder in the user's cache where none is given. `model` is its name for people."""
+    """`settings` decide every answer, the version of this library among them, and name the folder in the user's cache where none is given. `model` is its name
+    for people."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -46,6 +48,12 @@ class Workplace:
             before = results.read_json(file)
             if not isinstance(before, dict) or before.get("kind") != KIND or not isinstance(before.get("settings"), dict) or not _line(before.get("model")):
                 raise ValueError(f"{str(file)!r} was not written by this longreach; choose another --work folder, or remove it")
+            if (there := before["settings"].get("longreach")) != settings["longreach"]:
+                made = f"longreach {json.dumps(there)}" if there else "a longreach that did not say its version"
+                raise ValueError(
+                    f"{str(root)!r} holds what {made} measured, and this is {json.dumps(settings['longreach'])}: their answers do not belong together; "
+                    f"choose another --work folder, or go on with that version"
+                )
             if different := results.differences(before["settings"], settings):
                 raise ValueError(f"{str(root)!r} holds a tune of other settings ({different}); choose another --work folder, or the same settings to go on")
             return cls(root, settings, before["model"])  # the same weights may have been given by another name then
@@ -91,7 +99,7 @@ def answers(folder: Folder, config: Mapping[str, Any], items: Sequence[Item], ha
         seconds += prefill + ((tokens - 1) / speed if speed and tokens and tokens > 1 else 0.0)
     units = run.get("units")
     whole = _seconds(units.get(unit)) if isinstance(units, dict) else None
-    return Answers(tuple(scores), seconds if whole is None else whole, reading)
+    return Answers(tuple(scores), seconds if whole is None else whole, reading, tuple(item.task.name for item in items))
 
 
 def note_seconds(folder: Folder, unit: str, seconds: float) -> None:
