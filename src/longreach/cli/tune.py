@@ -169,9 +169,9 @@ def show(console: Console, found: Outcome, result: dict[str, Any]) -> None:
     for row in result["ceiling"]:
         if "recall" in row:
             spread = f"{100 * row['low']:.0f} to {100 * row['high']:.0f} %"
-            console.print(f"ceiling, {row['name']} ({counted(row['length'], 'token')}): {found_of(row)} ({spread})")
+            console.print(f"ceiling, {row['name']} ({counted(row['length'], 'token')}): {found_of(row)} ({spread})", soft_wrap=True)
         else:
-            console.print(f"ceiling, {row['name']} (up to {row['length']}): loss {row['loss']:.3f}")
+            console.print(f"ceiling, {row['name']} (up to {row['length']}): loss {row['loss']:.3f}", soft_wrap=True)
     console.print()
     for sentence in summary(found):
         console.print(f"- {sentence}", soft_wrap=True)

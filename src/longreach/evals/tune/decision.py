@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from longreach.evals.scores import clusters
 from longreach.evals.scores.clusters import Paired, Share
+from longreach.evals.tune.bench import recall
 from longreach.evals.tune.candidates import DIAL, RECOMMENDED, Candidate
 from longreach.evals.tune.halving import NO_TIME, Entry
 from longreach.evals.tune.plan import Cost, two_documents
@@ -40,8 +41,8 @@ def decide(entries: Sequence[Entry], price: float = PRICE, ceiling: Share | None
     Of those with as many documents that are not told apart from it and at most MARGIN below, the lowest loss; of those with about the same loss the fewest
     parameters. One whose loss was not measured cannot be chosen, unless none that can be chosen has a loss: then all count.
 
-    Nothing is chosen where the dial's rule was not compared with it, or where one document is all that was read and the dial's rule (or, where that is the
-    choice, another) found as much in it: other commands would follow a choice that rests on nothing.
+    Nothing is chosen where the dial's rule was not compared with it, or where one document is all that both have read and the dial's rule (or, where that is
+    the choice, another) found as much in it: other commands would follow a choice that rests on nothing.
 
     The choice is the best of many, so that the dial's rule is beaten only where p times the number of tried ones that can be chosen is below SURE (Bonferroni).
 
@@ -78,16 +79,18 @@ def _too_little(chosen: Entry, able: Sequence[Entry], dial: Entry | None) -> str
     if dial is not None and dial.loss is None and chosen.loss is not None:
         return f"{name(chosen.candidate)} found {found(chosen)}, but the loss of {name(dial.candidate)}, with which it is compared, was not measured"
     rivals = [entry for entry in able if entry is not chosen] if dial is None or dial is chosen else [dial]
-    equal = next((entry for entry in rivals if entry.share.value >= chosen.share.value), None)
-    if len(chosen.answers) > 1 or equal is None:
+    equal = next((entry for entry in rivals if recall(entry.answers[:1]).value >= recall(chosen.answers[:1]).value), None)
+    if equal is None or max(min(len(entry.answers), len(chosen.answers)) for entry in rivals) > 1:
         return None
     return f"{name(chosen.candidate)} found {found(chosen)}, and {name(equal.candidate)} found {found(equal)}: one document tells them not apart"
 
 
 def enough(able: Sequence[Entry]) -> str:
-    """The budget that would do, by the slowest reading."""
+    """The budget that would do, by the slowest reading and by what was spent."""
     document = max(entry.seconds or 0.0 for entry in able)
-    return two_documents(Cost(document, max([document, *(entry.loss.seconds for entry in able if entry.loss is not None)]), ()))
+    losses = [entry.loss.seconds for entry in able if entry.loss is not None]
+    spent = math.fsum(answers.seconds for entry in able for answers in entry.answers) + math.fsum(losses)
+    return two_documents(Cost(document, max([document, *losses]), ()), spent)
 
 
 def loss(entry: Entry) -> float:

@@ -243,6 +243,8 @@ class _Run:
             if not going_on:
                 return
             done = len(going_on[0].answers)
+            if number == 1 and (dial := self.dial()) is not None and dial.answers:
+                self.read(dial, 1)  # one document tells nothing about what the choice is compared with
             if not self.read_all(going_on, range(done, rung.documents)):
                 self.finalists = self.ranked(going_on)  # time has ended in this rung: what it has read counts
                 return

@@ -69,9 +69,9 @@ def divide(candidates: int, budget: float, cost: Cost, most: int = MOST_DOCUMENT
     )
 
 
-def two_documents(cost: Cost) -> str:
-    """The budget, as one types it, with which two candidates read two documents each, whatever the ceiling takes."""
-    return _rounded(_seconds(_ladder(2, 2), cost) / (1 - CEILING_SHARE))
+def two_documents(cost: Cost, spent: float) -> str:
+    """The budget, as one types it, with which two candidates read two documents each, whatever the ceiling takes, and after what is spent already."""
+    return _rounded(max(_seconds(_ladder(2, 2), cost), spent + 2 * cost.document + 2 * cost.loss) / (1 - CEILING_SHARE))
 
 
 def _ladder(first: int, documents: int) -> tuple[Rung, ...]:
