@@ -60,7 +60,7 @@ def test_version(run: Run) -> None:
         (["distances", "selfextend", "--group-size", 2, "--window", 4, "--window", 8], "--window is given twice"),
         (["distances", "selfextend", "--group-size", 2, "--window", 4, "--shift", "up"], "--shift must be one of floor | true_division"),
         (["distances", "selfextend", "--grup-size", 2, "--window", 4], "did you mean --group-size?"),
-        (["distances", "lm-infinite", "--n-local", -1], "at least 1, not -1"),
+        (["distances", "lm-infinite", "--n-local", -1], "at least 1 and at most 4294967296, not -1"),
         (["distances", "lm-infinite", "--window", 4], "its parameters are: --n-local, --n-global"),
         (["distances", "lm-infinite", "--n-local", 4, "--distance-limit", 2, "--distance", "constant"], "needs distance_limit >= n_local"),
         (["distances", "stock", "7"], "unexpected argument '7'"),
