@@ -16,13 +16,14 @@ from longreach.quantities import counted
 
 Row = dict[str, Any]
 PAGE, README, PICTURES = ROOT / "docs/real-models.md", ROOT / "README.md", ROOT / "docs"
-CORE = ("stock", "old rule", "second rule", "dial", "tuned", "rerope", "yarn", "lm-infinite")
+CORE = ("stock", "old rule", "second rule", "dial", "tuned before", "tuned", "rerope", "yarn", "lm-infinite")
+PAST = ("second rule", "tuned before")  # what was measured once and is no longer chosen where it was
 FORMS = {"chat": "filler, chat template", "raw": "filler, raw prompt", "novel": "hidden in a novel, raw prompt"}
 NAMES = {"old rule": "the dial's old rule", "second rule": "its second rule", "dial": "the dial"}
 NAMES |= {"rerope": "ReRoPE", "yarn": "YaRN", "lm-infinite": "LM-Infinite"}
 LABELS = NAMES | {"dial": "**the dial**"}
-PICTURE_LABELS = NAMES | {"tuned": "longreach tune"}
-COLOURS = dict(zip(CORE, ("#8a8a8a", "#6fb3e0", "#b08968", canvas.BLUE, "#c0392b", "#2a9d6f", "#8a5ab5", canvas.ORANGE)))
+PICTURE_LABELS = NAMES | {"tuned": "longreach tune", "tuned before": "longreach tune, before"}
+COLOURS = dict(zip(CORE, ("#8a8a8a", "#6fb3e0", "#b08968", canvas.BLUE, "#e3a6a0", "#c0392b", "#2a9d6f", "#8a5ab5", canvas.ORANGE)))
 
 
 def write_page(models: dict[str, list[Row]]) -> None:
@@ -182,7 +183,7 @@ def first_table(rows: Sequence[Row]) -> str:
     length = {row["windows"]: row["length"] for row in rows}
     columns = [(w, form) for w in (1.5, 2.0) for form in ("chat", "raw") if any((row["windows"], row["form"]) == (w, form) for row in answers)]
     body = []
-    for name in (name for name in ordered(answers) if name in CORE and name not in ("old rule", "second rule")):
+    for name in (name for name in ordered(answers) if name in CORE and name not in ("old rule", *PAST)):
         cells = [cell(share(answers, name, w, form)) for w, form in columns]
         if any(cells):
             found = [fmean(row["losses"][-2:]) for row in loss if row["setting"] == name and row["windows"] == 2.0]
